@@ -1,0 +1,185 @@
+"""Blocks and records: the unit of everything.
+
+A **block** names the parameters (or rows of a parameter) that move together. A **record** is the same block with its
+bytes laid out: a few planes, each aligned to 4 KiB, the trainable entries first, so that state and gradients cover a
+prefix of the weights. State streams in **chunks** of fixed size, interleaved on disk so that one chunk of all state
+planes is one read:
+
+    | weight ............ | m1[0] m2[0] r[0] | m1[1] m2[1] r[1] | ... | gradient ......... |
+
+Offsets inside a plane never depend on where the plane lives: that is what makes placement invisible to the numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import cached_property
+from math import prod
+
+ALIGNMENT = 4096
+"""Bytes; every plane and every transfer starts and ends on a multiple of it (O_DIRECT)."""
+
+ENTRY_ALIGNMENT = 64
+"""Elements; a parameter's first element sits on a cache line in every plane, whatever the type."""
+
+CHUNK = 1 << 20
+"""Elements of a plane that are updated, and transferred, at once."""
+
+
+def align(value: int, alignment: int = ALIGNMENT) -> int:
+    """`value` rounded up to a multiple of `alignment`."""
+    return -(-value // alignment) * alignment
+
+
+class Plane(StrEnum):
+    """One part of a record."""
+
+    WEIGHT = "weight"
+    REMAINDER = "remainder"
+    MOMENT1 = "moment1"
+    MOMENT2 = "moment2"
+    GRADIENT = "gradient"
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A parameter, or rows `[row_start, row_stop)` of one, that belongs to a block.
+
+    `parameter` is the parameter's first name in the model; `shape` is the shape of the piece.
+    """
+
+    parameter: str
+    shape: tuple[int, ...]
+    row_start: int | None = None
+    row_stop: int | None = None
+
+    @property
+    def num_elements(self) -> int:
+        """Elements of the piece."""
+        return prod(self.shape)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the piece is the whole parameter."""
+        return self.row_start is None
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """An ordered group of pieces that moves as one; `name` is short, such as `L07`, and unique in a model."""
+
+    name: str
+    pieces: tuple[Piece, ...]
+
+    @property
+    def num_elements(self) -> int:
+        """Elements of all pieces, without padding."""
+        return sum(piece.num_elements for piece in self.pieces)
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A piece with its place: elements `[start, stop)` of every plane of the record."""
+
+    piece: Piece
+    start: int
+    stop: int
+    trainable: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """A run of bytes in a tier; both figures are multiples of 4 KiB."""
+
+    offset: int
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class Record:
+    """A block with its bytes laid out. Build with `Record.lay_out`.
+
+    `state` lists the state planes in the order in which a chunk interleaves them; `element_bytes` gives the size of an
+    element per plane. Offsets of extents are relative to the record; the engine adds the record's base.
+    """
+
+    block: Block
+    entries: tuple[Entry, ...]
+    state: tuple[Plane, ...]
+    element_bytes: dict[Plane, int]
+    num_elements: int
+    num_trainable: int
+
+    @classmethod
+    def lay_out(
+        cls, block: Block, trainable: Sequence[bool], state: Sequence[Plane], element_bytes: dict[Plane, int]
+    ) -> Record:
+        """Place the block's pieces, trainable ones first; `trainable` holds one flag per piece."""
+        entries: list[Entry] = []
+        start = 0
+        num_trainable = 0
+        for wanted in (True, False):
+            for piece, flag in zip(block.pieces, trainable, strict=True):
+                if flag is wanted:
+                    entries.append(Entry(piece, start, start + piece.num_elements, flag))
+                    start = align(start + piece.num_elements, ENTRY_ALIGNMENT)
+            if wanted:
+                num_trainable = start
+        return cls(block, tuple(entries), tuple(state), dict(element_bytes), start, num_trainable)
+
+    @property
+    def name(self) -> str:
+        """The block's name."""
+        return self.block.name
+
+    def plane_elements(self, plane: Plane) -> int:
+        """Elements of `plane`: all for weights, the trainable prefix for the others."""
+        return self.num_elements if plane is Plane.WEIGHT else self.num_trainable
+
+    def plane_bytes(self, plane: Plane) -> int:
+        """Bytes of `plane` when it stands alone (a slot, or resident), aligned."""
+        return align(self.plane_elements(plane) * self.element_bytes[plane])
+
+    def chunks(self, plane: Plane = Plane.GRADIENT) -> Iterator[tuple[int, int]]:
+        """Element ranges `[start, stop)` of the chunks that cover `plane`."""
+        total = self.plane_elements(plane)
+        for start in range(0, total, CHUNK):
+            yield start, min(start + CHUNK, total)
+
+    def chunk_extent(self, plane: Plane, start: int, stop: int) -> Extent:
+        """Where elements `[start, stop)` of the weight or gradient plane lie on disk; `start` begins a chunk."""
+        assert plane in (Plane.WEIGHT, Plane.GRADIENT) and start % CHUNK == 0, (plane, start)
+        size = self.element_bytes[plane]
+        base = 0 if plane is Plane.WEIGHT else self._gradient_offset
+        return Extent(base + start * size, align((stop - start) * size))
+
+    def state_extent(self, start: int, stop: int) -> Extent:
+        """Where all state planes of the chunk `[start, stop)` lie on disk, as one run."""
+        assert start % CHUNK == 0, start
+        return Extent(self._state_offset + start // CHUNK * self._state_chunk_bytes, self.state_bytes(stop - start))
+
+    def state_bytes(self, num_elements: int) -> int:
+        """Bytes of one chunk of `num_elements` over all state planes, each part aligned."""
+        return sum(align(num_elements * self.element_bytes[plane]) for plane in self.state)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the whole record on disk."""
+        return self._gradient_offset + (
+            align(self.num_trainable * self.element_bytes[Plane.GRADIENT]) if self.num_trainable else 0
+        )
+
+    @cached_property
+    def _state_chunk_bytes(self) -> int:
+        return self.state_bytes(CHUNK)
+
+    @cached_property
+    def _state_offset(self) -> int:
+        return self.plane_bytes(Plane.WEIGHT)
+
+    @cached_property
+    def _gradient_offset(self) -> int:
+        full, rest = divmod(self.num_trainable, CHUNK)
+        return self._state_offset + full * self._state_chunk_bytes + (self.state_bytes(rest) if rest else 0)

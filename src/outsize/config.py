@@ -1,0 +1,139 @@
+"""What a user may choose, parsed and validated once, then passed whole and never edited."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+
+from outsize.errors import ConfigError
+
+_UNITS = {
+    "": 1,
+    "B": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+    "KIB": 2**10,
+    "MIB": 2**20,
+    "GIB": 2**30,
+    "TIB": 2**40,
+}
+
+
+class Home(StrEnum):
+    """Where weights and state live between visits."""
+
+    DEVICE = "device"
+    HOST = "host"
+    DISK = "disk"
+
+
+class ComputeType(StrEnum):
+    """The number type that blocks compute in; the master weights are fp32 in both cases."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+
+
+def parse_bytes(text: str | int, what: str = "a size") -> int:
+    """Number of bytes in `text`, such as `"3GiB"`, `"500 MB"` or `1024`.
+
+    Raises ConfigError naming `what` where the text is no size.
+
+    >>> parse_bytes("1.5GiB")
+    1610612736
+    """
+    if isinstance(text, int) and not isinstance(text, bool):
+        num_bytes = text
+    else:
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(text))
+        if match is None or match[2].upper() not in _UNITS:
+            raise ConfigError(
+                f"{what}: {text!r} is not a size", hint='write a number and a unit, such as "3GiB" or "500MB"'
+            )
+        num_bytes = int(float(match[1]) * _UNITS[match[2].upper()])
+    if num_bytes <= 0:
+        raise ConfigError(f"{what}: {text!r} is not positive", hint='write a size such as "3GiB"')
+    return num_bytes
+
+
+def format_bytes(num_bytes: float) -> str:
+    """`num_bytes` with a binary unit and about three digits.
+
+    >>> format_bytes(3 * 2**30)
+    '3.00 GiB'
+    """
+    for unit, size in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if abs(num_bytes) >= size:
+            value = num_bytes / size
+            return f"{value:.2f} {unit}" if value < 10 else f"{value:.1f} {unit}"
+    return f"{int(num_bytes)} B"
+
+
+@dataclass(frozen=True, slots=True)
+class DiskBudget:
+    """A folder that may hold state, and how much of it (`None`: what is free)."""
+
+    folder: Path
+    num_bytes: int | None = None
+
+    @classmethod
+    def parse(cls, value: str | Path | tuple[str | Path, str | int]) -> DiskBudget:
+        """`"/nvme/scratch"`, `"/nvme/scratch:200GiB"` or `("/nvme/scratch", "200GiB")`."""
+        if isinstance(value, tuple):
+            return cls(Path(value[0]), parse_bytes(value[1], "disk"))
+        text = str(value)
+        folder, colon, size = text.rpartition(":")
+        if colon and folder and re.fullmatch(r"\s*\d[\d.]*\s*[A-Za-z]*\s*", size):
+            return cls(Path(folder), parse_bytes(size, "disk"))
+        return cls(Path(text))
+
+
+@dataclass(frozen=True, slots=True)
+class Pins:
+    """Decisions taken from the planner; whatever stays `None` is planned.
+
+    Pins(weight_slots=2)    how many blocks' weights may be in memory at once, beside the resident ones
+    Pins(tile_rows=4)       rows of a batch that a block computes at once
+    Pins(resident_bytes=0)  memory used to keep planes that would otherwise live on disk
+    Pins(gradient_slots=1)  how many blocks' fp32 gradients may be in memory at once
+    Pins(verify=True)       check the checksum of every read from the disk tier
+    """
+
+    weight_slots: int | None = None
+    gradient_slots: int | None = None
+    tile_rows: int | None = None
+    resident_bytes: int | None = None
+    verify: bool = True
+
+    def __post_init__(self) -> None:
+        for name, least in (("weight_slots", 1), ("gradient_slots", 1), ("tile_rows", 1), ("resident_bytes", 0)):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < least):
+                raise ConfigError(f"Pins({name}={value!r}): expected a whole number of at least {least}")
+
+
+@dataclass(frozen=True, slots=True)
+class Budgets:
+    """What a run may use: `host` is a ceiling on the whole process, `disk` a folder; `None` is measured."""
+
+    host_bytes: int | None = None
+    device_bytes: int | None = None
+    disk: DiskBudget | None = None
+
+    @classmethod
+    def parse(
+        cls,
+        device: str | int | None,
+        host: str | int | None,
+        disk: str | Path | tuple[str | Path, str | int] | None,
+    ) -> Budgets:
+        """Read the three arguments of `outsize.load`; raises ConfigError naming the one that is malformed."""
+        return cls(
+            host_bytes=None if host is None else parse_bytes(host, "host"),
+            device_bytes=None if device is None else parse_bytes(device, "device"),
+            disk=None if disk is None else DiskBudget.parse(disk),
+        )

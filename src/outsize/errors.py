@@ -1,0 +1,71 @@
+"""Every error a user can meet, in one tree.
+
+Each message says what happened, to which thing, and what was expected; `hint:` names the nearest thing that works.
+
+    OutsizeError
+    ├── ConfigError              a setting that cannot be used
+    ├── BudgetError              the model, batch or state does not fit the memory or disk allowed
+    ├── ModelError               a model that cannot be opened, cut or run
+    │   └── WeightsError         missing, truncated or mismatched checkpoint files
+    ├── DataError                a training file that cannot be read
+    ├── UsageError               a call in an order or way that cannot be right
+    ├── StorageError             a tier failed: the file, the place and the cause
+    │   ├── StorageFullError     no space left
+    │   └── CorruptionError      bytes read are not the bytes written
+    └── TrainingError            training itself went wrong (a loss that is not finite)
+"""
+
+from __future__ import annotations
+
+
+class OutsizeError(Exception):
+    """Base of all errors; `hint` is printed on its own line.
+
+    >>> str(OutsizeError("no such folder: x", hint="pass a folder that exists"))
+    'no such folder: x\\nhint: pass a folder that exists'
+    """
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message if hint is None else f"{message}\nhint: {hint}")
+        self.message = message
+        self.hint = hint
+
+
+class ConfigError(OutsizeError, ValueError):
+    """A setting is malformed, unknown, or contradicts another."""
+
+
+class BudgetError(OutsizeError):
+    """What was asked for does not fit; the message gives the numbers, the hint the nearest setting that fits."""
+
+
+class ModelError(OutsizeError):
+    """A model cannot be opened, cut into blocks, or run block by block."""
+
+
+class WeightsError(ModelError):
+    """Checkpoint files are missing, truncated, or do not match the model."""
+
+
+class DataError(OutsizeError):
+    """A training file is missing, empty or malformed; the message names file and line."""
+
+
+class UsageError(OutsizeError, RuntimeError):
+    """A call that would be silently wrong if it were carried out."""
+
+
+class StorageError(OutsizeError, OSError):
+    """A read or write of a tier failed; the message names the file, the place in it and the cause."""
+
+
+class StorageFullError(StorageError):
+    """The disk has no room for what has to be stored."""
+
+
+class CorruptionError(StorageError):
+    """A checksum does not match: the bytes read are not the bytes that were written."""
+
+
+class TrainingError(OutsizeError):
+    """Training cannot go on: for example, the loss is not finite."""

@@ -1,0 +1,34 @@
+"""What every tier can do: start a transfer, and wait for it. Starting and waiting are two verbs.
+
+A tier is addressed by byte offset; buffers are page-aligned memoryviews. `label` says in the plan's words what moves
+(`L07.state[3]`), so that an error can name it.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+
+class Transfer(Protocol):
+    """A transfer that was started."""
+
+    def wait(self) -> None:
+        """Block until the bytes are where they should be; raise StorageError naming the label where they are not."""
+
+    def is_done(self) -> bool:
+        """Whether `wait` would return (or raise) at once."""
+
+
+class Tier(Protocol):
+    """A place for bytes. Offsets and lengths are multiples of `outsize.block.ALIGNMENT`."""
+
+    num_bytes: int
+
+    def start_read(self, offset: int, buffer: memoryview, label: str) -> Transfer:
+        """Start filling `buffer` from `offset`; the buffer must stay alive and untouched until `wait`."""
+
+    def start_write(self, offset: int, buffer: memoryview, label: str) -> Transfer:
+        """Start storing `buffer` at `offset`; the buffer must stay alive and unchanged until `wait`."""
+
+    def close(self) -> None:
+        """Wait for what is under way and give everything back. Closing twice is allowed."""
