@@ -1,1 +1,34 @@
-"""TODO."""
+"""The plan as a value: operations, placement, building, checking. Imports no torch and holds no tensor."""
+
+from outsize.plan.build import Direction, Occupancy, Visit, build, slot_class_of
+from outsize.plan.check import Peaks, PlanError, check
+from outsize.plan.op import Backward, Claim, Forward, Free, Held, Op, Read, Update, Wait, Write
+from outsize.plan.place import GRADIENT_SUM_BYTES, Placement, SlotClass, place, sums_in_place
+from outsize.plan.plan import Plan
+
+__all__ = [
+    "GRADIENT_SUM_BYTES",
+    "Backward",
+    "Claim",
+    "Direction",
+    "Forward",
+    "Free",
+    "Held",
+    "Occupancy",
+    "Op",
+    "Peaks",
+    "Placement",
+    "Plan",
+    "PlanError",
+    "Read",
+    "SlotClass",
+    "Update",
+    "Visit",
+    "Wait",
+    "Write",
+    "build",
+    "check",
+    "place",
+    "slot_class_of",
+    "sums_in_place",
+]

@@ -1,0 +1,170 @@
+"""Plans: text round trip, legality, memory, and what the builder promises, at any size and without a tensor."""
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+import pytest
+
+from outsize.block import Block, Piece, Plane, Record
+from outsize.config import Home, Pins
+from outsize.errors import BudgetError, ConfigError
+from outsize.plan import (
+    Backward,
+    Direction,
+    Forward,
+    Free,
+    Held,
+    Occupancy,
+    Op,
+    Plan,
+    PlanError,
+    Read,
+    Update,
+    Visit,
+    Wait,
+    build,
+    check,
+    place,
+)
+
+STATE = (Plane.MOMENT1, Plane.MOMENT2)
+BYTES = {Plane.WEIGHT: 4, Plane.MOMENT1: 4, Plane.MOMENT2: 4, Plane.GRADIENT: 4}
+
+
+def make_records(sizes, trainable=True, element_bytes=None):
+    return {
+        name: Record.lay_out(
+            Block(name, (Piece(f"{name}.w", (size,)),)), [trainable], STATE, element_bytes or BYTES
+        )
+        for name, size in sizes.items()
+    }
+
+
+def call(names, trains=True):
+    forward = [Visit(name, Direction.FORWARD) for name in names]
+    return forward + [Visit(name, Direction.BACKWARD, trains=trains) for name in reversed(names)]
+
+
+@given(
+    st.lists(st.sampled_from([1000, 5000, 300_000]), min_size=1, max_size=9),
+    st.integers(1, 3),
+    st.integers(1, 2),
+    st.integers(0, 20_000_000),
+    st.data(),
+)
+@settings(max_examples=150, deadline=None)
+def test_every_built_plan_is_legal_and_complete(sizes, weight_slots, gradient_slots, resident, data):
+    names = [f"L{i}" for i in range(len(sizes))]
+    records = make_records(dict(zip(names, sizes, strict=True)))
+    pins = Pins(weight_slots=weight_slots, gradient_slots=gradient_slots, resident_bytes=resident)
+    placement = place(list(records.values()), arena_bytes=1 << 40, home=None, has_disk=True, pins=pins)
+    order = names if data.draw(st.booleans()) else data.draw(st.lists(st.sampled_from(names), min_size=1))
+    pending = set(data.draw(st.lists(st.sampled_from(names))))
+    accumulated = set(data.draw(st.lists(st.sampled_from(names))))
+    visits = call(order)
+    plan = build(visits, records, placement, Occupancy(pending=pending, accumulated=accumulated))
+    peaks = check(plan, records, placement)
+    assert peaks.num_bytes <= placement.buffer_bytes
+    assert Plan.parse(str(plan)) == plan
+    computed = [(op.block, op.verb) for op in plan if isinstance(op, Forward | Backward)]
+    assert computed == [(visit.block, visit.direction.value) for visit in visits]
+    assert {op.block for op in plan if isinstance(op, Update)} == pending & set(order)
+
+
+def test_reads_are_started_before_they_are_needed():
+    records = make_records({f"L{i}": 5000 for i in range(5)})
+    placement = place(
+        list(records.values()), arena_bytes=1 << 40, home=Home.DISK, has_disk=True, pins=Pins(weight_slots=2)
+    )
+    plan = build(call(list(records)), records, placement, Occupancy())
+    for index, op in enumerate(plan.ops):
+        if isinstance(op, Forward) and op.block != "L4":
+            following = f"L{int(op.block[1]) + 1}"
+            reads = [i for i, other in enumerate(plan.ops) if isinstance(other, Read) and other.block == following]
+            assert reads[0] < index
+
+
+def test_a_block_is_not_read_again_at_the_turn():
+    records = make_records({f"L{i}": 5000 for i in range(5)})
+    placement = place(
+        list(records.values()), arena_bytes=1 << 40, home=Home.DISK, has_disk=True, pins=Pins(weight_slots=2)
+    )
+    plan = build(call(list(records)), records, placement, Occupancy())
+    reads = [op.block for op in plan if isinstance(op, Read) and op.plane is Plane.WEIGHT]
+    assert reads.count("L4") == 1 and reads.count("L1") == 2
+
+
+def test_what_is_held_is_not_read():
+    records = make_records({"A": 100, "B": 100})
+    placement = place(
+        list(records.values()), arena_bytes=1 << 40, home=Home.DISK, has_disk=True, pins=Pins(weight_slots=2)
+    )
+    plan = build(call(["A", "B"]), records, placement, Occupancy(held=["A"], pending={"A"}))
+    assert plan.ops[0] == Held("A", Plane.WEIGHT)
+    assert Read("A", Plane.WEIGHT, 4096) not in plan.ops
+    assert plan.ops.index(Update("A")) < plan.ops.index(Wait("A", Plane.WEIGHT)) < plan.ops.index(Forward("A"))
+
+
+def test_resident_blocks_take_no_slot():
+    records = make_records({"A": 100, "B": 100})
+    placement = place(list(records.values()), arena_bytes=1 << 40, home=Home.HOST, has_disk=False, pins=Pins())
+    plan = build(call(["A", "B"]), records, placement, Occupancy(pending={"A"}))
+    assert check(plan, records, placement).num_bytes == 0
+    assert not [op for op in plan if isinstance(op, Read | Free)]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("forward A", "runs before its weights are waited for"),
+        ("read A.weight 4096\nforward A", "runs before its weights are waited for"),
+        ("read A.weight 4096\nread A.weight 4096", "has its slot already"),
+        ("read A.weight 4096\nread B.weight 4096\nread C.weight 4096", "no slot left for C"),
+        ("free A.weight", "holds no slot"),
+        ("wait A.weight", "which nothing reads"),
+        ("update A", "updated before its weights are read"),
+        ("claim A.gradient", "never given back"),
+        ("claim A.gradient\nbackward A\nfree A.gradient", "dropped before it is written"),
+        ("claim A.gradient\nwrite A.gradient 4", "written before backward"),
+        ("read A.weight 4096\nheld B.weight", "only at the start"),
+        ("wait X.weight", "unknown block X"),
+    ],
+)
+def test_illegal_plans_are_refused_with_their_place(text, message):
+    records = make_records({"A": 1000, "B": 1000, "C": 1000})
+    placement = place(
+        list(records.values()), arena_bytes=1 << 40, home=Home.DISK, has_disk=True, pins=Pins(weight_slots=2)
+    )
+    with pytest.raises(PlanError, match=message):
+        check(Plan.parse(text), records, placement)
+
+
+@pytest.mark.parametrize("text", ["", "jump A", "read A.weight", "read A.weight x", "forward", "forward A.weight", "free A.wings"])
+def test_malformed_text_is_named(text):
+    with pytest.raises(ConfigError, match="not an operation"):
+        Op.parse(text)
+
+
+def test_placement_spends_memory_on_slots_first_then_on_weights():
+    records = list(make_records({f"L{i}": 100_000 for i in range(8)}).values())
+    least = place(records, arena_bytes=1 << 40, home=Home.DISK, has_disk=True, pins=Pins(weight_slots=1, gradient_slots=1))
+    with pytest.raises(BudgetError, match="hint"):
+        place(records, arena_bytes=least.arena_bytes - 1, home=None, has_disk=True, pins=Pins())
+    assert place(records, arena_bytes=least.arena_bytes, home=None, has_disk=True, pins=Pins()) == least
+    middle = place(records, arena_bytes=least.arena_bytes + 2_500_000, home=None, has_disk=True, pins=Pins())
+    kept = {plane for _, plane in middle.resident}
+    assert kept == {Plane.WEIGHT}
+    assert middle.arena_bytes <= least.arena_bytes + 2_500_000
+    whole = place(records, arena_bytes=1 << 40, home=None, has_disk=True, pins=Pins())
+    assert whole.disk_bytes == 0 and not whole.weight_classes
+
+
+@given(st.integers(100_000, 60_000_000))
+@settings(max_examples=60, deadline=None)
+def test_placement_never_exceeds_its_budget(budget):
+    records = list(make_records({f"L{i}": 300_000 + 64 * i for i in range(6)}).values())
+    try:
+        placement = place(records, arena_bytes=budget, home=None, has_disk=True, pins=Pins())
+    except BudgetError as error:
+        assert error.hint
+    else:
+        assert placement.arena_bytes <= budget
