@@ -1,1 +1,45 @@
-"""Train, fine-tune and run transformer models that are larger than the memory of the machine."""
+"""Train, fine-tune and run transformer models that are larger than the memory of the machine.
+
+    model = outsize.load("path/to/model", host="20GiB", disk="/nvme/scratch")
+    optimizer = outsize.AdamW(model, lr=1e-5, max_grad_norm=1.0)
+    for batch in loader:
+        loss = model(**batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    outsize.save(model, "out")
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from outsize.config import Pins
+from outsize.errors import OutsizeError
+
+if TYPE_CHECKING:
+    from outsize.engine import AdamW, PlanSummary, Report, load, plan, report, save, wrap
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AdamW",
+    "OutsizeError",
+    "Pins",
+    "PlanSummary",
+    "Report",
+    "load",
+    "plan",
+    "report",
+    "save",
+    "wrap",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # torch and transformers take seconds to import; a command that only prints its help needs neither.
+    if name in __all__:
+        from outsize import engine
+
+        return getattr(engine, name)
+    raise AttributeError(f"module 'outsize' has no attribute {name!r}")

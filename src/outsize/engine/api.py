@@ -1,0 +1,126 @@
+"""Opening and saving models: what a user calls first and last."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from outsize.block import Block
+from outsize.config import Budgets, ComputeType, Home, Pins
+from outsize.engine import memory
+from outsize.engine.blocks import DTYPES
+from outsize.engine.session import Session, Settings, session_of
+from outsize.errors import ConfigError
+from outsize.model import InitSource, SafetensorsSource, Source, TensorSource, cut, open_skeleton, write_folder
+from outsize.model import resolve_folder
+
+
+def load(
+    path: str | Path,
+    *,
+    device: str | int | None = None,
+    host: str | int | None = None,
+    disk: str | Path | tuple[str | Path, str | int] | None = None,
+    home: str | None = None,
+    dtype: str | torch.dtype | None = None,
+    pins: Pins | None = None,
+    seed: int = 0,
+    trust_remote_code: bool = False,
+) -> nn.Module:
+    """Open the Hugging Face model in folder `path` without reading its weights.
+
+    `host` is a ceiling on the whole process, such as "3GiB"; `disk` a folder on an SSD, optionally with a size
+    ("/scratch:200GiB"); without budgets, what is free now is used. `home` pins where weights and state live, `dtype`
+    the compute type, `pins` anything else. A folder with a `config.json` and no weights is initialised from `seed`.
+
+    Raises ModelError, WeightsError or ConfigError before anything is read.
+    """
+    settings = _settings(device, host, disk, home, dtype, pins)
+    folder = resolve_folder(path)
+    module = open_skeleton(folder, DTYPES[settings.compute_type], trust_remote_code=trust_remote_code)
+    source: Source
+    if any(folder.glob("*.safetensors")) or any(folder.glob("*.bin")) or any(folder.glob("*.index.json")):
+        source = SafetensorsSource(folder, module)
+    else:
+        source = InitSource(module, seed)
+    return _take_over(module, source, settings)
+
+
+def wrap(
+    module: nn.Module,
+    *,
+    device: str | int | None = None,
+    host: str | int | None = None,
+    disk: str | Path | tuple[str | Path, str | int] | None = None,
+    home: str | None = None,
+    dtype: str | torch.dtype | None = None,
+    pins: Pins | None = None,
+    seed: int = 0,
+) -> nn.Module:
+    """Put any module with repeated blocks under Outsize, in place, and return it.
+
+    Its parameters' values are taken over (initialised from `seed` where they are on meta). Budgets as in `load`.
+    """
+    if dtype is None:
+        dtype = "bfloat16" if next(module.parameters()).dtype is torch.bfloat16 else "float32"
+    settings = _settings(device, host, disk, home, dtype, pins)
+    parameters = dict(module.named_parameters())
+    if any(parameter.is_meta for parameter in parameters.values()):
+        return _take_over(module, InitSource(module, seed), settings)
+    return _take_over(module, TensorSource({n: p.detach() for n, p in parameters.items()}), settings)
+
+
+def save(model: nn.Module, path: str | Path, *, tokenizer_from: str | Path | None = None) -> None:
+    """Write `model` as an ordinary Hugging Face folder, up to date with every `step()`, in memory of about a block."""
+    session = session_of(model)
+
+    def fetch(block: Block) -> list[torch.Tensor]:
+        return session.block_values(block)
+
+    write_folder(session.module, session.cut.blocks, fetch, Path(path), tokenizer_from=tokenizer_from)
+
+
+def _settings(
+    device: str | int | None,
+    host: str | int | None,
+    disk: str | Path | tuple[str | Path, str | int] | None,
+    home: str | None,
+    dtype: str | torch.dtype | None,
+    pins: Pins | None,
+) -> Settings:
+    if device is not None and not torch.cuda.is_available():
+        raise ConfigError(f"device={device!r}: this machine has no CUDA device", hint="leave device= out")
+    if home is not None and home not in list(Home):
+        raise ConfigError(f"home={home!r}", hint=f"one of {', '.join(Home)}")
+    if home == Home.DISK and disk is None:
+        raise ConfigError('home="disk" without a folder', hint='give one with disk="/path/on/an/ssd"')
+    budgets = Budgets.parse(device, host, disk)
+    if budgets.disk is not None and not budgets.disk.folder.is_dir():
+        raise ConfigError(f"disk: no folder {budgets.disk.folder}", hint="create it on an SSD, or name another")
+    return Settings(budgets, Home(home) if home is not None else None, _compute_type(dtype), pins or Pins())
+
+
+def _compute_type(dtype: str | torch.dtype | None) -> ComputeType:
+    name = str(dtype).removeprefix("torch.")
+    if dtype is None:
+        return native_compute_type()
+    if name not in list(ComputeType):
+        raise ConfigError(f"dtype={dtype!r}", hint=f"one of {', '.join(ComputeType)}")
+    return ComputeType(name)
+
+
+def native_compute_type() -> ComputeType:
+    """bfloat16 where the CPU multiplies it natively (AMX or AVX512-BF16), else float32, which is then 5x faster."""
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    has_bfloat16 = "amx_bf16" in flags or "avx512_bf16" in flags
+    return ComputeType.BFLOAT16 if has_bfloat16 else ComputeType.FLOAT32
+
+
+def _take_over(module: nn.Module, source: Source, settings: Settings) -> nn.Module:
+    memory.fix_malloc_thresholds()
+    Session(module, cut(module), source, settings)
+    if hasattr(module, "save_pretrained"):
+        module.save_pretrained = lambda path, **_: save(module, path)  # type: ignore[assignment]
+    return module

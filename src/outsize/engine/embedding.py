@@ -1,0 +1,108 @@
+"""A visit of an embedding: only the rows that are looked up are gathered, row block by row block.
+
+The module's own forward runs on a compact table of the distinct rows, so subclasses that scale their output work
+unchanged. An embedding is linear in its table, so its backward needs no weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+from outsize.block import Block
+from outsize.engine.layer import Autocast, installed
+from outsize.model import Point
+from outsize.plan import Direction
+
+if TYPE_CHECKING:
+    from outsize.engine.session import Session
+
+
+class Embedding:
+    """A point whose module is an `nn.Embedding` with its table in row blocks."""
+
+    def __init__(self, session: Session, point: Point, module: nn.Embedding, blocks: Sequence[Block]) -> None:
+        self.session = session
+        self.point = point
+        self.module = module
+        self.original: Callable[[torch.Tensor], torch.Tensor] = module.forward
+        self.blocks = tuple(block.name for block in blocks)
+        self.parameter = point.bindings[0].parameter
+
+    def __call__(self, input: torch.Tensor) -> torch.Tensor:
+        """The rows of `input`, as a visit."""
+        trains = torch.is_grad_enabled() and self.session.trains(self.blocks)
+        if self.session.probe is not None:
+            return self.session.probe.embedding(self, input, trains)
+        if not trains:
+            return self.forward(input)
+        output: torch.Tensor = _Embed.apply(self, self.session.anchor, input)
+        return output
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """Gather the distinct rows from the row blocks and look `ids` up in them."""
+        distinct, inverse = torch.unique(ids, return_inverse=True)
+        table = torch.empty(distinct.numel(), self.module.embedding_dim, dtype=self.session.dtype)
+        for name, start, stop in self.session.row_blocks(self.parameter):
+            with self.session.visit((name,), Direction.FORWARD) as values:
+                first, last = _range(distinct, start, stop)
+                if first < last:
+                    rows = values[self.parameter]
+                    torch.index_select(rows, 0, distinct[first:last] - start, out=table[first:last])
+        with self._compact(table, distinct), torch.no_grad():
+            return self.original(inverse)
+
+    def backward(self, ids: torch.Tensor, gradient: torch.Tensor, autocast: Autocast) -> None:
+        """Add to the gradients of all row blocks."""
+        distinct, inverse = torch.unique(ids, return_inverse=True)
+        table = torch.zeros(distinct.numel(), self.module.embedding_dim, dtype=self.session.dtype)
+        table.requires_grad_()
+        with self._compact(table, distinct), torch.enable_grad(), autocast.restore():
+            output = self.original(inverse)
+        output.backward(gradient)
+        assert table.grad is not None
+        for name, start, stop in reversed(self.session.row_blocks(self.parameter)):
+            with self.session.visit_backward((name,), needs_weights=False):
+                first, last = _range(distinct, start, stop)
+                rows = self.session.gradient_sum(name, self.parameter)
+                if rows is not None and first < last:
+                    rows.index_add_(0, distinct[first:last] - start, table.grad[first:last].to(rows.dtype))
+
+    @contextmanager
+    def _compact(self, table: torch.Tensor, distinct: torch.Tensor) -> Iterator[None]:
+        """Inside, the module looks up `table`, whose row i is row `distinct[i]` of the full one."""
+        padding = self.module.padding_idx
+        if padding is not None:
+            place = int(torch.searchsorted(distinct, padding))
+            is_there = place < distinct.numel() and int(distinct[place]) == padding
+            self.module.padding_idx = place if is_there else None
+        try:
+            with installed(self.session.module, self.point.bindings, {self.parameter: table}):
+                yield
+        finally:
+            self.module.padding_idx = padding
+
+
+def _range(distinct: torch.Tensor, start: int, stop: int) -> tuple[int, int]:
+    bounds = torch.searchsorted(distinct, torch.tensor([start, stop]))
+    return int(bounds[0]), int(bounds[1])
+
+
+class _Embed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, embedding: Embedding, anchor: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        ctx.embedding, ctx.autocast = embedding, Autocast.current()
+        ctx.save_for_backward(ids)
+        return embedding.forward(ids)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[misc]
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[None, None, None]:
+        (ids,) = ctx.saved_tensors
+        ctx.embedding.backward(ids, gradient, ctx.autocast)
+        return None, None, None

@@ -1,0 +1,222 @@
+"""Runs plans as the model's forward and backward ask for blocks.
+
+The model drives: when it reaches a block, the executor runs the plan up to that block's operation; when the block is
+done, it starts everything that can be started before the next wait. A call that leaves its plan (another order, a
+block skipped or visited twice) is planned again from where it stands, counted, and reported: never an assert.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from outsize.block import Plane
+from outsize.engine.blocks import BlockState, BlockStore
+from outsize.errors import UsageError
+from outsize.plan import (
+    Backward,
+    Claim,
+    Direction,
+    Forward,
+    Free,
+    Held,
+    Occupancy,
+    Op,
+    Plan,
+    Read,
+    Update,
+    Visit,
+    Wait,
+    Write,
+    build,
+    check,
+)
+
+Runner = Callable[[Op], None]
+
+
+class Executor:
+    """One model's plan in progress. `executed` lists the operations of the current call as they were carried out."""
+
+    def __init__(self, store: BlockStore) -> None:
+        self.store = store
+        self.plan = Plan(())
+        self.executed: list[Op] = []
+        self.off_plan: Counter[str] = Counter()
+        self.wait_s: Counter[str] = Counter()
+        self._index = 0
+        self._expected: list[Visit] = []
+        self._held: list[str] = []
+        self._summing: list[str] = []
+        self._depth = 0
+        weight, gradient = Plane.WEIGHT, Plane.GRADIENT
+        self._runners: dict[tuple[type[Op], Plane | None], Callable[[BlockState], None]] = {
+            (Held, weight): lambda state: None,
+            (Read, weight): store.read_weights,
+            (Wait, weight): store.wait_weights,
+            (Free, weight): store.free_weights,
+            (Update, None): store.start_update,
+            (Claim, gradient): store.claim_gradient,
+            (Read, gradient): store.read_gradient,
+            (Wait, gradient): store.wait_gradient,
+            (Write, gradient): store.write_gradient,
+            (Free, gradient): store.free_gradient,
+        }
+
+    def begin(self, visits: Sequence[Visit]) -> None:
+        """Start a call that is expected to make `visits`."""
+        self._release_gradients()
+        self.executed = []
+        self._make_plan(list(visits))
+
+    @contextmanager
+    def visit(
+        self, block: str, direction: Direction, *, needs_weights: bool = True, trains: bool = False
+    ) -> Iterator[BlockState]:
+        """The block's weights are in memory (and, where it trains, its gradient sum is ready) inside the context."""
+        assert self._depth == 0, f"{block} is visited inside another visit"
+        self._reach(Visit(block, direction, needs_weights, trains))
+        state = self.store[block]
+        if trains and direction is Direction.BACKWARD:
+            self.store.begin_sum(state)
+        self._depth += 1
+        try:
+            yield state
+        except BaseException:
+            self._abandon()
+            raise
+        finally:
+            self._depth -= 1
+        self._proceed()
+
+    @contextmanager
+    def touch(self, block: str) -> Iterator[BlockState]:
+        """The block's weights are current and in memory inside the context; a plan in progress is resumed after."""
+        if self._depth:
+            raise UsageError(
+                f"a parameter of block {block} is read inside the forward of another block",
+                hint="read it before or after calling the model",
+            )
+        self._release_gradients()
+        rest = self._expected
+        self._make_plan([Visit(block, Direction.TOUCH)])
+        while self._index < len(self.plan):
+            self._run_next()
+        yield self.store[block]
+        self._make_plan(rest)
+
+    def settle_updates(self, blocks: Sequence[str] | None = None) -> None:
+        """Apply what is pending now instead of at the next visit (all blocks, or those given)."""
+        for state in self.store:
+            if state.pending is not None and (blocks is None or state.name in blocks):
+                with self.touch(state.name):
+                    pass
+
+    def close(self) -> None:
+        """Finish what is under way and give everything back."""
+        self._release_gradients()
+        self.store.flush()
+        for block in self._held:
+            self.store.free_weights(self.store[block])
+        self._held = []
+        self.store.close()
+
+    # -- reaching a visit ----------------------------------------------------------------------------------------
+
+    def _reach(self, visit: Visit) -> None:
+        key = (visit.block, visit.direction)
+        if not self._expected or (self._expected[0].block, self._expected[0].direction) != key:
+            self._leave_plan(visit)
+        self._expected.pop(0)
+        while not self._is_computing(self.plan.ops[self._index]):
+            self._run_next()
+        op = self.plan.ops[self._index]
+        assert op.block == visit.block, f"plan and visits disagree: {op}, {visit}"
+        self.executed.append(op)
+        self._index += 1
+
+    def _leave_plan(self, visit: Visit) -> None:
+        """Plan again from here: skip ahead where the visit comes later, else insert it."""
+        self.off_plan[f"{visit.direction} {visit.block}"] += 1
+        self._release_gradients()
+        keys = [(expected.block, expected.direction) for expected in self._expected]
+        key = (visit.block, visit.direction)
+        rest = self._expected[keys.index(key) :] if key in keys else [visit, *self._expected]
+        self._make_plan(rest)
+
+    def _make_plan(self, visits: list[Visit]) -> None:
+        occupancy = Occupancy(
+            held=tuple(self._held),
+            pending=frozenset(state.name for state in self.store if state.pending is not None),
+            accumulated=frozenset(state.name for state in self.store if state.has_gradient),
+        )
+        records = self.store.records
+        self.plan = build(visits, records, self.store.placement, occupancy)
+        check(self.plan, records, self.store.placement)
+        self._expected = visits
+        self._index = 0
+        self._proceed()
+
+    # -- running -------------------------------------------------------------------------------------------------
+
+    def _proceed(self) -> None:
+        """Start everything up to the next operation that would wait for bytes, or compute."""
+        while self._index < len(self.plan):
+            op = self.plan.ops[self._index]
+            if isinstance(op, Wait) or self._is_computing(op):
+                return
+            self._run_next()
+
+    def _run_next(self) -> None:
+        op = self.plan.ops[self._index]
+        plane: Plane | None = getattr(op, "plane", None)
+        start = time.perf_counter()
+        try:
+            self._runners[type(op), plane](self.store[op.block])
+        except BaseException:
+            self._abandon()
+            raise
+        finally:
+            if isinstance(op, Wait | Free):
+                self.wait_s[f"{op.verb} {plane}"] += time.perf_counter() - start
+        match op:
+            case Read(block, Plane.WEIGHT):
+                self._held.append(block)
+            case Free(block, Plane.WEIGHT):
+                self._held.remove(block)
+            case Read(block, Plane.GRADIENT) | Claim(block, Plane.GRADIENT):
+                self._summing.append(block)
+            case Free(block, Plane.GRADIENT):
+                self._summing.remove(block)
+            case _:
+                pass
+        self.executed.append(op)
+        self._index += 1
+
+    @staticmethod
+    def _is_computing(op: Op) -> bool:
+        return isinstance(op, Forward | Backward)
+
+    def _release_gradients(self) -> None:
+        """Give back gradient slots of a plan that is not carried on, finishing writes that follow a backward."""
+        while self._index < len(self.plan) and isinstance(self.plan.ops[self._index], Write):
+            self._run_next()
+        for block in list(self._summing):
+            self.store.free_gradient(self.store[block])
+            self._summing.remove(block)
+        self._expected, self.plan, self._index = list(self._expected), Plan(()), 0
+
+    def _abandon(self) -> None:
+        """After an error: forget the plan and give gradient slots back; weights stay held."""
+        for block in list(self._summing):
+            state = self.store[block]
+            self._summing.remove(block)
+            if state.gradient_slot is not None:
+                try:
+                    self.store.free_gradient(state)
+                except BaseException:  # the first error is the one to report
+                    pass
+        self._held = [state.name for state in self.store if state.slot is not None]
+        self._expected, self.plan, self._index = [], Plan(()), 0

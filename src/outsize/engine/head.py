@@ -1,0 +1,320 @@
+"""A visit of the output head: logits, or the loss without them.
+
+The head is a table of row blocks. With labels the head's output is a handle; when the model hands it to
+`loss_function`, the loss is computed row block by row block and tile of tokens by tile, with an online log-sum-exp
+(Milakov and Gimelshein, 2018), and its backward computes each tile's logits once more: no tensor is ever sized by
+tokens times vocabulary. Anything else that touches the handle before the call ends gets real logits, so a model that
+transforms them (Gemma 2) or computes a loss of its own (T5) is right as well, at the price of their memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+from torch.utils._pytree import tree_map_only
+
+from outsize.block import Block
+from outsize.engine.layer import Autocast
+from outsize.errors import UsageError
+from outsize.model import Point
+from outsize.plan import Direction
+
+if TYPE_CHECKING:
+    from outsize.engine.session import Session
+
+TILE_ELEMENTS = 1 << 24
+"""Elements of one tile of logits; a constant, so that tiles never depend on placement or budget."""
+
+_METADATA = {
+    torch.Tensor.size,
+    torch.Tensor.dim,
+    torch.Tensor.numel,
+    torch.Tensor.__len__,
+    torch.Tensor.is_floating_point,
+    *(getattr(torch.Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "requires_grad", "layout")),
+}
+
+
+class Head:
+    """A point whose module is the output `nn.Linear`, its rows in blocks."""
+
+    def __init__(self, session: Session, point: Point, module: nn.Linear, blocks: Sequence[Block]) -> None:
+        self.session = session
+        self.point = point
+        self.module = module
+        self.original: Callable[..., Any] = module.forward
+        self.blocks = tuple(block.name for block in blocks)
+        names = {binding.attribute: binding.parameter for binding in point.bindings}
+        self.weight = names["weight"]
+        self.bias = names.get("bias")
+
+    def __call__(self, input: torch.Tensor) -> torch.Tensor:
+        """Logits `[..., V]` of hidden states `[..., h]`; a handle while a call with labels runs."""
+        if self.session.has_labels:
+            return Logits(self, input)
+        return self.logits(input)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Real logits, as a visit."""
+        trains = torch.is_grad_enabled() and self.session.trains(self.blocks)
+        differentiates = trains or (torch.is_grad_enabled() and hidden.requires_grad)
+        if self.session.probe is not None:
+            return self.session.probe.head(self, hidden, trains, differentiates)
+        if not differentiates:
+            return self.forward(hidden)
+        output: torch.Tensor = _Project.apply(self, self.session.anchor, hidden)
+        return output
+
+    def loss(self, hidden: torch.Tensor, targets: torch.Tensor, ignore_index: int) -> tuple[torch.Tensor, int]:
+        """The sum of cross-entropies over targets that are not ignored, and their number, as a visit.
+
+        `hidden [..., h]`, `targets [...]`.
+        """
+        flat, targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
+        kept = (targets != ignore_index).nonzero().squeeze(1)
+        flat, targets = flat.index_select(0, kept), targets.index_select(0, kept)
+        trains = torch.is_grad_enabled() and self.session.trains(self.blocks)
+        differentiates = trains or (torch.is_grad_enabled() and hidden.requires_grad)
+        if self.session.probe is not None:
+            return self.session.probe.loss(self, flat, trains, differentiates), kept.numel()
+        if not differentiates:
+            return self.forward_loss(flat, targets, Autocast.current())[0], kept.numel()
+        total: torch.Tensor = _TiledLoss.apply(self, self.session.anchor, flat, targets)
+        return total, kept.numel()
+
+    # -- real logits -----------------------------------------------------------------------------------------------
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """All rows, row block by row block."""
+        output: torch.Tensor | None = None
+        with torch.no_grad():
+            for name, start, stop in self._rows():
+                with self.session.visit((name,), Direction.FORWARD) as values:
+                    part = F.linear(hidden, values[self.weight], values[self.bias] if self.bias else None)
+                if output is None:
+                    output = part.new_empty(*part.shape[:-1], self.module.out_features)
+                output[..., start:stop] = part
+        assert output is not None
+        return output
+
+    def backward(self, hidden: torch.Tensor, gradient: torch.Tensor, autocast: Autocast) -> torch.Tensor:
+        """Add to the row blocks' gradients; the gradient of `hidden`."""
+        hidden = hidden.detach().requires_grad_()
+        for name, start, stop in reversed(self._rows()):
+            with self.session.visit_backward((name,)) as values, torch.enable_grad(), autocast.restore():
+                part = F.linear(hidden, values[self.weight], values[self.bias] if self.bias else None)
+                part.backward(gradient[..., start:stop])
+        assert hidden.grad is not None
+        return hidden.grad
+
+    # -- the loss without logits -----------------------------------------------------------------------------------
+
+    def forward_loss(
+        self, hidden: torch.Tensor, targets: torch.Tensor, autocast: Autocast
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`(sum of losses [], log-sum-exp [N])` of `hidden [N, h]`, `targets [N]`."""
+        count = hidden.shape[0]
+        largest = torch.full((count,), -torch.inf)
+        total = torch.zeros(count)
+        chosen = torch.zeros(count)
+        with torch.no_grad():
+            for name, start, stop in self._rows():
+                with self.session.visit((name,), Direction.FORWARD) as values:
+                    for tile in _token_tiles(count, stop - start):
+                        logits = self._tile(hidden[tile], values, autocast)
+                        _add_to_logsumexp(logits, largest[tile], total[tile])
+                        place = targets[tile] - start
+                        inside = (place >= 0) & (place < stop - start)
+                        picked = logits.gather(1, place.clamp(0, stop - start - 1).unsqueeze(1)).squeeze(1)
+                        chosen[tile] = torch.where(inside, picked, chosen[tile])
+            logsumexp = largest + total.log()
+            return (logsumexp - chosen).sum(dtype=torch.float64).float(), logsumexp
+
+    def backward_loss(
+        self,
+        hidden: torch.Tensor,
+        targets: torch.Tensor,
+        logsumexp: torch.Tensor,
+        scale: torch.Tensor,
+        autocast: Autocast,
+    ) -> torch.Tensor:
+        """Add to the row blocks' gradients; the gradient of `hidden`, `[N, h]`. `scale` is the loss's gradient."""
+        gradient = torch.zeros(hidden.shape, dtype=torch.float32)
+        with torch.no_grad():
+            for name, start, stop in reversed(self._rows()):
+                with self.session.visit_backward((name,)) as values:
+                    weight_sum = self.session.gradient_sum(name, self.weight)
+                    bias_sum = self.session.gradient_sum(name, self.bias) if self.bias else None
+                    for tile in _token_tiles(hidden.shape[0], stop - start):
+                        logits = self._tile(hidden[tile], values, autocast)
+                        slope = logits.sub_(logsumexp[tile].unsqueeze(1)).exp_()
+                        place = targets[tile] - start
+                        inside = (place >= 0) & (place < stop - start)
+                        rows = inside.nonzero().squeeze(1)
+                        slope[rows, place[rows]] -= 1
+                        slope.mul_(scale)
+                        narrow = slope.to(values[self.weight].dtype)
+                        gradient[tile] += narrow @ values[self.weight]
+                        if weight_sum is not None:
+                            _add_product(weight_sum, narrow.T, hidden[tile].to(narrow.dtype))
+                        if bias_sum is not None:
+                            bias_sum += slope.sum(0)
+        return gradient.to(hidden.dtype)
+
+    def _tile(
+        self, hidden: torch.Tensor, values: dict[str, torch.Tensor], autocast: Autocast
+    ) -> torch.Tensor:
+        """fp32 logits `[n, rows]` of one tile of tokens."""
+        weight = values[self.weight]
+        bias = values[self.bias] if self.bias else None
+        with autocast.restore():
+            return F.linear(hidden.to(weight.dtype), weight, bias).float()
+
+    def _rows(self) -> list[tuple[str, int, int]]:
+        return self.session.row_blocks(self.weight)
+
+
+def _token_tiles(count: int, rows: int) -> list[slice]:
+    step = max(1, TILE_ELEMENTS // rows)
+    return [slice(start, min(start + step, count)) for start in range(0, count, step)]
+
+
+def _add_to_logsumexp(logits: torch.Tensor, largest: torch.Tensor, total: torch.Tensor) -> None:
+    """Take `logits [n, rows]` into the running maximum and sum `[n]`, in place."""
+    maximum = torch.maximum(largest, logits.amax(1))
+    total.mul_(torch.exp(largest - maximum))
+    total.add_(torch.exp(logits - maximum.unsqueeze(1)).sum(1))
+    largest.copy_(maximum)
+
+
+def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    """`total += left @ right`, inside the product where the types allow."""
+    if total.dtype == left.dtype:
+        total.addmm_(left, right)
+    else:
+        total += left @ right
+
+
+class _Project(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, head: Head, anchor: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        ctx.head, ctx.autocast = head, Autocast.current()
+        ctx.save_for_backward(hidden)
+        return head.forward(hidden)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[misc]
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[None, None, torch.Tensor]:
+        (hidden,) = ctx.saved_tensors
+        return None, None, ctx.head.backward(hidden, gradient, ctx.autocast)
+
+
+class _TiledLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, head: Head, anchor: torch.Tensor, hidden: torch.Tensor, targets: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.head, ctx.autocast = head, Autocast.current()
+        loss, logsumexp = head.forward_loss(hidden, targets, ctx.autocast)
+        ctx.save_for_backward(hidden, targets, logsumexp)
+        return loss
+
+    @staticmethod
+    @once_differentiable  # type: ignore[misc]
+    def backward(ctx: Any, scale: torch.Tensor) -> tuple[None, None, torch.Tensor, None]:
+        hidden, targets, logsumexp = ctx.saved_tensors
+        gradient = ctx.head.backward_loss(hidden, targets, logsumexp, scale, ctx.autocast)
+        return None, None, gradient, None
+
+
+class Logits(torch.Tensor):
+    """Logits that were not computed: their shape and type, and the hidden states they would come from.
+
+    Before the model's call ends, any use computes them with gradients. Afterwards reading computes them without, and is
+    refused while gradients are on: that graph would be the memory that tiling saves.
+    """
+
+    head: Head
+    hidden: torch.Tensor
+    is_sealed: bool
+
+    @staticmethod
+    def __new__(cls, head: Head, hidden: torch.Tensor) -> Logits:
+        self: Logits = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls, (*hidden.shape[:-1], head.module.out_features), dtype=hidden.dtype, device=hidden.device
+        )
+        self.head, self.hidden, self.is_sealed = head, hidden, False
+        head.session.handles.append(self)
+        return self
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in _METADATA:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        if func in (torch.Tensor.float, torch.Tensor.contiguous) and not args[0].is_sealed:
+            return args[0]  # the loss computes in fp32 anyway
+        args, kwargs = tree_map_only(Logits, Logits.compute, (args, kwargs))
+        return func(*args, **kwargs)
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        args, kwargs = tree_map_only(Logits, Logits.compute, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+    def compute(self) -> torch.Tensor:
+        """The logits themselves."""
+        if not self.is_sealed:
+            return self.head.logits(self.hidden)
+        if torch.is_grad_enabled():
+            raise UsageError(
+                "logits were not computed, because the loss did not need them",
+                hint="read them under torch.no_grad(), or call the model without labels for logits with gradients",
+            )
+        return self.head.forward(self.hidden)
+
+    def seal(self) -> None:
+        """The model's call is over."""
+        self.is_sealed = True
+        self.hidden = self.hidden.detach()
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        return f"<logits {tuple(self.shape)} {self.dtype}, computed when read>"
+
+
+@dataclass(frozen=True, slots=True)
+class TiledLoss:
+    """Stands in for `ForCausalLMLoss` of transformers: same arguments, same value, no logits."""
+
+    original: Callable[..., torch.Tensor]
+
+    def __call__(
+        self,
+        logits: torch.Tensor,
+        labels: torch.Tensor,
+        vocab_size: int,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        ignore_index: int = -100,
+        shift_labels: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """Mean cross-entropy of each position's logits with the next label, or its sum over `num_items_in_batch`."""
+        if not isinstance(logits, Logits) or logits.is_sealed or vocab_size != logits.shape[-1]:
+            return self.original(
+                logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels, **kwargs
+            )
+        if shift_labels is None:
+            shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+        total, count = logits.head.loss(logits.hidden, shift_labels, ignore_index)
+        return total / (count if num_items_in_batch is None else num_items_in_batch)

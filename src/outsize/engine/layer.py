@@ -1,0 +1,305 @@
+"""A visit of a layer: forward without a graph, backward by computing again with one.
+
+One `torch.autograd.Function` per visit keeps the block's inputs and nothing else. Its backward fetches the block again,
+runs it tile by tile with a graph, and adds each parameter's gradient to the block's sum as soon as autograd has it.
+RNG and autocast are those of the forward. Source: Chen et al., "Training deep nets with sublinear memory cost" (2016);
+the block as the unit of transfer is ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+from outsize.block import Block
+from outsize.engine.batch import Tile, TiledOutput
+from outsize.engine.sidedoor import SideDoor
+from outsize.errors import UsageError
+from outsize.model import Binding, Point
+from outsize.plan import Direction
+
+if TYPE_CHECKING:
+    from outsize.engine.session import Session
+
+Outputs = list[torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Autocast:
+    """The autocast state of a forward, for its recomputation."""
+
+    enabled: bool
+    dtype: torch.dtype
+
+    @classmethod
+    def current(cls) -> Autocast:
+        """The state now."""
+        return cls(torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu"))
+
+    def restore(self) -> torch.autocast:
+        """A context with this state; casts of weights are not cached, since a slot is reused for other weights."""
+        return torch.autocast("cpu", dtype=self.dtype, enabled=self.enabled, cache_enabled=False)
+
+
+@contextmanager
+def rng_state(state: torch.Tensor) -> Iterator[None]:
+    """Run with the CPU RNG at `state`, and put it back afterwards."""
+    with torch.random.fork_rng(devices=[]):
+        torch.set_rng_state(state)
+        yield
+
+
+@contextmanager
+def installed(root: nn.Module, bindings: Sequence[Binding], values: dict[str, torch.Tensor]) -> Iterator[None]:
+    """Inside, each bound parameter is the plain tensor `values[binding.parameter]`."""
+    places = [(root.get_submodule(b.module)._parameters, b.attribute, values[b.parameter]) for b in bindings]
+    before = [parameters[attribute] for parameters, attribute, _ in places]
+    try:
+        for parameters, attribute, value in places:
+            parameters[attribute] = value  # type: ignore[assignment]
+        yield
+    finally:
+        for (parameters, attribute, _), value in zip(places, before, strict=True):
+            parameters[attribute] = value
+
+
+@dataclass(eq=False)
+class Call:
+    """One visit's arguments apart from its tensors, and what its recomputation needs."""
+
+    layer: Layer
+    spec: TreeSpec
+    leaves: list[Any]
+    positions: list[int]
+    rng: torch.Tensor
+    autocast: Autocast
+    side_door: SideDoor
+    num_steps: tuple[int, ...] = ()
+    output_spec: TreeSpec | None = None
+    output_leaves: list[Any] | None = None
+    output_positions: list[int] | None = None
+
+    def run(self, tensors: Sequence[torch.Tensor]) -> Outputs:
+        """Run the layer's own forward on `tensors`; the tensors among its outputs and through its side door."""
+        leaves = list(self.leaves)
+        for position, tensor in zip(self.positions, tensors, strict=True):
+            leaves[position] = tensor
+        args, kwargs = tree_unflatten(leaves, self.spec)
+        with self.side_door.catch() as caught:
+            result = self.layer.original(*args, **kwargs)
+        flat, spec = tree_flatten(result)
+        positions = [i for i, leaf in enumerate(flat) if isinstance(leaf, torch.Tensor)]
+        outputs = [flat[i] for i in positions]
+        if self.output_spec is None:
+            for position in positions:
+                flat[position] = None
+            self.output_spec, self.output_leaves, self.output_positions = spec, flat, positions
+        return outputs + caught.tensors()
+
+    def result(self, outputs: Sequence[torch.Tensor]) -> Any:
+        """The visit's result in the shape the layer gave it, with `outputs` in place; side doors are served."""
+        assert self.output_spec is not None and self.output_positions is not None and self.output_leaves is not None
+        count = len(self.output_positions)
+        self.side_door.pass_on(outputs[count:])
+        leaves = list(self.output_leaves)
+        for position, output in zip(self.output_positions, outputs[:count], strict=True):
+            leaves[position] = output
+        return tree_unflatten(leaves, self.output_spec)
+
+
+class Layer:
+    """A point whose module runs as a whole on its blocks."""
+
+    def __init__(self, session: Session, point: Point, module: nn.Module, blocks: Sequence[Block]) -> None:
+        self.session = session
+        self.point = point
+        self.module = module
+        self.original: Callable[..., Any] = module.forward
+        self.blocks = tuple(block.name for block in blocks)
+        self.has_batch_statistics = any(
+            isinstance(child, nn.modules.batchnorm._BatchNorm) for child in module.modules()
+        )
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's forward, as a visit."""
+        leaves, spec = tree_flatten((args, kwargs))
+        positions = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
+        tensors = [leaves[i] for i in positions]
+        for position in positions:
+            leaves[position] = None
+        call = Call(
+            self, spec, leaves, positions, torch.get_rng_state(), Autocast.current(), SideDoor.current()
+        )
+        trains = torch.is_grad_enabled() and self.session.trains(self.blocks)
+        differentiates = trains or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
+        if self.session.probe is not None:
+            return call.result(self.session.probe.layer(self, call, tensors, trains, differentiates))
+        if not differentiates:
+            return call.result(self.forward(call, tensors))
+        call.num_steps = self.session.num_steps(self.blocks)
+        outputs = _Visit.apply(call, self.session.anchor if trains else None, *tensors)
+        return call.result(outputs)
+
+    # -- the two directions ----------------------------------------------------------------------------------------
+
+    def forward(self, call: Call, tensors: Sequence[torch.Tensor]) -> Outputs:
+        """Run all tiles without a graph."""
+        dims, tiles = self.session.tiles(self, call, tensors)
+        outputs = TiledOutput(dims.outputs if dims else None)
+        with (
+            self.session.visit(self.blocks, Direction.FORWARD) as values,
+            installed(self.session.module, self.point.bindings, values),
+            torch.no_grad(),
+        ):
+            for tile in tiles:
+                outputs.add(tile, call.run(_cut(tensors, tile, dims.inputs if dims else None)))
+            return [self._own(output, values) for output in outputs.tensors]
+
+    def backward(
+        self, call: Call, tensors: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor | None]
+    ) -> list[torch.Tensor | None]:
+        """Run all tiles again with a graph, add to the blocks' gradients, and return the inputs' gradients."""
+        if call.num_steps != self.session.num_steps(self.blocks):
+            raise UsageError(
+                f"the weights of {self.point.module} were updated between its forward and its backward",
+                hint="call backward() before optimizer.step()",
+            )
+        dims, tiles = self.session.tiles(self, call, tensors)
+        input_dims = dims.inputs if dims else None
+        totals: list[torch.Tensor | None] = [None] * len(tensors)
+        with (
+            self.session.visit_backward(self.blocks) as values,
+            installed(self.session.module, self.point.bindings, values),
+            rng_state(call.rng),
+            torch.enable_grad(),
+        ):
+            for tile in tiles:
+                inputs = [
+                    part.detach().requires_grad_(whole.requires_grad)
+                    for part, whole in zip(_cut(tensors, tile, input_dims), tensors, strict=True)
+                ]
+                with call.autocast.restore():
+                    outputs = call.run(inputs)
+                pairs = [
+                    (output, tile.of(gradient, dims.outputs[i] if dims else None))
+                    for i, (output, gradient) in enumerate(zip(outputs, gradients, strict=True))
+                    if gradient is not None and output.requires_grad
+                ]
+                if pairs:
+                    torch.autograd.backward([p[0] for p in pairs], [p[1] for p in pairs])
+                _collect(totals, inputs, tensors, tile, input_dims)
+        return totals
+
+    def _own(self, output: torch.Tensor, values: dict[str, torch.Tensor]) -> torch.Tensor:
+        """`output`, copied where it is a view of a slot that will soon hold other weights."""
+        storage = output.untyped_storage().data_ptr()
+        is_view = any(value.untyped_storage().data_ptr() == storage for value in values.values())
+        return output.clone() if is_view else output
+
+
+def _cut(tensors: Sequence[torch.Tensor], tile: Tile, dims: Sequence[int | None] | None) -> list[torch.Tensor]:
+    if dims is None:
+        return list(tensors)
+    return [tile.of(tensor, dim) for tensor, dim in zip(tensors, dims, strict=True)]
+
+
+def _collect(
+    totals: list[torch.Tensor | None],
+    inputs: Sequence[torch.Tensor],
+    wholes: Sequence[torch.Tensor],
+    tile: Tile,
+    dims: Sequence[int | None] | None,
+) -> None:
+    """Put a tile's input gradients into the whole ones: side by side along the batch, else summed."""
+    for index, (part, whole) in enumerate(zip(inputs, wholes, strict=True)):
+        if part.grad is None:
+            continue
+        dim = dims[index] if dims is not None else None
+        total = totals[index]
+        if tile.is_whole:
+            totals[index] = part.grad
+        elif dim is None:
+            totals[index] = part.grad if total is None else total.add_(part.grad)
+        else:
+            if total is None:
+                total = totals[index] = torch.zeros_like(whole)
+            tile.of(total, dim).copy_(part.grad)
+
+
+class _Visit(torch.autograd.Function):
+    """The visit as autograd sees it. The anchor requires grad, so that a block without differentiable inputs trains."""
+
+    @staticmethod
+    def forward(ctx: Any, call: Call, anchor: torch.Tensor | None, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        ctx.call = call
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors)
+        outputs = call.layer.forward(call, tensors)
+        ctx.mark_non_differentiable(*[o for o in outputs if not (o.is_floating_point() or o.is_complex())])
+        return tuple(outputs)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[misc]
+    def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        needed = ctx.needs_input_grad[2:]
+        inputs = [
+            tensor.detach().requires_grad_(need) for tensor, need in zip(ctx.saved_tensors, needed, strict=True)
+        ]
+        return (None, None, *ctx.call.layer.backward(ctx.call, inputs, gradients))
+
+
+class Loose:
+    """A module that owns parameters beside other points: they are installed, as values, while its forward runs."""
+
+    def __init__(self, session: Session, point: Point, module: nn.Module, blocks: Sequence[Block]) -> None:
+        self.session = session
+        self.point = point
+        self.original: Callable[..., Any] = module.forward
+        self.blocks = tuple(block.name for block in blocks)
+        self.parameters = list(dict.fromkeys(binding.parameter for binding in point.bindings))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's forward, with its own parameters in place."""
+        trains = torch.is_grad_enabled() and self.session.trains(self.blocks)
+        if self.session.probe is not None:
+            outputs: Sequence[torch.Tensor] = self.session.probe.loose(self, trains)
+        elif trains:
+            outputs = _Loose.apply(self, self.session.anchor)
+        else:
+            outputs = self.forward()
+        values = dict(zip(self.parameters, outputs, strict=True))
+        with installed(self.session.module, self.point.bindings, values):
+            return self.original(*args, **kwargs)
+
+    def forward(self) -> Outputs:
+        """Copies of the parameters."""
+        with self.session.visit(self.blocks, Direction.FORWARD) as values:
+            return [values[name].clone() for name in self.parameters]
+
+    def backward(self, gradients: Sequence[torch.Tensor | None]) -> None:
+        """Add to the parameters' gradients."""
+        with self.session.visit_backward(self.blocks, needs_weights=False):
+            for name, gradient in zip(self.parameters, gradients, strict=True):
+                if gradient is not None:
+                    self.session.add_gradient(name, gradient)
+
+
+class _Loose(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, loose: Loose, anchor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        ctx.loose = loose
+        ctx.set_materialize_grads(False)
+        return tuple(loose.forward())
+
+    @staticmethod
+    @once_differentiable  # type: ignore[misc]
+    def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[None, None]:
+        ctx.loose.backward(gradients)
+        return None, None

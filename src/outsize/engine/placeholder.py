@@ -1,0 +1,189 @@
+"""What stands in for parameters and gradients between visits: tensors with a shape and a type, and no storage.
+
+Reading one fetches the value; writing, converting, copying or pickling one raises an error that names it, because the
+change would be lost. (Plain empty tensors let `save_pretrained` write a file of nothing without an error.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import torch
+from torch.utils._pytree import tree_map_only
+
+from outsize.errors import UsageError
+
+
+class _Placeholder(torch.Tensor):
+    """A storage-free tensor; `_fetch` gives its value when something reads it."""
+
+    _label: str
+    _fetch: Callable[[], torch.Tensor]
+
+    @staticmethod
+    def __new__(
+        cls,
+        like: torch.Tensor,
+        label: str,
+        fetch: Callable[[], torch.Tensor],
+        *,
+        requires_grad: bool = False,
+        dtype: torch.dtype | None = None,
+    ) -> _Placeholder:
+        self: _Placeholder = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls, like.shape, dtype=dtype or like.dtype, device="cpu", requires_grad=requires_grad
+        )
+        self._label = label
+        self._fetch = fetch
+        return self
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        overload = func.overloadpacket
+        if overload in (torch.ops.aten.detach, torch.ops.aten.alias):
+            source = args[0]
+            return Reading(source, source._label, source._fetch)
+        if overload is torch.ops.aten._to_copy:
+            source = args[0]
+            source._refuse("converted", "its home and type are chosen by outsize.load(..., dtype=)")
+        for position, argument in enumerate(func._schema.arguments):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                value = args[position] if position < len(args) else kwargs.get(argument.name)
+                values = value if isinstance(value, list | tuple) else [value]
+                for target in values:
+                    if isinstance(target, _Placeholder):
+                        target._refuse("written", "change weights before outsize.wrap, or save and load again")
+        fetched: dict[int, torch.Tensor] = {}
+
+        def value_of(tensor: _Placeholder) -> torch.Tensor:
+            if id(tensor) not in fetched:
+                fetched[id(tensor)] = tensor._fetch()
+            return fetched[id(tensor)]
+
+        args, kwargs = tree_map_only(_Placeholder, value_of, (args, kwargs))
+        return func(*args, **kwargs)
+
+    def _refuse(self, what: str, hint: str) -> NoReturn:
+        raise UsageError(f"{self._label} lives in Outsize's store and cannot be {what} here", hint=hint)
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        return f"<{self._label}: {tuple(self.shape)} {self.dtype}, in Outsize's store>"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
+        self._refuse("copied", "save the model with outsize.save and load it again")
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        self._refuse("pickled", "use outsize.save(model, path)")
+
+    def data_ptr(self) -> NoReturn:
+        """Refused: there is no storage to point to."""
+        self._refuse("accessed as raw memory", "use outsize.save(model, path), or read it with .clone()")
+
+    def numpy(self, *, force: bool = False) -> Any:
+        """The value as an array of its own."""
+        return self._fetch().detach().numpy(force=force)
+
+    def tolist(self) -> Any:
+        """The value as nested lists."""
+        return self._fetch().tolist()
+
+
+class Reading(_Placeholder):
+    """A detached placeholder, such as `parameter.data` or an entry of `state_dict()`: it can be read only."""
+
+
+class GradientPlaceholder(_Placeholder):
+    """Stands in for `parameter.grad`; knows its norm without being read, and takes a factor instead of a write."""
+
+    _norm: Callable[[], float]
+    _scale_by: Callable[[float], None]
+
+    @classmethod
+    def of(
+        cls,
+        parameter: torch.Tensor,
+        label: str,
+        fetch: Callable[[], torch.Tensor],
+        norm: Callable[[], float],
+        scale_by: Callable[[float], None],
+    ) -> GradientPlaceholder:
+        """The gradient of `parameter`; `norm` is its 2-norm, `scale_by` records a factor."""
+        self = cls(parameter, label, fetch)
+        assert isinstance(self, GradientPlaceholder)
+        self._norm, self._scale_by = norm, scale_by
+        return self
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        aten = torch.ops.aten
+        overload = func.overloadpacket
+        if overload in (aten._foreach_norm, aten.linalg_vector_norm, aten.norm):
+            order = args[1] if len(args) > 1 else kwargs.get("ord", 2)
+            gradients = args[0] if isinstance(args[0], list | tuple) else [args[0]]
+            if order == 2 and all(isinstance(gradient, GradientPlaceholder) for gradient in gradients):
+                norms = [torch.tensor(gradient._norm(), dtype=torch.float32) for gradient in gradients]
+                return norms if overload is aten._foreach_norm else norms[0]
+        if overload in (aten._foreach_mul_, aten.mul_):
+            gradients = args[0] if isinstance(args[0], list | tuple) else [args[0]]
+            factors = args[1] if isinstance(args[1], list | tuple) else [args[1]] * len(gradients)
+            if all(isinstance(gradient, GradientPlaceholder) for gradient in gradients):
+                for gradient, factor in zip(gradients, factors, strict=True):
+                    gradient._scale_by(float(factor))
+                return args[0]
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+class OffloadedParameter(_Placeholder):
+    """A parameter between visits. Its gradient is a `GradientPlaceholder`, or None.
+
+    Reading it inside a computation that is differentiated is refused at `backward()`: the gradient would not reach the
+    store.
+    """
+
+    _is_param = True
+    _get_gradient: Callable[[], torch.Tensor | None]
+    _drop_gradient: Callable[[], None]
+
+    @classmethod
+    def of(
+        cls,
+        parameter: torch.Tensor,
+        label: str,
+        dtype: torch.dtype,
+        fetch: Callable[[], torch.Tensor],
+        get_gradient: Callable[[], torch.Tensor | None],
+        drop_gradient: Callable[[], None],
+    ) -> OffloadedParameter:
+        """Stands in for `parameter`."""
+        self = cls(parameter, label, fetch, dtype=dtype)
+        assert isinstance(self, OffloadedParameter)
+        self._get_gradient, self._drop_gradient = get_gradient, drop_gradient
+        if parameter.requires_grad:
+            self.requires_grad_()
+            self.register_hook(self._refuse_backward)
+        return self
+
+    def _refuse_backward(self, gradient: torch.Tensor) -> NoReturn:
+        self._refuse(
+            "differentiated outside the model's forward", "read it under torch.no_grad(), or through .detach()"
+        )
+
+    @property
+    def grad(self) -> torch.Tensor | None:  # type: ignore[override]
+        """The gradient that the next `step()` would use, or None."""
+        return self._get_gradient()
+
+    @grad.setter
+    def grad(self, value: torch.Tensor | None) -> None:
+        if value is not None:
+            self._refuse("given a gradient", "gradients come from backward(); set None to drop one")
+        self._drop_gradient()

@@ -1,0 +1,88 @@
+"""What a run did: where everything lived, how much was moved, what was waited for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from outsize.block import Plane
+from outsize.config import format_bytes
+from outsize.engine import memory
+from outsize.engine.session import session_of
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """`num_bytes` of `what` live in `tier`."""
+
+    tier: str
+    what: str
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """Figures of a model under Outsize since it was loaded; bytes and seconds."""
+
+    rows: tuple[Row, ...]
+    num_parameters: int
+    state_bytes: int
+    host_budget_bytes: int
+    host_peak_bytes: int
+    bytes_read: int
+    bytes_written: int
+    wait_s: dict[str, float] = field(default_factory=dict)
+    off_plan: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        width = max((len(row.what) for row in self.rows), default=0)
+        lines = [f"{row.tier:<5} {row.what:<{width}}  {format_bytes(row.num_bytes):>10}" for row in self.rows]
+        lines.append(
+            f"{self.num_parameters / 1e6:.1f} M parameters, training state {format_bytes(self.state_bytes)}; "
+            f"process peak {format_bytes(self.host_peak_bytes)} of {format_bytes(self.host_budget_bytes)}"
+        )
+        lines.append(
+            f"read {format_bytes(self.bytes_read)}, wrote {format_bytes(self.bytes_written)}; "
+            f"waited {sum(self.wait_s.values()):.1f} s"
+        )
+        if self.off_plan:
+            lines.append("visits that no plan foresaw (right, but not overlapped): " + ", ".join(self.off_plan[:8]))
+        return "\n".join(lines)
+
+
+def report(model: nn.Module) -> Report:
+    """The report of `model`; before its first call there are no rows."""
+    session = session_of(model)
+    num_parameters = sum(parameter.numel() for parameter in session.parameters.values())
+    executor, placement = session.executor, session.placement
+    if executor is None or placement is None:
+        return Report((), num_parameters, 0, session.host_limit_bytes, memory.peak_bytes(), 0, 0)
+    groups = {Plane.WEIGHT: "weights", Plane.MOMENT1: "optimizer state", Plane.GRADIENT: "gradients"}
+    figures: dict[tuple[str, str], int] = {}
+    total = 0
+    for state in executor.store:
+        for plane in (Plane.WEIGHT, Plane.GRADIENT, *state.record.state):
+            if plane is Plane.GRADIENT and not state.record.num_trainable:
+                continue
+            tier = "host" if placement.is_resident(state.name, plane) else "disk"
+            what = groups.get(plane, "optimizer state")
+            num_bytes = state.record.plane_bytes(plane)
+            figures[tier, what] = figures.get((tier, what), 0) + num_bytes
+            total += num_bytes
+    rows = [Row(tier, what, num_bytes) for (tier, what), num_bytes in sorted(figures.items(), reverse=True)]
+    rows.append(Row("host", "slots and buffers", placement.buffer_bytes))
+    rows.append(Row("host", "activations (most)", session.activation_bytes))
+    rows.append(Row("host", "Python and libraries", session.base_bytes))
+    stats = executor.store.disk.stats() if executor.store.disk is not None else None
+    return Report(
+        rows=tuple(rows),
+        num_parameters=num_parameters,
+        state_bytes=total,
+        host_budget_bytes=session.host_limit_bytes,
+        host_peak_bytes=memory.peak_bytes(),
+        bytes_read=stats.bytes_read if stats else 0,
+        bytes_written=stats.bytes_written if stats else 0,
+        wait_s=dict(executor.wait_s),
+        off_plan=tuple(f"{visit} x{count}" for visit, count in executor.off_plan.items()),
+    )

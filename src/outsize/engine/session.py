@@ -1,0 +1,597 @@
+"""One model under Outsize: its blocks, its points, its plan, and the budgets it was given.
+
+A session takes a model's parameters away and leaves placeholders, wraps the forward of each point, and watches calls of
+the root module. At the first call it rehearses, places every plane, and allocates; from then on budgets are fixed.
+"""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import Cache
+from transformers.loss.loss_utils import ForCausalLMLoss
+
+from outsize.block import Block, Piece, Plane, Record
+from outsize.config import Budgets, ComputeType, Home, Pins, format_bytes
+from outsize.engine import memory
+from outsize.engine.batch import BatchDims, Tile, tiles
+from outsize.engine.blocks import DTYPES, BlockState, BlockStore
+from outsize.engine.embedding import Embedding
+from outsize.engine.executor import Executor
+from outsize.engine.head import Head, Logits, TiledLoss
+from outsize.engine.layer import Call, Layer, Loose
+from outsize.engine.placeholder import GradientPlaceholder, OffloadedParameter
+from outsize.engine.probe import BatchShape, Probe, Rehearsal, batch_shape, rehearse
+from outsize.errors import BudgetError, ConfigError, UsageError
+from outsize.model import Cut, InitSource, Point, PointKind, Source, TensorSource
+from outsize.optim import Kernel, Rule, split
+from outsize.plan import Direction, Placement, Visit, place
+from outsize.tier import DiskTier, Tier
+
+if TYPE_CHECKING:
+    AnyPoint = Layer | Loose | Embedding | Head
+
+SLACK_BYTES = 128 << 20
+"""Memory left for what is not planned: malloc's remains, Python objects, thread stacks."""
+
+TILE_TOKENS = 4096
+"""Tokens that a tile aims at: enough for full matmul speed; fewer where memory is short."""
+
+_sessions: weakref.WeakKeyDictionary[nn.Module, Session] = weakref.WeakKeyDictionary()
+
+
+def session_of(module: nn.Module) -> Session:
+    """The session of a model that was loaded or wrapped; raises UsageError for any other."""
+    session = _sessions.get(module)
+    if session is None:
+        raise UsageError(
+            f"{type(module).__name__} is not a model of Outsize",
+            hint="open it with outsize.load(path), or wrap it with outsize.wrap(module)",
+        )
+    return session
+
+
+@dataclass(frozen=True, slots=True)
+class Location:
+    """Entry `index` of `block` holds rows `[start, stop)` of a parameter (all of it where `rows` is None)."""
+
+    block: str
+    index: int
+    rows: tuple[int, int] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What the user asked for, resolved."""
+
+    budgets: Budgets
+    home: Home | None
+    compute_type: ComputeType
+    pins: Pins
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """The call of the root module that is running, forward and backward."""
+
+    rehearsal: Rehearsal
+    shape: BatchShape
+    tile_rows: int
+
+
+class Session:
+    """Everything Outsize knows about one model."""
+
+    def __init__(self, module: nn.Module, cut: Cut, source: Source, settings: Settings) -> None:
+        self.module = module
+        self.cut = cut
+        self.source = source
+        self.settings = settings
+        self.dtype = DTYPES[settings.compute_type]
+        self.anchor = torch.zeros((), requires_grad=True)
+        self.handles: list[Logits] = []
+        self.has_labels = False
+        self.probe: Probe | None = None
+        self.rule: Rule | None = None
+        self.kernel: Callable[[], Kernel] | None = None
+        self.executor: Executor | None = None
+        self.placement: Placement | None = None
+        self.host_limit_bytes = 0
+        self.base_bytes = 0
+        self.activation_bytes = 0
+        self._call: _Call | None = None
+        self._forward_order: list[Visit] = []
+        self._rehearsals: dict[tuple[Any, ...], Rehearsal] = {}
+        self._blocks = {block.name: block for block in cut.blocks}
+        self._shapes = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
+        self._records: dict[str, Record] = {}
+        self._locations: dict[str, list[Location]] = {}
+        self._locate({block.name: block.pieces for block in cut.blocks})
+        self.parameters = self._take_parameters()
+        self._install()
+        _sessions[module] = self
+
+    # -- taking the model over -----------------------------------------------------------------------------------
+
+    def _locate(self, pieces: Mapping[str, Sequence[Piece]]) -> None:
+        self._locations = {}
+        for block, members in pieces.items():
+            for index, piece in enumerate(members):
+                rows = None if piece.is_whole else (piece.row_start or 0, piece.row_stop or 0)
+                self._locations.setdefault(piece.parameter, []).append(Location(block, index, rows))
+        for places in self._locations.values():
+            places.sort(key=lambda place: place.rows or (0, 0))
+
+    def _take_parameters(self) -> dict[str, OffloadedParameter]:
+        placeholders: dict[str, OffloadedParameter] = {}
+        owners = {name: parameter for name, parameter in self.module.named_parameters()}
+        for name, parameter in owners.items():
+            placeholders[name] = OffloadedParameter.of(
+                parameter,
+                name,
+                self.dtype,
+                fetch=lambda name=name: self.value(name),
+                get_gradient=lambda name=name: self.gradient(name),
+                drop_gradient=lambda name=name: self.drop_gradient(name),
+            )
+        for point in self.cut.points:
+            for binding in point.bindings:
+                owner = self.module.get_submodule(binding.module)
+                owner._parameters[binding.attribute] = placeholders[binding.parameter]  # type: ignore[assignment]
+        return placeholders
+
+    def _install(self) -> None:
+        self.points: dict[str, AnyPoint] = {}
+        for point in self.cut.points:
+            module = self.module.get_submodule(point.module)
+            self.points[point.module] = handler = self._handler(point, module)
+            # An instance attribute shadows the method, as accelerate does; the class stays as it is.
+            module.forward = _with_signature(handler, module.forward)  # type: ignore[method-assign]
+        self.forward: Callable[..., Any] = self.module.forward
+        self._parameters_of_forward = _parameters_of(self.forward)
+        self.module.register_forward_pre_hook(self._before_call, with_kwargs=True, prepend=True)
+        self.module.register_forward_hook(self._after_call, with_kwargs=True, always_call=True)
+        original = getattr(self.module, "loss_function", None)
+        if original is ForCausalLMLoss:
+            self.module.loss_function = TiledLoss(original)
+
+    def _handler(self, point: Point, module: nn.Module) -> AnyPoint:
+        blocks = [self._blocks[name] for name in point.blocks]
+        match point.kind:
+            case PointKind.LAYER:
+                return Layer(self, point, module, blocks)
+            case PointKind.LOOSE:
+                return Loose(self, point, module, blocks)
+            case PointKind.EMBEDDING:
+                assert isinstance(module, nn.Embedding)
+                return Embedding(self, point, module, blocks)
+            case PointKind.HEAD:
+                assert isinstance(module, nn.Linear)
+                return Head(self, point, module, blocks)
+
+    # -- the running call ----------------------------------------------------------------------------------------
+
+    def _before_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self.probe is not None:
+            return None
+        kwargs = dict(kwargs)
+        cache = kwargs.get("past_key_values")
+        has_labels = kwargs.get("labels") is not None
+        if torch.is_grad_enabled() and cache is not None:
+            raise UsageError(
+                "past_key_values with gradients on: recomputation would append to the cache a second time",
+                hint="call the model under torch.no_grad(), or without a cache",
+            )
+        plain = torch.is_grad_enabled() or (has_labels and cache is None)
+        if "use_cache" in self._parameters_of_forward and plain:
+            kwargs["use_cache"] = False
+        uses_cache = "use_cache" in self._parameters_of_forward and kwargs.get("use_cache") is not False
+        self.has_labels = has_labels
+        signature = self._signature(args, kwargs, uses_cache)
+        shape = batch_shape(module, args, kwargs)
+        rehearsal = self._rehearsals.get(signature)
+        if uses_cache and self.executor is not None:
+            # A cache grows with every call; the order of visits is that of a call without.
+            self._call = None
+            self.executor.begin(self._forward_order)
+            return args, kwargs
+        if rehearsal is None or shape.row_elements > rehearsal.row_elements:
+            plain_kwargs = {**kwargs, "use_cache": False} if uses_cache else kwargs
+            rehearsal = self._rehearsals[signature] = rehearse(self, args, plain_kwargs, shape)
+            self._forward_order = [v for v in rehearsal.visits if v.direction is Direction.FORWARD]
+        if self.executor is None:
+            self._settle(rehearsal, shape)
+        assert self.executor is not None
+        self._call = _Call(rehearsal, shape, self._tile_rows(rehearsal, shape))
+        self.executor.begin(rehearsal.visits)
+        return args, kwargs
+
+    def _after_call(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if self.probe is not None:
+            return
+        for handle in self.handles:
+            handle.seal()
+        self.handles.clear()
+        self.has_labels = False
+
+    def _signature(self, args: tuple[Any, ...], kwargs: dict[str, Any], uses_cache: bool) -> tuple[Any, ...]:
+        """What decides the order of visits and the batch dimensions: everything but sizes."""
+
+        def describe(value: Any) -> Any:
+            if isinstance(value, torch.Tensor):
+                return value.dim(), value.dtype
+            return type(value).__name__ if isinstance(value, Cache) else repr(value)[:80]
+
+        trains = tuple(parameter.requires_grad for parameter in self.parameters.values())
+        return (
+            torch.is_grad_enabled(),
+            self.module.training,
+            uses_cache,
+            hash(trains),
+            tuple(map(describe, args)),
+            tuple(sorted((key, describe(value)) for key, value in kwargs.items() if value is not None)),
+        )
+
+    # -- what points ask for -------------------------------------------------------------------------------------
+
+    def trains(self, blocks: Sequence[str]) -> bool:
+        """Whether any parameter in `blocks` requires grad."""
+        return any(
+            self.parameters[piece.parameter].requires_grad
+            for name in blocks
+            for piece in self._blocks[name].pieces
+        )
+
+    def num_steps(self, blocks: Sequence[str]) -> tuple[int, ...]:
+        """How many updates each block was given so far."""
+        return tuple(self._store[name].num_steps for name in blocks)
+
+    def entry_pieces(self, blocks: Sequence[str]) -> list[Piece]:
+        """The pieces of `blocks`."""
+        return [piece for name in blocks for piece in self._blocks[name].pieces]
+
+    def row_blocks(self, parameter: str) -> list[tuple[str, int, int]]:
+        """`(block, first row, last row)` of a table, in order."""
+        rows = self._shapes[parameter][0]
+        return [(place.block, *(place.rows or (0, rows))) for place in self._locations[parameter]]
+
+    @contextmanager
+    def visit(self, blocks: Sequence[str], direction: Direction) -> Iterator[dict[str, torch.Tensor]]:
+        """The parameters in `blocks`, as plain views, by name."""
+        with ExitStack() as stack:
+            values: dict[str, torch.Tensor] = {}
+            for name in blocks:
+                state = stack.enter_context(self._running.visit(name, direction))
+                values |= self._values(state)
+            yield values
+
+    @contextmanager
+    def visit_backward(
+        self, blocks: Sequence[str], *, needs_weights: bool = True
+    ) -> Iterator[dict[str, torch.Tensor]]:
+        """As `visit`; trainable parameters are leaves whose gradients go to the block's sum as they arise."""
+        with ExitStack() as stack:
+            values: dict[str, torch.Tensor] = {}
+            for name in blocks:
+                state = stack.enter_context(
+                    self._running.visit(
+                        name, Direction.BACKWARD, needs_weights=needs_weights, trains=self.trains((name,))
+                    )
+                )
+                if needs_weights:
+                    values |= self._leaves(state)
+            yield values
+
+    def _values(self, state: BlockState) -> dict[str, torch.Tensor]:
+        views = self._store.pieces(state)
+        return {e.piece.parameter: view for e, view in zip(state.record.entries, views, strict=True)}
+
+    def _leaves(self, state: BlockState) -> dict[str, torch.Tensor]:
+        leaves = self._values(state)
+        for index, entry in enumerate(state.record.entries):
+            if entry.trainable:
+
+                def collect(leaf: torch.Tensor, index: int = index) -> None:
+                    assert leaf.grad is not None
+                    self._store.add_gradient(state, index, leaf.grad)
+                    leaf.grad = None
+
+                leaf = leaves[entry.piece.parameter].detach().requires_grad_()
+                leaf.register_post_accumulate_grad_hook(collect)
+                leaves[entry.piece.parameter] = leaf
+        return leaves
+
+    def add_gradient(self, parameter: str, gradient: torch.Tensor) -> None:
+        """Add to the gradient of a whole parameter whose block is being visited backward."""
+        (place,) = self._locations[parameter]
+        state = self._store[place.block]
+        if state.record.entries[place.index].trainable:
+            self._store.add_gradient(state, place.index, gradient)
+
+    def gradient_sum(self, block: str, parameter: str) -> torch.Tensor | None:
+        """The sum of the rows of `parameter` in `block`, to be added to; None where it is frozen."""
+        state = self._store[block]
+        for index, entry in enumerate(state.record.entries):
+            if entry.piece.parameter == parameter and entry.trainable:
+                total = self._store.gradient_sum(state, index)
+                if index not in state.summed:
+                    total.zero_()
+                    state.summed.add(index)
+                return total
+        return None
+
+    def tiles(
+        self, layer: Layer, call: Call, tensors: Sequence[torch.Tensor]
+    ) -> tuple[BatchDims | None, list[Tile]]:
+        """How the running call's batch is cut for `layer`; one tile where the batch dimension is not known."""
+        current = self._call
+        whole = [Tile(0, 1, 1)]
+        if current is None or current.shape.rows is None:
+            return None, whole
+        dims, rows = current.rehearsal.dims.get(layer.point.module), current.shape.rows
+        if dims is None or (layer.has_batch_statistics and layer.module.training):
+            return None, whole
+        fits = len(dims.inputs) == len(tensors) and all(
+            dim is None or (dim < tensor.dim() and tensor.shape[dim] % rows == 0)
+            for dim, tensor in zip(dims.inputs, tensors, strict=True)
+        )
+        return (dims, list(tiles(rows, current.tile_rows))) if fits else (None, whole)
+
+    # -- what placeholders and the optimizer ask for -------------------------------------------------------------
+
+    def value(self, parameter: str) -> torch.Tensor:
+        """A copy of a parameter's current value."""
+        parts = [self.piece_value(place) for place in self._locations[parameter]]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def piece_value(self, place: Location) -> torch.Tensor:
+        """A copy of one piece's current value."""
+        if self.executor is None:
+            piece = self._blocks[place.block].pieces[place.index]
+            exact = torch.empty(piece.shape, dtype=torch.float32)
+            self.source.read(Block(place.block, (piece,)), [exact])
+            return exact if self.dtype is torch.float32 else split(exact.view(-1))[0].view(piece.shape)
+        with self.executor.touch(place.block) as state:
+            return self._store.pieces(state)[place.index].clone()
+
+    def block_values(self, block: Block) -> list[torch.Tensor]:
+        """The current values of all pieces of a block of the cut; views, valid until the model is used again."""
+        if self.executor is None:
+            return [self.piece_value(self._place_of(piece)) for piece in block.pieces]
+        with self.executor.touch(block.name) as state:
+            views = {e.piece: v for e, v in zip(state.record.entries, self._store.pieces(state), strict=True)}
+            return [views[piece].clone() for piece in block.pieces]
+
+    def _place_of(self, piece: Piece) -> Location:
+        rows = None if piece.is_whole else (piece.row_start or 0, piece.row_stop or 0)
+        return next(place for place in self._locations[piece.parameter] if place.rows == rows)
+
+    def gradient(self, parameter: str) -> torch.Tensor | None:
+        """What stands for the parameter's gradient, or None."""
+        if self.executor is None or not any(g.present for g in self._gradients(parameter)):
+            return None
+        return GradientPlaceholder.of(
+            self.parameters[parameter],
+            f"{parameter}.grad",
+            fetch=lambda: self._gradient_value(parameter),
+            norm=lambda: sum(g.sum_of_squares * g.scale**2 for g in self._gradients(parameter)) ** 0.5,
+            scale_by=lambda factor: self._scale_gradient(parameter, factor),
+        )
+
+    def drop_gradient(self, parameter: str) -> None:
+        """Forget the parameter's gradient."""
+        if self.executor is not None:
+            for gradient in self._gradients(parameter):
+                gradient.present, gradient.scale = False, 1.0
+
+    def _gradients(self, parameter: str) -> list[Any]:
+        return [self._store[place.block].gradients[place.index] for place in self._locations[parameter]]
+
+    def _scale_gradient(self, parameter: str, factor: float) -> None:
+        for gradient in self._gradients(parameter):
+            gradient.scale *= factor
+
+    def _gradient_value(self, parameter: str) -> torch.Tensor:
+        parts = []
+        for place in self._locations[parameter]:
+            state = self._store[place.block]
+            parts.append(self._store.gradient_value(state, place.index) * state.gradients[place.index].scale)
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def locations(self, parameter: str) -> Sequence[Location]:
+        """Where a parameter's pieces are."""
+        return self._locations[parameter]
+
+    def set_rule(self, rule: Rule, kernel: Callable[[], Kernel]) -> None:
+        """Lay records out for `rule` from now on; refused once gradients exist."""
+        if self.executor is not None:
+            if self.rule is not None or any(state.has_gradient for state in self._store):
+                raise UsageError(
+                    "the model has an optimizer or gradients already",
+                    hint="create the optimizer once, before the first backward()",
+                )
+            self.close()
+        self.rule, self.kernel = rule, kernel
+
+    # -- settling ------------------------------------------------------------------------------------------------
+
+    @property
+    def _store(self) -> BlockStore:
+        return self._running.store
+
+    @property
+    def _running(self) -> Executor:
+        if self.executor is None:
+            raise UsageError(
+                "a part of the model runs before the model was called", hint="call the whole model once first"
+            )
+        return self.executor
+
+    def _lay_out(self, rehearsal: Rehearsal) -> list[Record]:
+        """Records of all blocks, for the rule and for what is trainable now."""
+        summed = Counter(visit.block for visit in rehearsal.visits if visit.trains)
+        size = self.dtype.itemsize
+        records = []
+        for block in self.cut.blocks:
+            trainable = [self.parameters[piece.parameter].requires_grad for piece in block.pieces]
+            state = self.rule.state if self.rule is not None else ()
+            sizes = {Plane.WEIGHT: size, Plane.GRADIENT: size}
+            if self.rule is not None:
+                sizes |= self.rule.element_bytes(self.settings.compute_type)
+                state = tuple(plane for plane in sizes if plane not in (Plane.WEIGHT, Plane.GRADIENT))
+            if summed[block.name] > 1:
+                sizes[Plane.GRADIENT] = 4  # summed over visits: rounded once, when the update reads it
+            records.append(Record.lay_out(block, trainable, state, sizes))
+        return records
+
+    def _settle(self, rehearsal: Rehearsal, shape: BatchShape) -> None:
+        """Place, allocate, and open the disk. Raises BudgetError, having kept nothing, where it does not fit."""
+        if self.kernel is not None:
+            self.kernel()  # a compilation ends before the arenas are touched
+        records = self._lay_out(rehearsal)
+        self.base_bytes = memory.resident_bytes()
+        limit = self.settings.budgets.host_bytes
+        self.host_limit_bytes = limit or self.base_bytes + int(0.9 * memory.available_bytes())
+        self.placement = self._place(records, rehearsal, shape)
+        disk = self._open_disk(self.placement, records)
+        store = BlockStore(
+            records,
+            self.placement,
+            source=self.source,
+            disk=disk,
+            compute_type=self.settings.compute_type,
+            rule=self.rule,
+            kernel=self.kernel,
+        )
+        self.executor = Executor(store)
+        self._locate({r.name: [entry.piece for entry in r.entries] for r in records})
+        self._blocks = {r.name: Block(r.name, tuple(entry.piece for entry in r.entries)) for r in records}
+        if self.rule is not None and isinstance(self.source, InitSource | TensorSource):
+            store.import_all(self._touch)
+        else:
+            for state in store:
+                store.load_resident(state)
+
+    def _touch(self, state: BlockState) -> None:
+        assert self.executor is not None
+        with self.executor.touch(state.name):
+            pass
+
+    def _place(self, records: Sequence[Record], rehearsal: Rehearsal, shape: BatchShape) -> Placement:
+        """Give memory to activations first, then to arenas; smaller tiles where that is what makes it fit."""
+        # Two blocks visited at once would need two slots of every class: the rare shared ones stay in memory.
+        always = frozenset(
+            name
+            for point in self.cut.points
+            if point.kind in (PointKind.LAYER, PointKind.LOOSE) and len(point.blocks) > 1
+            for name in point.blocks
+        )
+        room = self.host_limit_bytes - self.base_bytes - SLACK_BYTES
+        tile_rows = self._wanted_tile_rows(shape)
+        while True:
+            self.activation_bytes = self._activation_bytes(rehearsal, shape, tile_rows)
+            try:
+                return place(
+                    records,
+                    arena_bytes=room - self.activation_bytes,
+                    home=self.settings.home,
+                    has_disk=self.settings.budgets.disk is not None,
+                    always_resident=always,
+                    pins=self.settings.pins,
+                )
+            except BudgetError as error:
+                if tile_rows > 1 and self.settings.pins.tile_rows is None:
+                    tile_rows = -(-tile_rows // 2)
+                    continue
+                needed = self.base_bytes + SLACK_BYTES + self.activation_bytes
+                raise BudgetError(
+                    f"the model does not fit into {format_bytes(self.host_limit_bytes)}: {error.message}; "
+                    f"the process itself has {format_bytes(self.base_bytes)}, "
+                    f"activations take {format_bytes(self.activation_bytes)}, "
+                    f"{format_bytes(SLACK_BYTES)} are kept free",
+                    hint=self._budget_hint(records, needed, error),
+                ) from error
+
+    def _budget_hint(self, records: Sequence[Record], fixed_bytes: int, error: BudgetError) -> str:
+        has_disk = self.settings.budgets.disk is not None
+        least = place(
+            records,
+            arena_bytes=1 << 60,
+            home=self.settings.home or Home.DISK,
+            has_disk=has_disk,
+            pins=Pins(weight_slots=1, gradient_slots=1, resident_bytes=0),
+        )
+        needed = -(-(fixed_bytes + least.arena_bytes) // (1 << 20))
+        hint = f'host="{needed}MiB" works with this batch'
+        return hint if has_disk else f'{hint}; or give a folder on an SSD with disk="..."'
+
+    def _open_disk(self, placement: Placement, records: Sequence[Record]) -> Tier | None:
+        budget = self.settings.budgets.disk
+        if not placement.disk_bytes:
+            return None
+        assert budget is not None
+        num_bytes = sum(record.num_bytes for record in records)
+        if budget.num_bytes is not None and num_bytes > budget.num_bytes:
+            raise BudgetError(
+                f"the state takes {format_bytes(num_bytes)} on disk, "
+                f"{budget.folder} may hold {format_bytes(budget.num_bytes)}",
+                hint=f'disk="{budget.folder}:{-(-num_bytes // 2**20)}MiB" works',
+            )
+        return DiskTier(budget.folder, num_bytes, verify=self.settings.pins.verify)
+
+    def _wanted_tile_rows(self, shape: BatchShape) -> int:
+        rows = shape.rows or 1
+        wanted = self.settings.pins.tile_rows or -(-TILE_TOKENS // shape.row_tokens)
+        return max(1, min(rows, wanted))
+
+    def _activation_bytes(self, rehearsal: Rehearsal, shape: BatchShape, tile_rows: int) -> int:
+        rows = shape.rows or 1
+        is_tiled = bool(rehearsal.dims) and all(dims is not None for dims in rehearsal.dims.values())
+        tile = rehearsal.tile_bytes.at(tile_rows if is_tiled else rows)
+        return rehearsal.boundary_bytes.at(rows) + max(tile, rehearsal.loss_bytes.at(rows))
+
+    def _tile_rows(self, rehearsal: Rehearsal, shape: BatchShape) -> int:
+        """The largest tile whose memory is within what is left beside the arenas."""
+        assert self.placement is not None
+        room = self.host_limit_bytes - self.base_bytes - SLACK_BYTES - self.placement.arena_bytes
+        tile_rows = self._wanted_tile_rows(shape)
+        while (needed := self._activation_bytes(rehearsal, shape, tile_rows)) > room:
+            if tile_rows == 1 or self.settings.pins.tile_rows is not None:
+                raise BudgetError(
+                    f"a batch of {shape.rows or 1} rows takes {format_bytes(needed)} of activations, "
+                    f"{format_bytes(room)} are left beside the arenas",
+                    hint="use fewer rows or shorter sequences, give more memory with host=, or make the first "
+                    "call with the largest batch",
+                )
+            tile_rows = -(-tile_rows // 2)
+        return tile_rows
+
+    def close(self) -> None:
+        """Give memory and disk back; the model can be called again only before its first update."""
+        if self.executor is not None:
+            self.executor.close()
+            self.executor = None
+            self.placement = None
+
+
+def _with_signature(handler: Callable[..., Any], original: Callable[..., Any]) -> Callable[..., Any]:
+    """`handler` as a function with the signature of `original`: transformers and Trainer inspect it."""
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return handler(*args, **kwargs)
+
+    forward.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]
+    forward.__doc__ = original.__doc__
+    return forward
+
+
+def _parameters_of(function: Callable[..., Any]) -> frozenset[str]:
+    return frozenset(inspect.signature(function).parameters)

@@ -1,0 +1,270 @@
+"""The update lane: applies pending updates chunk by chunk, beside computing.
+
+One thread feeds: it takes a chunk buffer, starts reading state and gradient into it, and goes on to the next chunk, and
+to the next block, as far as buffers reach. One thread applies: it waits for a chunk's reads and for its part of the
+weights, runs the rule in place, and starts writing back. A buffer is fed again once its write is done. So an update
+never holds a whole record, and the disk reads, computes and writes at once.
+
+Source: the idea of streaming optimizer state through fixed buffers is ZeRO-Infinity's (Rajbhandari et al., 2021);
+updating on the next visit follows GreedySnake's delayed step, without its staleness.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from queue import SimpleQueue
+
+import torch
+
+from outsize.block import CHUNK, Plane, Record, align
+from outsize.optim import Hyper, Kernel
+from outsize.tier import Region, Tier, Transfer
+
+
+@dataclass(frozen=True, slots=True)
+class Pending:
+    """An update that `step()` froze: one set of hyperparameters per entry of the record, None where it has none."""
+
+    hypers: tuple[Hyper | None, ...]
+
+
+@dataclass(eq=False)
+class UpdateJob:
+    """One block's pending update on its way through the lane.
+
+    `weight` is the whole weight plane in memory; `state_planes` and `gradient` are resident planes, or None where
+    they stream. With `is_first` nothing of the record is on disk yet: state starts as zero (and `initial_remainder`),
+    and the frozen part of the weights is stored too.
+    """
+
+    record: Record
+    pending: Pending
+    disk_offset: int
+    weight: torch.Tensor
+    weight_buffer: memoryview | None
+    weight_reads: Sequence[Transfer]
+    state_planes: Sequence[torch.Tensor] | None
+    gradient: torch.Tensor | None
+    is_first: bool
+    initial_remainder: Callable[[], torch.Tensor | None]
+    after: UpdateJob | None
+    state_writes: list[Transfer] = field(default_factory=list)
+    weight_writes: list[Transfer] = field(default_factory=list)
+    error: BaseException | None = None
+    _is_applied: threading.Event = field(default_factory=threading.Event)
+
+    def is_applied(self) -> bool:
+        """Whether `wait_applied` would not block."""
+        return self._is_applied.is_set()
+
+    def wait_applied(self) -> None:
+        """Wait until the weights in memory are the updated ones; raise what went wrong."""
+        self._is_applied.wait()
+        if self.error is not None:
+            raise self.error
+
+    def wait_written(self) -> None:
+        """Wait until the update is on disk."""
+        self.wait_applied()
+        for transfer in (*self.weight_writes, *self.state_writes):
+            transfer.wait()
+
+    def wait_weights_written(self) -> None:
+        """Wait until nothing is being written from the weights in memory."""
+        self.wait_applied()
+        for transfer in self.weight_writes:
+            transfer.wait()
+
+    def finish(self, error: BaseException | None = None) -> None:
+        """Let waiters go on."""
+        self.error = self.error or error
+        self._is_applied.set()
+        self.after = None  # a chain of jobs would keep every tensor of the past alive
+
+    def chunks(self) -> Iterator[tuple[int, int, int]]:
+        """`(start, trainable stop, weight stop)` of each chunk the job visits, in elements."""
+        record = self.record
+        total = record.num_elements if self.is_first else record.num_trainable
+        for start in range(0, total, CHUNK):
+            stop = min(start + CHUNK, record.num_elements)
+            yield start, max(start, min(stop, record.num_trainable)), stop
+
+    def runs(self, start: int, stop: int) -> list[tuple[int, int, Hyper]]:
+        """Maximal element ranges of `[start, stop)` that are updated with the same hyperparameters."""
+        runs: list[tuple[int, int, Hyper]] = []
+        for entry, hyper in zip(self.record.entries, self.pending.hypers, strict=True):
+            first, last = max(entry.start, start), min(entry.stop, stop)
+            if hyper is None or first >= last:
+                continue
+            if runs and runs[-1][1] == first and runs[-1][2] == hyper:
+                runs[-1] = (runs[-1][0], last, hyper)
+            else:
+                runs.append((first, last, hyper))
+        return runs
+
+
+@dataclass(slots=True)
+class _Chunk:
+    job: UpdateJob
+    start: int
+    trainable_stop: int
+    stop: int
+    is_last: bool
+    buffer: Region | None = None
+    reads: list[Transfer] = field(default_factory=list)
+    error: BaseException | None = None
+
+
+class UpdateLane:
+    """Two threads and `buffers`; jobs are applied in the order in which they are submitted."""
+
+    def __init__(
+        self,
+        buffers: Sequence[Region],
+        disk: Tier | None,
+        kernel: Callable[[], Kernel],
+        plane_dtypes: dict[Plane, torch.dtype],
+    ) -> None:
+        self._disk = disk
+        self._kernel = kernel
+        self._dtypes = plane_dtypes
+        self._jobs: SimpleQueue[UpdateJob | None] = SimpleQueue()
+        self._fed: SimpleQueue[_Chunk | None] = SimpleQueue()
+        self._idle: SimpleQueue[tuple[Region, list[Transfer]]] = SimpleQueue()
+        for buffer in buffers:
+            self._idle.put((buffer, []))
+        self._threads = [
+            threading.Thread(target=target, name=f"outsize-{target.__name__.strip('_')}", daemon=True)
+            for target in (self._feed, self._apply)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(self, job: UpdateJob) -> None:
+        """Queue a job; wait for it with `job.wait_applied()`."""
+        self._jobs.put(job)
+
+    def close(self) -> None:
+        """Finish what was submitted and stop the threads."""
+        self._jobs.put(None)
+        for thread in self._threads:
+            thread.join()
+
+    # -- feeding -------------------------------------------------------------------------------------------------
+
+    def _feed(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            error: BaseException | None = None
+            if job.after is not None:
+                try:
+                    job.after.wait_written()
+                except BaseException as failure:
+                    error = failure
+            ranges = list(job.chunks())
+            if not ranges:
+                job.finish(error)
+            for index, (start, trainable_stop, stop) in enumerate(ranges):
+                chunk = _Chunk(job, start, trainable_stop, stop, index == len(ranges) - 1, error=error)
+                if chunk.error is None and job.error is None:
+                    try:
+                        self._start_reads(chunk)
+                    except BaseException as failure:
+                        chunk.error = failure
+                self._fed.put(chunk)
+        self._fed.put(None)
+
+    def _start_reads(self, chunk: _Chunk) -> None:
+        job, record = chunk.job, chunk.job.record
+        num_elements = chunk.trainable_stop - chunk.start
+        streams_state = bool(record.state) and job.state_planes is None and num_elements > 0
+        streams_gradient = job.gradient is None and num_elements > 0
+        if not (streams_state or streams_gradient):
+            return
+        chunk.buffer, writes = self._idle.get()
+        for write in writes:
+            write.wait()
+        assert self._disk is not None
+        if streams_state:
+            extent = record.state_extent(chunk.start, chunk.trainable_stop)
+            if job.is_first:
+                chunk.buffer.tensor(torch.uint8, extent.num_bytes).zero_()
+            else:
+                label = f"{record.name}.state[{chunk.start // CHUNK}]"
+                place = job.disk_offset + extent.offset
+                chunk.reads.append(
+                    self._disk.start_read(place, chunk.buffer.buffer[: extent.num_bytes], label)
+                )
+        if streams_gradient and job.runs(chunk.start, chunk.trainable_stop):
+            offset = record.state_bytes(num_elements) if streams_state else 0
+            extent = record.chunk_extent(Plane.GRADIENT, chunk.start, chunk.trainable_stop)
+            label = f"{record.name}.gradient[{chunk.start // CHUNK}]"
+            buffer = chunk.buffer.buffer[offset : offset + extent.num_bytes]
+            chunk.reads.append(self._disk.start_read(job.disk_offset + extent.offset, buffer, label))
+
+    # -- applying ------------------------------------------------------------------------------------------------
+
+    def _apply(self) -> None:
+        while (chunk := self._fed.get()) is not None:
+            job = chunk.job
+            writes: list[Transfer] = []
+            try:
+                for read in chunk.reads:
+                    read.wait()
+                if chunk.error is not None:
+                    raise chunk.error
+                if job.error is None:
+                    self._apply_chunk(chunk, writes)
+            except BaseException as error:
+                job.error = job.error or error
+            if chunk.buffer is not None:
+                self._idle.put((chunk.buffer, writes))
+            if chunk.is_last:
+                job.finish()
+
+    def _apply_chunk(self, chunk: _Chunk, writes: list[Transfer]) -> None:
+        job, record = chunk.job, chunk.job.record
+        reads = job.weight_reads
+        for read in reads if len(reads) == 1 else reads[chunk.start // CHUNK : chunk.start // CHUNK + 1]:
+            read.wait()
+        state, gradient = self._planes(chunk)
+        remainder = job.initial_remainder() if job.is_first else None
+        if remainder is not None and Plane.REMAINDER in record.state:
+            state[record.state.index(Plane.REMAINDER)].copy_(remainder[chunk.start : chunk.trainable_stop])
+        for first, last, hyper in job.runs(chunk.start, chunk.trainable_stop):
+            inside = slice(first - chunk.start, last - chunk.start)
+            self._kernel()(job.weight[first:last], [plane[inside] for plane in state], gradient[inside], hyper)
+        if job.weight_buffer is not None:
+            assert self._disk is not None
+            extent = record.chunk_extent(Plane.WEIGHT, chunk.start, chunk.stop)
+            label = f"{record.name}.weight[{chunk.start // CHUNK}]"
+            data = job.weight_buffer[extent.offset : extent.offset + extent.num_bytes]
+            job.weight_writes.append(self._disk.start_write(job.disk_offset + extent.offset, data, label))
+        if record.state and job.state_planes is None and chunk.buffer is not None:
+            assert self._disk is not None
+            extent = record.state_extent(chunk.start, chunk.trainable_stop)
+            label = f"{record.name}.state[{chunk.start // CHUNK}]"
+            data = chunk.buffer.buffer[: extent.num_bytes]
+            writes.append(self._disk.start_write(job.disk_offset + extent.offset, data, label))
+            job.state_writes.extend(writes)
+
+    def _planes(self, chunk: _Chunk) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """The chunk's part of each state plane and of the gradient, wherever they are."""
+        job, record = chunk.job, chunk.job.record
+        num_elements = chunk.trainable_stop - chunk.start
+        offset = 0
+        state: list[torch.Tensor] = []
+        if job.state_planes is not None:
+            state = [plane[chunk.start : chunk.trainable_stop] for plane in job.state_planes]
+        elif num_elements:
+            for plane in record.state:
+                assert chunk.buffer is not None
+                state.append(chunk.buffer.tensor(self._dtypes[plane], num_elements, offset))
+                offset += align(num_elements * record.element_bytes[plane])
+        if job.gradient is not None:
+            return state, job.gradient[chunk.start : chunk.trainable_stop]
+        if not num_elements:
+            return state, torch.empty(0)
+        assert chunk.buffer is not None
+        return state, chunk.buffer.tensor(self._dtypes[Plane.GRADIENT], num_elements, offset)
