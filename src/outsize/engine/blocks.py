@@ -108,7 +108,7 @@ class BlockStore:
         self.disk = disk
         self.plane_dtypes = {Plane.WEIGHT: self.dtype, Plane.GRADIENT: self.dtype}
         if rule is not None:
-            self.plane_dtypes |= rule.plane_dtypes(compute_type)
+            self.plane_dtypes |= rule.dtypes(compute_type)
         self.arena = HostArena(placement.arena_bytes)
         self.states: dict[str, BlockState] = {}
         offset = 0
@@ -318,7 +318,7 @@ class BlockStore:
                 rounded[start:stop] = total[start:stop].to(dtype)
         for index in state.summed:
             entry, gradient = state.record.entries[index], state.gradients[index]
-            norm = torch.linalg.vector_norm(rounded[entry.start : entry.stop], dtype=torch.float32)
+            norm = torch.linalg.vector_norm(rounded[entry.start : entry.stop].to(self.dtype), dtype=torch.float32)
             gradient.present, gradient.sum_of_squares, gradient.scale = True, float(norm) ** 2, 1.0
         if resident is None and state.gradient_slot is not None:
             buffer = state.gradient_slot.buffer
@@ -424,18 +424,14 @@ class BlockStore:
         if self.dtype is torch.float32:
             self.source.read(Block(record.name, tuple(e.piece for e in record.entries)), views)
             return
-        remainder = (
-            torch.zeros(record.num_trainable * 2, dtype=torch.uint8)
-            .view(self.plane_dtypes[Plane.REMAINDER])
-            .view(record.num_trainable, -1)
-            if Plane.REMAINDER in record.state
-            else None
-        )
+        remainder = None
+        if Plane.REMAINDER in record.state:
+            remainder = torch.zeros(record.num_trainable, dtype=self.plane_dtypes[Plane.REMAINDER])
         for entry, view in zip(record.entries, views, strict=True):
             exact = torch.empty(entry.piece.shape, dtype=torch.float32)
             self.source.read(Block(record.name, (entry.piece,)), [exact])
             weight, rest = split(exact.view(-1))
             view.copy_(weight.view(entry.piece.shape))
             if remainder is not None and entry.trainable:
-                remainder[entry.start : entry.stop] = rest.view(entry.stop - entry.start, -1)
+                remainder[entry.start : entry.stop] = rest
         state.remainder = remainder

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from transformers import Cache
 
 from outsize.block import Block
 from outsize.engine.batch import Tile, TiledOutput
@@ -143,6 +144,11 @@ class Layer:
             return call.result(self.session.probe.layer(self, call, tensors, trains, differentiates))
         if not differentiates:
             return call.result(self.forward(call, tensors))
+        if any(isinstance(leaf, Cache) for leaf in leaves):
+            raise UsageError(
+                f"{self.point.module} is given a cache while gradients are on: recomputation would fill it twice",
+                hint="pass use_cache=False",
+            )
         call.num_steps = self.session.num_steps(self.blocks)
         outputs = _Visit.apply(call, self.session.anchor if trains else None, *tensors)
         return call.result(outputs)

@@ -84,7 +84,7 @@ class Probe:
     """Records one run of the model at one batch size. Points call it instead of visiting their blocks."""
 
     session: Session
-    visits: list[tuple[str, bool, bool, bool]] = field(default_factory=list)
+    visits: list[Visit] = field(default_factory=list)
     shapes: dict[str, tuple[list[Shape], list[Shape]]] = field(default_factory=dict)
     inconsistent: set[str] = field(default_factory=set)
     kept: dict[int, torch.Tensor] = field(default_factory=dict)
@@ -110,54 +110,59 @@ class Probe:
         call.output_spec, call.output_leaves = first.output_spec, first.output_leaves
         call.output_positions = first.output_positions
         call.side_door.counts = dict(first.side_door.counts)
-        outputs = [torch.zeros(o.shape, dtype=o.dtype) for o in like]
-        self._record(layer.blocks, trains, True, differentiates)
-        self._record_shapes(layer.point.module, tensors, outputs)
-        if differentiates:
-            self._keep(tensors)
-        return [_grow(output, differentiates) for output in outputs]
+        self._record_shapes(layer.point.module, tensors, like)
+        return self._visit(layer.blocks, tensors, [torch.zeros(o.shape, dtype=o.dtype) for o in like], differentiates)
 
     def loose(self, loose: Loose, trains: bool) -> list[torch.Tensor]:
         """Zeros in the shapes of the parameters."""
-        self._record(loose.blocks, trains, False, trains)
-        pieces = {p.parameter: p.shape for p in self.session.entry_pieces(loose.blocks)}
-        return [_grow(torch.zeros(pieces[name], dtype=self.session.dtype), trains) for name in loose.parameters]
+        shapes = {piece.parameter: piece.shape for piece in self.session.entry_pieces(loose.blocks)}
+        values = [torch.zeros(shapes[name], dtype=self.session.dtype) for name in loose.parameters]
+        return self._visit(loose.blocks, [], values, trains, weights_in_backward=False)
 
     def embedding(self, embedding: Embedding, ids: torch.Tensor, trains: bool) -> torch.Tensor:
         """Zeros in the shape of the output."""
-        self._record(embedding.blocks, trains, False, trains)
         output = torch.zeros(*ids.shape, embedding.module.embedding_dim, dtype=self.session.dtype)
         self.loss_bytes = max(self.loss_bytes, 3 * output.nbytes)
-        return _grow(output, trains)
+        return self._visit(embedding.blocks, [], [output], trains, weights_in_backward=False)[0]
 
     def head(self, head: Head, hidden: torch.Tensor, trains: bool, differentiates: bool) -> torch.Tensor:
         """Logits that take no memory; their real ones are counted."""
-        self._record(head.blocks, trains, True, differentiates)
         shape = (*hidden.shape[:-1], head.module.out_features)
-        logits = _grow(torch.zeros((), dtype=hidden.dtype), differentiates).expand(shape)
+        logits = torch.zeros((), dtype=hidden.dtype).expand(shape)
         self.loss_bytes = max(self.loss_bytes, 4 * logits.numel() * 4)
-        if differentiates:
-            self._keep([hidden])
-        return logits
+        return self._visit(head.blocks, [hidden], [logits], differentiates)[0]
 
     def loss(self, head: Head, hidden: torch.Tensor, trains: bool, differentiates: bool) -> torch.Tensor:
         """A loss of zero."""
         from outsize.engine.head import TILE_ELEMENTS
 
-        self._record(head.blocks, trains, True, differentiates)
         rows = max(stop - start for _, start, stop in self.session.row_blocks(head.weight))
         tile = min(TILE_ELEMENTS, hidden.shape[0] * rows) * 4
         self.loss_bytes = max(self.loss_bytes, 3 * tile + 3 * hidden.numel() * 4)
-        if differentiates:
-            self._keep([hidden])
-        return _grow(torch.zeros(()), differentiates)
+        return self._visit(head.blocks, [hidden], [torch.zeros(())], differentiates)[0]
 
     # -- recording -------------------------------------------------------------------------------------------------
 
-    def _record(self, blocks: Sequence[str], trains: bool, weights_in_backward: bool, differentiates: bool) -> None:
-        self.visits += [
-            (name, trains and self.session.trains((name,)), weights_in_backward, differentiates) for name in blocks
+    def _visit(
+        self,
+        blocks: Sequence[str],
+        inputs: Sequence[torch.Tensor],
+        outputs: list[torch.Tensor],
+        differentiates: bool,
+        *,
+        weights_in_backward: bool = True,
+    ) -> list[torch.Tensor]:
+        """Record a visit; `outputs`, in the graph of `inputs` where the real ones would be."""
+        self.visits += [Visit(name, Direction.FORWARD) for name in blocks]
+        if not differentiates:
+            return outputs
+        for tensor in inputs:
+            self.kept[tensor.untyped_storage().data_ptr()] = tensor
+        backward = [
+            Visit(name, Direction.BACKWARD, weights_in_backward, self.session.trains((name,)))
+            for name in reversed(blocks)
         ]
+        return list(_Rehearsed.apply(self, backward, outputs, self.session.anchor, *inputs))
 
     def _record_shapes(
         self, module: str, inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]
@@ -166,24 +171,10 @@ class Probe:
         if self.shapes.setdefault(module, shapes) != shapes:
             self.inconsistent.add(module)
 
-    def _keep(self, tensors: Sequence[torch.Tensor]) -> None:
-        for tensor in tensors:
-            self.kept[tensor.untyped_storage().data_ptr()] = tensor
-
     @property
     def kept_bytes(self) -> int:
         """Bytes of all tensors that backward needs, each storage once."""
         return sum(tensor.untyped_storage().nbytes() for tensor in self.kept.values())
-
-    def all_visits(self) -> tuple[Visit, ...]:
-        """Forward visits as recorded, then those that differentiate, backwards."""
-        forward = [Visit(name, Direction.FORWARD) for name, *_ in self.visits]
-        backward = [
-            Visit(name, Direction.BACKWARD, needs_weights, trains)
-            for name, trains, needs_weights, differentiates in reversed(self.visits)
-            if differentiates
-        ]
-        return tuple(forward + backward)
 
     # -- running a block on zeros ----------------------------------------------------------------------------------
 
@@ -237,12 +228,32 @@ def _drop(leaf: torch.Tensor) -> None:
     leaf.grad = None
 
 
-def _grow(tensor: torch.Tensor, differentiates: bool) -> torch.Tensor:
-    """A leaf that requires grad where the real output would have a graph."""
-    if differentiates and tensor.is_floating_point():
-        # Not a leaf: models modify hidden states in place.
-        return tensor.requires_grad_().view_as(tensor) * 1
-    return tensor
+class _Rehearsed(torch.autograd.Function):
+    """A visit that computes nothing, and records when its backward comes."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        probe: Probe,
+        backward: list[Visit],
+        outputs: list[torch.Tensor],
+        anchor: torch.Tensor,
+        *inputs: torch.Tensor,
+    ) -> tuple[torch.Tensor, ...]:
+        ctx.probe, ctx.visits = probe, backward
+        ctx.like = [torch.empty_like(tensor, device="meta") for tensor in inputs]
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*[output for output in outputs if not output.is_floating_point()])
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        ctx.probe.visits += ctx.visits
+        zeros = [
+            torch.zeros(like.shape, dtype=like.dtype) if need else None
+            for like, need in zip(ctx.like, ctx.needs_input_grad[4:], strict=True)
+        ]
+        return (None, None, None, None, *zeros)
 
 
 def rehearse(session: Session, args: tuple[Any, ...], kwargs: dict[str, Any], shape: BatchShape) -> Rehearsal:
@@ -274,7 +285,7 @@ def rehearse(session: Session, args: tuple[Any, ...], kwargs: dict[str, Any], sh
             known = ins is not None and outs is not None and module not in unclear
             dims[module] = BatchDims(ins, outs) if known and ins is not None and outs is not None else None
     return Rehearsal(
-        visits=first.all_visits(),
+        visits=tuple(first.visits),
         row_elements=shape.row_elements,
         dims=dims,
         boundary_bytes=Linear.through({n: float(probe.kept_bytes) for n, probe in probes.items()}),
@@ -288,13 +299,24 @@ def _run(session: Session, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Pro
     buffers = {name: buffer.clone() for name, buffer in session.module.named_buffers()}
     try:
         with torch.random.fork_rng(devices=[]):
-            session.forward(*args, **kwargs)
+            output = session.forward(*args, **kwargs)
+            if torch.is_grad_enabled():
+                _backward(output)
     finally:
         session.probe = None
         for name, buffer in session.module.named_buffers():
             if name in buffers and not torch.equal(buffer, buffers[name]):
                 buffer.copy_(buffers[name])
     return probe
+
+
+def _backward(output: Any) -> None:
+    """Go back from the loss, or, where the model returns none, from everything it returns."""
+    loss = getattr(output, "loss", None)
+    leaves = [loss] if isinstance(loss, torch.Tensor) else tree_flatten(output)[0]
+    roots = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
+    if roots:
+        torch.autograd.backward(roots, [torch.zeros_like(root) for root in roots])
 
 
 def batch_shape(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> BatchShape:

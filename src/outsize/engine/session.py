@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import Cache
+from transformers import Cache, PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from outsize.block import Block, Piece, Plane, Record
@@ -132,8 +132,7 @@ class Session:
 
     def _take_parameters(self) -> dict[str, OffloadedParameter]:
         placeholders: dict[str, OffloadedParameter] = {}
-        owners = {name: parameter for name, parameter in self.module.named_parameters()}
-        for name, parameter in owners.items():
+        for name, parameter in self.module.named_parameters():
             placeholders[name] = OffloadedParameter.of(
                 parameter,
                 name,
@@ -142,10 +141,11 @@ class Session:
                 get_gradient=lambda name=name: self.gradient(name),
                 drop_gradient=lambda name=name: self.drop_gradient(name),
             )
-        for point in self.cut.points:
-            for binding in point.bindings:
-                owner = self.module.get_submodule(binding.module)
-                owner._parameters[binding.attribute] = placeholders[binding.parameter]  # type: ignore[assignment]
+        by_identity = {id(parameter): placeholders[name] for name, parameter in self.module.named_parameters()}
+        for owner in self.module.modules():
+            for attribute, parameter in owner._parameters.items():
+                if parameter is not None:
+                    owner._parameters[attribute] = by_identity[id(parameter)]  # type: ignore[assignment]
         return placeholders
 
     def _install(self) -> None:
@@ -156,7 +156,7 @@ class Session:
             # An instance attribute shadows the method, as accelerate does; the class stays as it is.
             module.forward = _with_signature(handler, module.forward)  # type: ignore[method-assign]
         self.forward: Callable[..., Any] = self.module.forward
-        self._parameters_of_forward = _parameters_of(self.forward)
+        self._has_cache_switch = _has_cache_switch(self.module)
         self.module.register_forward_pre_hook(self._before_call, with_kwargs=True, prepend=True)
         self.module.register_forward_hook(self._after_call, with_kwargs=True, always_call=True)
         original = getattr(self.module, "loss_function", None)
@@ -191,9 +191,9 @@ class Session:
                 hint="call the model under torch.no_grad(), or without a cache",
             )
         plain = torch.is_grad_enabled() or (has_labels and cache is None)
-        if "use_cache" in self._parameters_of_forward and plain:
+        if self._has_cache_switch and plain:
             kwargs["use_cache"] = False
-        uses_cache = "use_cache" in self._parameters_of_forward and kwargs.get("use_cache") is not False
+        uses_cache = self._has_cache_switch and kwargs.get("use_cache") is not False
         self.has_labels = has_labels
         signature = self._signature(args, kwargs, uses_cache)
         shape = batch_shape(module, args, kwargs)
@@ -442,11 +442,11 @@ class Session:
         records = []
         for block in self.cut.blocks:
             trainable = [self.parameters[piece.parameter].requires_grad for piece in block.pieces]
-            state = self.rule.state if self.rule is not None else ()
+            state: tuple[Plane, ...] = ()
             sizes = {Plane.WEIGHT: size, Plane.GRADIENT: size}
             if self.rule is not None:
+                state = self.rule.state(self.settings.compute_type)
                 sizes |= self.rule.element_bytes(self.settings.compute_type)
-                state = tuple(plane for plane in sizes if plane not in (Plane.WEIGHT, Plane.GRADIENT))
             if summed[block.name] > 1:
                 sizes[Plane.GRADIENT] = 4  # summed over visits: rounded once, when the update reads it
             records.append(Record.lay_out(block, trainable, state, sizes))
@@ -593,5 +593,11 @@ def _with_signature(handler: Callable[..., Any], original: Callable[..., Any]) -
     return forward
 
 
-def _parameters_of(function: Callable[..., Any]) -> frozenset[str]:
-    return frozenset(inspect.signature(function).parameters)
+def _has_cache_switch(module: nn.Module) -> bool:
+    """Whether `use_cache=False` reaches the part of the model that would make a cache."""
+    names = inspect.signature(module.forward).parameters
+    if "use_cache" in names:
+        return True
+    passes_on = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in names.values())
+    inner = (child for child in module.modules() if isinstance(child, PreTrainedModel))
+    return passes_on and any("use_cache" in inspect.signature(child.forward).parameters for child in inner)

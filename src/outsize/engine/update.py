@@ -130,6 +130,7 @@ class UpdateLane:
         self._disk = disk
         self._kernel = kernel
         self._dtypes = plane_dtypes
+        self._gradient_dtype = plane_dtypes[Plane.GRADIENT]
         self._jobs: SimpleQueue[UpdateJob | None] = SimpleQueue()
         self._fed: SimpleQueue[_Chunk | None] = SimpleQueue()
         self._idle: SimpleQueue[tuple[Region, list[Transfer]]] = SimpleQueue()
@@ -234,7 +235,9 @@ class UpdateLane:
             state[record.state.index(Plane.REMAINDER)].copy_(remainder[chunk.start : chunk.trainable_stop])
         for first, last, hyper in job.runs(chunk.start, chunk.trainable_stop):
             inside = slice(first - chunk.start, last - chunk.start)
-            self._kernel()(job.weight[first:last], [plane[inside] for plane in state], gradient[inside], hyper)
+            # A gradient summed over several visits was kept in fp32; this is its one rounding.
+            rounded = gradient[inside].to(self._gradient_dtype)
+            self._kernel()(job.weight[first:last], [plane[inside] for plane in state], rounded, hyper)
         if job.weight_buffer is not None:
             assert self._disk is not None
             extent = record.chunk_extent(Plane.WEIGHT, chunk.start, chunk.stop)
@@ -267,4 +270,5 @@ class UpdateLane:
         if not num_elements:
             return state, torch.empty(0)
         assert chunk.buffer is not None
-        return state, chunk.buffer.tensor(self._dtypes[Plane.GRADIENT], num_elements, offset)
+        stored = torch.float32 if record.element_bytes[Plane.GRADIENT] == 4 else self._gradient_dtype
+        return state, chunk.buffer.tensor(stored, num_elements, offset)
