@@ -1,7 +1,7 @@
 """What every tier can do: start a transfer, and wait for it. Starting and waiting are two verbs.
 
-A tier is addressed by byte offset; buffers are page-aligned memoryviews. `label` says in the plan's words what moves
-(`L07.state[3]`), so that an error can name it.
+A tier is addressed by byte offset; buffers are page-aligned memoryviews. `label` says in the plan's words
+what moves (`L07.state[3]`), so that an error can name it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ class Transfer(Protocol):
     """A transfer that was started."""
 
     def wait(self) -> None:
-        """Block until the bytes are where they should be; raise StorageError naming the label where they are not."""
+        """Block until the bytes are in place; raise StorageError naming the label where they are not."""
 
     def is_done(self) -> bool:
         """Whether `wait` would return (or raise) at once."""

@@ -1,0 +1,167 @@
+"""The disk tier: direct transfers on one store file, from a small pool of threads, with checksums.
+
+A transfer is cut in pieces so that a large one keeps several threads, and the drive's queue, busy. The thread
+that moves a piece also hashes it, while others move theirs: preadv, pwritev and XXH3 all release the GIL. The
+digest is taken before the write, so that torn or failed writes are found by the next read as well.
+
+Order is the caller's: a transfer that touches the bytes of another, or its buffer, is started only after
+waiting for that one. Nothing here survives the process (`outsize.tier.store`).
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import xxhash
+
+from outsize.block import ALIGNMENT, Extent
+from outsize.errors import CorruptionError, StorageError, StorageFullError, UsageError
+from outsize.tier.digests import Check, DigestMap, ReadPiece, cut
+from outsize.tier.stats import Meter, TierStats
+from outsize.tier.store import FULL_ERRNOS, StoreFile
+from outsize.tier.transfer import PieceTransfer, Verb, checked_bytes
+
+PIECE_BYTES = 4 << 20
+"""Most bytes that one thread moves at once."""
+
+
+class DiskTier:
+    """`num_bytes` of the disk that holds `folder`, in a scratch file `folder/name`.
+
+    Space is reserved at once. `verify` checks the digest of every read that covers what a write wrote;
+    digests are kept in both cases. Raises ConfigError (the folder is missing, not writable, or in memory),
+    StorageFullError (no room), StorageError (a store of this name is in use: the message names the process).
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        num_bytes: int,
+        *,
+        name: str = "outsize.store",
+        verify: bool = True,
+        num_threads: int = 4,
+    ) -> None:
+        assert num_threads > 0, num_threads
+        self.num_bytes = num_bytes
+        self.verify = verify
+        self._file = StoreFile(Path(folder), name, num_bytes)
+        self._digests = DigestMap()
+        self._meter = Meter()
+        self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="outsize-disk")
+
+    @property
+    def path(self) -> Path:
+        """The store file."""
+        return self._file.path
+
+    @property
+    def is_direct(self) -> bool:
+        """Whether transfers bypass the page cache."""
+        return self._file.is_direct
+
+    def stats(self) -> TierStats:
+        """Bytes moved and seconds busy since the tier was opened."""
+        return self._meter.stats()
+
+    def start_read(self, offset: int, buffer: memoryview, label: str) -> PieceTransfer:
+        """Start filling `buffer` from `offset`; the buffer must stay alive and untouched until `wait`.
+
+        `wait` raises StorageError where the disk fails, CorruptionError where a digest does not match. What
+        was never written, or is only a part of what one write wrote, comes unchecked.
+        """
+        view = checked_bytes(Verb.READ, offset, buffer, label, self.num_bytes)
+        extent = Extent(offset, len(view))
+        pieces = self._digests.cut(extent, PIECE_BYTES) if self.verify else cut(extent, PIECE_BYTES)
+        return self._start(self._read, pieces, view, offset, label)
+
+    def start_write(self, offset: int, buffer: memoryview, label: str) -> PieceTransfer:
+        """Start storing `buffer` at `offset`; the buffer must stay alive and unchanged until `wait`.
+
+        `wait` raises StorageFullError or StorageError where the disk fails; the bytes are then undefined, and
+        a verified read of them says so.
+        """
+        view = checked_bytes(Verb.WRITE, offset, buffer, label, self.num_bytes)
+        return self._start(self._write, cut(Extent(offset, len(view)), PIECE_BYTES), view, offset, label)
+
+    def close(self) -> None:
+        """Wait for what is under way, then remove the store file. Closing twice is allowed."""
+        self._threads.shutdown(wait=True)
+        self._file.close()
+
+    def _start(
+        self,
+        run: Callable[[ReadPiece, memoryview, str], None],
+        pieces: Sequence[ReadPiece],
+        view: memoryview,
+        offset: int,
+        label: str,
+    ) -> PieceTransfer:
+        if not self._file.is_open:
+            raise UsageError(f"{self.path}: {label} was started on a closed tier")
+        transfer = PieceTransfer(len(pieces))
+
+        def run_piece(piece: ReadPiece) -> None:
+            error: BaseException | None = None
+            try:
+                run(piece, view[piece.start - offset : piece.stop - offset], label)
+            except BaseException as caught:
+                error = caught
+            transfer.finish_piece(error)
+
+        for piece in pieces:
+            self._threads.submit(run_piece, piece)
+        return transfer
+
+    def _read(self, piece: ReadPiece, view: memoryview, label: str) -> None:
+        with self._meter.busy(Verb.READ, len(view)):
+            self._move(Verb.READ, piece.start, view, label)
+            for check in piece.checks:
+                if _digest(view[check.start - piece.start : check.stop - piece.start]) != check.digest:
+                    raise CorruptionError(
+                        f"{self.path}: {label}: bytes {check.start} to {check.stop} of the file are not "
+                        "the bytes that were written",
+                        hint="the drive or its memory is failing, or another program wrote to the file",
+                    )
+
+    def _write(self, piece: ReadPiece, view: memoryview, label: str) -> None:
+        with self._meter.busy(Verb.WRITE, len(view)):
+            self._digests.put(Check(piece.start, piece.stop, _digest(view)))
+            self._move(Verb.WRITE, piece.start, view, label)
+
+    def _move(self, verb: Verb, offset: int, view: memoryview, label: str) -> None:
+        """Move all of `view`, going on after a short count from the last multiple of ALIGNMENT reached."""
+        done = 0
+        while done < len(view):
+            try:
+                if verb is Verb.READ:
+                    count = os.preadv(self._file.fd, [view[done:]], offset + done)
+                else:
+                    count = os.pwritev(self._file.fd, [view[done:]], offset + done)
+            except OSError as error:
+                raise self._failure(verb, offset + done, label, error) from error
+            step = count if done + count == len(view) else count // ALIGNMENT * ALIGNMENT
+            if step == 0:
+                cause = OSError(errno.EIO, f"only {count} of {len(view) - done} bytes were moved")
+                raise self._failure(verb, offset + done, label, cause)
+            done += step
+
+    def _failure(self, verb: Verb, offset: int, label: str, cause: OSError) -> StorageError:
+        message = f"{self.path}: {verb} of {label} failed at byte {offset} of the file: {cause.strerror}"
+        if cause.errno in FULL_ERRNOS:
+            failure: StorageError = StorageFullError(
+                message, hint=f"free space in {self.path.parent}, or pass another folder"
+            )
+        else:
+            failure = StorageError(message)
+        failure.errno = cause.errno
+        return failure
+
+
+def _digest(view: memoryview) -> int:
+    # Not `xxh3_64_intdigest`: before xxhash 4 it holds the GIL, the constructor does not.
+    return int(xxhash.xxh3_64(view).intdigest())

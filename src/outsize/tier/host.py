@@ -1,0 +1,145 @@
+"""Host memory: an arena that hands out page-aligned regions and never exceeds its limit.
+
+Each region is an anonymous mapping of its own, so that giving it back gives it back to the operating system,
+which malloc and torch's allocators do not promise. The limit counts what is handed out; pages are taken when
+first touched.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import threading
+
+import torch
+
+from outsize.block import align
+from outsize.config import format_bytes
+from outsize.errors import BudgetError
+
+HUGE_PAGE_BYTES = 2 << 20
+"""Regions of at least this size ask for transparent huge pages: fewer faults, fewer pages to pin."""
+
+
+class Region:
+    """Page-aligned host memory of an arena; made by `HostArena.allocate`, reads as zero at first."""
+
+    def __init__(self, arena: HostArena, name: str, memory: mmap.mmap) -> None:
+        self.name = name
+        self.num_bytes = len(memory)
+        self._arena = arena
+        self._memory: mmap.mmap | None = memory
+
+    @property
+    def is_free(self) -> bool:
+        """Whether the region was given back."""
+        return self._memory is None
+
+    @property
+    def buffer(self) -> memoryview:
+        """All bytes of the region, writable, without a copy."""
+        return memoryview(self._live())
+
+    def tensor(self, dtype: torch.dtype, num_elements: int, byte_offset: int = 0) -> torch.Tensor:
+        """A one-dimensional tensor of `num_elements` from `byte_offset` that shares the region's bytes."""
+        end = byte_offset + num_elements * dtype.itemsize
+        assert byte_offset >= 0 and num_elements >= 0 and end <= self.num_bytes, (
+            f"{self.name}: bytes {byte_offset} to {end} lie outside a region of {self.num_bytes}"
+        )
+        assert byte_offset % dtype.itemsize == 0, (
+            f"{self.name}: byte {byte_offset} is not aligned for {dtype}"
+        )
+        memory = self._live()
+        if num_elements == 0:
+            return torch.empty(0, dtype=dtype)
+        return torch.frombuffer(memory, dtype=dtype, count=num_elements, offset=byte_offset)
+
+    def free(self) -> None:
+        """Give the memory back to the operating system and the books, at once.
+
+        Views and tensors made from the region must not be used any more; one that is still alive reads zeros.
+        Freeing twice is an AssertionError.
+        """
+        memory = self._live()
+        self._memory = None
+        # The mapping lives as long as a view of it does, and cannot be unmapped before. Its pages can go.
+        memory.madvise(mmap.MADV_DONTNEED)
+        self._arena._forget(self)
+
+    def _live(self) -> mmap.mmap:
+        assert self._memory is not None, f"{self.name}: the region was freed"
+        return self._memory
+
+
+class HostArena:
+    """At most `limit_bytes` of host memory, with books of who holds what."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        assert limit_bytes >= 0, limit_bytes
+        self.limit_bytes = limit_bytes
+        self._lock = threading.Lock()
+        self._regions: dict[int, Region] = {}
+        self._in_use_bytes = 0
+        self._high_water_bytes = 0
+
+    @property
+    def in_use_bytes(self) -> int:
+        """Bytes of all regions that are not freed."""
+        return self._in_use_bytes
+
+    @property
+    def high_water_bytes(self) -> int:
+        """The most bytes that were ever in use at once."""
+        return self._high_water_bytes
+
+    def allocate(self, num_bytes: int, name: str) -> Region:
+        """A region of `num_bytes` rounded up to whole pages, zero, counted until it is freed.
+
+        Raises BudgetError where it would exceed the limit, or where the operating system has no such room.
+        """
+        assert num_bytes > 0, f"{name}: {num_bytes} bytes"
+        size = align(num_bytes)
+        with self._lock:
+            if self._in_use_bytes + size > self.limit_bytes:
+                least = self._in_use_bytes + size
+                raise BudgetError(
+                    f"host memory: {name} needs {size} bytes ({format_bytes(size)}), but "
+                    f"{self._in_use_bytes} of the {self.limit_bytes} bytes allowed "
+                    f"({format_bytes(self.limit_bytes)}) are in use",
+                    hint=f"allow at least {least} bytes ({format_bytes(least)})",
+                )
+            try:
+                memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            except (OSError, OverflowError) as error:
+                raise BudgetError(
+                    f"host memory: {name} needs {size} bytes ({format_bytes(size)}), "
+                    f"which the system refuses: {error}",
+                    hint="lower the host budget, or raise the limit of this process (ulimit -v, overcommit)",
+                ) from error
+            if size >= HUGE_PAGE_BYTES:
+                # Refused where the kernel has no transparent huge pages; small pages do as well.
+                with contextlib.suppress(OSError):
+                    memory.madvise(mmap.MADV_HUGEPAGE)
+            region = Region(self, name, memory)
+            self._regions[id(region)] = region
+            self._in_use_bytes += size
+            self._high_water_bytes = max(self._high_water_bytes, self._in_use_bytes)
+        return region
+
+    def check_books(self, expected_bytes: int = 0) -> None:
+        """Raise AssertionError, listing what is allocated, unless exactly `expected_bytes` are in use."""
+        with self._lock:
+            held = [(region.name, region.num_bytes) for region in self._regions.values()]
+            total = sum(num_bytes for _, num_bytes in held)
+            assert total == self._in_use_bytes, (
+                f"the books say {self._in_use_bytes} bytes, the regions {total}"
+            )
+            assert total == expected_bytes, (
+                f"{total} bytes are in use, expected {expected_bytes}: "
+                + ", ".join(f"{name} ({num_bytes})" for name, num_bytes in held)
+            )
+
+    def _forget(self, region: Region) -> None:
+        with self._lock:
+            del self._regions[id(region)]
+            self._in_use_bytes -= region.num_bytes

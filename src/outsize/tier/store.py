@@ -1,0 +1,167 @@
+"""The file behind a disk tier: preallocated, direct, owned by one process, gone when closed.
+
+The file is scratch: it holds nothing that must outlive the process. Its lock (flock) goes with the process,
+so a file left behind by a killed one is simply taken over, and never leaks twice.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import stat
+import warnings
+from pathlib import Path
+
+from outsize.block import ALIGNMENT
+from outsize.config import format_bytes
+from outsize.errors import ConfigError, StorageError, StorageFullError
+from outsize.tier.probe import direct_alignment, is_memory_backed
+
+FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
+
+
+class StoreFile:
+    """`num_bytes` of disk space under one descriptor, locked against other processes.
+
+    Raises ConfigError where `folder` cannot hold a store, StorageFullError where it has no room, StorageError
+    where the store is in use or the file system refuses.
+    """
+
+    def __init__(self, folder: Path, name: str, num_bytes: int) -> None:
+        assert os.sep not in name and num_bytes > 0 and num_bytes % ALIGNMENT == 0, (name, num_bytes)
+        _check_folder(folder)
+        self.path = folder / name
+        self.num_bytes = num_bytes
+        self.is_open = True
+        self._lock_fd = _open_locked(self.path)
+        try:
+            _preallocate(self._lock_fd, folder, num_bytes)
+            self.fd, self.is_direct = _open_direct(self.path)
+        except BaseException:
+            self.path.unlink(missing_ok=True)
+            os.close(self._lock_fd)
+            raise
+
+    def close(self) -> None:
+        """Remove the file and give its space back; closing twice is allowed."""
+        if self.is_open:
+            self.is_open = False
+            self.path.unlink(missing_ok=True)
+            os.close(self.fd)
+            os.close(self._lock_fd)
+
+
+def _check_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        what = "is not a folder" if folder.exists() else "does not exist"
+        raise ConfigError(f"disk folder {folder} {what}", hint="pass an existing folder on a local disk")
+    if is_memory_backed(folder):
+        raise ConfigError(
+            f"disk folder {folder} is on tmpfs or ramfs: its files take up memory",
+            hint="pass a folder on an NVMe or other local disk, such as one under /var/tmp",
+        )
+
+
+def _open_locked(path: Path) -> int:
+    """A locked descriptor of the file at `path`, created where missing."""
+    while True:
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+                raise ConfigError(
+                    f"disk folder {path.parent} is not writable: {error.strerror}",
+                    hint="pass a folder that this user may write to",
+                ) from error
+            if error.errno in FULL_ERRNOS:
+                raise StorageFullError(
+                    f"disk folder {path.parent} has no room for another file: {error.strerror}",
+                    hint="free space or inodes there, or pass another folder",
+                ) from error
+            raise StorageError(f"{path}: the store cannot be opened: {error.strerror}") from error
+        try:
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                raise StorageError(f"{path}: not a regular file", hint="remove it, or pass another folder")
+            if _lock(fd, path):
+                return fd
+        except BaseException:
+            os.close(fd)
+            raise
+        os.close(fd)
+
+
+def _lock(fd: int, path: Path) -> bool:
+    """Lock `fd`; False where its owner removed the file in the meantime, so that the lock is on nothing."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        owner = _lock_owner(os.fstat(fd).st_ino)
+        raise StorageError(
+            f"{path}: the store is in use by " + ("another process" if owner is None else f"process {owner}"),
+            hint="pass another folder, or wait for that process to end",
+        ) from error
+    except OSError as error:
+        raise StorageError(
+            f"{path}: the store cannot be locked: {error.strerror}", hint="pass a folder on a local disk"
+        ) from error
+    try:
+        return os.path.samestat(os.fstat(fd), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+def _lock_owner(inode: int) -> int | None:
+    """Process that holds a lock on `inode`, from /proc/locks; None where that cannot be known."""
+    try:
+        lines = Path("/proc/locks").read_text().splitlines()
+    except OSError:
+        return None
+    for line in lines:
+        fields = line.split()
+        if (
+            len(fields) == 8
+            and fields[1] == "FLOCK"
+            and fields[5].endswith(f":{inode}")
+            and int(fields[4]) > 0
+        ):
+            return int(fields[4])
+    return None
+
+
+def _preallocate(fd: int, folder: Path, num_bytes: int) -> None:
+    try:
+        os.ftruncate(fd, 0)
+        os.posix_fallocate(fd, 0, num_bytes)
+    except OSError as error:
+        if error.errno not in FULL_ERRNOS:
+            raise StorageError(
+                f"{folder}: {format_bytes(num_bytes)} cannot be reserved: {error.strerror}"
+            ) from error
+        os.ftruncate(fd, 0)
+        info = os.statvfs(folder)
+        free_bytes = info.f_bavail * info.f_frsize
+        raise StorageFullError(
+            f"disk folder {folder}: the store needs {num_bytes} bytes ({format_bytes(num_bytes)}), "
+            f"{free_bytes} bytes ({format_bytes(free_bytes)}) are free",
+            hint=f"free space there, or pass a folder with {format_bytes(num_bytes)} free",
+        ) from error
+
+
+def _open_direct(path: Path) -> tuple[int, bool]:
+    """A descriptor for the transfers and whether it is direct; warns where it is not."""
+    flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
+    alignment = direct_alignment(path)
+    if alignment and ALIGNMENT % alignment == 0:
+        try:
+            return os.open(path, flags | os.O_DIRECT), True
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+                raise StorageError(f"{path}: the store cannot be opened: {error.strerror}") from error
+    warnings.warn(
+        f"{path.parent}: direct I/O in units of {ALIGNMENT} bytes is refused: transfers go through the "
+        "page cache, slower, and with memory that counts against the machine",
+        RuntimeWarning,
+        stacklevel=4,
+    )
+    return os.open(path, flags), False
