@@ -1,0 +1,30 @@
+import outsize.tier
+from outsize.tier import DiskTier, FaultyTier, MemoryTier, NullTier, SlowTier, Tier
+
+
+def test_public_names_are_pinned():
+    assert outsize.tier.__all__ == [
+        "DiskTier",
+        "Fault",
+        "FaultKind",
+        "FaultyTier",
+        "HostArena",
+        "LoggedTransfer",
+        "MemoryTier",
+        "NullTier",
+        "Region",
+        "Slot",
+        "SlotPool",
+        "SlowTier",
+        "Tier",
+        "TierStats",
+        "Transfer",
+        "Verb",
+    ]
+    assert all(hasattr(outsize.tier, name) for name in outsize.tier.__all__)
+
+
+def test_every_tier_is_a_tier():
+    kinds: list[type[Tier]] = [DiskTier, FaultyTier, MemoryTier, NullTier, SlowTier]
+    for kind in kinds:
+        assert all(callable(getattr(kind, name)) for name in ("start_read", "start_write", "close"))

@@ -1,0 +1,44 @@
+import pytest
+
+from outsize.tier.transfer import DoneTransfer, PieceTransfer, Verb, checked_bytes
+
+from .helpers import pages
+
+
+@pytest.mark.parametrize(
+    ("offset", "buffer", "message"),
+    [
+        (0, pages(8192)[:0], "is empty"),
+        (1, pages(4096), "multiples of 4096"),
+        (0, pages(8192)[:100], "multiples of 4096"),
+        (-4096, pages(4096), "outside"),
+        (4096, pages(8192), "outside a tier of 8192"),
+        (0, pages(8192)[100:4196], "not at a page"),
+        (0, pages(4096).toreadonly(), "read-only"),
+        (0, pages(8192)[::2], "not contiguous"),
+    ],
+)
+def test_a_request_that_cannot_be_right_is_a_bug(offset: int, buffer: memoryview, message: str):
+    with pytest.raises(AssertionError, match=f"^read L07: .*{message}"):
+        checked_bytes(Verb.READ, offset, buffer, "L07", 8192)
+
+
+def test_a_buffer_of_any_type_comes_back_as_bytes():
+    assert len(checked_bytes(Verb.WRITE, 0, pages(8192).cast("f").toreadonly(), "x", 8192)) == 8192
+
+
+def test_a_transfer_is_over_with_its_last_piece_and_raises_its_first_error_each_time():
+    transfer = PieceTransfer(3)
+    transfer.finish_piece(ValueError("first"))
+    transfer.finish_piece(ValueError("second"))
+    assert not transfer.is_done()
+    transfer.finish_piece(None)
+    assert transfer.is_done()
+    for _ in range(2):
+        with pytest.raises(ValueError, match="first"):
+            transfer.wait()
+
+
+def test_done_is_done():
+    assert DoneTransfer().is_done()
+    DoneTransfer().wait()
