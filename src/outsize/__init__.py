@@ -18,7 +18,7 @@ from outsize.config import Pins
 from outsize.errors import OutsizeError
 
 if TYPE_CHECKING:
-    from outsize.engine import AdamW, PlanSummary, Report, load, plan, report, save, wrap
+    from outsize.engine import AdamW, PlanSummary, Report, load, preview, report, save, wrap
 
 __version__ = "0.1.0"
 
@@ -29,7 +29,7 @@ __all__ = [
     "PlanSummary",
     "Report",
     "load",
-    "plan",
+    "preview",
     "report",
     "save",
     "wrap",

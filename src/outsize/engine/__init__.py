@@ -2,6 +2,7 @@
 
 from outsize.engine.api import load, save, wrap
 from outsize.engine.optimizer import AdamW
+from outsize.engine.preview import PlanSummary, preview
 from outsize.engine.report import Report, report
 
-__all__ = ["AdamW", "Report", "load", "report", "save", "wrap"]
+__all__ = ["AdamW", "PlanSummary", "Report", "load", "preview", "report", "save", "wrap"]

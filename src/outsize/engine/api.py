@@ -37,7 +37,7 @@ def load(
 
     Raises ModelError, WeightsError or ConfigError before anything is read.
     """
-    settings = _settings(device, host, disk, home, dtype, pins)
+    settings = resolve_settings(device, host, disk, home, dtype, pins)
     folder = resolve_folder(path)
     module = open_skeleton(folder, DTYPES[settings.compute_type], trust_remote_code=trust_remote_code)
     source: Source
@@ -65,7 +65,7 @@ def wrap(
     """
     if dtype is None:
         dtype = "bfloat16" if next(module.parameters()).dtype is torch.bfloat16 else "float32"
-    settings = _settings(device, host, disk, home, dtype, pins)
+    settings = resolve_settings(device, host, disk, home, dtype, pins)
     parameters = dict(module.named_parameters())
     if any(parameter.is_meta for parameter in parameters.values()):
         return _take_over(module, InitSource(module, seed), settings)
@@ -82,7 +82,7 @@ def save(model: nn.Module, path: str | Path, *, tokenizer_from: str | Path | Non
     write_folder(session.module, session.cut.blocks, fetch, Path(path), tokenizer_from=tokenizer_from)
 
 
-def _settings(
+def resolve_settings(
     device: str | int | None,
     host: str | int | None,
     disk: str | Path | tuple[str | Path, str | int] | None,
@@ -90,6 +90,7 @@ def _settings(
     dtype: str | torch.dtype | None,
     pins: Pins | None,
 ) -> Settings:
+    """The arguments of `load`, checked. Raises ConfigError naming the one that cannot be used."""
     if device is not None and not torch.cuda.is_available():
         raise ConfigError(f"device={device!r}: this machine has no CUDA device", hint="leave device= out")
     if home is not None and home not in list(Home):

@@ -115,21 +115,27 @@ class AdamW(torch.optim.Optimizer):
                 gradient_scale=gradient.scale * scale,
             )
 
-    def _clip_factor(self) -> float:
-        """The factor that brings the norm of all gradients to at most `max_grad_norm`; sets `grad_norm`."""
-        assert self._session.executor is not None
-        self.grad_norm = math.sqrt(
+    def gradient_norm(self) -> float:
+        """The 2-norm of all gradients together, as the next `step()` would see it; 0.0 where there are none."""
+        executor = self._session.executor
+        if executor is None:
+            return 0.0
+        return math.sqrt(
             sum(
                 gradient.sum_of_squares * gradient.scale**2
-                for state in self._session.executor.store
+                for state in executor.store
                 for gradient in state.gradients
                 if gradient.present
             )
         )
+
+    def _clip_factor(self) -> float:
+        """The factor that brings the norm of all gradients to at most `max_grad_norm`; sets `grad_norm`."""
+        self.grad_norm = self.gradient_norm()
         if self.max_grad_norm is None:
             return 1.0
         # As torch.nn.utils.clip_grad_norm_ computes it; a norm that is not finite makes the weights so, as there.
-        return min(1.0, self.max_grad_norm / (self.grad_norm + 1e-6)) if self.grad_norm == self.grad_norm else math.nan
+        return min(self.max_grad_norm / (self.grad_norm + 1e-6), 1.0)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients of all groups; an update that `step()` froze still uses them."""

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from torch import nn
 
-from outsize.block import Plane
+from outsize.block import Plane, Record
 from outsize.config import format_bytes
 from outsize.engine import memory
-from outsize.engine.session import session_of
+from outsize.engine.session import Session, session_of
+from outsize.plan import Placement
+
+_NAMES = {Plane.WEIGHT: "weights", Plane.GRADIENT: "gradients"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,27 +63,13 @@ def report(model: nn.Module) -> Report:
     executor, placement = session.executor, session.placement
     if executor is None or placement is None:
         return Report((), num_parameters, 0, session.host_limit_bytes, memory.peak_bytes(), 0, 0)
-    groups = {Plane.WEIGHT: "weights", Plane.MOMENT1: "optimizer state", Plane.GRADIENT: "gradients"}
-    figures: dict[tuple[str, str], int] = {}
-    total = 0
-    for state in executor.store:
-        for plane in (Plane.WEIGHT, Plane.GRADIENT, *state.record.state):
-            if plane is Plane.GRADIENT and not state.record.num_trainable:
-                continue
-            tier = "host" if placement.is_resident(state.name, plane) else "disk"
-            what = groups.get(plane, "optimizer state")
-            num_bytes = state.record.plane_bytes(plane)
-            figures[tier, what] = figures.get((tier, what), 0) + num_bytes
-            total += num_bytes
-    rows = [Row(tier, what, num_bytes) for (tier, what), num_bytes in sorted(figures.items(), reverse=True)]
-    rows.append(Row("host", "slots and buffers", placement.buffer_bytes))
-    rows.append(Row("host", "activations (most)", session.activation_bytes))
-    rows.append(Row("host", "Python and libraries", session.base_bytes))
+    records = [state.record for state in executor.store]
+    rows = placement_rows(session, records, placement)
     stats = executor.store.disk.stats() if executor.store.disk is not None else None
     return Report(
-        rows=tuple(rows),
+        rows=rows,
         num_parameters=num_parameters,
-        state_bytes=total,
+        state_bytes=sum(num_bytes for record in records for num_bytes in _planes(record).values()),
         host_budget_bytes=session.host_limit_bytes,
         host_peak_bytes=memory.peak_bytes(),
         bytes_read=stats.bytes_read if stats else 0,
@@ -86,3 +77,24 @@ def report(model: nn.Module) -> Report:
         wait_s=dict(executor.wait_s),
         off_plan=tuple(f"{visit} x{count}" for visit, count in executor.off_plan.items()),
     )
+
+
+def placement_rows(session: Session, records: Sequence[Record], placement: Placement) -> tuple[Row, ...]:
+    """What lives where: planes by tier, then the buffers they pass through, then the process itself."""
+    figures: Counter[tuple[str, str]] = Counter()
+    for record in records:
+        for plane, num_bytes in _planes(record).items():
+            tier = "host" if placement.is_resident(record.name, plane) else "disk"
+            figures[tier, _NAMES.get(plane, "optimizer state")] += num_bytes
+    return (
+        *(Row(tier, what, num_bytes) for (tier, what), num_bytes in sorted(figures.items(), reverse=True)),
+        Row("host", "slots and buffers", placement.buffer_bytes),
+        Row("host", "activations (most)", session.activation_bytes),
+        Row("host", "Python and libraries", session.base_bytes),
+    )
+
+
+def _planes(record: Record) -> dict[Plane, int]:
+    """Bytes of each plane of a record."""
+    planes = (Plane.WEIGHT, *((Plane.GRADIENT, *record.state) if record.num_trainable else ()))
+    return {plane: record.plane_bytes(plane) for plane in planes}

@@ -421,6 +421,15 @@ class Session:
             self.close()
         self.rule, self.kernel = rule, kernel
 
+    def rehearse_with_labels(self, kwargs: dict[str, Any], shape: BatchShape) -> Rehearsal:
+        """A rehearsal of a call that was not made, with labels."""
+        self.has_labels = True
+        try:
+            return rehearse(self, (), kwargs, shape)
+        finally:
+            self.has_labels = False
+            self.handles.clear()
+
     # -- settling ------------------------------------------------------------------------------------------------
 
     @property
@@ -452,15 +461,21 @@ class Session:
             records.append(Record.lay_out(block, trainable, state, sizes))
         return records
 
-    def _settle(self, rehearsal: Rehearsal, shape: BatchShape) -> None:
-        """Place, allocate, and open the disk. Raises BudgetError, having kept nothing, where it does not fit."""
-        if self.kernel is not None:
-            self.kernel()  # a compilation ends before the arenas are touched
+    def decide(self, rehearsal: Rehearsal, shape: BatchShape) -> list[Record]:
+        """Lay records out and place them, for calls of this shape. Raises BudgetError where they do not fit."""
         records = self._lay_out(rehearsal)
         self.base_bytes = memory.resident_bytes()
         limit = self.settings.budgets.host_bytes
         self.host_limit_bytes = limit or self.base_bytes + int(0.9 * memory.available_bytes())
         self.placement = self._place(records, rehearsal, shape)
+        return records
+
+    def _settle(self, rehearsal: Rehearsal, shape: BatchShape) -> None:
+        """Decide, allocate, and open the disk. Raises BudgetError, having kept nothing, where it does not fit."""
+        if self.kernel is not None:
+            self.kernel()  # a compilation ends before the arenas are touched
+        records = self.decide(rehearsal, shape)
+        assert self.placement is not None
         disk = self._open_disk(self.placement, records)
         store = BlockStore(
             records,

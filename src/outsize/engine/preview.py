@@ -1,0 +1,116 @@
+"""What a run would need, before it is started: the same cutting, rehearsal and placement, without allocating."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from outsize.config import Pins, format_bytes
+from outsize.engine import memory
+from outsize.engine.api import resolve_settings
+from outsize.engine.blocks import DTYPES
+from outsize.engine.probe import batch_shape
+from outsize.engine.report import Row, placement_rows
+from outsize.engine.session import Session
+from outsize.errors import BudgetError, ModelError
+from outsize.model import TensorSource, cut, open_skeleton, resolve_folder
+from outsize.optim import ADAMW
+from outsize.plan import Placement, SlotClass
+
+
+@dataclass(frozen=True)
+class PlanSummary:
+    """Where everything would live; `reason` says why it does not fit, with the nearest setting that does."""
+
+    fits: bool
+    reason: str
+    rows: tuple[Row, ...]
+    slots: tuple[str, ...]
+    num_parameters: int
+    num_blocks: int
+    host_budget_bytes: int
+    host_bytes: int
+    disk_bytes: int
+
+    def __str__(self) -> str:
+        lines = [f"{self.num_parameters / 1e6:.1f} M parameters in {self.num_blocks} blocks"]
+        if not self.fits:
+            return "\n".join([*lines, f"does not fit: {self.reason}"])
+        width = max(len(row.what) for row in self.rows)
+        lines += [f"{row.tier:<5} {row.what:<{width}}  {format_bytes(row.num_bytes):>10}" for row in self.rows]
+        lines += list(self.slots)
+        lines.append(
+            f"fits: {format_bytes(self.host_bytes)} of {format_bytes(self.host_budget_bytes)} of memory"
+            + (f", {format_bytes(self.disk_bytes)} of disk" if self.disk_bytes else "")
+        )
+        return "\n".join(lines)
+
+
+def preview(
+    path: str | Path,
+    *,
+    device: str | int | None = None,
+    host: str | int | None = None,
+    disk: str | Path | tuple[str | Path, str | int] | None = None,
+    home: str | None = None,
+    dtype: str | torch.dtype | None = None,
+    pins: Pins | None = None,
+    batch_size: int = 1,
+    seq_len: int = 512,
+    train: bool = True,
+) -> PlanSummary:
+    """Say what lives where, and whether it fits, for batches of `[batch_size, seq_len]` tokens.
+
+    Reads no weights and stores nothing. Raises ModelError or ConfigError for what cannot be opened at all.
+    """
+    settings = resolve_settings(device, host, disk, home, dtype, pins)
+    memory.fix_malloc_thresholds()
+    module = open_skeleton(resolve_folder(path), DTYPES[settings.compute_type])
+    session = Session(module, cut(module), TensorSource({}), settings)
+    if getattr(module, "main_input_name", None) != "input_ids":
+        raise ModelError(
+            f"{type(module).__name__} does not take text", hint="outsize.preview covers models that take input_ids"
+        )
+    module.train(train)
+    if train:
+        session.rule = ADAMW
+    num_parameters = sum(parameter.numel() for parameter in session.parameters.values())
+    ids = torch.zeros(batch_size, seq_len, dtype=torch.long)
+    kwargs = {"input_ids": ids, "labels": ids, "use_cache": False}
+    shape = batch_shape(module, (), kwargs)
+    with torch.set_grad_enabled(train):
+        rehearsal = session.rehearse_with_labels(kwargs, shape)
+    reason = ""
+    try:
+        records = session.decide(rehearsal, shape)
+    except BudgetError as error:
+        reason = str(error)
+    placement = session.placement
+    if reason or placement is None:
+        return PlanSummary(
+            False, reason, (), (), num_parameters, len(session.cut.blocks), session.host_limit_bytes, 0, 0
+        )
+    return PlanSummary(
+        fits=True,
+        reason="",
+        rows=placement_rows(session, records, placement),
+        slots=_slots(placement),
+        num_parameters=num_parameters,
+        num_blocks=len(records),
+        host_budget_bytes=session.host_limit_bytes,
+        host_bytes=session.base_bytes + session.activation_bytes + placement.arena_bytes,
+        disk_bytes=sum(record.num_bytes for record in records) if placement.disk_bytes else 0,
+    )
+
+
+def _slots(placement: Placement) -> tuple[str, ...]:
+    def describe(what: str, group: SlotClass) -> str:
+        return f"{group.count} {what} slots of {format_bytes(group.slot_bytes)} for {len(group.blocks)} blocks"
+
+    lines = [describe("weight", group) for group in placement.weight_classes]
+    lines += [describe("gradient", group) for group in placement.gradient_classes]
+    if placement.chunk_buffers:
+        lines.append(f"{placement.chunk_buffers} chunk buffers of {format_bytes(placement.chunk_bytes)}")
+    return tuple(lines)
