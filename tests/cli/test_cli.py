@@ -225,7 +225,7 @@ def test_demo(tmp_path, capsys):
         assert demo.show(console, tmp_path / "demo", 0.0, TINY, api) == 0
     text = console.file.getvalue()
     assert "what lived where" in text and "loss" in text and str(tmp_path / "demo" / "trained") in text
-    assert "def " in capsys.readouterr().out
+    assert "def" in capsys.readouterr().out
     assert api.loaded[0][1]["home"] == "disk"
     assert api.loaded[0][1]["pins"] == Pins(resident_bytes=demo.RESIDENT_BYTES)
     lines = (tmp_path / "demo" / "python.jsonl").read_text().splitlines()

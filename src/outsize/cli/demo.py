@@ -28,7 +28,7 @@ RESIDENT_BYTES = 64 << 20
 PREPARATION_S = 20.0
 """Seconds of the demo that are not training: tokenizer, imports, saving, generating."""
 
-PROMPTS = ("def ", "import os\n\n\nclass ")
+PROMPTS = ("def", "import os\n\n\nclass")
 
 _MARK = "python.jsonl"
 
@@ -169,9 +169,8 @@ def _show_samples(console: Console, folder: Path, api: Api) -> None:
 
     console.print("\nWhat it writes after so little training:", style="bold")
     model = api.load(folder, home="host")
-    for prompt in PROMPTS:
+    for seed, prompt in enumerate(PROMPTS):
         console.rule(style="dim")
-        stream_text(
-            model, folder, prompt, Sampling(max_new_tokens=48, temperature=0.6, top_p=0.9), sys.stdout
-        )
+        sampling = Sampling(max_new_tokens=48, temperature=0.6, top_p=0.9, seed=seed)
+        stream_text(model, folder, prompt, sampling, sys.stdout)
     console.rule(style="dim")
