@@ -1,1 +1,1 @@
-"""Commands."""
+"""Thin commands over the public package; one file per command."""

@@ -1,1 +1,1 @@
-"""TODO."""
+"""The loop one opens first: text in, a trained model out."""

@@ -1,0 +1,50 @@
+# Two commands are all one needs on a fresh machine (Python 3.11, a C compiler, make):
+#   make demo    sets everything up and trains a small model, larger than the memory it is given, on this machine
+#   make test    sets everything up and runs every check
+# Everything is installed into .venv beside this file; nothing else on the machine is touched.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: help setup demo test format bench clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo     train a small model out of core on this machine (about three minutes after the setup)"
+	@echo "make test     format, lint, types, import direction, tests"
+	@echo "make format   let ruff format and fix what it can"
+	@echo "make bench    run the benchmarks"
+	@echo "make clean    remove .venv and caches"
+
+setup: $(READY)
+
+# torch goes first and alone, so that the other packages cannot choose its build.
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if (3, 11) <= v < (3, 13) else f"Python 3.11 or 3.12 is needed, found {v.major}.{v.minor}; run: make PYTHON=/path/to/python3.11")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt setuptools torch==2.13.0
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[test,lint]'
+	@touch $@
+
+demo: $(READY)
+	$(BIN)/outsize demo
+
+test: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest
+
+format: $(READY)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(READY)
+	@for file in benchmarks/*.py; do \
+	  if [ -f "$$file" ]; then echo "== $$file"; $(BIN)/python "$$file" || exit 1; fi; \
+	done
+
+clean:
+	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

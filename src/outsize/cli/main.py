@@ -1,0 +1,91 @@
+"""The `outsize` command: finds the command, runs it, and turns errors into two lines and an exit status.
+
+Exit status: 0 done, 1 an error that is explained, 2 a command line that cannot be understood, 130 stopped by
+Ctrl-C. torch is imported by the commands that need it, when they run: `outsize --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+
+from outsize.cli import demo, generate, plan, quiet, train
+from outsize.errors import OutsizeError
+
+_DESCRIPTION = "Train and run transformer models that are larger than the memory of this machine."
+
+_EXAMPLES = """\
+examples:
+  outsize demo
+      train a small model out of core, offline, in about two minutes
+  outsize plan Qwen3-8B --host 16GiB --disk /nvme/scratch
+      what would fit, and where it would live; loads nothing
+  outsize train Qwen3-0.6B notes.txt --out tuned --host 3GiB --disk /nvme/scratch --steps 20
+      fine-tune on a text file within 3 GiB of memory
+  outsize generate tuned --prompt "The plan for today:"
+      continue a text
+
+MODEL is always a Hugging Face folder: config.json, safetensors, tokenizer. Nothing is downloaded.
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    parser = argparse.ArgumentParser(
+        prog="outsize",
+        description=_DESCRIPTION,
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"outsize {_version()}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for command in (plan, train, generate, demo):
+        command.add_parser(commands)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; return the exit status. Usage errors and `--help` leave through SystemExit, as in
+    argparse."""
+    options = build_parser().parse_args(arguments)
+    quiet.before_imports()
+    try:
+        status = options.run(options)
+        assert isinstance(status, int), status
+        return status
+    except OutsizeError as error:
+        if os.environ.get("OUTSIZE_DEBUG") == "1":
+            raise
+        _explain(error)
+        return 1
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader of our output has gone, as in `outsize plan M | head -1`; let the interpreter's last
+        # flush be silent.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _explain(error: OutsizeError) -> None:
+    colour = sys.stderr.isatty() and "NO_COLOR" not in os.environ
+    red, cyan, plain = ("\033[1;31m", "\033[1;36m", "\033[0m") if colour else ("", "", "")
+    print(f"{red}error:{plain} {error.message}", file=sys.stderr)
+    if error.hint is not None:
+        print(f"{cyan}hint:{plain} {error.hint}", file=sys.stderr)
+
+
+def _version() -> str:
+    try:
+        return metadata.version("outsize")
+    except metadata.PackageNotFoundError:
+        return "(not installed)"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

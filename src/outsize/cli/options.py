@@ -1,0 +1,90 @@
+"""Options that several commands share: where bytes may live."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import fields
+from typing import TYPE_CHECKING
+
+from outsize.config import ComputeType, Home, Pins
+from outsize.errors import ConfigError
+
+if TYPE_CHECKING:
+    from outsize.train.settings import Place
+
+Commands = argparse._SubParsersAction  # the type that add_subparsers returns has no public name
+
+MODEL_HELP = "folder of a Hugging Face model; with a config.json alone, weights start from nothing"
+
+
+def command(
+    commands: Commands[argparse.ArgumentParser], name: str, text: str, examples: str
+) -> argparse.ArgumentParser:
+    """A parser for command `name`, with `text` in the list of commands and `examples` under its help."""
+    return commands.add_parser(
+        name,
+        help=text,
+        description=text[0].upper() + text[1:] + ".",
+        epilog=examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+
+def add_place(parser: argparse.ArgumentParser, *, device: bool = True) -> None:
+    """The options that say where bytes may live; `place_of` reads them."""
+    group = parser.add_argument_group(
+        "where it may live", "Hard limits; what is not given is measured and planned."
+    )
+    if device:
+        group.add_argument("--device", metavar="SIZE", help="memory of the accelerator, such as 20GiB")
+    group.add_argument("--host", metavar="SIZE", help="memory of the whole process, such as 3GiB")
+    group.add_argument(
+        "--disk", metavar="DIR[:SIZE]", help="folder on a local disk, such as /nvme/scratch:200GiB"
+    )
+    group.add_argument(
+        "--home", choices=[str(home) for home in Home], help="where weights and state live at rest"
+    )
+    group.add_argument(
+        "--dtype", choices=[str(kind) for kind in ComputeType], help="number type to compute in"
+    )
+    group.add_argument(
+        "--pin",
+        metavar="NAME=VALUE",
+        action="append",
+        default=[],
+        help=f"decide something the planner would: {', '.join(pin.name for pin in fields(Pins))}",
+    )
+
+
+def place_of(options: argparse.Namespace) -> Place:
+    """The `Place` that `add_place`'s options describe."""
+    from outsize.train.settings import Place
+
+    return Place(
+        device=getattr(options, "device", None),
+        host=options.host,
+        disk=options.disk,
+        home=options.home,
+        dtype=options.dtype,
+        pins=pins_of(options.pin),
+    )
+
+
+def pins_of(texts: list[str]) -> Pins | None:
+    """`["weight_slots=2"]` as Pins; None for no pins. Raises ConfigError naming the pin that is malformed."""
+    known = {pin.name for pin in fields(Pins)}
+    numbers: dict[str, int] = {}
+    verify = True
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if name not in known or not equals:
+            raise ConfigError(f"--pin {text}: no such pin", hint=f"known are {', '.join(sorted(known))}")
+        if name == "verify" and value in ("true", "false"):
+            verify = value == "true"
+        elif name != "verify" and value.isdecimal():
+            numbers[name] = int(value)
+        else:
+            expected = "true or false" if name == "verify" else "a whole number"
+            raise ConfigError(f"--pin {text}: expected {expected}")
+    return Pins(**numbers, verify=verify) if texts else None

@@ -1,0 +1,59 @@
+"""`outsize plan`: what fits, and where it lives; loads nothing."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+
+from outsize.cli import options as shared
+from outsize.cli import quiet
+
+_EXAMPLES = """\
+examples:
+  outsize plan Qwen3-8B
+      on this machine, with the memory that is free now
+  outsize plan Qwen3-8B --host 16GiB --disk /nvme/scratch --batch-size 16 --seq-len 1024
+      within hard limits
+  outsize plan Qwen3-8B --generate --host 8GiB
+      for generating only: no gradients, no optimizer
+
+Exit status 0 if it fits, 1 if not.
+"""
+
+
+def add_parser(commands: shared.Commands[argparse.ArgumentParser]) -> None:
+    """Add the command to the command line."""
+    parser = shared.command(
+        commands, "plan", "show what fits and where it lives, without loading it", _EXAMPLES
+    )
+    parser.add_argument("model", metavar="MODEL", help=shared.MODEL_HELP)
+    parser.add_argument(
+        "--batch-size", type=int, default=1, metavar="B", help="sequences per step (%(default)s)"
+    )
+    parser.add_argument(
+        "--seq-len", type=int, default=512, metavar="T", help="tokens per sequence (%(default)s)"
+    )
+    parser.add_argument(
+        "--generate", action="store_true", help="plan for generating text instead of training"
+    )
+    shared.add_place(parser, device=False)
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print the plan."""
+    outsize = importlib.import_module("outsize")
+    quiet.after_imports()
+    summary = outsize.plan(
+        options.model,
+        host=options.host,
+        disk=options.disk,
+        home=options.home,
+        dtype=options.dtype,
+        pins=shared.pins_of(options.pin),
+        batch_size=options.batch_size,
+        seq_len=options.seq_len,
+        train=not options.generate,
+    )
+    print(summary)
+    return 0 if summary.fits else 1

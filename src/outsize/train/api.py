@@ -1,0 +1,83 @@
+"""The part of `outsize`'s public API that training stands on, as types.
+
+The loop takes an `Api` as a parameter: by default the package itself, in tests a plain model with a plain
+optimizer.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol, cast
+
+from torch import nn
+from torch.optim import Optimizer
+
+from outsize.config import Pins
+
+
+class Report(Protocol):
+    """What a model has used since it was loaded; `str` of it is a table."""
+
+    @property
+    def num_parameters(self) -> int:
+        """Elements of all parameters."""
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of weights, gradients and optimizer state together."""
+
+    @property
+    def host_budget_bytes(self) -> int:
+        """Bytes of memory allowed."""
+
+    @property
+    def host_peak_bytes(self) -> int:
+        """The most bytes of memory used so far."""
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes read from the disk tier so far."""
+
+    @property
+    def bytes_written(self) -> int:
+        """Bytes written to the disk tier so far."""
+
+    @property
+    def wait_s(self) -> Mapping[str, float]:
+        """Seconds spent waiting so far, per link."""
+
+
+class Api(Protocol):
+    """`outsize`, as far as training needs it."""
+
+    def load(
+        self,
+        path: str | Path,
+        *,
+        device: str | None = None,
+        host: str | None = None,
+        disk: str | None = None,
+        home: str | None = None,
+        dtype: str | None = None,
+        pins: Pins | None = None,
+        seed: int = 0,
+    ) -> nn.Module:
+        """A model whose blocks live in tiers."""
+
+    def AdamW(
+        self, model: nn.Module, *, lr: float, weight_decay: float = 0.01, max_grad_norm: float | None = None
+    ) -> Optimizer:
+        """An optimizer; after a step its `grad_norm` is the norm before clipping, or None."""
+
+    def save(self, model: nn.Module, path: str | Path, tokenizer_from: str | Path | None = None) -> None:
+        """Write an ordinary Hugging Face folder to `path`, which is new."""
+
+    def report(self, model: nn.Module) -> Report:
+        """What `model` has used so far."""
+
+
+def public_api() -> Api:
+    """The package itself."""
+    return cast(Api, importlib.import_module("outsize"))

@@ -1,0 +1,79 @@
+"""What is known of each step: one frozen value, one line of JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+from outsize.train.api import Report
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Counters of a model at one moment."""
+
+    bytes_read: int
+    bytes_written: int
+    wait_s: Mapping[str, float]
+
+    @classmethod
+    def of(cls, report: Report) -> Usage:
+        """The counters in `report`, copied."""
+        return cls(report.bytes_read, report.bytes_written, dict(report.wait_s))
+
+    def since(self, before: Usage) -> Usage:
+        """What was added after `before`."""
+        return Usage(
+            self.bytes_read - before.bytes_read,
+            self.bytes_written - before.bytes_written,
+            {link: total - before.wait_s.get(link, 0.0) for link, total in self.wait_s.items()},
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class StepMetrics:
+    """One step. Bytes and waits are this step's own; `host_peak_bytes` is the run's so far; steps count from
+    1."""
+
+    step: int
+    loss: float
+    lr: float
+    grad_norm: float | None
+    tokens_per_s: float
+    step_s: float
+    host_peak_bytes: int
+    bytes_read: int
+    bytes_written: int
+    wait_s: Mapping[str, float]
+
+    def to_json(self) -> str:
+        """One line of strict JSON."""
+        record = dataclasses.asdict(self)
+        if self.grad_norm is not None and not math.isfinite(self.grad_norm):
+            record["grad_norm"] = str(self.grad_norm)  # JSON has no infinity
+        return json.dumps(record, allow_nan=False)
+
+
+class MetricsFile:
+    """`metrics.jsonl`, a line after each step, readable while the run goes on."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("w", encoding="utf-8")
+
+    def write(self, metrics: StepMetrics) -> None:
+        """Append one line."""
+        self._file.write(metrics.to_json() + "\n")
+        self._file.flush()
+
+    def __enter__(self) -> MetricsFile:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()

@@ -1,0 +1,102 @@
+"""The folder a run leaves behind, complete or not at all.
+
+While a run goes on, everything it writes lies in `OUT.partial`: `metrics.jsonl`, `tokens.bin`
+(tokens too many for memory), and at the end `weights/`.
+When the weights are complete, the metrics join them and the folder is renamed to `OUT`. An earlier run that
+is to be overwritten stays until that moment. A run that fails leaves `OUT.partial` with its metrics, and no
+`OUT`.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from outsize.errors import ConfigError, StorageError
+
+METRICS = "metrics.jsonl"
+TOKENS = "tokens.bin"
+
+
+@dataclass(frozen=True, slots=True)
+class OutputFolder:
+    """A claim on `out`; make one with `claim`."""
+
+    out: Path
+
+    @classmethod
+    def claim(cls, out: Path, *, overwrite: bool, inputs: Sequence[Path]) -> OutputFolder:
+        """Make `OUT.partial`, or raise ConfigError where `out` holds something that is not ours to replace.
+
+        With `overwrite` an earlier model or run may be replaced; a folder that is neither, or that holds one
+        of `inputs`, never is.
+        """
+        folder = cls(Path(os.path.abspath(out)))
+        folder._check(overwrite, inputs)
+        try:
+            if folder.partial.exists():
+                shutil.rmtree(folder.partial)
+            folder.partial.mkdir(parents=True)
+        except OSError as error:
+            raise StorageError(
+                f"{folder.partial}: {error.strerror}", hint="pass --out in a folder you own"
+            ) from error
+        return folder
+
+    @property
+    def partial(self) -> Path:
+        """Where the run writes while it goes on."""
+        return self.out.with_name(f"{self.out.name}.partial")
+
+    @property
+    def metrics(self) -> Path:
+        """The file of measurements, while the run goes on."""
+        return self.partial / METRICS
+
+    @property
+    def tokens(self) -> Path:
+        """Where tokens go that are too many for memory."""
+        return self.partial / TOKENS
+
+    def publish(self, write_weights: Callable[[Path], None]) -> None:
+        """Let `write_weights` fill a new folder, and make it `out`, together with the metrics."""
+        weights = self.partial / "weights"
+        write_weights(weights)
+        if self.metrics.exists():
+            self.metrics.replace(weights / METRICS)
+        earlier = self.partial / "earlier"
+        if self.out.exists():
+            self.out.rename(earlier)
+        weights.rename(self.out)
+        shutil.rmtree(self.partial)
+
+    def give_up(self) -> None:
+        """Remove `OUT.partial` where it holds no measurements."""
+        (self.partial / TOKENS).unlink(missing_ok=True)
+        if not self.metrics.exists() or self.metrics.stat().st_size == 0:
+            shutil.rmtree(self.partial, ignore_errors=True)
+
+    def _check(self, overwrite: bool, inputs: Sequence[Path]) -> None:
+        if self.out.exists() and not self.out.is_dir():
+            raise ConfigError(f"--out {self.out} is a file", hint="pass a folder that does not exist yet")
+        for path in inputs:
+            if Path(os.path.abspath(path)).is_relative_to(self.out):
+                raise ConfigError(f"--out {self.out} holds {path}, which is read", hint="pass another --out")
+        for folder in (self.out, self.partial):
+            if folder.exists() and any(folder.iterdir()):
+                self._check_overwrite(folder, overwrite)
+
+    def _check_overwrite(self, folder: Path, overwrite: bool) -> None:
+        if not overwrite:
+            raise ConfigError(
+                f"--out: {folder} is not empty",
+                hint="pass another --out, or --overwrite to replace what is there",
+            )
+        if not any((folder / name).exists() for name in ("config.json", METRICS, TOKENS, "weights")):
+            raise ConfigError(
+                f"--overwrite: {folder} holds no earlier run",
+                hint="pass another --out, or empty the folder yourself",
+            )

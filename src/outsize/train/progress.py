@@ -1,0 +1,136 @@
+"""What one sees of a run: a line that redraws itself on a terminal, one line per step anywhere else."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Protocol
+
+import rich.progress
+from rich.console import Console
+
+from outsize.config import format_bytes
+from outsize.train.api import Report
+from outsize.train.metrics import StepMetrics
+
+
+class Progress(Protocol):
+    """Told of what happens; entered while steps are made."""
+
+    def say(self, text: str) -> None:
+        """Tell of something that is about to happen."""
+
+    def show(self, metrics: StepMetrics, num_steps: int | None, report: Report) -> None:
+        """Tell of a step that is done."""
+
+    def __enter__(self) -> Progress: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
+def progress_on(console: Console) -> Progress:
+    """What suits `console`: a live line on a terminal, plain lines elsewhere."""
+    return LiveProgress(console) if console.is_terminal else PlainProgress(console)
+
+
+def figures(metrics: StepMetrics, report: Report) -> list[str]:
+    """The figures of a step, in the order in which they are shown."""
+    shown = [f"loss {metrics.loss:.4f}", f"lr {metrics.lr:.2e}"]
+    if metrics.grad_norm is not None:
+        shown.append(f"grad {metrics.grad_norm:.2f}")
+    used, budget = format_bytes(metrics.host_peak_bytes), format_bytes(report.host_budget_bytes)
+    return [
+        *shown,
+        f"{metrics.tokens_per_s:,.0f} tok/s",
+        f"mem {used} of {budget}",
+        f"read {format_bytes(metrics.bytes_read)}",
+        f"wrote {format_bytes(metrics.bytes_written)}",
+    ]
+
+
+class SilentProgress:
+    """Shows nothing."""
+
+    def say(self, text: str) -> None:
+        """Nothing."""
+
+    def show(self, metrics: StepMetrics, num_steps: int | None, report: Report) -> None:
+        """Nothing."""
+
+    def __enter__(self) -> SilentProgress:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        pass
+
+
+class PlainProgress(SilentProgress):
+    """One line per step."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._seconds = 0.0
+
+    def say(self, text: str) -> None:
+        """Print `text`."""
+        self._line(text)
+
+    def show(self, metrics: StepMetrics, num_steps: int | None, report: Report) -> None:
+        """Print the step's figures and the time that is left."""
+        self._seconds += metrics.step_s
+        of, left = "", "?"
+        if num_steps is not None:
+            of = f"/{num_steps}"
+            left = _clock(max(0, num_steps - metrics.step) * self._seconds / metrics.step)
+        self._line(" | ".join([f"step {metrics.step}{of}", *figures(metrics, report), f"left {left}"]))
+
+    def _line(self, text: str) -> None:
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+class LiveProgress:
+    """A bar with the figures of the latest step."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._bar = rich.progress.Progress(
+            rich.progress.TextColumn("step {task.completed:.0f}{task.fields[of]}"),
+            rich.progress.BarColumn(bar_width=16),
+            rich.progress.TextColumn("{task.fields[figures]}", markup=False),
+            rich.progress.TimeRemainingColumn(compact=True),
+            console=console,
+            transient=False,
+        )
+        self._task = self._bar.add_task("", total=None, of="", figures="the first step is under way")
+
+    def say(self, text: str) -> None:
+        """Print `text`, dimmed, above the bar."""
+        self._console.print(text, style="dim", markup=False, highlight=False)
+
+    def show(self, metrics: StepMetrics, num_steps: int | None, report: Report) -> None:
+        """Redraw the bar with the step's figures."""
+        self._bar.update(
+            self._task,
+            completed=metrics.step,
+            total=num_steps,
+            of=f"/{num_steps}" if num_steps is not None else "",
+            figures="  ".join(figures(metrics, report)),
+        )
+
+    def __enter__(self) -> LiveProgress:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -1,0 +1,256 @@
+import io
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+
+import pytest
+from rich.console import Console
+
+from outsize.cli import demo, main, options, quiet
+from outsize.config import Pins
+from outsize.errors import ConfigError, OutsizeError
+from outsize.train.demo import DemoSize
+from tests.train.standin import WORDS, PlainApi, write_model
+
+
+@pytest.fixture
+def model(tmp_path):
+    return write_model(tmp_path / "model")
+
+
+@pytest.fixture
+def data(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text((" ".join(WORDS) + "\n") * 20)
+    return path
+
+
+@pytest.fixture
+def plain(monkeypatch):
+    """The package's public API, replaced by a plain model in memory."""
+    import outsize
+
+    api = PlainApi()
+    for name in ("load", "AdamW", "save", "report"):
+        monkeypatch.setattr(outsize, name, getattr(api, name), raising=False)
+    monkeypatch.setattr(quiet, "before_imports", lambda: None)
+    return api
+
+
+def run(*arguments):
+    return main.main([str(argument) for argument in arguments])
+
+
+def test_importing_the_command_imports_no_torch():
+    code = "import sys, outsize.cli.main as m; m.build_parser(); print({'torch', 'numpy'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
+
+
+@pytest.mark.parametrize("command", [[], ["plan"], ["train"], ["generate"], ["demo"]])
+def test_help_teaches_with_examples(command, capsys):
+    with pytest.raises(SystemExit) as left:
+        run(*command, "--help")
+    assert left.value.code == 0
+    assert "examples:\n  outsize " in capsys.readouterr().out
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as left:
+        run("--version")
+    assert left.value.code == 0 and capsys.readouterr().out.startswith("outsize ")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["fly"],
+        ["train"],
+        ["train", "m", "d"],
+        ["train", "m", "d", "--out", "o", "--steps", "1", "--epochs", "1"],
+        ["train", "m", "d", "--out", "o", "--lr", "fast"],
+        ["plan", "m", "--home", "moon"],
+        ["plan", "m", "--hos", "1"],
+    ],
+)
+def test_bad_usage_is_2(arguments, capsys):
+    with pytest.raises(SystemExit) as left:
+        run(*arguments)
+    assert left.value.code == 2 and "usage: outsize" in capsys.readouterr().err
+
+
+def test_train(plain, model, data, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert run("train", model, data, "--out", out, "--steps", 3, "--seq-len", 16, "--host", "1GiB") == 0
+    text = capsys.readouterr()
+    assert "step 3/3" in text.out and "what lived where" in text.out and f"saved {out}" in text.out
+    assert "3 steps, loss" in text.out and text.err == ""
+    assert plain.loaded[0][1]["host"] == "1GiB"
+    assert len((out / "metrics.jsonl").read_text().splitlines()) == 3
+
+
+def test_error_is_two_lines_and_1(plain, model, data, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes").touch()
+    assert run("train", model, data, "--out", tmp_path / "out", "--seq-len", 16) == 1
+    error, hint = capsys.readouterr().err.splitlines()
+    assert error == f"error: --out: {tmp_path / 'out'} is not empty"
+    assert hint.startswith("hint: ") and "--overwrite" in hint
+
+
+def test_malformed_line_reaches_the_user(plain, model, tmp_path, capsys):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"text": "w1"}\n{"text"\n')
+    assert run("train", model, bad, "--out", tmp_path / "out", "--seq-len", 16) == 1
+    assert f"error: {bad}:2: not JSON" in capsys.readouterr().err
+
+
+def test_debug_shows_the_traceback(plain, model, tmp_path, monkeypatch):
+    monkeypatch.setenv("OUTSIZE_DEBUG", "1")
+    with pytest.raises(OutsizeError):
+        run("train", model, tmp_path / "none", "--out", tmp_path / "out")
+
+
+def test_whole_process(model, tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "outsize.cli.main",
+        "train",
+        model,
+        tmp_path / "none",
+        "--out",
+        tmp_path / "out",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OUTSIZE_DEBUG": "0"})
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.splitlines()[0] == f"error: no such file: {tmp_path / 'none'}"
+    assert "Traceback" not in done.stderr
+
+
+def test_interrupt_is_130(monkeypatch, capsys):
+    def stop(options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo, "run", stop)
+    assert run("demo") == 130
+    assert "stopped" in capsys.readouterr().err
+
+
+@dataclass(frozen=True)
+class Summary:
+    fits: bool
+
+    def __str__(self):
+        return f"fits: {self.fits}"
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_plan(plain, monkeypatch, capsys, fits):
+    import outsize
+
+    asked = {}
+
+    def plan(path, **settings):
+        asked.update(settings, path=path)
+        return Summary(fits)
+
+    monkeypatch.setattr(outsize, "plan", plan, raising=False)
+    assert run("plan", "M", "--host", "3GiB", "--pin", "weight_slots=2", "--generate") == (0 if fits else 1)
+    assert capsys.readouterr().out == f"fits: {fits}\n"
+    assert asked["path"] == "M" and asked["host"] == "3GiB" and asked["train"] is False
+    assert asked["pins"] == Pins(weight_slots=2)
+
+
+def test_pins():
+    assert options.pins_of([]) is None
+    assert options.pins_of(["verify=false", "resident_bytes=0"]) == Pins(verify=False, resident_bytes=0)
+    for text in ("slots=1", "weight_slots", "weight_slots=two", "weight_slots=0", "verify=1"):
+        with pytest.raises(ConfigError):
+            options.pins_of([text])
+
+
+def test_generate_streams_the_same_text_for_the_same_seed(plain, model, capsys, monkeypatch):
+    arguments = [
+        "generate",
+        model,
+        "--prompt",
+        "w1 w2",
+        "--max-new-tokens",
+        5,
+        "--temperature",
+        0.9,
+        "--top-p",
+        0.9,
+    ]
+    texts = []
+    for seed in (0, 0):
+        assert run(*arguments, "--seed", seed) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] and texts[0].startswith("w1 w2 ")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("w3"))
+    assert run("generate", model, "--prompt", "-", "--max-new-tokens", 5) == 0
+    assert capsys.readouterr().out.startswith("w3 ")
+
+
+def test_generate_refuses(plain, model, tmp_path, capsys):
+    assert run("generate", tmp_path / "none", "--prompt", "w1") == 1
+    assert run("generate", model, "--prompt", "") == 1
+    assert run("generate", model, "--prompt", "w1", "--top-p", "2") == 1
+    assert run("generate", model, "--prompt", "w1", "--temperature", "-1") == 1
+    assert run("generate", model, "--prompt", "w1", "--max-new-tokens", "0") == 1
+    assert capsys.readouterr().err.count("error: ") == 5
+    assert run("generate", write_model(tmp_path / "bare", tokenizer=False), "--prompt", "w1") == 1
+    assert "error: no tokenizer in" in capsys.readouterr().err
+
+
+TINY = DemoSize(
+    text_bytes=40_000,
+    vocab_size=300,
+    hidden_size=16,
+    intermediate_size=32,
+    num_layers=2,
+    num_heads=2,
+    seq_len=32,
+)
+
+
+def test_demo(tmp_path, capsys):
+    console = Console(file=io.StringIO(), width=100)
+    api = PlainApi()
+    for _ in range(2):  # an earlier demo is replaced
+        assert demo.show(console, tmp_path / "demo", 0.0, TINY, api) == 0
+    text = console.file.getvalue()
+    assert "what lived where" in text and "loss" in text and str(tmp_path / "demo" / "trained") in text
+    assert "def" in capsys.readouterr().out
+    assert api.loaded[0][1]["home"] == "disk"
+    assert api.loaded[0][1]["pins"] == Pins(resident_bytes=demo.RESIDENT_BYTES)
+    lines = (tmp_path / "demo" / "python.jsonl").read_text().splitlines()
+    assert all(json.loads(line)["text"] for line in lines)
+
+
+def test_demo_refuses_a_folder_that_is_not_its_own(tmp_path):
+    (tmp_path / "notes").touch()
+    with pytest.raises(ConfigError, match="no earlier demo"):
+        demo.show(Console(file=io.StringIO()), tmp_path, 0.0, TINY, PlainApi())
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([], ""),
+        ([1.0], "▁"),
+        ([2.0, 2.0], "▁▁"),
+        ([3.0, 1.0], "█▁"),
+        ([float(n) for n in range(8)], "▁▂▃▄▅▆▇█"),
+    ],
+)
+def test_sparkline(values, expected):
+    assert demo.sparkline(values) == expected
+
+
+def test_sparkline_averages_to_its_width():
+    assert len(demo.sparkline([float(n) for n in range(1000)], width=60)) == 60

@@ -1,0 +1,243 @@
+import io
+import json
+import os
+import signal
+
+import pytest
+import torch
+from rich.console import Console
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from outsize.errors import ConfigError, DataError, TrainingError
+from outsize.train.loop import spare_vectors, train
+from outsize.train.progress import PlainProgress, progress_on
+from outsize.train.settings import Learning, Length, Place, TrainSettings
+from tests.train.standin import WORDS, PlainApi, write_model
+
+
+@pytest.fixture
+def model(tmp_path):
+    return write_model(tmp_path / "model")
+
+
+@pytest.fixture
+def data(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text((" ".join(WORDS) + "\n") * 20)
+    return path
+
+
+def settings_for(model, data, out, **changes):
+    defaults = dict(
+        length=Length(steps=6), batch_size=4, seq_len=16, learning=Learning(lr=1e-2, warmup_steps=2)
+    )
+    return TrainSettings(model, data, out, **(defaults | changes))
+
+
+def weights(folder):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
+
+
+def test_run_leaves_a_folder_that_loads_and_metrics(model, data, tmp_path):
+    out = tmp_path / "out"
+    result = train(
+        settings_for(model, data, out, place=Place(host="1GiB", home="disk")), api=(api := PlainApi())
+    )
+    assert result.num_steps == 6 and not result.interrupted
+    assert result.losses[-1] < result.losses[0]
+    assert result.num_tokens == 6 * 4 * 16
+    assert api.loaded[0][1]["host"] == "1GiB" and api.loaded[0][1]["home"] == "disk"
+    weights(out)
+    assert AutoTokenizer.from_pretrained(out).eos_token == "<eos>"
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert [line["loss"] for line in lines] == list(result.losses)
+    assert lines[0]["lr"] == 0.5e-2 and lines[1]["lr"] == 1e-2 and lines[5]["lr"] == pytest.approx(1e-3)
+    assert lines[0]["bytes_read"] == 100 and lines[0]["grad_norm"] > 0
+    assert set(lines[0]) == {
+        *("step", "loss", "lr", "grad_norm", "tokens_per_s", "step_s"),
+        *("host_peak_bytes", "bytes_read", "bytes_written", "wait_s"),
+    }
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out", "text.txt"]
+
+
+def test_same_seed_same_losses(model, data, tmp_path):
+    runs = [
+        train(settings_for(model, data, tmp_path / f"out{index}", seed=seed), api=PlainApi())
+        for index, seed in enumerate([1, 1, 2])
+    ]
+    assert runs[0].losses == runs[1].losses != runs[2].losses
+
+
+def test_epochs_become_steps(model, data, tmp_path):
+    # 20 * 60 + 1 tokens are 75 sequences, 18 batches of 4
+    assert (
+        train(settings_for(model, data, tmp_path / "o", length=Length(epochs=1)), api=PlainApi()).num_steps
+        == 18
+    )
+
+
+def test_minutes_end_a_run(model, data, tmp_path):
+    settings = settings_for(model, data, tmp_path / "out", length=Length(minutes=1e-9))
+    assert train(settings, api=PlainApi()).num_steps == 1
+
+
+def test_vectors_are_spared_from_decay():
+    matrix, vector = torch.nn.Parameter(torch.ones(2, 2)), torch.nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.AdamW([matrix, vector], lr=0.1, weight_decay=0.5)
+    spare_vectors(optimizer)
+    optimizer_groups = [(group["params"], group["weight_decay"]) for group in optimizer.param_groups]
+    assert optimizer_groups == [([matrix], 0.5), ([vector], 0.0)]
+    for parameter in (matrix, vector):
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    assert vector.tolist() == [1.0, 1.0] and matrix[0, 0] < 1
+
+
+def spoil_at(step):
+    def spoil(call, model):
+        if call == step:
+            model.model.norm.register_forward_hook(lambda module, inputs, output: output * float("nan"))
+
+    return spoil
+
+
+def test_loss_that_is_not_finite_stops_before_the_update_and_saves(model, data, tmp_path):
+    with pytest.raises(TrainingError, match="the loss of step 4 is nan; that step was not taken") as caught:
+        train(settings_for(model, data, tmp_path / "out"), api=PlainApi(spoil_at(4)))
+    assert f"after step 3 are saved in {tmp_path / 'out'}" in caught.value.hint
+    assert len((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()) == 3
+
+    stop = {"done": False}
+
+    def stop_after_three(call, module):
+        if call == 3 and not stop["done"]:
+            stop["done"] = True
+            os.kill(os.getpid(), signal.SIGINT)
+
+    train(settings_for(model, data, tmp_path / "three"), api=PlainApi(stop_after_three))
+    saved, expected = weights(tmp_path / "out"), weights(tmp_path / "three")
+    assert all(saved[name].equal(expected[name]) for name in expected)
+
+
+def test_first_loss_not_finite_saves_nothing(model, data, tmp_path):
+    api = PlainApi(spoil_at(1))
+    with pytest.raises(
+        TrainingError, match="the loss of step 1 is nan; no step was taken and nothing was saved"
+    ):
+        train(settings_for(model, data, tmp_path / "out"), api=api)
+    assert not api.saved and sorted(path.name for path in tmp_path.iterdir()) == ["model", "text.txt"]
+
+
+def test_gradient_not_finite_is_not_saved(model, data, tmp_path):
+    def spoil(call, module):
+        if call == 2:
+            module.lm_head.weight.register_hook(lambda gradient: gradient * float("inf"))
+
+    api = PlainApi(spoil)
+    with pytest.raises(TrainingError, match="the gradient of step 2 is not finite"):
+        train(settings_for(model, data, tmp_path / "out"), api=api)
+    assert not api.saved and not (tmp_path / "out").exists()
+
+
+def test_interrupt_finishes_the_step_and_saves(model, data, tmp_path, capfd):
+    def interrupt(call, module):
+        if call == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    before = signal.getsignal(signal.SIGINT)
+    result = train(settings_for(model, data, tmp_path / "out"), api=PlainApi(interrupt))
+    assert result.interrupted and result.num_steps == 3
+    weights(tmp_path / "out")
+    assert "finishing this step" in capfd.readouterr().err
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_second_interrupt_stops_at_once(model, data, tmp_path):
+    def interrupt(call, module):
+        if call == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    api = PlainApi(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        train(settings_for(model, data, tmp_path / "out"), api=api)
+    assert not api.saved and not (tmp_path / "out").exists()
+    assert len((tmp_path / "out.partial" / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_output_is_checked_before_anything_is_loaded(model, data, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "notes").touch()
+    api = PlainApi()
+    with pytest.raises(ConfigError, match="is not empty") as caught:
+        train(settings_for(model, data, out), api=api)
+    assert "--overwrite" in caught.value.hint
+    with pytest.raises(ConfigError, match="holds no earlier run"):
+        train(settings_for(model, data, out, overwrite=True), api=api)
+    with pytest.raises(ConfigError, match="is a file"):
+        train(settings_for(model, data, data), api=api)
+    with pytest.raises(ConfigError, match="which is read"):
+        train(settings_for(model, data, model, overwrite=True), api=api)
+    assert not api.loaded and (out / "notes").exists()
+
+
+def test_overwrite_replaces_an_earlier_run_only_when_saved(model, data, tmp_path):
+    out = tmp_path / "out"
+    train(settings_for(model, data, out), api=PlainApi())
+    before = weights(out)
+    with pytest.raises(TrainingError):
+        train(settings_for(model, data, out, overwrite=True), api=PlainApi(spoil_at(1)))
+    assert all(weights(out)[name].equal(before[name]) for name in before)
+    train(settings_for(model, data, out, overwrite=True, seed=5), api=PlainApi())
+    assert any(not weights(out)[name].equal(before[name]) for name in before)
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_bad_data_leaves_nothing_behind(model, data, tmp_path):
+    data.write_text("w1 w2")
+    with pytest.raises(DataError):
+        train(settings_for(model, data, tmp_path / "out"), api=PlainApi())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "text.txt"]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Length(),
+        lambda: Length(steps=1, epochs=1),
+        lambda: Length(steps=0),
+        lambda: Length(minutes=float("nan")),
+        lambda: Learning(lr=0),
+        lambda: Learning(lr=float("inf")),
+        lambda: Learning(warmup_steps=-1),
+        lambda: Learning(weight_decay=-1),
+        lambda: Learning(max_grad_norm=0),
+        lambda: settings_for("m", "d", "o", batch_size=0),
+        lambda: settings_for("m", "d", "o", seed=-1),
+    ],
+)
+def test_settings_that_cannot_be(make):
+    with pytest.raises(ConfigError) as caught:
+        make()
+    assert caught.value.hint
+
+
+def test_progress_without_a_terminal_is_one_line_per_step(model, data, tmp_path):
+    console = Console(file=io.StringIO(), width=40)
+    progress = progress_on(console)
+    assert isinstance(progress, PlainProgress)
+    train(settings_for(model, data, tmp_path / "out"), api=PlainApi(), progress=progress)
+    lines = console.file.getvalue().splitlines()
+    steps = [line for line in lines if line.startswith("step ")]
+    assert [line.split(" | ")[0] for line in steps] == [f"step {step}/6" for step in range(1, 7)]
+    assert "mem 512.0 MiB of 1.00 GiB" in steps[0] and "read 100 B" in steps[0] and "wrote 10 B" in steps[0]
+    assert steps[-1].endswith("left 0:00") and "\x1b" not in console.file.getvalue()
+    assert lines[-1] == f"saving {tmp_path / 'out'}"
+
+
+def test_progress_on_a_terminal_redraws(model, data, tmp_path):
+    console = Console(file=io.StringIO(), force_terminal=True, width=160)
+    train(settings_for(model, data, tmp_path / "out"), api=PlainApi(), progress=progress_on(console))
+    assert "step 6/6" in console.file.getvalue() and "loss" in console.file.getvalue()
