@@ -1,13 +1,13 @@
 """Train, fine-tune and run transformer models that are larger than the memory of the machine.
 
-    model = outsize.load("path/to/model", host="20GiB", disk="/nvme/scratch")
-    optimizer = outsize.AdamW(model, lr=1e-5, max_grad_norm=1.0)
-    for batch in loader:
-        loss = model(**batch).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    outsize.save(model, "out")
+model = outsize.load("path/to/model", host="20GiB", disk="/nvme/scratch")
+optimizer = outsize.AdamW(model, lr=1e-5, max_grad_norm=1.0)
+for batch in loader:
+    loss = model(**batch).loss
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+outsize.save(model, "out")
 """
 
 from __future__ import annotations

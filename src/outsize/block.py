@@ -158,7 +158,9 @@ class Record:
     def state_extent(self, start: int, stop: int) -> Extent:
         """Where all state planes of the chunk `[start, stop)` lie on disk, as one run."""
         assert start % CHUNK == 0, start
-        return Extent(self._state_offset + start // CHUNK * self._state_chunk_bytes, self.state_bytes(stop - start))
+        return Extent(
+            self._state_offset + start // CHUNK * self._state_chunk_bytes, self.state_bytes(stop - start)
+        )
 
     def state_bytes(self, num_elements: int) -> int:
         """Bytes of one chunk of `num_elements` over all state planes, each part aligned."""

@@ -110,7 +110,12 @@ class Pins:
     verify: bool = True
 
     def __post_init__(self) -> None:
-        for name, least in (("weight_slots", 1), ("gradient_slots", 1), ("tile_rows", 1), ("resident_bytes", 0)):
+        for name, least in (
+            ("weight_slots", 1),
+            ("gradient_slots", 1),
+            ("tile_rows", 1),
+            ("resident_bytes", 0),
+        ):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < least):
                 raise ConfigError(f"Pins({name}={value!r}): expected a whole number of at least {least}")

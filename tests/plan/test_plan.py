@@ -1,8 +1,8 @@
 """Plans: text round trip, legality, memory, and what the builder promises, at any size and without a tensor."""
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-import pytest
 
 from outsize.block import Block, Piece, Plane, Record
 from outsize.config import Home, Pins
@@ -79,7 +79,9 @@ def test_reads_are_started_before_they_are_needed():
     for index, op in enumerate(plan.ops):
         if isinstance(op, Forward) and op.block != "L4":
             following = f"L{int(op.block[1]) + 1}"
-            reads = [i for i, other in enumerate(plan.ops) if isinstance(other, Read) and other.block == following]
+            reads = [
+                i for i, other in enumerate(plan.ops) if isinstance(other, Read) and other.block == following
+            ]
             assert reads[0] < index
 
 
@@ -101,12 +103,16 @@ def test_what_is_held_is_not_read():
     plan = build(call(["A", "B"]), records, placement, Occupancy(held=["A"], pending={"A"}))
     assert plan.ops[0] == Held("A", Plane.WEIGHT)
     assert Read("A", Plane.WEIGHT, 4096) not in plan.ops
-    assert plan.ops.index(Update("A")) < plan.ops.index(Wait("A", Plane.WEIGHT)) < plan.ops.index(Forward("A"))
+    assert (
+        plan.ops.index(Update("A")) < plan.ops.index(Wait("A", Plane.WEIGHT)) < plan.ops.index(Forward("A"))
+    )
 
 
 def test_resident_blocks_take_no_slot():
     records = make_records({"A": 100, "B": 100})
-    placement = place(list(records.values()), arena_bytes=1 << 40, home=Home.HOST, has_disk=False, pins=Pins())
+    placement = place(
+        list(records.values()), arena_bytes=1 << 40, home=Home.HOST, has_disk=False, pins=Pins()
+    )
     plan = build(call(["A", "B"]), records, placement, Occupancy(pending={"A"}))
     assert check(plan, records, placement).num_bytes == 0
     assert not [op for op in plan if isinstance(op, Read | Free)]
@@ -138,7 +144,9 @@ def test_illegal_plans_are_refused_with_their_place(text, message):
         check(Plan.parse(text), records, placement)
 
 
-@pytest.mark.parametrize("text", ["", "jump A", "read A.weight", "read A.weight x", "forward", "forward A.weight", "free A.wings"])
+@pytest.mark.parametrize(
+    "text", ["", "jump A", "read A.weight", "read A.weight x", "forward", "forward A.weight", "free A.wings"]
+)
 def test_malformed_text_is_named(text):
     with pytest.raises(ConfigError, match="not an operation"):
         Op.parse(text)
@@ -146,7 +154,13 @@ def test_malformed_text_is_named(text):
 
 def test_placement_spends_memory_on_slots_first_then_on_weights():
     records = list(make_records({f"L{i}": 100_000 for i in range(8)}).values())
-    least = place(records, arena_bytes=1 << 40, home=Home.DISK, has_disk=True, pins=Pins(weight_slots=1, gradient_slots=1))
+    least = place(
+        records,
+        arena_bytes=1 << 40,
+        home=Home.DISK,
+        has_disk=True,
+        pins=Pins(weight_slots=1, gradient_slots=1),
+    )
     with pytest.raises(BudgetError, match="hint"):
         place(records, arena_bytes=least.arena_bytes - 1, home=None, has_disk=True, pins=Pins())
     assert place(records, arena_bytes=least.arena_bytes, home=None, has_disk=True, pins=Pins()) == least

@@ -44,7 +44,7 @@ def run(options: argparse.Namespace) -> int:
     """Print the plan."""
     outsize = importlib.import_module("outsize")
     quiet.after_imports()
-    summary = outsize.plan(
+    summary = outsize.preview(
         options.model,
         host=options.host,
         disk=options.disk,

@@ -13,8 +13,16 @@ from outsize.engine import memory
 from outsize.engine.blocks import DTYPES
 from outsize.engine.session import Session, Settings, session_of
 from outsize.errors import ConfigError
-from outsize.model import InitSource, SafetensorsSource, Source, TensorSource, cut, open_skeleton, write_folder
-from outsize.model import resolve_folder
+from outsize.model import (
+    InitSource,
+    SafetensorsSource,
+    Source,
+    TensorSource,
+    cut,
+    open_skeleton,
+    resolve_folder,
+    write_folder,
+)
 
 
 def load(
@@ -99,7 +107,9 @@ def resolve_settings(
         raise ConfigError('home="disk" without a folder', hint='give one with disk="/path/on/an/ssd"')
     budgets = Budgets.parse(device, host, disk)
     if budgets.disk is not None and not budgets.disk.folder.is_dir():
-        raise ConfigError(f"disk: no folder {budgets.disk.folder}", hint="create it on an SSD, or name another")
+        raise ConfigError(
+            f"disk: no folder {budgets.disk.folder}", hint="create it on an SSD, or name another"
+        )
     return Settings(budgets, Home(home) if home is not None else None, _compute_type(dtype), pins or Pins())
 
 

@@ -23,7 +23,9 @@ class BatchDims:
     outputs: tuple[int | None, ...]
 
 
-def find_dims(shapes: Sequence[Shape], others: Sequence[Shape], rows: int, other_rows: int) -> tuple[int | None, ...] | None:
+def find_dims(
+    shapes: Sequence[Shape], others: Sequence[Shape], rows: int, other_rows: int
+) -> tuple[int | None, ...] | None:
     """The batch dimension of each shape, seen at `rows` and at `other_rows`; None as a whole where one is unclear."""
     if len(shapes) != len(others):
         return None

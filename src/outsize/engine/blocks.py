@@ -318,7 +318,9 @@ class BlockStore:
                 rounded[start:stop] = total[start:stop].to(dtype)
         for index in state.summed:
             entry, gradient = state.record.entries[index], state.gradients[index]
-            norm = torch.linalg.vector_norm(rounded[entry.start : entry.stop].to(self.dtype), dtype=torch.float32)
+            norm = torch.linalg.vector_norm(
+                rounded[entry.start : entry.stop].to(self.dtype), dtype=torch.float32
+            )
             gradient.present, gradient.sum_of_squares, gradient.scale = True, float(norm) ** 2, 1.0
         if resident is None and state.gradient_slot is not None:
             buffer = state.gradient_slot.buffer

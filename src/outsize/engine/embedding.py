@@ -41,7 +41,7 @@ class Embedding:
             return self.session.probe.embedding(self, input, trains)
         if not trains:
             return self.forward(input)
-        output: torch.Tensor = _Embed.apply(self, self.session.anchor, input)
+        output: torch.Tensor = _Embed.apply(self, self.session.anchor, input)  # type: ignore[no-untyped-call]
         return output
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
@@ -101,7 +101,7 @@ class _Embed(torch.autograd.Function):
         return embedding.forward(ids)
 
     @staticmethod
-    @once_differentiable  # type: ignore[misc]
+    @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[None, None, None]:
         (ids,) = ctx.saved_tensors
         ctx.embedding.backward(ids, gradient, ctx.autocast)

@@ -8,9 +8,9 @@ block skipped or visited twice) is planned again from where it stands, counted, 
 from __future__ import annotations
 
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from outsize.block import Plane
 from outsize.engine.blocks import BlockState, BlockStore
@@ -45,7 +45,7 @@ class Executor:
         self.plan = Plan(())
         self.executed: list[Op] = []
         self.off_plan: Counter[str] = Counter()
-        self.wait_s: Counter[str] = Counter()
+        self.wait_s: defaultdict[str, float] = defaultdict(float)
         self._index = 0
         self._expected: list[Visit] = []
         self._held: list[str] = []
@@ -214,9 +214,7 @@ class Executor:
             state = self.store[block]
             self._summing.remove(block)
             if state.gradient_slot is not None:
-                try:
+                with suppress(BaseException):  # the first error is the one to report
                     self.store.free_gradient(state)
-                except BaseException:  # the first error is the one to report
-                    pass
         self._held = [state.name for state in self.store if state.slot is not None]
         self._expected, self.plan, self._index = [], Plan(()), 0

@@ -37,7 +37,10 @@ _METADATA = {
     torch.Tensor.numel,
     torch.Tensor.__len__,
     torch.Tensor.is_floating_point,
-    *(getattr(torch.Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "requires_grad", "layout")),
+    *(
+        getattr(torch.Tensor, name).__get__
+        for name in ("shape", "dtype", "device", "ndim", "requires_grad", "layout")
+    ),
 }
 
 
@@ -68,10 +71,12 @@ class Head:
             return self.session.probe.head(self, hidden, trains, differentiates)
         if not differentiates:
             return self.forward(hidden)
-        output: torch.Tensor = _Project.apply(self, self.session.anchor, hidden)
+        output: torch.Tensor = _Project.apply(self, self.session.anchor, hidden)  # type: ignore[no-untyped-call]
         return output
 
-    def loss(self, hidden: torch.Tensor, targets: torch.Tensor, ignore_index: int) -> tuple[torch.Tensor, int]:
+    def loss(
+        self, hidden: torch.Tensor, targets: torch.Tensor, ignore_index: int
+    ) -> tuple[torch.Tensor, int]:
         """The sum of cross-entropies over targets that are not ignored, and their number, as a visit.
 
         `hidden [..., h]`, `targets [...]`.
@@ -85,7 +90,7 @@ class Head:
             return self.session.probe.loss(self, flat, trains, differentiates), kept.numel()
         if not differentiates:
             return self.forward_loss(flat, targets, Autocast.current())[0], kept.numel()
-        total: torch.Tensor = _TiledLoss.apply(self, self.session.anchor, flat, targets)
+        total: torch.Tensor = _TiledLoss.apply(self, self.session.anchor, flat, targets)  # type: ignore[no-untyped-call]
         return total, kept.numel()
 
     # -- real logits -----------------------------------------------------------------------------------------------
@@ -209,7 +214,7 @@ class _Project(torch.autograd.Function):
         return head.forward(hidden)
 
     @staticmethod
-    @once_differentiable  # type: ignore[misc]
+    @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[None, None, torch.Tensor]:
         (hidden,) = ctx.saved_tensors
         return None, None, ctx.head.backward(hidden, gradient, ctx.autocast)
@@ -226,7 +231,7 @@ class _TiledLoss(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @once_differentiable  # type: ignore[misc]
+    @once_differentiable
     def backward(ctx: Any, scale: torch.Tensor) -> tuple[None, None, torch.Tensor, None]:
         hidden, targets, logsumexp = ctx.saved_tensors
         gradient = ctx.head.backward_loss(hidden, targets, logsumexp, scale, ctx.autocast)
@@ -245,8 +250,8 @@ class Logits(torch.Tensor):
     is_sealed: bool
 
     @staticmethod
-    def __new__(cls, head: Head, hidden: torch.Tensor) -> Logits:
-        self: Logits = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+    def __new__(cls: type[Logits], head: Head, hidden: torch.Tensor) -> Logits:
+        self: Logits = torch.Tensor._make_wrapper_subclass(
             cls, (*hidden.shape[:-1], head.module.out_features), dtype=hidden.dtype, device=hidden.device
         )
         self.head, self.hidden, self.is_sealed = head, hidden, False
@@ -267,9 +272,10 @@ class Logits(torch.Tensor):
         return func(*args, **kwargs)
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        """Compute where an operation reaches us without the Python interface."""
         args, kwargs = tree_map_only(Logits, Logits.compute, (args, kwargs or {}))
         return func(*args, **kwargs)
 
@@ -289,7 +295,7 @@ class Logits(torch.Tensor):
         self.is_sealed = True
         self.hidden = self.hidden.detach()
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"<logits {tuple(self.shape)} {self.dtype}, computed when read>"
 
 

@@ -58,17 +58,21 @@ def rng_state(state: torch.Tensor) -> Iterator[None]:
 
 
 @contextmanager
-def installed(root: nn.Module, bindings: Sequence[Binding], values: dict[str, torch.Tensor]) -> Iterator[None]:
+def installed(
+    root: nn.Module, bindings: Sequence[Binding], values: dict[str, torch.Tensor]
+) -> Iterator[None]:
     """Inside, each bound parameter is the plain tensor `values[binding.parameter]`."""
-    places = [(root.get_submodule(b.module)._parameters, b.attribute, values[b.parameter]) for b in bindings]
+    places: list[tuple[dict[str, Any], str, torch.Tensor]] = [
+        (root.get_submodule(b.module)._parameters, b.attribute, values[b.parameter]) for b in bindings
+    ]
     before = [parameters[attribute] for parameters, attribute, _ in places]
     try:
         for parameters, attribute, value in places:
-            parameters[attribute] = value  # type: ignore[assignment]
+            parameters[attribute] = value
         yield
     finally:
-        for (parameters, attribute, _), value in zip(places, before, strict=True):
-            parameters[attribute] = value
+        for (parameters, attribute, _), placeholder in zip(places, before, strict=True):
+            parameters[attribute] = placeholder
 
 
 @dataclass(eq=False)
@@ -106,7 +110,11 @@ class Call:
 
     def result(self, outputs: Sequence[torch.Tensor]) -> Any:
         """The visit's result in the shape the layer gave it, with `outputs` in place; side doors are served."""
-        assert self.output_spec is not None and self.output_positions is not None and self.output_leaves is not None
+        assert (
+            self.output_spec is not None
+            and self.output_positions is not None
+            and self.output_leaves is not None
+        )
         count = len(self.output_positions)
         self.side_door.pass_on(outputs[count:])
         leaves = list(self.output_leaves)
@@ -150,7 +158,7 @@ class Layer:
                 hint="pass use_cache=False",
             )
         call.num_steps = self.session.num_steps(self.blocks)
-        outputs = _Visit.apply(call, self.session.anchor if trains else None, *tensors)
+        outputs = _Visit.apply(call, self.session.anchor if trains else None, *tensors)  # type: ignore[no-untyped-call]
         return call.result(outputs)
 
     # -- the two directions ----------------------------------------------------------------------------------------
@@ -210,7 +218,9 @@ class Layer:
         return output.clone() if is_view else output
 
 
-def _cut(tensors: Sequence[torch.Tensor], tile: Tile, dims: Sequence[int | None] | None) -> list[torch.Tensor]:
+def _cut(
+    tensors: Sequence[torch.Tensor], tile: Tile, dims: Sequence[int | None] | None
+) -> list[torch.Tensor]:
     if dims is None:
         return list(tensors)
     return [tile.of(tensor, dim) for tensor, dim in zip(tensors, dims, strict=True)]
@@ -243,7 +253,9 @@ class _Visit(torch.autograd.Function):
     """The visit as autograd sees it. The anchor requires grad, so that a block without differentiable inputs trains."""
 
     @staticmethod
-    def forward(ctx: Any, call: Call, anchor: torch.Tensor | None, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def forward(
+        ctx: Any, call: Call, anchor: torch.Tensor | None, *tensors: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
         ctx.call = call
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors)
@@ -252,11 +264,12 @@ class _Visit(torch.autograd.Function):
         return tuple(outputs)
 
     @staticmethod
-    @once_differentiable  # type: ignore[misc]
+    @once_differentiable
     def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         needed = ctx.needs_input_grad[2:]
         inputs = [
-            tensor.detach().requires_grad_(need) for tensor, need in zip(ctx.saved_tensors, needed, strict=True)
+            tensor.detach().requires_grad_(need)
+            for tensor, need in zip(ctx.saved_tensors, needed, strict=True)
         ]
         return (None, None, *ctx.call.layer.backward(ctx.call, inputs, gradients))
 
@@ -277,7 +290,7 @@ class Loose:
         if self.session.probe is not None:
             outputs: Sequence[torch.Tensor] = self.session.probe.loose(self, trains)
         elif trains:
-            outputs = _Loose.apply(self, self.session.anchor)
+            outputs = _Loose.apply(self, self.session.anchor)  # type: ignore[no-untyped-call]
         else:
             outputs = self.forward()
         values = dict(zip(self.parameters, outputs, strict=True))
@@ -305,7 +318,7 @@ class _Loose(torch.autograd.Function):
         return tuple(loose.forward())
 
     @staticmethod
-    @once_differentiable  # type: ignore[misc]
+    @once_differentiable
     def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[None, None]:
         ctx.loose.backward(gradients)
         return None, None

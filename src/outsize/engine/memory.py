@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import ctypes.util
+from contextlib import suppress
 from pathlib import Path
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
@@ -41,10 +42,8 @@ def restart_peak() -> None:
     """Let `recent_peak_bytes` start from now, where the kernel allows it."""
     global _highest
     _highest = max(_highest, recent_peak_bytes())
-    try:
+    with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        pass
 
 
 def available_bytes() -> int:

@@ -59,8 +59,12 @@ class AdamW(torch.optim.Optimizer):
             params = [parameter for parameter in model.parameters() if parameter.requires_grad]
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, defaults)
-        if any(id(parameter) not in self._names for group in self.param_groups for parameter in group["params"]):
-            raise UsageError("AdamW was given parameters of another model", hint="pass model.parameters() of this one")
+        if any(
+            id(parameter) not in self._names for group in self.param_groups for parameter in group["params"]
+        ):
+            raise UsageError(
+                "AdamW was given parameters of another model", hint="pass model.parameters() of this one"
+            )
         compute_type = self._session.settings.compute_type
         self._session.set_rule(ADAMW, start_compile(ADAMW, ComputeType(compute_type)).wait)
 
@@ -146,7 +150,10 @@ class AdamW(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Groups, step counts, and where the moments are; never tensors."""
         state = super().state_dict()
-        state["outsize"] = {"num_steps": dict(self._num_steps), "store": str(self._session.settings.budgets.disk)}
+        state["outsize"] = {
+            "num_steps": dict(self._num_steps),
+            "store": str(self._session.settings.budgets.disk),
+        }
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

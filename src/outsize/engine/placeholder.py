@@ -23,7 +23,7 @@ class _Placeholder(torch.Tensor):
 
     @staticmethod
     def __new__(
-        cls,
+        cls: type[_Placeholder],
         like: torch.Tensor,
         label: str,
         fetch: Callable[[], torch.Tensor],
@@ -31,17 +31,21 @@ class _Placeholder(torch.Tensor):
         requires_grad: bool = False,
         dtype: torch.dtype | None = None,
     ) -> _Placeholder:
-        self: _Placeholder = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            cls, like.shape, dtype=dtype or like.dtype, device="cpu", requires_grad=requires_grad
+        self: _Placeholder = torch.Tensor._make_wrapper_subclass(
+            cls,
+            like.shape,
+            dtype=dtype or like.dtype,
+            device=torch.device("cpu"),
+            requires_grad=requires_grad,
         )
         self._label = label
         self._fetch = fetch
         return self
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
@@ -58,7 +62,9 @@ class _Placeholder(torch.Tensor):
                 values = value if isinstance(value, list | tuple) else [value]
                 for target in values:
                     if isinstance(target, _Placeholder):
-                        target._refuse("written", "change weights before outsize.wrap, or save and load again")
+                        target._refuse(
+                            "written", "change weights before outsize.wrap, or save and load again"
+                        )
         fetched: dict[int, torch.Tensor] = {}
 
         def value_of(tensor: _Placeholder) -> torch.Tensor:
@@ -72,7 +78,7 @@ class _Placeholder(torch.Tensor):
     def _refuse(self, what: str, hint: str) -> NoReturn:
         raise UsageError(f"{self._label} lives in Outsize's store and cannot be {what} here", hint=hint)
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"<{self._label}: {tuple(self.shape)} {self.dtype}, in Outsize's store>"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
@@ -120,7 +126,7 @@ class GradientPlaceholder(_Placeholder):
         return self
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
@@ -174,11 +180,12 @@ class OffloadedParameter(_Placeholder):
 
     def _refuse_backward(self, gradient: torch.Tensor) -> NoReturn:
         self._refuse(
-            "differentiated outside the model's forward", "read it under torch.no_grad(), or through .detach()"
+            "differentiated outside the model's forward",
+            "read it under torch.no_grad(), or through .detach()",
         )
 
     @property
-    def grad(self) -> torch.Tensor | None:  # type: ignore[override]
+    def grad(self) -> torch.Tensor | None:
         """The gradient that the next `step()` would use, or None."""
         return self._get_gradient()
 

@@ -39,7 +39,9 @@ class PlanSummary:
         if not self.fits:
             return "\n".join([*lines, f"does not fit: {self.reason}"])
         width = max(len(row.what) for row in self.rows)
-        lines += [f"{row.tier:<5} {row.what:<{width}}  {format_bytes(row.num_bytes):>10}" for row in self.rows]
+        lines += [
+            f"{row.tier:<5} {row.what:<{width}}  {format_bytes(row.num_bytes):>10}" for row in self.rows
+        ]
         lines += list(self.slots)
         lines.append(
             f"fits: {format_bytes(self.host_bytes)} of {format_bytes(self.host_budget_bytes)} of memory"
@@ -71,7 +73,8 @@ def preview(
     session = Session(module, cut(module), TensorSource({}), settings)
     if getattr(module, "main_input_name", None) != "input_ids":
         raise ModelError(
-            f"{type(module).__name__} does not take text", hint="outsize.preview covers models that take input_ids"
+            f"{type(module).__name__} does not take text",
+            hint="outsize.preview covers models that take input_ids",
         )
     module.train(train)
     if train:
@@ -107,7 +110,9 @@ def preview(
 
 def _slots(placement: Placement) -> tuple[str, ...]:
     def describe(what: str, group: SlotClass) -> str:
-        return f"{group.count} {what} slots of {format_bytes(group.slot_bytes)} for {len(group.blocks)} blocks"
+        return (
+            f"{group.count} {what} slots of {format_bytes(group.slot_bytes)} for {len(group.blocks)} blocks"
+        )
 
     lines = [describe("weight", group) for group in placement.weight_classes]
     lines += [describe("gradient", group) for group in placement.gradient_classes]

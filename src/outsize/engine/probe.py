@@ -11,6 +11,7 @@ from __future__ import annotations
 import mmap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -111,7 +112,9 @@ class Probe:
         call.output_positions = first.output_positions
         call.side_door.counts = dict(first.side_door.counts)
         self._record_shapes(layer.point.module, tensors, like)
-        return self._visit(layer.blocks, tensors, [torch.zeros(o.shape, dtype=o.dtype) for o in like], differentiates)
+        return self._visit(
+            layer.blocks, tensors, [torch.zeros(o.shape, dtype=o.dtype) for o in like], differentiates
+        )
 
     def loose(self, loose: Loose, trains: bool) -> list[torch.Tensor]:
         """Zeros in the shapes of the parameters."""
@@ -162,7 +165,7 @@ class Probe:
             Visit(name, Direction.BACKWARD, weights_in_backward, self.session.trains((name,)))
             for name in reversed(blocks)
         ]
-        return list(_Rehearsed.apply(self, backward, outputs, self.session.anchor, *inputs))
+        return list(_Rehearsed.apply(self, backward, outputs, self.session.anchor, *inputs))  # type: ignore[no-untyped-call]
 
     def _record_shapes(
         self, module: str, inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]
@@ -185,9 +188,9 @@ class Probe:
         most = max(piece.num_elements for piece in pieces) * self.session.dtype.itemsize
         with mmap.mmap(-1, max(most, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as zeros:
             values = {
-                piece.parameter: torch.frombuffer(zeros, dtype=self.session.dtype, count=piece.num_elements).view(
-                    piece.shape
-                )
+                piece.parameter: torch.frombuffer(
+                    zeros, dtype=self.session.dtype, count=piece.num_elements
+                ).view(piece.shape)
                 for piece in pieces
                 if piece.num_elements
             }
@@ -264,12 +267,9 @@ def rehearse(session: Session, args: tuple[Any, ...], kwargs: dict[str, Any], sh
         try:
             for count in SMALL_ROWS:
                 index = torch.arange(count) % rows
-                small = tree_map_only(
-                    torch.Tensor,
-                    lambda t, index=index: t.index_select(0, index) if t.dim() and t.shape[0] == rows else t,
-                    (args, kwargs),
+                probes[count] = _run(
+                    session, *tree_map_only(torch.Tensor, partial(_take, rows, index), (args, kwargs))
                 )
-                probes[count] = _run(session, *small)
         except Exception:  # a batch whose tensors belong together in another way: take it whole
             probes = {}
     if not probes:
@@ -292,6 +292,11 @@ def rehearse(session: Session, args: tuple[Any, ...], kwargs: dict[str, Any], sh
         tile_bytes=Linear.through({n: float(probe.tile_bytes) for n, probe in probes.items()}),
         loss_bytes=Linear.through({n: float(probe.loss_bytes) for n, probe in probes.items()}),
     )
+
+
+def _take(rows: int, index: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+    """The rows `index` of a tensor that has a batch of `rows`."""
+    return tensor.index_select(0, index) if tensor.dim() and tensor.shape[0] == rows else tensor
 
 
 def _run(session: Session, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Probe:
@@ -322,7 +327,9 @@ def _backward(output: Any) -> None:
 def batch_shape(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> BatchShape:
     """The batch of a call: every tensor argument has the rows (or 1, or no dimension) as its first dimension."""
     main = kwargs.get(getattr(module, "main_input_name", "input_ids"))
-    tensors = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, torch.Tensor) and leaf.dim()]
+    tensors = [
+        leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, torch.Tensor) and leaf.dim()
+    ]
     if not isinstance(main, torch.Tensor) or not main.dim():
         main = tensors[0] if tensors else torch.empty(1)
     rows = main.shape[0]

@@ -52,7 +52,9 @@ class Report:
             f"waited {sum(self.wait_s.values()):.1f} s"
         )
         if self.off_plan:
-            lines.append("visits that no plan foresaw (right, but not overlapped): " + ", ".join(self.off_plan[:8]))
+            lines.append(
+                "visits that no plan foresaw (right, but not overlapped): " + ", ".join(self.off_plan[:8])
+            )
         return "\n".join(lines)
 
 

@@ -11,7 +11,8 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,7 +31,7 @@ from outsize.engine.head import Head, Logits, TiledLoss
 from outsize.engine.layer import Call, Layer, Loose
 from outsize.engine.placeholder import GradientPlaceholder, OffloadedParameter
 from outsize.engine.probe import BatchShape, Probe, Rehearsal, batch_shape, rehearse
-from outsize.errors import BudgetError, ConfigError, UsageError
+from outsize.errors import BudgetError, UsageError
 from outsize.model import Cut, InitSource, Point, PointKind, Source, TensorSource
 from outsize.optim import Kernel, Rule, split
 from outsize.plan import Direction, Placement, Visit, place
@@ -127,8 +128,8 @@ class Session:
             for index, piece in enumerate(members):
                 rows = None if piece.is_whole else (piece.row_start or 0, piece.row_stop or 0)
                 self._locations.setdefault(piece.parameter, []).append(Location(block, index, rows))
-        for places in self._locations.values():
-            places.sort(key=lambda place: place.rows or (0, 0))
+        for locations in self._locations.values():
+            locations.sort(key=lambda location: location.rows or (0, 0))
 
     def _take_parameters(self) -> dict[str, OffloadedParameter]:
         placeholders: dict[str, OffloadedParameter] = {}
@@ -137,15 +138,17 @@ class Session:
                 parameter,
                 name,
                 self.dtype,
-                fetch=lambda name=name: self.value(name),
-                get_gradient=lambda name=name: self.gradient(name),
-                drop_gradient=lambda name=name: self.drop_gradient(name),
+                fetch=partial(self.value, name),
+                get_gradient=partial(self.gradient, name),
+                drop_gradient=partial(self.drop_gradient, name),
             )
-        by_identity = {id(parameter): placeholders[name] for name, parameter in self.module.named_parameters()}
+        by_identity = {
+            id(parameter): placeholders[name] for name, parameter in self.module.named_parameters()
+        }
         for owner in self.module.modules():
-            for attribute, parameter in owner._parameters.items():
-                if parameter is not None:
-                    owner._parameters[attribute] = by_identity[id(parameter)]  # type: ignore[assignment]
+            for attribute, owned in owner._parameters.items():
+                if owned is not None:
+                    owner._parameters[attribute] = by_identity[id(owned)]  # type: ignore[assignment]
         return placeholders
 
     def _install(self) -> None:
@@ -154,14 +157,14 @@ class Session:
             module = self.module.get_submodule(point.module)
             self.points[point.module] = handler = self._handler(point, module)
             # An instance attribute shadows the method, as accelerate does; the class stays as it is.
-            module.forward = _with_signature(handler, module.forward)  # type: ignore[method-assign]
+            module.forward = _with_signature(handler, module.forward)
         self.forward: Callable[..., Any] = self.module.forward
         self._has_cache_switch = _has_cache_switch(self.module)
         self.module.register_forward_pre_hook(self._before_call, with_kwargs=True, prepend=True)
         self.module.register_forward_hook(self._after_call, with_kwargs=True, always_call=True)
         original = getattr(self.module, "loss_function", None)
         if original is ForCausalLMLoss:
-            self.module.loss_function = TiledLoss(original)
+            self.module.loss_function = TiledLoss(original)  # type: ignore[assignment]
 
     def _handler(self, point: Point, module: nn.Module) -> AnyPoint:
         blocks = [self._blocks[name] for name in point.blocks]
@@ -261,7 +264,7 @@ class Session:
     def row_blocks(self, parameter: str) -> list[tuple[str, int, int]]:
         """`(block, first row, last row)` of a table, in order."""
         rows = self._shapes[parameter][0]
-        return [(place.block, *(place.rows or (0, rows))) for place in self._locations[parameter]]
+        return [(at.block, *(at.rows or (0, rows))) for at in self._locations[parameter]]
 
     @contextmanager
     def visit(self, blocks: Sequence[str], direction: Direction) -> Iterator[dict[str, torch.Tensor]]:
@@ -311,10 +314,10 @@ class Session:
 
     def add_gradient(self, parameter: str, gradient: torch.Tensor) -> None:
         """Add to the gradient of a whole parameter whose block is being visited backward."""
-        (place,) = self._locations[parameter]
-        state = self._store[place.block]
-        if state.record.entries[place.index].trainable:
-            self._store.add_gradient(state, place.index, gradient)
+        (at,) = self._locations[parameter]
+        state = self._store[at.block]
+        if state.record.entries[at.index].trainable:
+            self._store.add_gradient(state, at.index, gradient)
 
     def gradient_sum(self, block: str, parameter: str) -> torch.Tensor | None:
         """The sum of the rows of `parameter` in `block`, to be added to; None where it is frozen."""
@@ -349,18 +352,18 @@ class Session:
 
     def value(self, parameter: str) -> torch.Tensor:
         """A copy of a parameter's current value."""
-        parts = [self.piece_value(place) for place in self._locations[parameter]]
+        parts = [self.piece_value(at) for at in self._locations[parameter]]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def piece_value(self, place: Location) -> torch.Tensor:
+    def piece_value(self, at: Location) -> torch.Tensor:
         """A copy of one piece's current value."""
         if self.executor is None:
-            piece = self._blocks[place.block].pieces[place.index]
+            piece = self._blocks[at.block].pieces[at.index]
             exact = torch.empty(piece.shape, dtype=torch.float32)
-            self.source.read(Block(place.block, (piece,)), [exact])
+            self.source.read(Block(at.block, (piece,)), [exact])
             return exact if self.dtype is torch.float32 else split(exact.view(-1))[0].view(piece.shape)
-        with self.executor.touch(place.block) as state:
-            return self._store.pieces(state)[place.index].clone()
+        with self.executor.touch(at.block) as state:
+            return self._store.pieces(state)[at.index].clone()
 
     def block_values(self, block: Block) -> list[torch.Tensor]:
         """The current values of all pieces of a block of the cut; views, valid until the model is used again."""
@@ -372,7 +375,7 @@ class Session:
 
     def _place_of(self, piece: Piece) -> Location:
         rows = None if piece.is_whole else (piece.row_start or 0, piece.row_stop or 0)
-        return next(place for place in self._locations[piece.parameter] if place.rows == rows)
+        return next(at for at in self._locations[piece.parameter] if at.rows == rows)
 
     def gradient(self, parameter: str) -> torch.Tensor | None:
         """What stands for the parameter's gradient, or None."""
@@ -393,7 +396,7 @@ class Session:
                 gradient.present, gradient.scale = False, 1.0
 
     def _gradients(self, parameter: str) -> list[Any]:
-        return [self._store[place.block].gradients[place.index] for place in self._locations[parameter]]
+        return [self._store[at.block].gradients[at.index] for at in self._locations[parameter]]
 
     def _scale_gradient(self, parameter: str, factor: float) -> None:
         for gradient in self._gradients(parameter):
@@ -401,9 +404,9 @@ class Session:
 
     def _gradient_value(self, parameter: str) -> torch.Tensor:
         parts = []
-        for place in self._locations[parameter]:
-            state = self._store[place.block]
-            parts.append(self._store.gradient_value(state, place.index) * state.gradients[place.index].scale)
+        for at in self._locations[parameter]:
+            state = self._store[at.block]
+            parts.append(self._store.gradient_value(state, at.index) * state.gradients[at.index].scale)
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def locations(self, parameter: str) -> Sequence[Location]:

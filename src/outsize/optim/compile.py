@@ -137,7 +137,9 @@ class Compilation:
             failure = self._build.wait()
             if failure is None and (kernel := self._load(self._path)) is not None:
                 return kernel
-            _say_once(f"update rules run without a compiler, slower: {failure or 'the package does not load'}")
+            _say_once(
+                f"update rules run without a compiler, slower: {failure or 'the package does not load'}"
+            )
         function = self._rule.update
         if self._compute_type is not ComputeType.FLOAT32:
             function = self._rule.update_split
@@ -152,7 +154,9 @@ class Compilation:
         except (RuntimeError, OSError) as error:
             _log.debug("cannot load %s: %s", path, error)
             return None
-        return Kernel(self._rule, self._compute_type, Backend.COMPILED, lambda *planes: loader.run(list(planes)))
+        return Kernel(
+            self._rule, self._compute_type, Backend.COMPILED, lambda *planes: loader.run(list(planes))
+        )
 
 
 class _Build:

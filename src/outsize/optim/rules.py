@@ -141,7 +141,9 @@ def _adamw(
     return master, moment1, moment2
 
 
-def _update_adamw(weight: Tensor, moment1: Tensor, moment2: Tensor, gradient: Tensor, scalars: Tensor) -> None:
+def _update_adamw(
+    weight: Tensor, moment1: Tensor, moment2: Tensor, gradient: Tensor, scalars: Tensor
+) -> None:
     planes = (weight, moment1, moment2)
     for plane, value in zip(planes, _adamw(*planes, gradient, scalars), strict=True):
         plane.copy_(value)

@@ -178,4 +178,3 @@ class _Builder:
         if sums_in_place(record, self.placement.is_resident(block, Plane.GRADIENT)):
             return 0
         return record.num_trainable * record.element_bytes[Plane.GRADIENT]
-

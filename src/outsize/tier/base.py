@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from outsize.tier.stats import TierStats
+
 
 class Transfer(Protocol):
     """A transfer that was started."""
@@ -29,6 +31,9 @@ class Tier(Protocol):
 
     def start_write(self, offset: int, buffer: memoryview, label: str) -> Transfer:
         """Start storing `buffer` at `offset`; the buffer must stay alive and unchanged until `wait`."""
+
+    def stats(self) -> TierStats:
+        """What was moved since the tier was opened."""
 
     def close(self) -> None:
         """Wait for what is under way and give everything back. Closing twice is allowed."""

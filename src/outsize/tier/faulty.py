@@ -13,6 +13,7 @@ from enum import StrEnum
 from outsize.block import ALIGNMENT
 from outsize.errors import CorruptionError, StorageError, StorageFullError
 from outsize.tier.base import Tier, Transfer
+from outsize.tier.stats import TierStats
 from outsize.tier.transfer import Verb
 
 
@@ -66,6 +67,10 @@ class FaultyTier:
     def start_write(self, offset: int, buffer: memoryview, label: str) -> Transfer:
         """As the inner tier, unless a fault strikes; its error comes with `wait`."""
         return self._start(Verb.WRITE, offset, buffer, label)
+
+    def stats(self) -> TierStats:
+        """The inner tier's figures."""
+        return self._inner.stats()
 
     def close(self) -> None:
         """Close the inner tier."""

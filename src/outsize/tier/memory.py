@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 
 from outsize.errors import UsageError
+from outsize.tier.stats import TierStats
 from outsize.tier.transfer import DoneTransfer, Verb, checked_bytes
 
 
@@ -26,6 +27,10 @@ class MemoryTier:
         view = checked_bytes(Verb.WRITE, offset, buffer, label, self.num_bytes)
         memoryview(self._live(label))[offset : offset + len(view)] = view
         return DoneTransfer()
+
+    def stats(self) -> TierStats:
+        """Nothing is counted."""
+        return TierStats()
 
     def close(self) -> None:
         """Give the memory back. Closing twice is allowed."""

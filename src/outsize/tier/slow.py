@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 from outsize.errors import UsageError
 from outsize.tier.base import Tier
+from outsize.tier.stats import TierStats
 from outsize.tier.transfer import PieceTransfer, Verb
 
 
@@ -34,6 +35,10 @@ class SlowTier:
     def start_write(self, offset: int, buffer: memoryview, label: str) -> PieceTransfer:
         """Start a write that begins after the delay, with the bytes that are in the buffer then."""
         return self._start(Verb.WRITE, offset, buffer, label)
+
+    def stats(self) -> TierStats:
+        """The inner tier's figures."""
+        return self._inner.stats()
 
     def close(self) -> None:
         """Wait for what is under way, then close the inner tier."""
