@@ -1,0 +1,224 @@
+"""Opening a model without its weights: parameters on meta, buffers for real.
+
+A model class is built as its own code says, while parameters are sent to the meta device. Buffers hold constants that
+no checkpoint has (rotary frequencies, position ids, attention masks), so they are computed, unlike with
+`torch.device("meta")`. Two things keep this cheap: torch's and the model's own random initialisation do nothing, and a
+large `torch.empty` goes to meta before it is allocated. Where a model fills such a tensor to make a buffer of it, the
+model is built once more with those allocations left alone: memory that is never written costs address space only.
+
+The idea of patching `register_parameter` is from accelerate's `init_empty_weights`.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from transformers.initialization import no_init_weights
+
+from outsize.errors import ModelError
+
+_LARGE = 1 << 16
+"""Elements from which `torch.empty` is sent to meta."""
+
+
+def resolve_folder(path: str | Path) -> Path:
+    """The local folder of a model: `path` itself, or the cached files of the hub id `path`. Never uses the network.
+
+    Raises ModelError where there is no such folder, no such id in the cache, or no `config.json` in it.
+    """
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        if folder.exists():
+            raise ModelError(f"{path} is a file, expected a folder", hint="pass the folder that holds config.json")
+        folder = _cached_snapshot(str(path))
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"no config.json in {folder}", hint="pass a folder written by save_pretrained")
+    return folder
+
+
+def _cached_snapshot(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, local_files_only=True))
+    except (HFValidationError, LocalEntryNotFoundError, OSError, ValueError):
+        raise ModelError(
+            f"no folder {name}, and no model of that name in the local cache",
+            hint=f"pass an existing folder, or fetch the model first: hf download {name}",
+        ) from None
+
+
+def open_skeleton(
+    path_or_config: str | Path | transformers.PreTrainedConfig,
+    dtype: torch.dtype,
+    *,
+    trust_remote_code: bool = False,
+) -> nn.Module:
+    """Build the model that a folder, a cached hub id, or a config describes: parameters on meta, buffers real.
+
+    All parameters have type `dtype`, tied ones are one object, the model is in eval mode, and has the folder's
+    generation settings. Random numbers are neither drawn nor reset. Code that comes with the model runs only with
+    `trust_remote_code`. Raises ModelError where the model cannot be found, is unknown, or is quantised.
+    """
+    folder: Path | None = None
+    if isinstance(path_or_config, transformers.PreTrainedConfig):
+        config = copy.deepcopy(path_or_config)
+    else:
+        folder = resolve_folder(path_or_config)
+        config = _read_config(folder, trust_remote_code)
+    if getattr(config, "quantization_config", None) is not None:
+        raise ModelError(
+            f"{config.model_type}: the checkpoint is quantised, and quantised weights cannot be trained",
+            hint="use the original checkpoint of this model",
+        )
+    model_class = _model_class(config, folder, trust_remote_code)
+    module = _build(model_class, config, dtype)
+    if folder is not None and module.can_generate() and (folder / "generation_config.json").is_file():
+        module.generation_config = transformers.GenerationConfig.from_pretrained(folder, local_files_only=True)
+    if folder is not None:
+        module.config.name_or_path = str(folder)
+    result: nn.Module = module.eval()
+    return result
+
+
+def _read_config(folder: Path, trust_remote_code: bool) -> transformers.PreTrainedConfig:
+    try:
+        return transformers.AutoConfig.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=trust_remote_code
+        )
+    except Exception as error:
+        first_line = str(error).strip().split("\n")[0]
+        hint = "this release knows the models of the installed transformers"
+        if "trust_remote_code" in str(error):
+            hint = "if you trust the code in that folder, pass trust_remote_code=True"
+        raise ModelError(f"cannot read {folder / 'config.json'}: {first_line}", hint=hint) from error
+
+
+def _model_class(config: transformers.PreTrainedConfig, folder: Path | None, trust_remote_code: bool) -> Any:
+    names = config.architectures or []
+    remote = getattr(config, "auto_map", None) or {}
+    if trust_remote_code and folder is not None:
+        from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+        for reference in remote.values():
+            reference = reference[0] if isinstance(reference, list) else reference
+            if names and reference.rpartition(".")[2] == names[0]:
+                return get_class_from_dynamic_module(reference, folder, local_files_only=True)
+    if names:
+        found = getattr(transformers, names[0], None)
+        if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
+            return found
+        raise ModelError(
+            f"unknown architecture {names[0]!r} (model type {config.model_type!r})",
+            hint="if the folder brings its own code and you trust it, pass trust_remote_code=True"
+            if remote
+            else f"transformers {transformers.__version__} does not have it; another version may",
+        )
+    mapping = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+    if type(config) not in mapping:
+        raise ModelError(
+            f"the config names no architecture, and {config.model_type!r} is no causal language model",
+            hint='set "architectures" in config.json to the name of the model class',
+        )
+    found = mapping[type(config)]
+    return found[0] if isinstance(found, (list, tuple)) else found
+
+
+def _build(model_class: Any, config: transformers.PreTrainedConfig, dtype: torch.dtype) -> Any:
+    try:
+        module = _construct(model_class, config, dtype, large_on_meta=True)
+        again = bool(_meta_buffers(module))
+    except (RuntimeError, NotImplementedError):
+        again = True
+    if again:
+        try:
+            module = _construct(model_class, config, dtype, large_on_meta=False)
+        except Exception as error:
+            raise ModelError(f"{model_class.__name__} cannot be built from its config: {error}") from error
+    if names := _meta_buffers(module):
+        raise ModelError(f"{model_class.__name__}: buffer {names[0]} cannot be computed without the weights")
+    return module
+
+
+def _construct(
+    model_class: Any, config: transformers.PreTrainedConfig, dtype: torch.dtype, *, large_on_meta: bool
+) -> Any:
+    config = copy.deepcopy(config)
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices=[]))
+        stack.enter_context(no_init_weights())
+        stack.enter_context(_parameters_on_meta(dtype))
+        if large_on_meta:
+            stack.enter_context(_LargeOnMeta())
+        module = model_class._from_config(config, dtype=dtype)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        _initialise_buffers(module)
+        module.tie_weights()
+    return module
+
+
+def _meta_buffers(module: nn.Module) -> list[str]:
+    return [name for name, buffer in module.named_buffers() if buffer.is_meta]
+
+
+def _initialise_buffers(module: Any) -> None:
+    """Run the models' own `_init_weights`: some buffers get their values there. On a meta parameter it does nothing."""
+
+    def visit(current: nn.Module, initialise: Any) -> None:
+        if isinstance(current, transformers.PreTrainedModel):
+            initialise = current._init_weights
+        for child in current.children():
+            visit(child, initialise)
+        try:
+            initialise(current)
+        except Exception as error:
+            # A module without buffers only wanted its parameters, which a Source fills later.
+            if any(True for _ in current.buffers(recurse=False)):
+                raise ModelError(
+                    f"{type(module).__name__}: the buffers of {type(current).__name__} cannot be computed: {error}"
+                ) from error
+
+    visit(module, module._init_weights)
+
+
+@contextmanager
+def _parameters_on_meta(dtype: torch.dtype) -> Iterator[None]:
+    original = nn.Module.register_parameter
+
+    def register_parameter(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if param is not None:
+            kind = dtype if param.is_floating_point() else param.dtype
+            if not param.is_meta or param.dtype != kind:
+                data = torch.empty_like(param.data, device="meta", dtype=kind)
+                moved = nn.Parameter(data, requires_grad=param.requires_grad)
+                vars(moved).update(vars(param))
+                param = moved
+        original(self, name, param)
+
+    nn.Module.register_parameter = register_parameter  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = original  # type: ignore[method-assign]
+
+
+class _LargeOnMeta(TorchFunctionMode):
+    """Sends large `torch.empty` calls to meta before anything is allocated."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch.empty and kwargs.get("device") is None:
+            size = kwargs.get("size", args[0] if args and not isinstance(args[0], int) else args)
+            size = (size,) if isinstance(size, int) else size
+            if torch.Size(size).numel() >= _LARGE:
+                kwargs["device"] = "meta"
+        return func(*args, **kwargs)
