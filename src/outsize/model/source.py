@@ -1,0 +1,185 @@
+"""Where a block's first values come from: safetensors files, or tensors in memory.
+
+A source fills the tensors it is given, one per piece; where they live and how they are laid out is the caller's affair.
+Reading is lazy and repeatable: weights stay in their files until a block's first update.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from outsize.block import Block, Piece
+from outsize.errors import WeightsError
+from outsize.model.conversion import Group, group_keys
+from outsize.model.names import parameter_aliases, parameter_shapes, persistent_buffers
+from outsize.model.shards import Shards
+
+_COMPARE_ELEMENTS = 1 << 20
+
+
+class Source(Protocol):
+    """Gives the values that blocks start from."""
+
+    def read(self, block: Block, targets: Sequence[torch.Tensor]) -> None:
+        """Fill `targets`, one per piece and of its shape, cast to their types. The same block gives the same bits."""
+        ...
+
+    def close(self) -> None:
+        """Let go of files and memory."""
+        ...
+
+
+class SafetensorsSource:
+    """The weights of a folder in Hugging Face format, single or sharded, through transformers' own conversion.
+
+    `module` is the model with its parameters' shapes; its persistent buffers are filled from the files at once, and
+    `_weight_conversions` is set as `from_pretrained` does. Parameters are read block by block: a read opens only the
+    keys that the block needs, and uses memory for about one block (for a converted parameter, up to three times its
+    size). Reading is safe from several threads.
+
+    Raises WeightsError, before anything is trained, where files are absent or cut short, a parameter has no key, or a
+    shape differs. Keys that the model does not know are listed in `unexpected`.
+    """
+
+    def __init__(self, folder: str | Path, module: nn.Module) -> None:
+        self._module = module
+        self._shards = Shards(Path(folder))
+        aliases = parameter_aliases(module)
+        buffers = persistent_buffers(module)
+        names = [name for group in aliases.values() for name in group] + list(buffers)
+        shapes = {key: stored.shape for key, stored in self._shards.tensors.items()}
+        self._groups: dict[str, Group]
+        self._groups, found, self.unexpected = group_keys(module, names, shapes)
+        self._stored_name = self._choose_names(aliases)
+        self._check_shapes(found)
+        self._dtypes = {name: parameter.dtype for name, parameter in module.named_parameters()}
+        self._fill_buffers(buffers, found)
+
+    def read(self, block: Block, targets: Sequence[torch.Tensor]) -> None:
+        """Fill one tensor per piece of `block`; raises StorageError where a file can no longer be read."""
+        converted: dict[str, torch.Tensor] = {}
+        last: Group | None = None
+        for index in sorted(range(len(block.pieces)), key=lambda index: self._group(block.pieces[index]).target):
+            piece, target = block.pieces[index], targets[index]
+            assert tuple(target.shape) == piece.shape, (block.name, piece, target.shape)
+            group = self._group(piece)
+            first_row = piece.row_start or 0
+            if group.converter is None:
+                row_elements = piece.num_elements // max(piece.shape[0], 1) if piece.shape else 1
+                self._shards.read_into(group.keys[0][1], target, first_row * row_elements)
+                continue
+            if group is not last:
+                converted.clear()
+                dtype = None if group.moves_only else self._dtypes[piece.parameter]
+                shards = self._shards
+                converted = group.convert(self._module, lambda key, dtype=dtype: shards.read(key, dtype))
+                last = group
+            value = converted[self._stored_name[piece.parameter]]
+            target.copy_(value if piece.is_whole else value[piece.row_start : piece.row_stop])
+
+    def keys(self, block: Block) -> list[str]:
+        """The checkpoint keys that `read(block)` opens."""
+        groups = {id(group): group for group in map(self._group, block.pieces)}
+        return [key for group in groups.values() for _, key in group.keys]
+
+    def close(self) -> None:
+        """Close the files."""
+        self._shards.close()
+
+    def _group(self, piece: Piece) -> Group:
+        return self._groups[self._stored_name[piece.parameter]]
+
+    def _choose_names(self, aliases: Mapping[str, Sequence[str]]) -> dict[str, str]:
+        """Which of a parameter's names the files hold; all of them must hold the same values."""
+        chosen: dict[str, str] = {}
+        missing: list[str] = []
+        for first, names in aliases.items():
+            present = [name for name in names if name in self._groups]
+            if not present:
+                missing.append(first)
+                continue
+            chosen[first] = present[0]
+            for other in present[1:]:
+                if not self._equal(present[0], other):
+                    raise WeightsError(
+                        f"{present[0]} and {other} are tied in the model, but differ in {self._shards.folder}",
+                        hint='set "tie_word_embeddings": false in config.json to train them separately',
+                    )
+        if missing:
+            more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+            raise WeightsError(
+                f"{self._shards.folder} has no weights for {', '.join(missing[:5])}{more}",
+                hint="the folder may belong to another class of model, see architectures in its config.json",
+            )
+        return chosen
+
+    def _equal(self, one: str, other: str) -> bool:
+        """Whether two plain tensors in the files have the same values, compared piece by piece."""
+        groups = self._groups[one], self._groups[other]
+        if any(group.converter is not None for group in groups) or groups[0].keys == groups[1].keys:
+            return True
+        keys = [group.keys[0][1] for group in groups]
+        first, second = (self._shards.tensors[key] for key in keys)
+        if first.shape != second.shape or first.dtype != second.dtype:
+            return False
+        for start in range(0, first.num_elements, _COMPARE_ELEMENTS):
+            count = min(_COMPARE_ELEMENTS, first.num_elements - start)
+            parts = [torch.empty(count, dtype=first.dtype) for _ in keys]
+            for key, part in zip(keys, parts, strict=True):
+                self._shards.read_into(key, part, start)
+            if not torch.equal(*parts):
+                return False
+        return True
+
+    def _check_shapes(self, found: Mapping[str, tuple[int, ...]]) -> None:
+        for name, shape in parameter_shapes(self._module).items():
+            stored = found[self._stored_name[name]]
+            if stored != shape:
+                raise WeightsError(
+                    f"{name} has shape {list(stored)} in {self._shards.folder}, expected {list(shape)}",
+                    hint="config.json and the weights do not belong together",
+                )
+
+    def _fill_buffers(self, buffers: Mapping[str, torch.Tensor], found: Mapping[str, tuple[int, ...]]) -> None:
+        for name, buffer in buffers.items():
+            if name not in found:
+                continue
+            if found[name] != tuple(buffer.shape):
+                raise WeightsError(
+                    f"buffer {name} has shape {list(found[name])} in {self._shards.folder}, "
+                    f"expected {list(buffer.shape)}"
+                )
+            with torch.no_grad():
+                buffer.copy_(self._groups[name].convert(self._module, self._shards.read)[name])
+
+
+class TensorSource:
+    """Values from memory, by the parameters' first names: a model that is already there.
+
+    Raises WeightsError where a block needs a tensor that is not given, or has another shape.
+    """
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        self._tensors = dict(tensors)
+
+    def read(self, block: Block, targets: Sequence[torch.Tensor]) -> None:
+        """Copy one tensor, or rows of it, per piece of `block`."""
+        for piece, target in zip(block.pieces, targets, strict=True):
+            if piece.parameter not in self._tensors:
+                raise WeightsError(f"no tensor for {piece.parameter} of block {block.name}")
+            value = self._tensors[piece.parameter].detach()
+            value = value if piece.is_whole else value[piece.row_start : piece.row_stop]
+            if tuple(value.shape) != piece.shape:
+                raise WeightsError(
+                    f"{piece.parameter} has shape {list(value.shape)}, expected {list(piece.shape)}"
+                )
+            target.copy_(value)
+
+    def close(self) -> None:
+        """Let go of the tensors."""
+        self._tensors.clear()
