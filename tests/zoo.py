@@ -1,9 +1,9 @@
 """Tiny models of many architectures, for every test that needs one.
 
-`ZOO["llama"].build(seed=0)` gives the unmodified Hugging Face model, float32, with random weights that depend on the
-seed only; `ZOO["llama"].batch(rows=3, length=12, seed=1)` gives arguments for its forward, labels included (some
-ignored positions, and padding where the architecture takes an attention mask). Both leave torch's global RNG as it was.
-No model has dropout, so that losses can be compared.
+`ZOO["llama"].build(seed=0)` gives the unmodified Hugging Face model, float32, with random weights that depend
+on the seed only; `ZOO["llama"].batch(rows=3, length=12, seed=1)` gives arguments for its forward, labels
+included (some ignored positions, and padding where the architecture takes an attention mask). Both leave
+torch's global RNG as it was. No model has dropout, so that losses can be compared.
 """
 
 from __future__ import annotations
@@ -82,8 +82,9 @@ def image_text_batch(rows: int, length: int, seed: int) -> dict[str, torch.Tenso
 class Specimen:
     """One architecture: how to make its config, its class, and its batches.
 
-    `frozen` are prefixes of parameter names that do not train. `tiles_loss` says whether the class hands the head's
-    own output to `self.loss_function`; `batch_first` whether row `i` of every input belongs to row `i` of the loss.
+    `frozen` are prefixes of parameter names that do not train. `tiles_loss` says whether the class hands the
+    head's own output to `self.loss_function`; `batch_first` whether row `i` of every input belongs to row `i`
+    of the loss.
     """
 
     name: str
@@ -103,7 +104,8 @@ class Specimen:
     def build(
         self, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any
     ) -> transformers.PreTrainedModel:
-        """The model with weights drawn from `seed`, in eval mode; parameters under `frozen` do not require grad.
+        """The model with weights drawn from `seed`, in eval mode; parameters under `frozen` do not require
+        grad.
 
         Vectors (norms and biases, which start as ones and zeros) are drawn too, so that a swapped pair shows.
         """

@@ -1,1 +1,30 @@
-"""TODO."""
+"""Opening a model, cutting it into blocks, reading its weights, and writing a Hugging Face folder back.
+
+module = open_skeleton(folder, torch.float32)   # parameters on meta, buffers real
+plan = cut(module)                              # blocks, and the points where the forward needs them
+source = SafetensorsSource(folder, module)      # or InitSource(module, seed), or TensorSource(tensors)
+source.read(block, targets)                     # one tensor per piece
+write_folder(module, plan.blocks, fetch, out)   # an ordinary folder again
+"""
+
+from outsize.model.cut import cut
+from outsize.model.export import write_folder
+from outsize.model.initial import InitSource
+from outsize.model.points import Binding, Cut, Point, PointKind
+from outsize.model.skeleton import open_skeleton, resolve_folder
+from outsize.model.source import SafetensorsSource, Source, TensorSource
+
+__all__ = [
+    "Binding",
+    "Cut",
+    "InitSource",
+    "Point",
+    "PointKind",
+    "SafetensorsSource",
+    "Source",
+    "TensorSource",
+    "cut",
+    "open_skeleton",
+    "resolve_folder",
+    "write_folder",
+]

@@ -1,8 +1,9 @@
 """From the keys of a checkpoint to the parameters of a model, one group at a time.
 
-transformers 5 renames, merges, splits and transposes tensors while it loads (`core_model_loading.py`): Mixtral's
-experts are one parameter in the model and many tensors in the file. Here the same transforms are applied to key names
-and shapes only; the result says for each parameter which keys it needs, so that any block can be read alone.
+transformers 5 renames, merges, splits and transposes tensors while it loads (`core_model_loading.py`):
+Mixtral's experts are one parameter in the model and many tensors in the file. Here the same transforms are
+applied to key names and shapes only; the result says for each parameter which keys it needs, so that any
+block can be read alone.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ from outsize.errors import WeightsError
 class Group:
     """Checkpoint keys that are turned into parameters together.
 
-    `keys` are `(pattern, key)` pairs in the order in which the converter wants them. Without a converter there is one
-    key, and the parameter is that tensor.
+    `keys` are `(pattern, key)` pairs in the order in which the converter wants them. Without a converter
+    there is one key, and the parameter is that tensor.
     """
 
     target: str
@@ -56,9 +57,9 @@ def group_keys(
 ) -> tuple[dict[str, Group], dict[str, tuple[int, ...]], list[str]]:
     """Groups by parameter or buffer, the shapes they yield, and the keys that belong to none.
 
-    `names` are the module's tensors, `shapes` those of the checkpoint by key. Sets `module._weight_conversions` to the
-    transforms that were used, as `from_pretrained` does, so that saving reverses them. Raises WeightsError where a
-    transform does not fit the shapes in the file.
+    `names` are the module's tensors, `shapes` those of the checkpoint by key. Sets
+    `module._weight_conversions` to the transforms that were used, as `from_pretrained` does, so that saving
+    reverses them. Raises WeightsError where a transform does not fit the shapes in the file.
     """
     if not isinstance(module, transformers.PreTrainedModel):
         found = {name: Group(name, ((name, name),)) for name in names if name in shapes}

@@ -1,10 +1,12 @@
-"""Cutting a model into blocks, from its module tree alone: no forward, no data, no knowledge of architectures.
+"""Cutting a model into blocks, from its module tree alone: no forward, no data, no knowledge of
+architectures.
 
-Decoder layers are found by the classes a model says must not be split (`_no_split_modules`, what accelerate places by),
-or by lists of equal modules. Vocabulary tables are cut by rows, so that no block is larger than a layer. The rest is
-grouped by the outermost module that holds no other point.
+Decoder layers are found by the classes a model says must not be split (`_no_split_modules`, what accelerate
+places by), or by lists of equal modules. Vocabulary tables are cut by rows, so that no block is larger than a
+layer. The rest is grouped by the outermost module that holds no other point.
 
-It does not hold where a module's parameters are used without calling the module: such a use meets a placeholder.
+It does not hold where a module's parameters are used without calling the module: such a use meets a
+placeholder.
 """
 
 from __future__ import annotations
@@ -26,8 +28,8 @@ ROWS = 64
 def cut(module: nn.Module, max_rows_elements: int | None = None) -> Cut:
     """Name the blocks of `module` and the points where its forward needs them; `module` is not changed.
 
-    Row blocks hold at most `max_rows_elements` elements (by default, as many as the largest layer), but at least 64
-    rows. Pieces of a table always have rows, even where one block holds the whole table.
+    Row blocks hold at most `max_rows_elements` elements (by default, as many as the largest layer), but at
+    least 64 rows. Pieces of a table always have rows, even where one block holds the whole table.
 
     Raises ModelError where a parameter is no floating-point tensor, or the model has no parameters.
     """
@@ -87,7 +89,12 @@ class _Cutter:
 
         def visit(module: nn.Module) -> None:
             splits = inputs is not None and any(child is inputs for child in module.modules())
-            if module is not self.root and type(module).__name__ in names and not splits and self._size(module):
+            if (
+                module is not self.root
+                and type(module).__name__ in names
+                and not splits
+                and self._size(module)
+            ):
                 found.append(module)
                 return
             for child in module.children():
@@ -100,9 +107,7 @@ class _Cutter:
             listed = self._listed_layers(2, found) or self._listed_layers(1, found)
         else:
             half = max(map(self._size, found)) / 2
-            listed = [
-                group for group in self._listed_layers(2, found) if sum(map(self._size, group)) > half
-            ]
+            listed = [group for group in self._listed_layers(2, found) if sum(map(self._size, group)) > half]
         found += [module for group in listed for module in group]
         return sorted(found, key=lambda module: self.order[self.paths[id(module)]])
 
@@ -112,7 +117,8 @@ class _Cutter:
         return isinstance(parent, (nn.ModuleList, nn.Sequential))
 
     def _listed_layers(self, least: int, found: list[nn.Module]) -> list[list[nn.Module]]:
-        """Outermost lists with at least `least` members of one class, clear of `found`: every list that counts."""
+        """Outermost lists with at least `least` members of one class, clear of `found`: every list that
+        counts."""
         taken = {id(module) for module in found}
         groups: list[tuple[nn.Module, list[nn.Module], type[nn.Module]]] = []
 
@@ -154,15 +160,15 @@ class _Cutter:
                 alone = [name for name, _ in module.named_parameters()] == ["weight"]
                 if plain and alone and (module is inputs or module.weight.numel() > self.largest / 2):
                     drafts[path] = self._subtree_draft(module, PointKind.EMBEDDING)
-            elif module is head:
+            elif head is not None and module is head:
                 drafts[path] = self._subtree_draft(module, PointKind.HEAD)
         return drafts
 
     def _keep_row_tables(self, points: list[_Draft]) -> dict[str, str | None]:
         """Tables that are cut by rows, each with its head's bias; other points become plain layers.
 
-        A table that some other module needs whole is not cut. The one exception is a bias that an ancestor of the
-        head holds under a second name (BERT's `predictions.bias`): only the head uses it.
+        A table that some other module needs whole is not cut. The one exception is a bias that an ancestor of
+        the head holds under a second name (BERT's `predictions.bias`): only the head uses it.
         """
         tables: dict[str, str | None] = {}
         for point in points:
@@ -181,7 +187,9 @@ class _Cutter:
                     for table in [table for table, bias in tables.items() if bias == name]:
                         tables.pop(table)
         for point in points:
-            if point.kind in (PointKind.EMBEDDING, PointKind.HEAD) and not set(point.parameters) & set(tables):
+            if point.kind in (PointKind.EMBEDDING, PointKind.HEAD) and not set(point.parameters) & set(
+                tables
+            ):
                 point.kind = PointKind.LAYER
         points[:] = [point for point in points if point.bindings]
         return tables
@@ -276,7 +284,9 @@ class _Cutter:
                 label = _unique(points[indices[0]].path if len(indices) == 1 else names[0], used)
             used.add(label)
             key = (indices[0], 0 if len(indices) > 1 else 2, len(blocks))
-            blocks.append((key, label, tuple(Piece(name, tuple(self.parameters[name].shape)) for name in names)))
+            blocks.append(
+                (key, label, tuple(Piece(name, tuple(self.parameters[name].shape)) for name in names))
+            )
             for index in indices:
                 listing[index].append((key, label))
 
@@ -284,7 +294,9 @@ class _Cutter:
         return Cut(
             tuple(Block(label, pieces) for _, label, pieces in blocks),
             tuple(
-                Point(point.path, point.kind, tuple(label for _, label in sorted(listed)), tuple(point.bindings))
+                Point(
+                    point.path, point.kind, tuple(label for _, label in sorted(listed)), tuple(point.bindings)
+                )
                 for point, listed in zip(points, listing, strict=True)
             ),
         )
@@ -293,7 +305,8 @@ class _Cutter:
         return path != "" and self._is_listed(self.root.get_submodule(path))
 
     def _rows(self, table: str, bias: str | None) -> Iterator[tuple[Piece, ...]]:
-        num_rows, *rest = self.parameters[table].shape
+        shape = tuple(self.parameters[table].shape)
+        num_rows, rest = shape[0], shape[1:]
         width = self.parameters[table].numel() // max(num_rows, 1) + (bias is not None)
         limit = self.max_rows_elements or self.largest or self.parameters[table].numel()
         step = max(ROWS, limit // max(width, 1) // ROWS * ROWS)

@@ -1,9 +1,9 @@
 """Initialising a block from nothing, by the model's own rules.
 
-What runs is what `from_config` runs: each module's `reset_parameters`, then the model's `_init_weights`, children
-before parents; but on a copy of the module tree on meta in which only this block's parameters are real. A rule that
-touches anything else has no effect. Random numbers come from a generator of our own, put in place of torch's global one
-for this thread, so that a block depends on the seed and on itself only.
+What runs is what `from_config` runs: each module's `reset_parameters`, then the model's `_init_weights`,
+children before parents; but on a copy of the module tree on meta in which only this block's parameters are
+real. A rule that touches anything else has no effect. Random numbers come from a generator of our own, put in
+place of torch's global one for this thread, so that a block depends on the seed and on itself only.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ from outsize.model.names import parameter_aliases
 class InitSource:
     """Initial values by the model's own rules: a function of `seed` and the block alone.
 
-    `module` is copied as a tree, without its data, and not changed. A read uses memory for the block in float32. Rows
-    of a table have the table's distribution, not its values. The caller's random state is neither used nor changed.
+    `module` is copied as a tree, without its data, and not changed. A read uses memory for the block in
+    float32. Rows of a table have the table's distribution, not its values. The caller's random state is
+    neither used nor changed.
 
     Raises ModelError, when read, where the model's own code leaves a parameter without a value.
     """
@@ -57,7 +58,9 @@ class InitSource:
     def _initialise(self, block: Block) -> list[torch.Tensor]:
         owners = [self._owners[piece.parameter] for piece in block.pieces]
         wanted = {id(module) for owner, _ in owners for module in self._parents[id(owner)]}
-        text = "|".join([str(self._seed), block.name, *(f"{p.parameter}:{p.row_start}" for p in block.pieces)])
+        text = "|".join(
+            [str(self._seed), block.name, *(f"{p.parameter}:{p.row_start}" for p in block.pieces)]
+        )
         digest = hashlib.sha256(text.encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
         with _real(block.pieces, owners) as values, _OwnRandom(generator), torch.no_grad():
@@ -70,8 +73,8 @@ class InitSource:
                     rule(module)
                 except Exception as error:
                     raise ModelError(
-                        f"{type(self._tree).__name__}: initialising {type(module).__name__} for block {block.name} "
-                        f"failed: {error}"
+                        f"{type(self._tree).__name__}: initialising {type(module).__name__} "
+                        f"for block {block.name} failed: {error}"
                     ) from error
             return [value.detach() for value in values]
 
@@ -105,7 +108,8 @@ def _tie_sources(module: nn.Module) -> set[str]:
 def _owners(
     tree: nn.Module, aliases: Mapping[str, Sequence[str]], sources: set[str]
 ) -> dict[str, tuple[nn.Module, str]]:
-    """The module and attribute that rule over each parameter; other places that share it get one of their own."""
+    """The module and attribute that rule over each parameter; other places that share it get one of their
+    own."""
     modules = dict(tree.named_modules(remove_duplicate=False))
     owners: dict[str, tuple[nn.Module, str]] = {}
     for first, names in aliases.items():
@@ -115,13 +119,14 @@ def _owners(
         for name in names:
             path, _, other = name.rpartition(".")
             if (modules[path], other) != owners[first]:
-                shape = modules[path]._parameters[other].shape  # type: ignore[union-attr]
+                shape = modules[path]._parameters[other].shape
                 modules[path]._parameters[other] = _meta_parameter(shape)
     return owners
 
 
 def _rules(tree: nn.Module) -> Iterator[tuple[nn.Module, Callable[[nn.Module], None]]]:
-    """Every module, children first, with the `_init_weights` of the innermost Hugging Face model around it."""
+    """Every module, children first, with the `_init_weights` of the innermost Hugging Face model around
+    it."""
     seen: set[int] = set()
 
     def visit(
@@ -156,7 +161,8 @@ def _ancestors(tree: nn.Module) -> dict[int, list[nn.Module]]:
 
 @contextmanager
 def _real(pieces: Sequence[Piece], owners: Sequence[tuple[nn.Module, str]]) -> Iterator[list[torch.Tensor]]:
-    """Put real float32 parameters of the pieces' shapes in place, NaN to begin with; meta again afterwards."""
+    """Put real float32 parameters of the pieces' shapes in place, NaN to begin with; meta again
+    afterwards."""
     before = [owner._parameters[attribute] for owner, attribute in owners]
     padding: list[tuple[nn.Embedding, int]] = []
     values: list[torch.Tensor] = []
@@ -165,7 +171,11 @@ def _real(pieces: Sequence[Piece], owners: Sequence[tuple[nn.Module, str]]) -> I
             value = nn.Parameter(torch.full(piece.shape, float("nan")), requires_grad=False)
             owner._parameters[attribute] = value
             values.append(value)
-            if isinstance(owner, nn.Embedding) and owner.padding_idx is not None and piece.row_start is not None:
+            if (
+                isinstance(owner, nn.Embedding)
+                and owner.padding_idx is not None
+                and piece.row_start is not None
+            ):
                 padding.append((owner, owner.padding_idx))
                 inside = piece.row_start <= owner.padding_idx < (piece.row_stop or 0)
                 owner.padding_idx = owner.padding_idx - piece.row_start if inside else None
@@ -190,7 +200,15 @@ _IN_PLACE = {
 _NN_INIT = {nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_}
 """Functions of torch that reach a mode themselves, before the in-place function that they call."""
 
-_FACTORIES = {torch.rand, torch.randn, torch.randint, torch.randperm, torch.normal, torch.bernoulli, torch.multinomial}
+_FACTORIES = {
+    torch.rand,
+    torch.randn,
+    torch.randint,
+    torch.randperm,
+    torch.normal,
+    torch.bernoulli,
+    torch.multinomial,
+}
 _LIKE = {torch.rand_like: torch.rand, torch.randn_like: torch.randn}
 
 

@@ -1,4 +1,5 @@
-"""Which tensors a module has, and under which names: parameters with their aliases, and buffers that are saved."""
+"""Which tensors a module has, and under which names: parameters with their aliases, and buffers that are
+saved."""
 
 from __future__ import annotations
 
@@ -7,7 +8,8 @@ from torch import nn
 
 
 def parameter_aliases(module: nn.Module) -> dict[str, tuple[str, ...]]:
-    """All names of every parameter, by its first name: tied parameters, and parameters of repeated modules."""
+    """All names of every parameter, by its first name: tied parameters, and parameters of repeated
+    modules."""
     first: dict[int, str] = {}
     aliases: dict[str, list[str]] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):

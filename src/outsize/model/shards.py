@@ -1,8 +1,9 @@
 """The safetensors files of a folder: which tensors they hold, checked, and read in place.
 
-A safetensors file is `u64 header size | JSON header | data`; the header gives type, shape and byte range of each tensor
-(https://github.com/huggingface/safetensors). Tensors are read with `preadv` straight into their destination where the
-types agree, and through a small buffer where they do not: nothing is mapped, so memory use is what is asked for.
+A safetensors file is `u64 header size | JSON header | data`; the header gives type, shape and byte range of
+each tensor (https://github.com/huggingface/safetensors). Tensors are read with `preadv` straight into their
+destination where the types agree, and through a small buffer where they do not: nothing is mapped, so memory
+use is what is asked for.
 """
 
 from __future__ import annotations
@@ -61,7 +62,8 @@ class StoredTensor:
 class Shards:
     """All tensors of a folder's safetensors files, by key. Reading is safe from several threads.
 
-    Raises WeightsError where there are no such files, the index names files that are absent, or a file is cut short.
+    Raises WeightsError where there are no such files, the index names files that are absent, or a file is cut
+    short.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -117,7 +119,7 @@ class Shards:
             return self._descriptors[file]
 
     def _read_bytes(self, file: Path, destination: torch.Tensor, offset: int) -> None:
-        view = memoryview(destination.numpy()).cast("B")
+        view = memoryview(destination.numpy().data)
         descriptor = self._descriptor(file)
         done = 0
         while done < len(view):
@@ -126,7 +128,9 @@ class Shards:
             except OSError as error:
                 raise StorageError(f"cannot read {file} at byte {offset + done}: {error.strerror}") from error
             if count == 0:
-                raise StorageError(f"{file} ends at byte {offset + done}, it has been cut since it was opened")
+                raise StorageError(
+                    f"{file} ends at byte {offset + done}, it has been cut since it was opened"
+                )
             done += count
 
 
@@ -143,7 +147,8 @@ def _weight_files(folder: Path) -> list[Path]:
             raise WeightsError(f"{folder / _INDEX} names a file outside its folder: {outside[0]}")
         if absent := [file.name for file in files if not file.is_file()]:
             raise WeightsError(
-                f"{folder / _INDEX} names {len(files)} files, {len(absent)} are absent: {', '.join(absent[:5])}",
+                f"{folder / _INDEX} names {len(files)} files, "
+                f"{len(absent)} are absent: {', '.join(absent[:5])}",
                 hint="fetch the missing files again",
             )
         return files
@@ -161,7 +166,8 @@ def _read_header(file: Path) -> dict[str, StoredTensor]:
         header_size = int.from_bytes(stream.read(8), "little")
         if size < 8 or header_size > min(size - 8, _MAX_HEADER_BYTES):
             raise WeightsError(
-                f"{file} is no safetensors file, or cut short: {size} bytes with a header of {header_size} bytes",
+                f"{file} is no safetensors file, or cut short: "
+                f"{size} bytes with a header of {header_size} bytes",
                 hint="fetch the file again",
             )
         try:
@@ -172,16 +178,23 @@ def _read_header(file: Path) -> dict[str, StoredTensor]:
             for key, entry in header.items():
                 begin, stop = entry["data_offsets"]
                 if entry["dtype"] not in DTYPES:
-                    raise WeightsError(f"{file}: tensor {key} has type {entry['dtype']}, which is not supported")
+                    raise WeightsError(
+                        f"{file}: tensor {key} has type {entry['dtype']}, which is not supported"
+                    )
                 dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
                 if stop - begin != prod(shape) * dtype.itemsize or begin < 0:
-                    raise WeightsError(f"{file}: tensor {key} has {stop - begin} bytes, which is not {shape} {dtype}")
+                    raise WeightsError(
+                        f"{file}: tensor {key} has {stop - begin} bytes, which is not {shape} {dtype}"
+                    )
                 tensors[key] = StoredTensor(file, dtype, shape, 8 + header_size + begin)
                 end = max(end, stop)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise WeightsError(f"{file}: the header is malformed: {error}", hint="fetch the file again") from error
+            raise WeightsError(
+                f"{file}: the header is malformed: {error}", hint="fetch the file again"
+            ) from error
     if size < 8 + header_size + end:
         raise WeightsError(
-            f"{file} is cut short: {size} bytes, expected {8 + header_size + end}", hint="fetch the file again"
+            f"{file} is cut short: {size} bytes, expected {8 + header_size + end}",
+            hint="fetch the file again",
         )
     return tensors

@@ -1,10 +1,11 @@
 """Opening a model without its weights: parameters on meta, buffers for real.
 
-A model class is built as its own code says, while parameters are sent to the meta device. Buffers hold constants that
-no checkpoint has (rotary frequencies, position ids, attention masks), so they are computed, unlike with
-`torch.device("meta")`. Two things keep this cheap: torch's and the model's own random initialisation do nothing, and a
-large `torch.empty` goes to meta before it is allocated. Where a model fills such a tensor to make a buffer of it, the
-model is built once more with those allocations left alone: memory that is never written costs address space only.
+A model class is built as its own code says, while parameters are sent to the meta device. Buffers hold
+constants that no checkpoint has (rotary frequencies, position ids, attention masks), so they are computed,
+unlike with `torch.device("meta")`. Two things keep this cheap: torch's and the model's own random
+initialisation do nothing, and a large `torch.empty` goes to meta before it is allocated. Where a model fills
+such a tensor to make a buffer of it, the model is built once more with those allocations left alone: memory
+that is never written costs address space only.
 
 The idea of patching `register_parameter` is from accelerate's `init_empty_weights`.
 """
@@ -30,14 +31,17 @@ _LARGE = 1 << 16
 
 
 def resolve_folder(path: str | Path) -> Path:
-    """The local folder of a model: `path` itself, or the cached files of the hub id `path`. Never uses the network.
+    """The local folder of a model: `path` itself, or the cached files of the hub id `path`. Never uses the
+    network.
 
     Raises ModelError where there is no such folder, no such id in the cache, or no `config.json` in it.
     """
     folder = Path(path).expanduser()
     if not folder.is_dir():
         if folder.exists():
-            raise ModelError(f"{path} is a file, expected a folder", hint="pass the folder that holds config.json")
+            raise ModelError(
+                f"{path} is a file, expected a folder", hint="pass the folder that holds config.json"
+            )
         folder = _cached_snapshot(str(path))
     if not (folder / "config.json").is_file():
         raise ModelError(f"no config.json in {folder}", hint="pass a folder written by save_pretrained")
@@ -63,11 +67,13 @@ def open_skeleton(
     *,
     trust_remote_code: bool = False,
 ) -> nn.Module:
-    """Build the model that a folder, a cached hub id, or a config describes: parameters on meta, buffers real.
+    """Build the model that a folder, a cached hub id, or a config describes: parameters on meta, buffers
+    real.
 
-    All parameters have type `dtype`, tied ones are one object, the model is in eval mode, and has the folder's
-    generation settings. Random numbers are neither drawn nor reset. Code that comes with the model runs only with
-    `trust_remote_code`. Raises ModelError where the model cannot be found, is unknown, or is quantised.
+    All parameters have type `dtype`, tied ones are one object, the model is in eval mode, and has the
+    folder's generation settings. Random numbers are neither drawn nor reset. Code that comes with the model
+    runs only with `trust_remote_code`. Raises ModelError where the model cannot be found, is unknown, or is
+    quantised.
     """
     folder: Path | None = None
     if isinstance(path_or_config, transformers.PreTrainedConfig):
@@ -83,7 +89,9 @@ def open_skeleton(
     model_class = _model_class(config, folder, trust_remote_code)
     module = _build(model_class, config, dtype)
     if folder is not None and module.can_generate() and (folder / "generation_config.json").is_file():
-        module.generation_config = transformers.GenerationConfig.from_pretrained(folder, local_files_only=True)
+        module.generation_config = transformers.GenerationConfig.from_pretrained(
+            folder, local_files_only=True
+        )
     if folder is not None:
         module.config.name_or_path = str(folder)
     result: nn.Module = module.eval()
@@ -171,7 +179,8 @@ def _meta_buffers(module: nn.Module) -> list[str]:
 
 
 def _initialise_buffers(module: Any) -> None:
-    """Run the models' own `_init_weights`: some buffers get their values there. On a meta parameter it does nothing."""
+    """Run the models' own `_init_weights`: some buffers get their values there. On a meta parameter it does
+    nothing."""
 
     def visit(current: nn.Module, initialise: Any) -> None:
         if isinstance(current, transformers.PreTrainedModel):
@@ -184,7 +193,8 @@ def _initialise_buffers(module: Any) -> None:
             # A module without buffers only wanted its parameters, which a Source fills later.
             if any(True for _ in current.buffers(recurse=False)):
                 raise ModelError(
-                    f"{type(module).__name__}: the buffers of {type(current).__name__} cannot be computed: {error}"
+                    f"{type(module).__name__}: "
+                    f"the buffers of {type(current).__name__} cannot be computed: {error}"
                 ) from error
 
     visit(module, module._init_weights)

@@ -1,12 +1,13 @@
 """Where a block's first values come from: safetensors files, or tensors in memory.
 
-A source fills the tensors it is given, one per piece; where they live and how they are laid out is the caller's affair.
-Reading is lazy and repeatable: weights stay in their files until a block's first update.
+A source fills the tensors it is given, one per piece; where they live and how they are laid out is the
+caller's affair. Reading is lazy and repeatable: weights stay in their files until a block's first update.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -26,7 +27,8 @@ class Source(Protocol):
     """Gives the values that blocks start from."""
 
     def read(self, block: Block, targets: Sequence[torch.Tensor]) -> None:
-        """Fill `targets`, one per piece and of its shape, cast to their types. The same block gives the same bits."""
+        """Fill `targets`, one per piece and of its shape, cast to their types. The same block gives the same
+        bits."""
         ...
 
     def close(self) -> None:
@@ -35,15 +37,16 @@ class Source(Protocol):
 
 
 class SafetensorsSource:
-    """The weights of a folder in Hugging Face format, single or sharded, through transformers' own conversion.
+    """The weights of a folder in Hugging Face format, single or sharded, through transformers' own
+    conversion.
 
-    `module` is the model with its parameters' shapes; its persistent buffers are filled from the files at once, and
-    `_weight_conversions` is set as `from_pretrained` does. Parameters are read block by block: a read opens only the
-    keys that the block needs, and uses memory for about one block (for a converted parameter, up to three times its
-    size). Reading is safe from several threads.
+    `module` is the model with its parameters' shapes; its persistent buffers are filled from the files at
+    once, and `_weight_conversions` is set as `from_pretrained` does. Parameters are read block by block: a
+    read opens only the keys that the block needs, and uses memory for about one block (for a converted
+    parameter, up to three times its size). Reading is safe from several threads.
 
-    Raises WeightsError, before anything is trained, where files are absent or cut short, a parameter has no key, or a
-    shape differs. Keys that the model does not know are listed in `unexpected`.
+    Raises WeightsError, before anything is trained, where files are absent or cut short, a parameter has no
+    key, or a shape differs. Keys that the model does not know are listed in `unexpected`.
     """
 
     def __init__(self, folder: str | Path, module: nn.Module) -> None:
@@ -64,7 +67,9 @@ class SafetensorsSource:
         """Fill one tensor per piece of `block`; raises StorageError where a file can no longer be read."""
         converted: dict[str, torch.Tensor] = {}
         last: Group | None = None
-        for index in sorted(range(len(block.pieces)), key=lambda index: self._group(block.pieces[index]).target):
+        for index in sorted(
+            range(len(block.pieces)), key=lambda index: self._group(block.pieces[index]).target
+        ):
             piece, target = block.pieces[index], targets[index]
             assert tuple(target.shape) == piece.shape, (block.name, piece, target.shape)
             group = self._group(piece)
@@ -76,8 +81,7 @@ class SafetensorsSource:
             if group is not last:
                 converted.clear()
                 dtype = None if group.moves_only else self._dtypes[piece.parameter]
-                shards = self._shards
-                converted = group.convert(self._module, lambda key, dtype=dtype: shards.read(key, dtype))
+                converted = group.convert(self._module, partial(self._shards.read, dtype=dtype))
                 last = group
             value = converted[self._stored_name[piece.parameter]]
             target.copy_(value if piece.is_whole else value[piece.row_start : piece.row_stop])
@@ -107,7 +111,8 @@ class SafetensorsSource:
             for other in present[1:]:
                 if not self._equal(present[0], other):
                     raise WeightsError(
-                        f"{present[0]} and {other} are tied in the model, but differ in {self._shards.folder}",
+                        f"{present[0]} and {other} are tied in the model, "
+                        f"but differ in {self._shards.folder}",
                         hint='set "tie_word_embeddings": false in config.json to train them separately',
                     )
         if missing:
@@ -145,7 +150,9 @@ class SafetensorsSource:
                     hint="config.json and the weights do not belong together",
                 )
 
-    def _fill_buffers(self, buffers: Mapping[str, torch.Tensor], found: Mapping[str, tuple[int, ...]]) -> None:
+    def _fill_buffers(
+        self, buffers: Mapping[str, torch.Tensor], found: Mapping[str, tuple[int, ...]]
+    ) -> None:
         for name, buffer in buffers.items():
             if name not in found:
                 continue
