@@ -66,7 +66,9 @@ def test_head_bias_is_cut_with_the_rows():
 
 def test_a_bias_that_the_head_shares_with_its_parent_belongs_to_the_head():
     result = cut(ZOO["albert"].build())
-    assert [point.module for point in result.points if point.kind is PointKind.HEAD] == ["predictions.decoder"]
+    assert [point.module for point in result.points if point.kind is PointKind.HEAD] == [
+        "predictions.decoder"
+    ]
     assert not [point for point in result.points if point.module == "predictions"]
     block = next(block for block in result.blocks if block.name == "E00")
     assert [piece.parameter for piece in block.pieces] == [

@@ -306,13 +306,13 @@ class _Cutter:
 
     def _rows(self, table: str, bias: str | None) -> Iterator[tuple[Piece, ...]]:
         shape = tuple(self.parameters[table].shape)
-        num_rows, rest = shape[0], shape[1:]
+        num_rows = shape[0]
         width = self.parameters[table].numel() // max(num_rows, 1) + (bias is not None)
         limit = self.max_rows_elements or self.largest or self.parameters[table].numel()
         step = max(ROWS, limit // max(width, 1) // ROWS * ROWS)
         for start in range(0, num_rows, step):
             stop = min(start + step, num_rows)
-            pieces = [Piece(table, (stop - start, *rest), start, stop)]
+            pieces = [Piece(table, (stop - start, *shape[1:]), start, stop)]
             if bias is not None:
                 pieces.append(Piece(bias, (stop - start,), start, stop))
             yield tuple(pieces)
