@@ -349,3 +349,28 @@ def test_a_parameter_that_the_model_does_not_initialise_is_named():
     assert read(source, blocks["inlet"])[0].std() > 0
     with pytest.raises(ModelError, match="no initial value to scale"):
         read(source, blocks["root"])
+
+
+def test_sinusoidal_tables_that_no_file_holds_are_computed(tmp_path):
+    config = transformers.MarianConfig(
+        vocab_size=199, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=48, decoder_ffn_dim=48, max_position_embeddings=256,
+        pad_token_id=0, eos_token_id=1, decoder_start_token_id=0, architectures=["MarianMTModel"],
+    )  # fmt: skip
+    model = transformers.MarianMTModel(config)
+    model.save_pretrained(tmp_path)
+    skeleton = open_skeleton(tmp_path, torch.float32)
+    assert_reads(SafetensorsSource(tmp_path, skeleton), cut(skeleton, 1), model)
+
+
+def test_values_that_only_a_constructor_gives_are_kept():
+    config = transformers.ApertusConfig(
+        vocab_size=199, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, architectures=["ApertusForCausalLM"],
+    )  # fmt: skip
+    skeleton = open_skeleton(config, torch.float32)
+    model = transformers.ApertusForCausalLM._from_config(config)
+    block = next(block for block in cut(skeleton).blocks if block.name == "L01")
+    for piece, value in zip(block.pieces, read(InitSource(skeleton, 0), block), strict=True):
+        if "act_fn" in piece.parameter:
+            assert torch.equal(value, model.get_parameter(piece.parameter))
