@@ -53,7 +53,9 @@ def test_round_trip(name, shard, loaded, tmp_path):
     assert all(torch.equal(want[key], have[key]) and want[key].dtype == have[key].dtype for key in want)
     if shard == 10**9:
         assert sorted(os.listdir(tmp_path / "a")) == sorted(os.listdir(tmp_path / "b"))
-    again, info = type(model).from_pretrained(tmp_path / "b", output_loading_info=True)
+    again, info = type(model).from_pretrained(
+        tmp_path / "b", output_loading_info=True, attn_implementation=model.config._attn_implementation
+    )
     assert not info["missing_keys"] and not info["unexpected_keys"]
     for (_, value), (_, expected) in zip(again.named_parameters(), model.named_parameters(), strict=True):
         assert torch.equal(value, expected)
