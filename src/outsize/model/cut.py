@@ -281,7 +281,7 @@ class _Cutter:
             if len(members) == 1 and members[0] in layer_label:
                 label = layer_label[members[0]]
             else:
-                label = _unique(points[members[0]].path if len(members) == 1 else names[0], used)
+                label = _unique(points[members[0]].path if len(members) == 1 else _common_path(names), used)
             used.add(label)
             key = (members[0], 0 if len(members) > 1 else 2, len(blocks))
             blocks.append(
@@ -364,6 +364,16 @@ def _owned(module: nn.Module, path: str) -> Iterable[tuple[str, str, nn.Paramete
 
 def _is_inside(path: str, outer: str) -> bool:
     return path != outer and (outer == "" or path.startswith(outer + "."))
+
+
+def _common_path(names: list[str]) -> str:
+    """The module that all these parameters are in, or the parameter itself."""
+    common = names[0].split(".")
+    for name in names[1:]:
+        parts = name.split(".")
+        while common != parts[: len(common)]:
+            common.pop()
+    return ".".join(common)
 
 
 def _unique(path: str, used: set[str]) -> str:
