@@ -83,8 +83,7 @@ class Specimen:
     """One architecture: how to make its config, its class, and its batches.
 
     `frozen` are prefixes of parameter names that do not train. `tiles_loss` says whether the class hands the
-    head's own output to `self.loss_function`; `batch_first` whether row `i` of every input belongs to row `i`
-    of the loss.
+    head's own output to `self.loss_function`.
     """
 
     name: str

@@ -277,17 +277,17 @@ class _Cutter:
             if point.is_layer and self._is_listed_path(point.path):
                 layer_label[index] = f"L{len(layer_label):0{width}d}"
         used = {label for _, label, _ in blocks} | set(layer_label.values())
-        for indices, names in sorted(groups.items()):
-            if len(indices) == 1 and indices[0] in layer_label:
-                label = layer_label[indices[0]]
+        for members, names in sorted(groups.items()):
+            if len(members) == 1 and members[0] in layer_label:
+                label = layer_label[members[0]]
             else:
-                label = _unique(points[indices[0]].path if len(indices) == 1 else names[0], used)
+                label = _unique(points[members[0]].path if len(members) == 1 else _common_path(names), used)
             used.add(label)
-            key = (indices[0], 0 if len(indices) > 1 else 2, len(blocks))
+            key = (members[0], 0 if len(members) > 1 else 2, len(blocks))
             blocks.append(
                 (key, label, tuple(Piece(name, tuple(self.parameters[name].shape)) for name in names))
             )
-            for index in indices:
+            for index in members:
                 listing[index].append((key, label))
 
         blocks.sort(key=lambda entry: entry[0])
@@ -364,6 +364,16 @@ def _owned(module: nn.Module, path: str) -> Iterable[tuple[str, str, nn.Paramete
 
 def _is_inside(path: str, outer: str) -> bool:
     return path != outer and (outer == "" or path.startswith(outer + "."))
+
+
+def _common_path(names: list[str]) -> str:
+    """The module that all these parameters are in, or the parameter itself."""
+    common = names[0].split(".")
+    for name in names[1:]:
+        parts = name.split(".")
+        while common != parts[: len(common)]:
+            common.pop()
+    return ".".join(common)
 
 
 def _unique(path: str, used: set[str]) -> str:

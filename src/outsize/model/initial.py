@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -18,10 +19,14 @@ import torch
 import transformers
 from torch import nn
 from torch.overrides import TorchFunctionMode
+from transformers.pytorch_utils import Conv1D
 
 from outsize.block import Block, Piece
 from outsize.errors import ModelError
-from outsize.model.names import parameter_aliases
+from outsize.model.names import parameter_aliases, parameter_shapes
+from outsize.model.skeleton import constructed_values
+
+_PROBE_ROWS = 8
 
 
 class InitSource:
@@ -36,14 +41,24 @@ class InitSource:
 
     def __init__(self, module: nn.Module, seed: int) -> None:
         self._seed = seed
+        self._lock = threading.Lock()
+        self._computed: dict[str, bool] = {}
         self._tree = _meta_copy(module)
+        self._shapes = parameter_shapes(module)
+        self._constructed = constructed_values(module)
         self._owners = _owners(self._tree, parameter_aliases(module), _tie_sources(module))
         self._order = list(_rules(self._tree))
         self._parents = _ancestors(self._tree)
 
     def read(self, block: Block, targets: Sequence[torch.Tensor]) -> None:
         """Fill one tensor per piece of `block`."""
-        values = self._initialise(block)
+        if any(self._is_computed(piece) for piece in block.pieces):
+            values = [
+                self._initialise(self._whole(piece))[0][piece.row_start : piece.row_stop]
+                for piece in block.pieces
+            ]
+        else:
+            values = self._initialise(block)
         for piece, value, target in zip(block.pieces, values, targets, strict=True):
             if bool(value.isnan().any()):
                 raise ModelError(
@@ -55,6 +70,29 @@ class InitSource:
     def close(self) -> None:
         """Nothing to let go of."""
 
+    def _is_computed(self, piece: Piece) -> bool:
+        """Whether a table's rows follow from their place (sinusoidal positions), so that it takes the whole
+        table.
+
+        Found by drawing its first rows twice: they are random, or all the same, or computed.
+        """
+        if piece.is_whole:
+            return False
+        if piece.parameter not in self._computed:
+            shape = self._shapes[piece.parameter]
+            count = min(_PROBE_ROWS, shape[0])
+            probe = Piece(piece.parameter, (count, *shape[1:]), 0, count)
+            try:
+                one, other = (self._initialise(Block(name, (probe,)))[0] for name in ("one", "other"))
+                computed = torch.equal(one, other) and not bool((one == one[:1]).all())
+            except ModelError:
+                computed = True
+            self._computed[piece.parameter] = computed
+        return self._computed[piece.parameter]
+
+    def _whole(self, piece: Piece) -> Block:
+        return Block(piece.parameter, (Piece(piece.parameter, self._shapes[piece.parameter]),))
+
     def _initialise(self, block: Block) -> list[torch.Tensor]:
         owners = [self._owners[piece.parameter] for piece in block.pieces]
         wanted = {id(module) for owner, _ in owners for module in self._parents[id(owner)]}
@@ -63,7 +101,12 @@ class InitSource:
         )
         digest = hashlib.sha256(text.encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-        with _real(block.pieces, owners) as values, _OwnRandom(generator), torch.no_grad():
+        with (
+            self._lock,
+            _real(block.pieces, owners, self._constructed) as values,
+            _OwnRandom(generator),
+            torch.no_grad(),
+        ):
             for module, rule in self._order:
                 if id(module) not in wanted:
                     continue
@@ -80,6 +123,12 @@ class InitSource:
 
 
 def _reset(module: nn.Module) -> None:
+    """What the constructors of torch's layers do, and of the one layer of transformers that draws in its
+    own."""
+    if isinstance(module, Conv1D):
+        nn.init.normal_(module.weight, std=0.02)
+        nn.init.zeros_(module.bias)
+        return
     for name in ("reset_parameters", "_reset_parameters"):
         method = getattr(module, name, None)
         if callable(method):
@@ -160,15 +209,19 @@ def _ancestors(tree: nn.Module) -> dict[int, list[nn.Module]]:
 
 
 @contextmanager
-def _real(pieces: Sequence[Piece], owners: Sequence[tuple[nn.Module, str]]) -> Iterator[list[torch.Tensor]]:
-    """Put real float32 parameters of the pieces' shapes in place, NaN to begin with; meta again
-    afterwards."""
+def _real(
+    pieces: Sequence[Piece], owners: Sequence[tuple[nn.Module, str]], constructed: Mapping[str, torch.Tensor]
+) -> Iterator[list[torch.Tensor]]:
+    """Put real float32 parameters in place, with their constructor's values or NaN; meta again afterwards."""
     before = [owner._parameters[attribute] for owner, attribute in owners]
     padding: list[tuple[nn.Embedding, int]] = []
     values: list[torch.Tensor] = []
     try:
         for piece, (owner, attribute) in zip(pieces, owners, strict=True):
             value = nn.Parameter(torch.full(piece.shape, float("nan")), requires_grad=False)
+            if piece.parameter in constructed:
+                start = constructed[piece.parameter]
+                value.data.copy_(start if piece.is_whole else start[piece.row_start : piece.row_stop])
             owner._parameters[attribute] = value
             values.append(value)
             if (

@@ -13,7 +13,8 @@ The idea of patching `register_parameter` is from accelerate's `init_empty_weigh
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+import weakref
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ from outsize.errors import ModelError
 
 _LARGE = 1 << 16
 """Elements from which `torch.empty` is sent to meta."""
+
+_CONSTRUCTED: weakref.WeakKeyDictionary[nn.Module, dict[str, torch.Tensor]] = weakref.WeakKeyDictionary()
 
 
 def resolve_folder(path: str | Path) -> Path:
@@ -46,6 +49,15 @@ def resolve_folder(path: str | Path) -> Path:
     if not (folder / "config.json").is_file():
         raise ModelError(f"no config.json in {folder}", hint="pass a folder written by save_pretrained")
     return folder
+
+
+def constructed_values(module: nn.Module) -> Mapping[str, torch.Tensor]:
+    """Values that constructors gave to small parameters of a skeleton, by the parameters' first names.
+
+    Most are constants (a scale of ones); a few activations and gates start from values that no
+    `_init_weights` sets again.
+    """
+    return _CONSTRUCTED.get(module, {})
 
 
 def _cached_snapshot(name: str) -> Path:
@@ -164,13 +176,15 @@ def _construct(
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=[]))
         stack.enter_context(no_init_weights())
-        stack.enter_context(_parameters_on_meta(dtype))
-        if large_on_meta:
-            stack.enter_context(_LargeOnMeta())
+        values = stack.enter_context(_parameters_on_meta(dtype))
+        stack.enter_context(_EmptyIsUnset(large_on_meta))
         module = model_class._from_config(config, dtype=dtype)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         _initialise_buffers(module)
         module.tie_weights()
+    _CONSTRUCTED[module] = {
+        name: values[parameter] for name, parameter in module.named_parameters() if parameter in values
+    }
     return module
 
 
@@ -201,7 +215,9 @@ def _initialise_buffers(module: Any) -> None:
 
 
 @contextmanager
-def _parameters_on_meta(dtype: torch.dtype) -> Iterator[None]:
+def _parameters_on_meta(dtype: torch.dtype) -> Iterator[dict[nn.Parameter, torch.Tensor]]:
+    """Parameters are registered on meta; yields the values that the small ones had, where they had any."""
+    values: dict[nn.Parameter, torch.Tensor] = {}
     original = nn.Module.register_parameter
 
     def register_parameter(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
@@ -211,24 +227,35 @@ def _parameters_on_meta(dtype: torch.dtype) -> Iterator[None]:
                 data = torch.empty_like(param.data, device="meta", dtype=kind)
                 moved = nn.Parameter(data, requires_grad=param.requires_grad)
                 vars(moved).update(vars(param))
+                if not param.is_meta and 0 < param.numel() < _LARGE and not bool(param.isnan().any()):
+                    first = param.detach().flatten()[:1]
+                    constant = bool((param == first).all())
+                    value = first[0].clone().expand(param.shape) if constant else param.detach().clone()
+                    values[moved] = value
                 param = moved
         original(self, name, param)
 
     nn.Module.register_parameter = register_parameter  # type: ignore[method-assign]
     try:
-        yield
+        yield values
     finally:
         nn.Module.register_parameter = original  # type: ignore[method-assign]
 
 
-class _LargeOnMeta(TorchFunctionMode):
-    """Sends large `torch.empty` calls to meta before anything is allocated."""
+class _EmptyIsUnset(TorchFunctionMode):
+    """`torch.empty` gives NaN, so that what is never set shows; large ones go to meta before they are
+    allocated."""
+
+    def __init__(self, large_on_meta: bool) -> None:
+        super().__init__()
+        self.large_on_meta = large_on_meta
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        if func is torch.empty and kwargs.get("device") is None:
-            size = kwargs.get("size", args[0] if args and not isinstance(args[0], int) else args)
-            size = (size,) if isinstance(size, int) else size
-            if torch.Size(size).numel() >= _LARGE:
-                kwargs["device"] = "meta"
-        return func(*args, **kwargs)
+        if func is not torch.empty or kwargs.get("device") is not None:
+            return func(*args, **kwargs)
+        size = kwargs.get("size", args[0] if args and not isinstance(args[0], int) else args)
+        if torch.Size((size,) if isinstance(size, int) else size).numel() >= _LARGE:
+            return func(*args, **kwargs | ({"device": "meta"} if self.large_on_meta else {}))
+        value = func(*args, **kwargs)
+        return value.fill_(float("nan")) if value.is_floating_point() else value

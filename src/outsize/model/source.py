@@ -6,6 +6,7 @@ caller's affair. Reading is lazy and repeatable: weights stay in their files unt
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch import nn
 from outsize.block import Block, Piece
 from outsize.errors import WeightsError
 from outsize.model.conversion import Group, group_keys
+from outsize.model.initial import InitSource
 from outsize.model.names import parameter_aliases, parameter_shapes, persistent_buffers
 from outsize.model.shards import Shards
 
@@ -45,6 +47,9 @@ class SafetensorsSource:
     read opens only the keys that the block needs, and uses memory for about one block (for a converted
     parameter, up to three times its size). Reading is safe from several threads.
 
+    A parameter that the model says may be absent (`_keys_to_ignore_on_load_missing`, such as sinusoidal
+    tables) is computed by the model's own rules.
+
     Raises WeightsError, before anything is trained, where files are absent or cut short, a parameter has no
     key, or a shape differs. Keys that the model does not know are listed in `unexpected`.
     """
@@ -58,7 +63,9 @@ class SafetensorsSource:
         shapes = {key: stored.shape for key, stored in self._shards.tensors.items()}
         self._groups: dict[str, Group]
         self._groups, found, self.unexpected = group_keys(module, names, shapes)
+        self._computed: set[str] = set()
         self._stored_name = self._choose_names(aliases)
+        self._initial = InitSource(module, 0) if self._computed else None
         self._check_shapes(found)
         self._dtypes = {name: parameter.dtype for name, parameter in module.named_parameters()}
         self._fill_buffers(buffers, found)
@@ -67,9 +74,11 @@ class SafetensorsSource:
         """Fill one tensor per piece of `block`; raises StorageError where a file can no longer be read."""
         converted: dict[str, torch.Tensor] = {}
         last: Group | None = None
-        for index in sorted(
-            range(len(block.pieces)), key=lambda index: self._group(block.pieces[index]).target
-        ):
+        for piece, target in zip(block.pieces, targets, strict=True):
+            if piece.parameter in self._computed and self._initial is not None:
+                self._initial.read(Block(piece.parameter, (piece,)), [target])
+        stored = [index for index, piece in enumerate(block.pieces) if piece.parameter not in self._computed]
+        for index in sorted(stored, key=lambda index: self._group(block.pieces[index]).target):
             piece, target = block.pieces[index], targets[index]
             assert tuple(target.shape) == piece.shape, (block.name, piece, target.shape)
             group = self._group(piece)
@@ -88,7 +97,8 @@ class SafetensorsSource:
 
     def keys(self, block: Block) -> list[str]:
         """The checkpoint keys that `read(block)` opens."""
-        groups = {id(group): group for group in map(self._group, block.pieces)}
+        pieces = [piece for piece in block.pieces if piece.parameter not in self._computed]
+        groups = {id(group): group for group in map(self._group, pieces)}
         return [key for group in groups.values() for _, key in group.keys]
 
     def close(self) -> None:
@@ -102,10 +112,16 @@ class SafetensorsSource:
         """Which of a parameter's names the files hold; all of them must hold the same values."""
         chosen: dict[str, str] = {}
         missing: list[str] = []
+        unsaved = getattr(self._module, "_keys_to_ignore_on_save", None) or ()
+        optional = {f"^{re.escape(name)}$" for name in unsaved}
+        optional |= set(getattr(self._module, "_keys_to_ignore_on_load_missing", None) or ())
         for first, names in aliases.items():
             present = [name for name in names if name in self._groups]
             if not present:
-                missing.append(first)
+                if any(re.search(pattern, name) for pattern in optional for name in names):
+                    self._computed.add(first)
+                else:
+                    missing.append(first)
                 continue
             chosen[first] = present[0]
             for other in present[1:]:
@@ -143,6 +159,8 @@ class SafetensorsSource:
 
     def _check_shapes(self, found: Mapping[str, tuple[int, ...]]) -> None:
         for name, shape in parameter_shapes(self._module).items():
+            if name in self._computed:
+                continue
             stored = found[self._stored_name[name]]
             if stored != shape:
                 raise WeightsError(
