@@ -175,7 +175,7 @@ class OffloadedParameter(_Placeholder):
         self._get_gradient, self._drop_gradient = get_gradient, drop_gradient
         if parameter.requires_grad:
             self.requires_grad_()
-            self.register_hook(self._refuse_backward)
+            self.register_hook(self._refuse_backward)  # type: ignore[no-untyped-call]
         return self
 
     def _refuse_backward(self, gradient: torch.Tensor) -> NoReturn:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from outsize.block import CHUNK, Plane, Record, align
+from outsize.block import ALIGNMENT, CHUNK, Plane, Record, align
 from outsize.config import Home, Pins, format_bytes
 from outsize.errors import BudgetError
 
@@ -151,7 +151,7 @@ def _placed(
         if (record.name, Plane.WEIGHT) not in resident
     }
     summed = {
-        record.name: align(record.num_trainable * GRADIENT_SUM_BYTES)
+        record.name: sum_bytes(record)
         for record in records
         if record.num_trainable and not sums_in_place(record, (record.name, Plane.GRADIENT) in resident)
     }
@@ -170,6 +170,16 @@ def _placed(
             if any((record.name, g) not in resident for g in (Plane.WEIGHT, Plane.GRADIENT, Plane.MOMENT1))
         ),
     )
+
+
+def sum_bytes(record: Record) -> int:
+    """Bytes of a slot for the fp32 sum of `record`'s gradient.
+
+    A narrower stored gradient is read to the end of the slot and widened in place, front to back; the extra page
+    keeps what is written from overtaking what is read, whatever the rounding to pages.
+    """
+    is_narrow = record.element_bytes[Plane.GRADIENT] < GRADIENT_SUM_BYTES
+    return align(record.num_trainable * GRADIENT_SUM_BYTES) + (ALIGNMENT if is_narrow else 0)
 
 
 def sums_in_place(record: Record, gradient_is_resident: bool) -> bool:

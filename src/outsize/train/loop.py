@@ -156,7 +156,7 @@ class Run:
         lr = float(self._optimizer.param_groups[0]["lr"])
         batch = self._batches.next()
         loss = self._forward(batch)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         self._optimizer.step()
         self._optimizer.zero_grad()
         self._scheduler.step()
