@@ -1,0 +1,78 @@
+"""Builds one rule's package, in a process of its own: `python -m outsize.optim.build RULE TYPE PATH`.
+
+Only here are the exporter and the compiler imported; their memory (some 330 MiB) goes back when the process
+ends.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from outsize.config import ComputeType
+from outsize.optim.compile import is_intact
+from outsize.optim.rules import GROUP, RULES, Hyper, Rule, split_views
+
+_OPTIONS = {
+    "cpp.dynamic_threads": True,
+    "compile_threads": 1,
+    # One loop over all planes: an intermediate that is stored costs a second pass over memory.
+    "realize_reads_threshold": 1000,
+    "realize_opcount_threshold": 1000,
+    "realize_acc_reads_threshold": 1000,
+}
+
+
+class _Module(torch.nn.Module):
+    def __init__(self, function: Callable[..., None]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, *arguments: Tensor) -> tuple[()]:
+        self.function(*arguments)
+        return ()
+
+
+def example(rule: Rule, compute_type: ComputeType, num_elements: int = 1 << 12) -> list[Tensor]:
+    """Arguments such as the rule's function takes them; what they hold does not matter."""
+    planes = {p: torch.zeros(num_elements, dtype=d) for p, d in rule.dtypes(compute_type).items()}
+    weight, *state, gradient = planes.values()
+    scalars = torch.tensor(rule.scalars(Hyper(lr=1e-3)))
+    if compute_type is ComputeType.FLOAT32:
+        return [weight, *state, gradient, scalars]
+    assert num_elements % GROUP == 0, num_elements
+    return [*split_views(weight, state, gradient), scalars]
+
+
+def package(function: Callable[..., None], arguments: Sequence[Tensor], path: Path) -> None:
+    """Compile `function` over any number of rows of all `arguments` but the last; it works in place."""
+    rows = torch.export.Dim("rows", min=2)
+    shapes = {"arguments": (*({0: rows} for _ in arguments[:-1]), None)}
+    with torch.no_grad():
+        program = torch.export.export(_Module(function), tuple(arguments), dynamic_shapes=shapes)
+        torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=_OPTIONS)
+
+
+def build(rule: Rule, compute_type: ComputeType, path: Path) -> None:
+    """Put the package at `path`, atomically; of several such processes one compiles, the others wait."""
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with path.with_suffix(".lock").open("w") as lock, tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if is_intact(path):
+            return
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = scratch
+        made = Path(scratch) / path.name
+        function = rule.update if compute_type is ComputeType.FLOAT32 else rule.update_split
+        package(function, example(rule, compute_type), made)
+        made.replace(path)
+
+
+if __name__ == "__main__":
+    build(RULES[sys.argv[1]], ComputeType(sys.argv[2]), Path(sys.argv[3]))

@@ -1,0 +1,259 @@
+"""Kernels: an update rule made ready to run on slices of planes, compiled where there is a compiler.
+
+A rule is compiled ahead of time into a package (AOTInductor) that is kept in a cache folder and loads in
+milliseconds, without the compiler's modules; building one takes about half a minute and happens in another
+process (`build.py`), so it may run beside other work. Where that is not possible the same function runs
+eagerly, which can differ in the last bit (eager `sqrt` is not correctly rounded): hence `Kernel.backend`,
+which belongs in a commit.
+
+    $OUTSIZE_CACHE     the cache folder (default ~/.cache/outsize)
+    $OUTSIZE_EAGER=1   never compile
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable, Sequence
+from enum import StrEnum
+from functools import cache, lru_cache
+from pathlib import Path
+from threading import Lock
+from typing import final
+
+import torch
+from torch import Tensor
+
+from outsize.config import ComputeType
+from outsize.optim.rules import GROUP, RULES, Hyper, Rule, split_views
+
+_EAGER_ELEMENTS = 1 << 16
+"""Elements per eager pass: its temporaries stay within a few MiB, and in cache."""
+
+_MAX_CALLERS = 4
+"""Threads that can be inside one compiled kernel at once; more wait their turn."""
+
+_log = logging.getLogger("outsize")
+
+
+class Backend(StrEnum):
+    """How a kernel computes; recorded in commits."""
+
+    COMPILED = "compiled"
+    EAGER = "eager"
+
+
+@final
+class Kernel:
+    """Updates slices of planes in place; safe to call from any thread on slices that do not overlap."""
+
+    def __init__(
+        self, rule: Rule, compute_type: ComputeType, backend: Backend, function: Callable[..., object]
+    ) -> None:
+        self.rule = rule
+        self.compute_type = compute_type
+        self.backend = backend
+        self._function = function
+        weight, *state, gradient = rule.dtypes(compute_type).values()
+        self._dtypes = [weight, *state, gradient]
+
+    def __call__(self, weight: Tensor, state: Sequence[Tensor], gradient: Tensor, hyper: Hyper) -> None:
+        """Update 1-D contiguous slices of equal length, at least 1; `state` in the order of `rule.state`.
+
+        With bf16 weights a slice starts on a multiple of 64 elements of its planes, and its length is one too
+        or it ends where the planes end. The gradient is only read.
+        """
+        planes = [weight, *state, gradient]
+        shape = (weight.numel(),)
+        for plane, dtype in zip(planes, self._dtypes, strict=True):
+            assert plane.dtype is dtype and plane.shape == shape and plane.is_contiguous(), (
+                (plane.dtype, plane.shape, plane.stride()),
+                (dtype, shape),
+            )
+        scalars = _scalars(self.rule, hyper, weight.device)
+        num_elements = whole = weight.numel()
+        if self.compute_type is not ComputeType.FLOAT32:
+            whole -= whole % GROUP
+        size = num_elements if self.backend is Backend.COMPILED else _EAGER_ELEMENTS
+        with torch.no_grad():
+            if whole == num_elements <= size:
+                self._run(planes, scalars)
+                return
+            for start in range(0, whole, size):
+                self._run([plane[start : min(start + size, whole)] for plane in planes], scalars)
+            if whole < num_elements:
+                self._run_rest([plane[whole:] for plane in planes], scalars)
+
+    def _run(self, planes: list[Tensor], scalars: Tensor) -> None:
+        if self.compute_type is not ComputeType.FLOAT32:
+            planes = split_views(planes[0], planes[1:-1], planes[-1])
+        self._function(*planes, scalars)
+
+    def _run_rest(self, planes: list[Tensor], scalars: Tensor) -> None:
+        """Update the last, partial group of split planes on copies of a whole group."""
+        groups = [plane.new_zeros(GROUP) for plane in planes]
+        views: list[tuple[Tensor, Tensor]] = []
+        num_even = (planes[0].numel() + 1) // 2
+        for plane, group in zip(planes, groups, strict=True):
+            if plane.dtype is torch.float32:
+                views.append((plane[:num_even], group[:num_even]))
+                views.append((plane[num_even:], group[GROUP // 2 :][: plane.numel() - num_even]))
+            else:
+                views.append((plane, group[: plane.numel()]))
+        for own, copy in views:
+            copy.copy_(own)
+        self._run(groups, scalars)
+        for own, copy in views[:-1]:
+            own.copy_(copy)
+
+
+@final
+class Compilation:
+    """A kernel being made; `wait` gives it. Build with `start_compile`."""
+
+    def __init__(self, rule: Rule, compute_type: ComputeType, path: Path | None) -> None:
+        self._rule = rule
+        self._compute_type = compute_type
+        self._path = path
+        self._lock = Lock()
+        self._kernel: Kernel | None = None
+        self._build = None if path is None or path.exists() else _Build(rule, compute_type, path)
+
+    def wait(self) -> Kernel:
+        """The kernel when it is ready, eager where compiling failed (said once); may be called again."""
+        with self._lock:
+            if self._kernel is None:
+                self._kernel = self._finish()
+            return self._kernel
+
+    def _finish(self) -> Kernel:
+        if self._path is not None:
+            if self._build is None and (kernel := self._load(self._path)) is not None:
+                return kernel
+            if self._build is None:
+                self._path.unlink(missing_ok=True)  # damaged, or left by a machine unlike this one
+                self._build = _Build(self._rule, self._compute_type, self._path)
+            failure = self._build.wait()
+            if failure is None and (kernel := self._load(self._path)) is not None:
+                return kernel
+            _say_once(
+                f"update rules run without a compiler, slower: {failure or 'the package does not load'}"
+            )
+        function = self._rule.update
+        if self._compute_type is not ComputeType.FLOAT32:
+            function = self._rule.update_split
+        return Kernel(self._rule, self._compute_type, Backend.EAGER, function)
+
+    def _load(self, path: Path) -> Kernel | None:
+        if not is_intact(path):
+            return None
+        try:
+            # What torch._inductor.aoti_load_package calls, without importing dynamo (2.5 s) on the way.
+            loader = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", False, _MAX_CALLERS, -1)
+        except (RuntimeError, OSError) as error:
+            _log.debug("cannot load %s: %s", path, error)
+            return None
+        return Kernel(
+            self._rule, self._compute_type, Backend.COMPILED, lambda *planes: loader.run(list(planes))
+        )
+
+
+class _Build:
+    """The process that builds one package."""
+
+    def __init__(self, rule: Rule, compute_type: ComputeType, path: Path) -> None:
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (closed by `wait`)
+        self._process = subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-m", "outsize.optim.build", rule.name, compute_type, str(path)],
+            env=build_environment(),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=self._errors,
+        )
+
+    def wait(self) -> str | None:
+        """Wait for the end; what went wrong, or None."""
+        status = self._process.wait()
+        with self._errors as errors:
+            errors.seek(0)
+            lines = errors.read().decode(errors="replace").strip().splitlines()
+        return None if status == 0 else (lines[-1] if lines else f"the compiler ended with status {status}")
+
+
+def start_compile(rule: Rule, compute_type: ComputeType, *, eager: bool = False) -> Compilation:
+    """Start making a kernel for `rule` and return at once; a cached package is only loaded at `wait`."""
+    if eager or os.environ.get("OUTSIZE_EAGER", "") not in ("", "0"):
+        return Compilation(rule, compute_type, None)
+    compiler = find_compiler()
+    if compiler is None:
+        _say_once("update rules run without a compiler, slower: install g++, or set CXX to a C++ compiler")
+        return Compilation(rule, compute_type, None)
+    assert RULES.get(rule.name) is rule, f"rule {rule.name} is not in RULES"
+    return Compilation(rule, compute_type, package_path(rule, compute_type))
+
+
+def compile_rule(rule: Rule, compute_type: ComputeType, *, eager: bool = False) -> Kernel:
+    """The kernel for `rule`: from the cache in milliseconds, else built first (half a minute)."""
+    return start_compile(rule, compute_type, eager=eager).wait()
+
+
+def find_compiler() -> str | None:
+    """The C++ compiler that would be used, or None."""
+    return shutil.which(os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++"))
+
+
+def package_path(rule: Rule, compute_type: ComputeType) -> Path:
+    """Where the package is cached; the name holds all that its code depends on."""
+    folder = Path(os.environ.get("OUTSIZE_CACHE") or Path.home() / ".cache" / "outsize") / "rules"
+    key = hashlib.sha256("\0".join((*_sources(), torch.__version__, _cpu(), str(find_compiler()))).encode())
+    return folder / f"{rule.name}-{compute_type}-{key.hexdigest()[:16]}.pt2"
+
+
+def is_intact(path: Path) -> bool:
+    """Whether `path` holds a whole package: a zip archive whose checksums are all right."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None
+    except (OSError, zipfile.BadZipFile, EOFError, NotImplementedError):
+        return False
+
+
+def build_environment() -> dict[str, str]:
+    """The environment of the building process: ours, and a search path that finds this very package."""
+    search = (str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH"))
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, search))}
+
+
+@cache
+def _sources() -> tuple[str, ...]:
+    return tuple(Path(__file__).with_name(name).read_text() for name in ("rules.py", "build.py"))
+
+
+@cache
+def _cpu() -> str:
+    """What code for this CPU depends on: packages may lie in a home folder that unlike machines share."""
+    lines = {platform.machine(), torch.backends.cpu.get_cpu_capability()}
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith(("flags", "Features", "model name", "cpu family", "model\t")):
+                lines.add(line)
+    except OSError:
+        lines.add(platform.processor())
+    return "\n".join(sorted(lines))
+
+
+@lru_cache(maxsize=256)
+def _scalars(rule: Rule, hyper: Hyper, device: torch.device) -> Tensor:
+    return torch.tensor(rule.scalars(hyper), dtype=torch.float32, device=device)
+
+
+@cache
+def _say_once(message: str) -> None:
+    _log.warning(message)
