@@ -1,6 +1,7 @@
 """Builds one rule's package, in a process of its own: `python -m outsize.optim.build RULE TYPE PATH`.
 
-Only here are the exporter and the compiler imported; their memory (some 330 MiB) goes back when the process ends.
+Only here are the exporter and the compiler imported; their memory (some 330 MiB) goes back when the process
+ends.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def example(rule: Rule, compute_type: ComputeType, num_elements: int = 1 << 12) 
 
 
 def package(function: Callable[..., None], arguments: Sequence[Tensor], path: Path) -> None:
-    """Compile `function`, which works in place on the rows of all `arguments` but the last, for any number of rows."""
+    """Compile `function` over any number of rows of all `arguments` but the last; it works in place."""
     rows = torch.export.Dim("rows", min=2)
     shapes = {"arguments": (*({0: rows} for _ in arguments[:-1]), None)}
     with torch.no_grad():
@@ -60,7 +61,7 @@ def package(function: Callable[..., None], arguments: Sequence[Tensor], path: Pa
 
 
 def build(rule: Rule, compute_type: ComputeType, path: Path) -> None:
-    """Put the package at `path`, atomically; of several processes that want it, one compiles and the others wait."""
+    """Put the package at `path`, atomically; of several such processes one compiles, the others wait."""
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     with path.with_suffix(".lock").open("w") as lock, tempfile.TemporaryDirectory(dir=path.parent) as scratch:
         fcntl.flock(lock, fcntl.LOCK_EX)

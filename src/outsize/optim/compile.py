@@ -1,9 +1,10 @@
 """Kernels: an update rule made ready to run on slices of planes, compiled where there is a compiler.
 
-A rule is compiled ahead of time into a package (AOTInductor) that is kept in a cache folder and loads in milliseconds,
-without the compiler's modules; building one takes about half a minute and happens in another process (`build.py`), so
-it may run beside other work. Where that is not possible the same function runs eagerly, which can differ in the last bit
-(eager `sqrt` is not correctly rounded): hence `Kernel.backend`, which belongs in a commit.
+A rule is compiled ahead of time into a package (AOTInductor) that is kept in a cache folder and loads in
+milliseconds, without the compiler's modules; building one takes about half a minute and happens in another
+process (`build.py`), so it may run beside other work. Where that is not possible the same function runs
+eagerly, which can differ in the last bit (eager `sqrt` is not correctly rounded): hence `Kernel.backend`,
+which belongs in a commit.
 
     $OUTSIZE_CACHE     the cache folder (default ~/.cache/outsize)
     $OUTSIZE_EAGER=1   never compile
@@ -66,23 +67,28 @@ class Kernel:
     def __call__(self, weight: Tensor, state: Sequence[Tensor], gradient: Tensor, hyper: Hyper) -> None:
         """Update 1-D contiguous slices of equal length, at least 1; `state` in the order of `rule.state`.
 
-        With bf16 weights a slice starts on a multiple of 64 elements of its planes, and its length is one too, or
-        the slice ends where the planes end. The gradient is only read.
+        With bf16 weights a slice starts on a multiple of 64 elements of its planes, and its length is one too
+        or it ends where the planes end. The gradient is only read.
         """
         planes = [weight, *state, gradient]
-        assert [plane.dtype for plane in planes] == self._dtypes, [plane.dtype for plane in planes]
-        assert all(plane.shape == (weight.numel(),) and plane.is_contiguous() for plane in planes), [
-            (plane.shape, plane.stride()) for plane in planes
-        ]
-        scalars = _scalars(self.rule, hyper, str(weight.device))
-        whole = weight.numel()
+        shape = (weight.numel(),)
+        for plane, dtype in zip(planes, self._dtypes, strict=True):
+            assert plane.dtype is dtype and plane.shape == shape and plane.is_contiguous(), (
+                (plane.dtype, plane.shape, plane.stride()),
+                (dtype, shape),
+            )
+        scalars = _scalars(self.rule, hyper, weight.device)
+        num_elements = whole = weight.numel()
         if self.compute_type is not ComputeType.FLOAT32:
             whole -= whole % GROUP
-        size = whole if self.backend is Backend.COMPILED else _EAGER_ELEMENTS
+        size = num_elements if self.backend is Backend.COMPILED else _EAGER_ELEMENTS
         with torch.no_grad():
-            for start in range(0, whole, size or 1):
+            if whole == num_elements <= size:
+                self._run(planes, scalars)
+                return
+            for start in range(0, whole, size):
                 self._run([plane[start : min(start + size, whole)] for plane in planes], scalars)
-            if whole < weight.numel():
+            if whole < num_elements:
                 self._run_rest([plane[whole:] for plane in planes], scalars)
 
     def _run(self, planes: list[Tensor], scalars: Tensor) -> None:
@@ -121,7 +127,7 @@ class Compilation:
         self._build = None if path is None or path.exists() else _Build(rule, compute_type, path)
 
     def wait(self) -> Kernel:
-        """The kernel, once it is ready; eager where compiling failed, which is logged once. May be called again."""
+        """The kernel when it is ready, eager where compiling failed (said once); may be called again."""
         with self._lock:
             if self._kernel is None:
                 self._kernel = self._finish()
@@ -163,7 +169,7 @@ class _Build:
     """The process that builds one package."""
 
     def __init__(self, rule: Rule, compute_type: ComputeType, path: Path) -> None:
-        self._errors = tempfile.TemporaryFile()
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (closed by `wait`)
         self._process = subprocess.Popen(
             [sys.executable, "-W", "ignore", "-m", "outsize.optim.build", rule.name, compute_type, str(path)],
             env=build_environment(),
@@ -220,7 +226,7 @@ def is_intact(path: Path) -> bool:
 
 
 def build_environment() -> dict[str, str]:
-    """The environment of the building process: ours, and a search path on which it finds this very package."""
+    """The environment of the building process: ours, and a search path that finds this very package."""
     search = (str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH"))
     return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, search))}
 
@@ -232,7 +238,7 @@ def _sources() -> tuple[str, ...]:
 
 @cache
 def _cpu() -> str:
-    """What code for this very CPU depends on: packages may lie in a home folder that unlike machines share."""
+    """What code for this CPU depends on: packages may lie in a home folder that unlike machines share."""
     lines = {platform.machine(), torch.backends.cpu.get_cpu_capability()}
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
@@ -244,7 +250,7 @@ def _cpu() -> str:
 
 
 @lru_cache(maxsize=256)
-def _scalars(rule: Rule, hyper: Hyper, device: str) -> Tensor:
+def _scalars(rule: Rule, hyper: Hyper, device: torch.device) -> Tensor:
     return torch.tensor(rule.scalars(hyper), dtype=torch.float32, device=device)
 
 

@@ -1,18 +1,21 @@
 """Update rules: elementwise functions over the planes of a record, one source for every backend and device.
 
-AdamW is decoupled weight decay (Loshchilov and Hutter, 2019) with the order of operations of `torch.optim.AdamW`. Every
-operation is rounded on its own (no fused multiply-add on CPU), so an element's result depends on nothing but its
-inputs: not on the slice it is computed in, its address or the number of threads.
+AdamW is decoupled weight decay (Loshchilov and Hutter, 2019) with the order of operations of
+`torch.optim.AdamW`. Every operation is rounded on its own (no fused multiply-add on CPU), so an element's
+result depends on nothing but its inputs: not on the slice it is computed in, its address or the number of
+threads.
 
 With bf16 weights the master is still fp32 and exact, split over two planes of 16 bits:
 
     weight    = (bits + 0x8000) >> 16     nearest bf16, ties away from zero
     remainder = bits - (weight << 16)     in [-32768, 32767]
 
-[Note: words] CPU code generators vectorise neither int16 nor bf16 beside fp32 well. So the split rule reads weight,
-remainder and gradient as int32 words of two elements (2j below, 2j + 1 above) and computes the even and the odd lane.
-These three planes stay in natural order; moments, which nobody else reads, keep each group of 64 elements as 32 even
-ones followed by 32 odd ones (`deinterleave`, `interleave`). Infinities and NaNs are not kept apart: they end a run.
+[Note: words] CPU code generators vectorise neither int16, nor in place bf16 beside fp32, well. So the split
+rule reads weight, remainder and gradient as int32 words of two elements (2j below, 2j + 1 above) and computes
+the even and the odd lane. These three planes stay in natural order; moments, which nobody else reads, keep
+each group of 64 elements as 32 even ones, then 32 odd ones (`deinterleave`, `interleave`):
+docs/decisions/0002-remainder-layout.md. Words are little-endian. Infinities and NaNs are not kept apart: they
+end a run.
 """
 
 from __future__ import annotations
@@ -53,13 +56,13 @@ class Hyper:
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """An update rule: its state planes in record order, their types, and the function that updates slices in place.
+    """An update rule: its state planes in record order, their types, and the functions that update in place.
 
     `moments` are fp32 in both compute types; `scalars` turns a `Hyper` into the numbers that `update` and
     `update_split` take as one fp32 tensor, so that a changed setting never recompiles anything.
 
-    `update(weight, *moments, gradient, scalars)`                             fp32, one dimension
-    `update_split(weight, *even and odd moments, remainder, gradient, scalars)`  see [Note: words], rows of a group
+    `update(weight, *moments, gradient, scalars)`    fp32, one dimension
+    `update_split(*split_views(...), scalars)`       rows of a group, see [Note: words]
     """
 
     name: str
@@ -99,7 +102,7 @@ def join(weight: Tensor, remainder: Tensor) -> Tensor:
 
 
 def deinterleave(values: Tensor) -> Tensor:
-    """A moment plane (1-D, natural order) as the split rule stores it: even then odd elements of each group."""
+    """A moment plane (1-D, natural order) as the split rule stores it: of each group even, then odd ones."""
     whole = values.numel() - values.numel() % GROUP
     head = values[:whole].view(-1, GROUP // 2, 2).transpose(1, 2).reshape(-1)
     return torch.cat([head, values[whole::2], values[whole + 1 :: 2]])
@@ -159,7 +162,7 @@ def _update_adamw_split(
     gradient: Tensor,
     scalars: Tensor,
 ) -> None:
-    # Each word holds two elements; see [Note: words]. Additions wrap, so carries into the exponent need no care.
+    # Each word holds two elements: see [Note: words]. Bits are added as integers, so carries need no care.
     even = (weight << 16) + ((remainder << 16) >> 16)
     odd = (weight & _HIGH) + (remainder >> 16)
     master_even, *moments_even = _adamw(
@@ -184,7 +187,7 @@ def _update_adamw_split(
 
 
 def split_views(weight: Tensor, state: Sequence[Tensor], gradient: Tensor) -> list[Tensor]:
-    """Slices of split planes (1-D, whole groups) as `update_split` takes them; they share the slices' memory."""
+    """Slices of split planes (1-D, whole groups) as `update_split` takes them, sharing the slices' memory."""
     *moments, remainder = state
     views = [_words(weight)]
     for moment in moments:

@@ -1,0 +1,132 @@
+import fcntl
+import logging
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from outsize.config import ComputeType
+from outsize.optim import ADAMW, Backend, Hyper, compile, compile_rule, start_compile
+
+FLOAT32 = ComputeType.FLOAT32
+needs_compiler = pytest.mark.skipif(compile.find_compiler() is None, reason="no C++ compiler here")
+
+
+def update_once(kernel):
+    weight = torch.ones(5)
+    kernel(weight, [torch.zeros(5), torch.zeros(5)], torch.ones(5), Hyper(lr=0.5, weight_decay=0.0))
+    return weight
+
+
+@pytest.fixture
+def own_cache(kernels, tmp_path, monkeypatch):
+    """A cache folder of the test's own, with a copy of the fp32 package in it; its path."""
+    package = compile.package_path(ADAMW, FLOAT32)
+    monkeypatch.setenv("OUTSIZE_CACHE", str(tmp_path))
+    copy = compile.package_path(ADAMW, FLOAT32)
+    assert copy.parent == tmp_path / "rules" and copy.name == package.name
+    copy.parent.mkdir()
+    shutil.copy(package, copy)
+    return copy
+
+
+def test_without_a_compiler_it_is_eager_and_says_so_once(monkeypatch, caplog, fresh_messages):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with caplog.at_level(logging.WARNING, "outsize"):
+        kernels = [compile_rule(ADAMW, compute_type) for compute_type in ComputeType]
+    assert [kernel.backend for kernel in kernels] == [Backend.EAGER] * 2
+    assert len(caplog.records) == 1 and "CXX" in caplog.text
+    torch.testing.assert_close(update_once(kernels[0]), torch.full((5,), 0.5))
+
+
+def test_a_compiler_that_fails_is_no_error(monkeypatch, caplog, tmp_path, fresh_messages):
+    monkeypatch.setenv("OUTSIZE_CACHE", str(tmp_path))
+    monkeypatch.setenv("CXX", shutil.which("false"))
+    with caplog.at_level(logging.WARNING, "outsize"):
+        kernel = compile_rule(ADAMW, FLOAT32)
+    assert kernel.backend is Backend.EAGER and len(caplog.records) == 1
+    assert not list(tmp_path.rglob("*.pt2"))
+
+
+@pytest.mark.parametrize("how", ["argument", "environment"])
+def test_eager_on_request_is_silent(how, monkeypatch, caplog, fresh_messages):
+    if how == "environment":
+        monkeypatch.setenv("OUTSIZE_EAGER", "1")
+    kernel = compile_rule(ADAMW, FLOAT32, eager=how == "argument")
+    assert kernel.backend is Backend.EAGER and not caplog.records
+
+
+@needs_compiler
+def test_a_cached_package_is_loaded_without_a_process(own_cache, monkeypatch):
+    monkeypatch.setattr(subprocess, "Popen", None)
+    compilation = start_compile(ADAMW, FLOAT32)
+    kernel = compilation.wait()
+    assert kernel.backend is Backend.COMPILED and compilation.wait() is kernel
+    torch.testing.assert_close(update_once(kernel), torch.full((5,), 0.5))
+
+
+@needs_compiler
+def test_loading_imports_no_compiler(own_cache):
+    code = (
+        "import sys; from outsize.optim import *; from outsize.config import ComputeType;"
+        "assert compile_rule(ADAMW, ComputeType.FLOAT32).backend == 'compiled';"
+        "assert 'torch._inductor.graph' not in sys.modules and 'torch._dynamo' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@needs_compiler
+@pytest.mark.parametrize("damage", ["truncated", "one byte", "empty"])
+def test_a_damaged_package_is_built_again(own_cache, damage, monkeypatch, kernels):
+    """Building is replaced by copying: what is tested is that it happens, and once."""
+    data = bytearray(own_cache.read_bytes())
+    good = bytes(data)
+    data[len(data) // 2] ^= 1
+    own_cache.write_bytes({"truncated": good[:1000], "one byte": data, "empty": b""}[damage])
+    built: list[Path] = []
+
+    class Build:
+        def __init__(self, rule, compute_type, path):
+            built.append(path)
+            assert not path.exists()
+            path.write_bytes(good)
+
+        def wait(self):
+            return None
+
+    monkeypatch.setattr(compile, "_Build", Build)
+    kernel = compile_rule(ADAMW, FLOAT32)
+    assert kernel.backend is Backend.COMPILED and built == [own_cache]
+    torch.testing.assert_close(update_once(kernel), torch.full((5,), 0.5))
+
+
+@needs_compiler
+def test_building_where_a_package_is_intact_leaves_it(own_cache):
+    before = own_cache.stat().st_mtime_ns
+    command = [sys.executable, "-m", "outsize.optim.build", "adamw", "float32", str(own_cache)]
+    subprocess.run(command, check=True, env=compile.build_environment())
+    assert own_cache.stat().st_mtime_ns == before
+    assert {path.suffix for path in own_cache.parent.iterdir()} == {".pt2", ".lock"}
+
+
+@needs_compiler
+def test_of_two_builders_one_waits_and_finds_the_package(own_cache):
+    good = own_cache.read_bytes()
+    own_cache.unlink()
+    with own_cache.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        compilation = start_compile(ADAMW, FLOAT32)
+        with pytest.raises(subprocess.TimeoutExpired):
+            compilation._build._process.wait(timeout=4)
+        own_cache.write_bytes(good)
+        stamp = own_cache.stat().st_mtime_ns
+    assert compilation.wait().backend is Backend.COMPILED
+    assert own_cache.stat().st_mtime_ns == stamp
+
+
+def test_the_key_names_rule_and_type():
+    names = [compile.package_path(ADAMW, compute_type).name for compute_type in ComputeType]
+    assert [name.rsplit("-", 1)[0] for name in names] == ["adamw-float32", "adamw-bfloat16"]
