@@ -10,10 +10,11 @@ import mmap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
-from outsize.block import CHUNK, Block, Plane, Record
+from outsize.block import CHUNK, Block, Entry, Plane, Record
 from outsize.config import ComputeType
 from outsize.engine.update import Pending, UpdateJob, UpdateLane
 from outsize.model import Source
@@ -55,7 +56,6 @@ class BlockState:
     weight_reads: list[Transfer] = field(default_factory=list)
     gradient_transfers: list[Transfer] = field(default_factory=list)
     update: UpdateJob | None = None
-    remainder: torch.Tensor | None = None
 
     @property
     def name(self) -> str:
@@ -231,7 +231,7 @@ class BlockStore:
             state_planes=resident_planes if len(resident_planes) == len(planes) else None,
             gradient=self._resident(state, Plane.GRADIENT),
             is_first=not state.is_stored,
-            initial_remainder=lambda: state.remainder,
+            read_remainder=partial(self._read_remainder, state),
             after=state.update,
         )
         state.pending = None
@@ -246,7 +246,6 @@ class BlockStore:
         if state.update is not None:
             state.update.wait_applied()
         state.weight_reads = []
-        state.remainder = None
 
     def free_weights(self, state: BlockState) -> None:
         """Give the weight slot back once nothing is read into or written from it."""
@@ -260,7 +259,6 @@ class BlockStore:
             self._pool(self._weight_pools, self.placement.weight_classes, state).give(state.slot)
             state.slot = None
             state.weight_reads = []
-            state.remainder = None
 
     def claim_gradient(self, state: BlockState) -> None:
         """Claim a slot to sum the block's gradient in."""
@@ -426,14 +424,23 @@ class BlockStore:
         if self.dtype is torch.float32:
             self.source.read(Block(record.name, tuple(e.piece for e in record.entries)), views)
             return
-        remainder = None
-        if Plane.REMAINDER in record.state:
-            remainder = torch.zeros(record.num_trainable, dtype=self.plane_dtypes[Plane.REMAINDER])
         for entry, view in zip(record.entries, views, strict=True):
-            exact = torch.empty(entry.piece.shape, dtype=torch.float32)
-            self.source.read(Block(record.name, (entry.piece,)), [exact])
-            weight, rest = split(exact.view(-1))
-            view.copy_(weight.view(entry.piece.shape))
-            if remainder is not None and entry.trainable:
-                remainder[entry.start : entry.stop] = rest
-        state.remainder = remainder
+            view.copy_(self._exact_piece(record, entry)[0].view(entry.piece.shape))
+
+    def _exact_piece(self, record: Record, entry: Entry) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weight and remainder of one entry's fp32 value in the source."""
+        assert self.source is not None, f"{record.name}: the source is gone"
+        exact = torch.empty(entry.piece.shape, dtype=torch.float32)
+        self.source.read(Block(record.name, (entry.piece,)), [exact])
+        return split(exact.view(-1))
+
+    def _read_remainder(self, state: BlockState) -> torch.Tensor | None:
+        """The remainder plane of a block that was never stored: what its first update needs beside the weights."""
+        record = state.record
+        if Plane.REMAINDER not in record.state:
+            return None
+        remainder = torch.zeros(record.num_trainable, dtype=self.plane_dtypes[Plane.REMAINDER])
+        for entry in record.entries:
+            if entry.trainable:
+                remainder[entry.start : entry.stop] = self._exact_piece(record, entry)[1]
+        return remainder

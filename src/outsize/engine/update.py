@@ -35,8 +35,8 @@ class UpdateJob:
     """One block's pending update on its way through the lane.
 
     `weight` is the whole weight plane in memory; `state_planes` and `gradient` are resident planes, or None where
-    they stream. With `is_first` nothing of the record is on disk yet: state starts as zero (and `initial_remainder`),
-    and the frozen part of the weights is stored too.
+    they stream. With `is_first` nothing of the record is on disk yet: state starts as zero, the remainder as
+    `read_remainder` gives it, and the frozen part of the weights is stored too.
     """
 
     record: Record
@@ -48,11 +48,12 @@ class UpdateJob:
     state_planes: Sequence[torch.Tensor] | None
     gradient: torch.Tensor | None
     is_first: bool
-    initial_remainder: Callable[[], torch.Tensor | None]
+    read_remainder: Callable[[], torch.Tensor | None]
     after: UpdateJob | None
     state_writes: list[Transfer] = field(default_factory=list)
     weight_writes: list[Transfer] = field(default_factory=list)
     error: BaseException | None = None
+    _remainder: torch.Tensor | None = None
     _is_applied: threading.Event = field(default_factory=threading.Event)
 
     def is_applied(self) -> bool:
@@ -77,11 +78,17 @@ class UpdateJob:
         for transfer in self.weight_writes:
             transfer.wait()
 
+    def initial_remainder(self) -> torch.Tensor | None:
+        """The remainder plane at the first update, read once; None where the rule has none."""
+        if self._remainder is None:
+            self._remainder = self.read_remainder()
+        return self._remainder
+
     def finish(self, error: BaseException | None = None) -> None:
         """Let waiters go on."""
         self.error = self.error or error
         self._is_applied.set()
-        self.after = None  # a chain of jobs would keep every tensor of the past alive
+        self.after = self._remainder = None  # a chain of jobs would keep every tensor of the past alive
 
     def chunks(self) -> Iterator[tuple[int, int, int]]:
         """`(start, trainable stop, weight stop)` of each chunk the job visits, in elements."""
@@ -230,9 +237,11 @@ class UpdateLane:
         for read in reads if len(reads) == 1 else reads[chunk.start // CHUNK : chunk.start // CHUNK + 1]:
             read.wait()
         state, gradient = self._planes(chunk)
-        remainder = job.initial_remainder() if job.is_first else None
-        if remainder is not None and Plane.REMAINDER in record.state:
-            state[record.state.index(Plane.REMAINDER)].copy_(remainder[chunk.start : chunk.trainable_stop])
+        if job.is_first and chunk.trainable_stop > chunk.start:
+            remainder = job.initial_remainder()
+            if remainder is not None:
+                part = remainder[chunk.start : chunk.trainable_stop]
+                state[record.state.index(Plane.REMAINDER)].copy_(part)
         for first, last, hyper in job.runs(chunk.start, chunk.trainable_stop):
             inside = slice(first - chunk.start, last - chunk.start)
             # A gradient summed over several visits was kept in fp32; this is its one rounding.
