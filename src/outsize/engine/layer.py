@@ -201,10 +201,12 @@ class Layer:
                 ]
                 with call.autocast.restore():
                     outputs = call.run(inputs)
+                # Every tile computes an output without a batch again; its gradient belongs to one of them.
+                output_dims = dims.outputs if dims and not tile.is_whole else (0,) * len(outputs)
                 pairs = [
-                    (output, tile.of(gradient, dims.outputs[i] if dims else None))
-                    for i, (output, gradient) in enumerate(zip(outputs, gradients, strict=True))
-                    if gradient is not None and output.requires_grad
+                    (output, tile.of(gradient, dim))
+                    for output, gradient, dim in zip(outputs, gradients, output_dims, strict=True)
+                    if gradient is not None and output.requires_grad and (dim is not None or tile.start == 0)
                 ]
                 if pairs:
                     torch.autograd.backward([p[0] for p in pairs], [p[1] for p in pairs])

@@ -207,7 +207,10 @@ class Session:
             self.executor.begin(self._forward_order)
             return args, kwargs
         if rehearsal is None or shape.row_elements > rehearsal.row_elements:
-            plain_kwargs = {**kwargs, "use_cache": False} if uses_cache else kwargs
+            plain_kwargs = kwargs
+            if uses_cache:  # a rehearsal would fill the caller's cache
+                plain_kwargs = {key: value for key, value in kwargs.items() if not isinstance(value, Cache)}
+                plain_kwargs["use_cache"] = False
             rehearsal = self._rehearsals[signature] = rehearse(self, args, plain_kwargs, shape)
             self._forward_order = [v for v in rehearsal.visits if v.direction is Direction.FORWARD]
         if self.executor is None:

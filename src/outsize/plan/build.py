@@ -154,7 +154,7 @@ class _Builder:
 
     def _compute(self, visit: Visit) -> None:
         block = visit.block
-        if visit.needs_weights:
+        if visit.needs_weights or block in self.held:  # what is still arriving in a slot is not left unwatched
             self.ops.append(Wait(block, Plane.WEIGHT))
         if visit.direction is Direction.TOUCH:
             return
