@@ -23,7 +23,7 @@ from tests.running import close, executor_of, opened, values_of, wrapped_disk
 from tests.zoo import ZOO
 
 STEPS = 5
-CHUNK = 4096
+CHUNK = 2048
 """Elements; small, so that every block here has several chunks."""
 
 
@@ -105,7 +105,7 @@ PLACEMENTS = st.fixed_dictionaries(
         "home": st.sampled_from(["disk", None]),
         "weight_slots": st.integers(1, 3),
         "gradient_slots": st.integers(1, 2),
-        "resident_bytes": st.sampled_from([0, 50_000, 200_000, 600_000]),
+        "resident_bytes": st.sampled_from([0, 50_000, 150_000, 300_000]),
     }
 )
 
