@@ -167,7 +167,10 @@ def _placed(
         disk_bytes=sum(
             record.num_bytes
             for record in records
-            if any((record.name, g) not in resident for g in (Plane.WEIGHT, Plane.GRADIENT, Plane.MOMENT1))
+            if any(
+                group_bytes(record, g) and (record.name, g) not in resident
+                for g in (Plane.WEIGHT, Plane.GRADIENT, Plane.MOMENT1)
+            )
         ),
     )
 
