@@ -1,0 +1,441 @@
+"""Faults: whatever breaks is named, nothing hangs, and what can go on goes on.
+
+A disk that fails in the middle of a step, a source that vanishes, budgets that are too small, a loss that is not finite,
+an error of the model's own.
+"""
+
+import os
+import shutil
+
+import pytest
+import torch
+
+import outsize
+from outsize import Pins
+from outsize.engine import session as session_module
+from outsize.engine.session import session_of
+from outsize.errors import (
+    BudgetError,
+    ConfigError,
+    CorruptionError,
+    OutsizeError,
+    StorageError,
+    StorageFullError,
+    UsageError,
+)
+from outsize.tier import Fault, FaultKind, FaultyTier, Verb
+from tests.running import (
+    adamw,
+    assert_same_weights,
+    close,
+    executor_of,
+    opened,
+    train,
+    values_of,
+    wrapped_disk,
+)
+from tests.zoo import ZOO, plain_batch, plain_stack
+
+pytestmark = pytest.mark.timeout(60)
+
+
+def llama(tmp_path, **options):
+    options = {"home": "disk", "pins": Pins(weight_slots=2, gradient_slots=1), **options}
+    return opened(ZOO["llama"].build().train(), disk=tmp_path, **options)
+
+
+def batches(count=5):
+    return [ZOO["llama"].batch(seed=seed) for seed in range(count)]
+
+
+# -- the disk --------------------------------------------------------------------------------------------------------
+
+ERRORS = {
+    FaultKind.EIO: StorageError,
+    FaultKind.ENOSPC: StorageFullError,
+    FaultKind.SHORT: StorageError,
+    FaultKind.CORRUPTION: CorruptionError,
+}
+
+
+@pytest.mark.parametrize("plane", ["weight", "state", "gradient"])
+@pytest.mark.parametrize("verb", [Verb.READ, Verb.WRITE])
+@pytest.mark.parametrize("kind", [FaultKind.EIO, FaultKind.ENOSPC, FaultKind.CORRUPTION])
+def test_a_failing_transfer_is_named_and_nothing_hangs(kind, verb, plane, tmp_path, monkeypatch):
+    fault = Fault(kind, verb, label=f"L01.{plane}", nth=2)
+    with wrapped_disk(monkeypatch, lambda disk: FaultyTier(disk, [fault])) as tiers:
+        model = llama(tmp_path)
+        with pytest.raises(ERRORS[kind], match=rf"L01\.{plane}"):
+            train(model, batches())
+            executor_of(model).store.flush()
+        assert tiers[0].num_faults == 1
+        with pytest.raises(OutsizeError):  # closing flushes, and says it again; then it closes
+            for _ in range(3):
+                session_of(model).close()
+                raise StorageError("closed at the first attempt")
+
+
+@pytest.mark.parametrize("plane", ["weight", "gradient"])
+def test_a_read_that_fails_once_leaves_a_session_that_goes_on(plane, tmp_path, monkeypatch):
+    """Weights are on disk still, gradients were not added to: the caller may repeat the call."""
+    fault = Fault(FaultKind.EIO, Verb.READ, label=f"L01.{plane}[0]", nth=2)
+    with wrapped_disk(monkeypatch, lambda disk: FaultyTier(disk, [fault])):
+        model = llama(tmp_path)
+        plain = ZOO["llama"].build().train()
+        optimizer, expected = adamw(model), adamw(plain)
+        train(plain, [[batch, batch] for batch in batches(2)], expected)
+        failures = 0
+        for batch in batches(2):
+            while True:
+                try:
+                    train_twice(model, batch)
+                    break
+                except StorageError:
+                    failures += 1
+                    optimizer.zero_grad()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert failures == 1
+        assert_same_weights(model, plain)
+
+
+def train_twice(model, batch):
+    for _ in range(2):
+        model(**batch).loss.backward()
+
+
+def test_bits_that_flip_on_the_disk_are_found(tmp_path, monkeypatch):
+    """Below the digests: what the drive gives back is not what was written."""
+    model = llama(tmp_path)
+    optimizer = adamw(model)
+    train(model, batches(2), optimizer)
+    executor_of(model).settle_updates()
+    executor_of(model).store.flush()
+    (path,) = tmp_path.iterdir()
+    state = executor_of(model).store["L01"]
+    with path.open("r+b") as file:
+        file.seek(state.disk_offset + 64)
+        byte = file.read(1)
+        file.seek(state.disk_offset + 64)
+        file.write(bytes([byte[0] ^ 1]))
+    with pytest.raises(CorruptionError, match=r"L01\.weight"):
+        train(model, batches(2), optimizer)
+
+
+@pytest.mark.parametrize("home", ["disk", None])
+def test_a_full_disk_is_named_before_anything_is_trained(home, tmp_path, monkeypatch):
+    def full(fd, offset, num_bytes):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    model = llama(tmp_path, home=home, pins=Pins(resident_bytes=0))
+    with pytest.raises(StorageFullError, match="the store needs"):
+        model(**batches()[0])
+    monkeypatch.undo()
+    train(model, batches())  # there is room now
+
+
+def test_a_disk_budget_that_is_too_small_names_one_that_works(tmp_path):
+    model = llama(f"{tmp_path}:100KiB")
+    with pytest.raises(BudgetError, match="may hold 100.0 KiB") as refusal:
+        model(**batches()[0])
+    hint = str(refusal.value.hint)
+    setting = hint.split('"')[1]
+    train(llama(setting), batches(2))
+
+
+def test_a_missing_folder_is_named_at_once(tmp_path):
+    with pytest.raises(ConfigError, match="no folder"):
+        llama(tmp_path / "absent")
+
+
+def test_a_folder_in_memory_is_refused(tmp_path):
+    if not os.path.isdir("/dev/shm"):
+        pytest.skip("no tmpfs here")
+    model = llama("/dev/shm")
+    with pytest.raises(ConfigError, match="tmpfs"):
+        model(**batches()[0])
+
+
+def test_an_unwritable_folder_is_named(tmp_path, monkeypatch):
+    real = os.open
+
+    def refuse(path, flags, *args, **options):
+        if str(path).startswith(str(tmp_path)) and flags & os.O_CREAT:
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path, flags, *args, **options)
+
+    model = llama(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", refuse)
+        with pytest.raises(ConfigError, match="not writable"):
+            model(**batches()[0])
+    train(model, batches(1))
+
+
+def test_a_disk_home_without_a_folder_is_refused():
+    with pytest.raises(ConfigError, match="without a folder"):
+        outsize.wrap(plain_stack(), home="disk")
+
+
+def test_one_store_is_for_one_session(tmp_path):
+    first, second = llama(tmp_path), llama(tmp_path)
+    train(first, batches(1))
+    with pytest.raises(StorageError, match="in use"):
+        second(**batches()[0])
+    close(session_of(first))
+    train(second, batches(1))
+
+
+# -- the source ------------------------------------------------------------------------------------------------------
+
+
+def test_a_source_that_vanishes_is_named(tmp_path):
+    folder = tmp_path / "model"
+    ZOO["llama"].build().save_pretrained(folder)
+    scratch = tmp_path / "disk"
+    scratch.mkdir()
+    model = outsize.load(folder, disk=scratch, home="disk", dtype="float32", pins=Pins(weight_slots=1))
+    shutil.rmtree(folder)
+    with pytest.raises(OutsizeError, match="model"):
+        train(model, batches(2))
+    session_of(model).close()
+
+
+def test_a_source_is_not_needed_after_every_block_was_updated(tmp_path):
+    folder = tmp_path / "model"
+    ZOO["llama"].build().save_pretrained(folder)
+    scratch = tmp_path / "disk"
+    scratch.mkdir()
+    model = outsize.load(folder, disk=scratch, home="disk", dtype="float32", pins=Pins(weight_slots=1)).train()
+    optimizer = adamw(model)
+    train(model, batches(1), optimizer)
+    executor_of(model).settle_updates()
+    shutil.rmtree(folder)
+    train(model, batches()[1:], optimizer)
+    plain = ZOO["llama"].build().train()
+    train(plain, batches())
+    assert_same_weights(model, plain)
+
+
+# -- memory ----------------------------------------------------------------------------------------------------------
+
+
+def host_in(hint):
+    return hint.split('"')[1]
+
+
+@pytest.mark.parametrize("has_disk", [True, False])
+def test_the_least_memory_that_is_named_really_works(has_disk, tmp_path):
+    options = {"disk": tmp_path} if has_disk else {}
+    model = opened(ZOO["llama"].build().train(), host="150MiB", **options)
+    optimizer = adamw(model)
+    with pytest.raises(BudgetError, match="does not fit into") as refusal:
+        model(**batches()[0])
+    least = host_in(refusal.value.hint)
+    train_one = opened(ZOO["llama"].build().train(), host=least, **options)
+    train(train_one, batches(2))
+    assert outsize.report(train_one).host_budget_bytes > 150 << 20
+    with pytest.raises(BudgetError):
+        train(model, batches(1), optimizer)
+
+
+def test_the_least_memory_that_is_named_works_where_blocks_are_shared(tmp_path):
+    """Blocks that share a point with others stay in memory: the figure has to count them."""
+    plain = ZOO["t5"].build(d_ff=4096, d_model=512).train()
+    model = opened(plain, host="150MiB", disk=tmp_path)
+    adamw(model)
+    with pytest.raises(BudgetError) as refusal:
+        model(**ZOO["t5"].batch())
+    again = opened(plain, host=host_in(refusal.value.hint), disk=tmp_path)
+    train(again, [ZOO["t5"].batch()])
+
+
+def test_the_least_memory_that_is_named_holds_for_home_host():
+    model = opened(ZOO["llama"].build(hidden_size=256, intermediate_size=2048).train(), host="150MiB", home="host")
+    adamw(model)
+    with pytest.raises(BudgetError) as refusal:
+        model(**batches()[0])
+    again = opened(
+        ZOO["llama"].build(hidden_size=256, intermediate_size=2048).train(),
+        host=host_in(refusal.value.hint),
+        home="host",
+    )
+    train(again, batches(2))
+
+
+def test_a_batch_that_outgrows_the_budget_is_refused_with_a_hint(tmp_path, monkeypatch):
+    monkeypatch.setattr(session_module, "SLACK_BYTES", 0)
+    model = llama(tmp_path, pins=Pins(tile_rows=1))
+    train(model, batches(1))
+    session = session_of(model)
+    session.host_limit_bytes = session.base_bytes + session.placement.arena_bytes + 1
+    with pytest.raises(BudgetError, match="of activations") as refusal:
+        model(**ZOO["llama"].batch(rows=8, length=60))
+    assert "fewer rows" in refusal.value.hint
+
+
+# -- what the user asks for ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_device_that_is_not_there_is_refused():
+    with pytest.raises(ConfigError, match="no CUDA device"):
+        outsize.wrap(plain_stack(), device="20GiB")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"home": "cloud"}, "home='cloud'"),
+        ({"dtype": "float16"}, "dtype='float16'"),
+        ({"dtype": torch.float64}, "dtype=torch.float64"),
+        ({"host": "much"}, "host: 'much' is not a size"),
+        ({"host": 0}, "host: 0 is not positive"),
+    ],
+)
+def test_settings_that_cannot_be_used_are_named(options, message):
+    with pytest.raises(ConfigError, match=message):
+        outsize.wrap(plain_stack(), **options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"lr": -1.0},
+        {"betas": (0.9, 1.0)},
+        {"betas": (0.9,)},
+        {"eps": 0.0},
+        {"weight_decay": -0.1},
+        {"max_grad_norm": 0.0},
+    ],
+)
+def test_optimizer_settings_out_of_range_are_named(options):
+    (name,) = options
+    with pytest.raises(ConfigError, match=name):
+        outsize.AdamW(opened(plain_stack()), **options)
+
+
+# -- numbers and errors of the model ---------------------------------------------------------------------------------
+
+
+def test_a_loss_that_is_not_finite_goes_the_way_of_torch(tmp_path):
+    model = opened(plain_stack(), disk=tmp_path, home="disk")
+    optimizer = adamw(model, max_grad_norm=1.0)
+    batch = plain_batch()
+    loss = model(x=batch["x"] * float("nan"), y=batch["y"])
+    assert loss.isnan()
+    loss.backward()
+    optimizer.zero_grad()  # a caller that looks at the loss loses nothing
+    train(model, [batch], optimizer)
+    assert all(value.isfinite().all() for value in values_of(model).values())
+    model(x=batch["x"] * float("nan"), y=batch["y"]).backward()
+    optimizer.step()
+    assert optimizer.grad_norm != optimizer.grad_norm
+    assert model.outlet.weight.detach().isnan().any()
+
+
+class Trouble(Exception):
+    """An error of the model's own."""
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+@pytest.mark.parametrize("block", ["L00", "L01", "L02"])
+def test_an_error_inside_a_block_leaves_a_session_that_goes_on(where, block, tmp_path):
+    model, plain = llama(tmp_path), ZOO["llama"].build().train()
+    layer = model.model.layers[int(block[1:])]
+    optimizer = adamw(model)
+    train(model, batches(2), optimizer)
+
+    def fail(module, args, output):
+        if torch.is_grad_enabled() is (where == "backward"):
+            raise Trouble(block)
+
+    handle = layer.mlp.register_forward_hook(fail)
+    with pytest.raises(Trouble):
+        train(model, batches(1), optimizer)
+    handle.remove()
+    assert not executor_of(model).store.states[block].gradient_slot
+    optimizer.zero_grad()
+    train(model, batches()[2:], optimizer)
+    train(plain, batches())
+    assert_same_weights(model, plain)
+
+
+def test_an_error_between_blocks_leaves_a_session_that_goes_on(tmp_path):
+    model, plain = llama(tmp_path), ZOO["llama"].build().train()
+    optimizer = adamw(model)
+    train(model, batches(2), optimizer)
+    for _ in range(2):
+        with pytest.raises(RuntimeError):
+            model(input_ids=batches()[0]["input_ids"], attention_mask=torch.ones(7, 7, 7, 7, 7))
+    with pytest.raises((RuntimeError, ValueError, IndexError)):
+        model(**{**batches()[0], "labels": torch.full((3, 5), 4)}).loss.backward()
+    optimizer.zero_grad()
+    train(model, batches()[2:], optimizer)
+    train(plain, batches())
+    assert_same_weights(model, plain)
+
+
+def test_an_error_at_the_very_first_call_leaves_a_model_that_can_be_called(tmp_path):
+    model, plain = llama(tmp_path), ZOO["llama"].build().train()
+    optimizer = adamw(model)
+    handle = model.model.layers[1].register_forward_hook(lambda *_: (_ for _ in ()).throw(Trouble()))
+    with pytest.raises(Trouble):
+        model(**batches()[0])
+    handle.remove()
+    assert session_of(model).probe is None
+    train(model, batches(), optimizer)
+    train(plain, batches())
+    assert_same_weights(model, plain)
+
+
+def test_an_interrupt_is_no_different(tmp_path):
+    model, plain = llama(tmp_path), ZOO["llama"].build().train()
+    optimizer = adamw(model)
+    train(model, batches(2), optimizer)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    handle = model.model.layers[1].mlp.register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model(**batches()[2])
+    handle.remove()
+    train(model, batches()[2:], optimizer)
+    train(plain, batches())
+    assert_same_weights(model, plain)
+
+
+def test_ids_out_of_the_vocabulary_are_an_error(tmp_path):
+    model = llama(tmp_path)
+    train(model, batches(1))
+    batch = batches()[0]
+    batch["input_ids"][0, 0] = 5000
+    with pytest.raises((IndexError, OutsizeError)):
+        model(**batch)
+
+
+def test_labels_out_of_the_vocabulary_are_an_error(tmp_path):
+    model = llama(tmp_path)
+    batch = batches()[0]
+    batch["labels"][0, 3] = 5000
+    with pytest.raises((IndexError, OutsizeError)):
+        model(**batch)
+
+
+def test_closing_is_refused_nothing_and_may_be_repeated(tmp_path):
+    model = llama(tmp_path)
+    session = session_of(model)
+    session.close()
+    train(model, batches(1))
+    close(session)
+    session.close()
+
+
+def test_a_model_whose_weights_are_gone_says_so(tmp_path):
+    model = llama(tmp_path)
+    train(model, batches(1))
+    close(session_of(model))
+    with pytest.raises((UsageError, AssertionError), match=r"gone|closed"):
+        train(model, batches(1))
