@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +131,15 @@ def close(session: Session) -> None:
         arena = session.executor.store.arena
         session.close()
         arena.check_books()
+
+
+def abandon(model: nn.Module) -> None:
+    """Let go of a model whose session cannot be closed any more, as far as that is possible."""
+    session = _sessions.pop(model)
+    executor = session.executor
+    for close_it in (session.close, *([executor.store.close] if executor is not None else [])):
+        with suppress(BaseException):
+            close_it()
 
 
 @contextmanager
