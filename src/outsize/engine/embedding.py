@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from outsize.block import Block
 from outsize.engine.layer import Autocast, installed
+from outsize.errors import UsageError
 from outsize.model import Point
 from outsize.plan import Direction
 
@@ -47,6 +48,7 @@ class Embedding:
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """Gather the distinct rows from the row blocks and look `ids` up in them."""
         distinct, inverse = torch.unique(ids, return_inverse=True)
+        self._check(distinct)
         table = torch.empty(distinct.numel(), self.module.embedding_dim, dtype=self.session.dtype)
         for name, start, stop in self.session.row_blocks(self.parameter):
             with self.session.visit((name,), Direction.FORWARD) as values:
@@ -72,6 +74,16 @@ class Embedding:
                 rows = self.session.gradient_sum(name, self.parameter)
                 if rows is not None and first < last:
                     rows.index_add_(0, distinct[first:last] - start, table.grad[first:last].to(rows.dtype))
+
+    def _check(self, distinct: torch.Tensor) -> None:
+        """Raise UsageError where one of the sorted ids has no row: it would be given whatever memory holds."""
+        rows = self.module.num_embeddings
+        for token in (distinct[0], distinct[-1]) if distinct.numel() else ():
+            if not 0 <= int(token) < rows:
+                raise UsageError(
+                    f"id {int(token)} is given to {self.point.module}, which has rows 0 to {rows - 1}",
+                    hint="the tokenizer is another model's, or ids for padding were not replaced",
+                )
 
     @contextmanager
     def _compact(self, table: torch.Tensor, distinct: torch.Tensor) -> Iterator[None]:

@@ -82,8 +82,17 @@ class Head:
         `hidden [..., h]`, `targets [...]`.
         """
         flat, targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
+        if flat.shape[0] != targets.numel():
+            raise UsageError(f"{targets.numel()} labels are given for {flat.shape[0]} positions")
         kept = (targets != ignore_index).nonzero().squeeze(1)
         flat, targets = flat.index_select(0, kept), targets.index_select(0, kept)
+        rows = self.module.out_features
+        if targets.numel() and not 0 <= int(targets.min()) <= int(targets.max()) < rows:
+            wrong = targets[(targets < 0) | (targets >= rows)][0]
+            raise UsageError(
+                f"label {int(wrong)} is none of the {rows} that {self.point.module} knows",
+                hint=f"mark positions without a label with {ignore_index}",
+            )
         trains = torch.is_grad_enabled() and self.session.trains(self.blocks)
         differentiates = trains or (torch.is_grad_enabled() and hidden.requires_grad)
         if self.session.probe is not None:
