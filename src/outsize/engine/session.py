@@ -43,6 +43,9 @@ if TYPE_CHECKING:
 SLACK_BYTES = 128 << 20
 """Memory left for what is not planned: malloc's remains, Python objects, thread stacks."""
 
+HINT_MARGIN_BYTES = 8 << 20
+"""Added to a budget that is recommended: two processes that do the same differ by 1 to 2 MiB."""
+
 TILE_TOKENS = 4096
 """Tokens that a tile aims at: enough for full matmul speed; fewer where memory is short."""
 
@@ -538,19 +541,23 @@ class Session:
                     f"the process itself has {format_bytes(self.base_bytes)}, "
                     f"activations take {format_bytes(self.activation_bytes)}, "
                     f"{format_bytes(SLACK_BYTES)} are kept free",
-                    hint=self._budget_hint(records, needed, error),
+                    hint=self._budget_hint(records, needed, always),
                 ) from error
 
-    def _budget_hint(self, records: Sequence[Record], fixed_bytes: int, error: BudgetError) -> str:
+    def _budget_hint(self, records: Sequence[Record], fixed_bytes: int, always: frozenset[str]) -> str:
         has_disk = self.settings.budgets.disk is not None
+        pins = self.settings.pins
         least = place(
             records,
             arena_bytes=1 << 60,
             home=self.settings.home or Home.DISK,
             has_disk=has_disk,
-            pins=Pins(weight_slots=1, gradient_slots=1, resident_bytes=0),
+            always_resident=always,
+            pins=Pins(
+                weight_slots=pins.weight_slots or 1, gradient_slots=pins.gradient_slots or 1, resident_bytes=0
+            ),
         )
-        needed = -(-(fixed_bytes + least.arena_bytes) // (1 << 20))
+        needed = -(-(fixed_bytes + least.arena_bytes + HINT_MARGIN_BYTES) // (1 << 20))
         hint = f'host="{needed}MiB" works with this batch'
         return hint if has_disk else f'{hint}; or give a folder on an SSD with disk="..."'
 
