@@ -81,6 +81,9 @@ class _Placeholder(torch.Tensor):
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"<{self._label}: {tuple(self.shape)} {self.dtype}, in Outsize's store>"
 
+    def __setitem__(self, index: Any, value: Any) -> NoReturn:
+        self._refuse("written", "change weights before outsize.wrap, or save and load again")
+
     def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
         self._refuse("copied", "save the model with outsize.save and load it again")
 
@@ -135,7 +138,8 @@ class GradientPlaceholder(_Placeholder):
         if overload in (aten._foreach_norm, aten.linalg_vector_norm, aten.norm):
             order = args[1] if len(args) > 1 else kwargs.get("ord", 2)
             gradients = args[0] if isinstance(args[0], list | tuple) else [args[0]]
-            if order == 2 and all(isinstance(gradient, GradientPlaceholder) for gradient in gradients):
+            is_whole = overload is aten._foreach_norm or (len(args) <= 2 and not kwargs.get("dim"))
+            if order == 2 and is_whole and all(isinstance(gradient, GradientPlaceholder) for gradient in gradients):
                 norms = [torch.tensor(gradient._norm(), dtype=torch.float32) for gradient in gradients]
                 return norms if overload is aten._foreach_norm else norms[0]
         if overload in (aten._foreach_mul_, aten.mul_):
@@ -191,6 +195,8 @@ class OffloadedParameter(_Placeholder):
 
     @grad.setter
     def grad(self, value: torch.Tensor | None) -> None:
+        if isinstance(value, GradientPlaceholder) and value._label == f"{self._label}.grad":
+            return  # `parameter.grad *= factor` assigns what it changed in place
         if value is not None:
             self._refuse("given a gradient", "gradients come from backward(); set None to drop one")
         self._drop_gradient()
