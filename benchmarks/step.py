@@ -85,7 +85,9 @@ def offloaded(rows: int, seq_len: int, folder: Path, home: str) -> None:
         folder / "model",
         disk=folder,
         home=home if home != "auto" else None,
-        pins=None if home == "host" else outsize.Pins(resident_bytes=num_state_bytes // 4 if home == "auto" else 0),
+        pins=None
+        if home == "host"
+        else outsize.Pins(resident_bytes=num_state_bytes // 4 if home == "auto" else 0),
     )
     model.train()
     optimizer = outsize.AdamW(model, lr=1e-5, max_grad_norm=1.0)
@@ -96,8 +98,14 @@ def offloaded(rows: int, seq_len: int, folder: Path, home: str) -> None:
 def start(kind: str, arguments: argparse.Namespace, folder: Path) -> subprocess.Popen[str]:
     """One of the two processes, ready to step."""
     process = subprocess.Popen(
-        [sys.executable, __file__, "--kind", kind, "--folder", str(folder), "--rows", str(arguments.rows)]
-        + ["--tokens", str(arguments.tokens)],
+        [
+            sys.executable,
+            __file__,
+            f"--kind={kind}",
+            f"--folder={folder}",
+            f"--rows={arguments.rows}",
+            f"--tokens={arguments.tokens}",
+        ],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -120,11 +128,15 @@ def step(process: subprocess.Popen[str]) -> dict[str, float]:
 
 def main() -> None:
     """Take turns, and print a table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--tokens", type=int, default=4096, help="tokens per step")
     parser.add_argument("--rows", type=int, default=0, help="sequences per step (default: sequences of 512)")
     parser.add_argument("--steps", type=int, default=6, help="counted steps, after two that are not counted")
-    parser.add_argument("--homes", default="disk", help="comma-separated: disk, auto (a quarter resident), host")
+    parser.add_argument(
+        "--homes", default="disk", help="comma-separated: disk, auto (a quarter resident), host"
+    )
     parser.add_argument("--kind", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -148,7 +160,9 @@ def main() -> None:
         for index in range(arguments.steps + 2):
             for kind, process in processes.items():
                 answer = step(process)
-                print(f"step {index} {kind:<6} {answer['step_s']:7.2f} s  loss {answer['loss']:.4f}", flush=True)
+                print(
+                    f"step {index} {kind:<6} {answer['step_s']:7.2f} s  loss {answer['loss']:.4f}", flush=True
+                )
                 if index >= 2:
                     times[kind].append(answer["step_s"])
         for process in processes.values():

@@ -121,7 +121,9 @@ def settled() -> Iterator[None]:
 
 def close_all() -> None:
     """Close every session that is open, and check that each arena's books balance."""
-    for session in list(_sessions.values()):
+    for session in [reference() for reference in list(_sessions.values())]:
+        if session is None:
+            continue
         close(session)
 
 
@@ -135,7 +137,8 @@ def close(session: Session) -> None:
 
 def abandon(model: nn.Module) -> None:
     """Let go of a model whose session cannot be closed any more, as far as that is possible."""
-    session = _sessions.pop(model)
+    session = _sessions.pop(model)()
+    assert session is not None
     executor = session.executor
     for close_it in (session.close, *([executor.store.close] if executor is not None else [])):
         with suppress(BaseException):

@@ -119,8 +119,14 @@ def test_what_would_be_lost_is_refused(way, pair, request):
     assert torch.equal(model.model.norm.weight.detach().clone(), before)
 
 
-@pytest.mark.xfail(reason="accepted, and lost")
-@pytest.mark.parametrize("way", ["attribute", "data", "view"])
+@pytest.mark.parametrize(
+    "way",
+    [
+        "attribute",
+        "data",
+        pytest.param("view", marks=pytest.mark.xfail(reason="a view is a copy: written, and lost")),
+    ],
+)
 def test_replacing_a_parameter_is_refused(way, tmp_path):
     """The assignment would be accepted and never seen: points install their own values."""
     model = opened(plain_stack(), disk=tmp_path)
@@ -155,7 +161,6 @@ def test_a_penalty_on_weights_beside_the_loss_is_refused(pair):
         (loss + model.model.layers[0].mlp.up_proj.weight.pow(2).sum()).backward()
 
 
-@pytest.mark.xfail(reason="only what trains when it is taken over looks out for a backward of its own")
 def test_a_parameter_unfrozen_later_is_refused_outside_of_the_forward(tmp_path):
     plain = plain_stack()
     plain.outlet.requires_grad_(False)
@@ -187,10 +192,14 @@ def test_gradients_are_those_of_plain_pytorch(after_backward):
         assert torch.allclose(parameter.grad.clone(), expected, rtol=1e-4, atol=1e-6), name
         assert f"{name}.grad" in repr(parameter.grad)
         assert float(parameter.grad.norm()) == pytest.approx(float(expected.norm()), rel=1e-4)
-        assert float(torch.linalg.vector_norm(parameter.grad)) == pytest.approx(float(expected.norm()), rel=1e-4)
+        assert float(torch.linalg.vector_norm(parameter.grad)) == pytest.approx(
+            float(expected.norm()), rel=1e-4
+        )
         assert float(parameter.grad.abs().max()) == pytest.approx(float(expected.abs().max()), rel=1e-4)
         assert float(parameter.grad.norm(1)) == pytest.approx(float(expected.norm(1)), rel=1e-4)
-        assert float(parameter.grad.norm(p=float("inf"))) == pytest.approx(float(expected.abs().max()), rel=1e-4)
+        assert float(parameter.grad.norm(p=float("inf"))) == pytest.approx(
+            float(expected.abs().max()), rel=1e-4
+        )
         if parameter.dim() == 1:
             continue
         row = torch.linalg.vector_norm(parameter.grad, dim=-1)
@@ -224,7 +233,8 @@ def test_norms_of_another_order_can_clip(after_backward):
     model, plain = after_backward
     for order in (1.0, float("inf")):
         norms = [
-            float(torch.nn.utils.get_total_norm([p.grad for p in s.parameters()], order)) for s in (model, plain)
+            float(torch.nn.utils.get_total_norm([p.grad for p in s.parameters()], order))
+            for s in (model, plain)
         ]
         assert norms[0] == pytest.approx(norms[1], rel=1e-4)
 

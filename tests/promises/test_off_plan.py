@@ -164,7 +164,6 @@ def test_double_backward_is_refused(tmp_path):
     model(**ZOO["llama"].batch()).loss.backward()
 
 
-@pytest.mark.xfail(reason="the gradient is a constant, so that a penalty on it is left out silently")
 def test_a_gradient_penalty_beside_a_loss_is_refused(tmp_path):
     model = opened(ZOO["llama"].build().train(), disk=tmp_path, home="disk")
     embeds = torch.randn(3, 12, 32, requires_grad=True)
@@ -187,7 +186,6 @@ def test_backward_after_step_is_refused_by_name(name, tmp_path):
         late.backward()
 
 
-@pytest.mark.xfail(reason="the head and the embedding do not look whether their weights were updated")
 def test_a_refused_backward_leaves_no_gradient(tmp_path):
     """The head comes first in backward: it must refuse as layers do, not add gradients of other weights."""
     model = opened(ZOO["llama"].build().train(), disk=tmp_path, home="disk")
@@ -201,7 +199,6 @@ def test_a_refused_backward_leaves_no_gradient(tmp_path):
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-@pytest.mark.xfail(reason="the head and the embedding do not look whether their weights were updated")
 def test_backward_after_step_is_refused_where_only_the_head_trains(tmp_path):
     plain = ZOO["llama"].build().train()
     for name, parameter in plain.named_parameters():
@@ -257,14 +254,12 @@ def test_reading_a_parameter_inside_a_forward_of_another_block_is_refused(tmp_pa
 def test_a_closed_session_gives_everything_back(tmp_path):
     model = opened(ZOO["llama"].build().train(), disk=tmp_path, home="disk")
     train(model, [ZOO["llama"].batch()])
-    assert list(tmp_path.iterdir())
     arena = executor_of(model).store.arena
     close(session_of(model))
     assert arena.in_use_bytes == 0
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.xfail(reason="the registry of sessions keeps every model for ever: a session holds its module")
 def test_a_model_that_is_dropped_gives_everything_back(tmp_path):
     model = opened(plain_stack(), disk=tmp_path, home="disk")
     model(**plain_batch()).backward()
@@ -275,7 +270,7 @@ def test_a_model_that_is_dropped_gives_everything_back(tmp_path):
 
 
 def test_state_is_as_trained_after_an_off_plan_call(tmp_path):
-    model, plain = wayward(tmp_path)
+    model, _plain = wayward(tmp_path)
     optimizer = adamw(model)
     train(model, [plain_batch()], optimizer)
     before = values_of(model)

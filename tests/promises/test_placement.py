@@ -112,13 +112,18 @@ PLACEMENTS = st.fixed_dictionaries(
 
 @given(RUNS, PLACEMENTS, st.integers(0, 9))
 @example(Run("llama_tied", "float32"), {"weight_slots": 1, "gradient_slots": 1, "home": "disk"}, 0)
-@example(Run("llama_tied", "bfloat16", 2, 0.1, 1), {"weight_slots": 1, "gradient_slots": 1, "home": "disk"}, 1)
+@example(
+    Run("llama_tied", "bfloat16", 2, 0.1, 1), {"weight_slots": 1, "gradient_slots": 1, "home": "disk"}, 1
+)
 @example(Run("mixtral", "bfloat16"), {"weight_slots": 3, "gradient_slots": 2, "home": "disk"}, 2)
 @example(Run("t5", "float32", 2, None, 1, True), {"weight_slots": 1, "gradient_slots": 1, "home": "disk"}, 3)
 @example(Run("t5", "bfloat16", 1, 0.1), {"weight_slots": 2, "gradient_slots": 1, "resident_bytes": 90_000}, 4)
 @example(Run("albert", "bfloat16"), {"weight_slots": 1, "gradient_slots": 1, "home": "disk"}, 5)
 @settings(
-    max_examples=10, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=10,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 def test_every_placement_gives_the_same_bits(monkeypatch, run, placement, seed):
     choices = {**placement}

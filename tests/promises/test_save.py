@@ -33,9 +33,7 @@ NAMES = ("llama", "llama_tied", "gpt2", "mixtral", "t5", "vit", "albert", "llava
 def trained(name, tmp_path, steps=2, **options):
     scratch = tmp_path / "disk"
     scratch.mkdir()
-    model = opened(
-        ZOO[name].build().train(), disk=scratch, home="disk", pins=Pins(weight_slots=1), **options
-    )
+    model = opened(ZOO[name].build().train(), disk=scratch, home="disk", pins=Pins(weight_slots=1), **options)
     train(model, [ZOO[name].batch(seed=seed) for seed in range(steps)])
     return model
 
@@ -118,7 +116,9 @@ def test_a_sharded_folder_is_read_and_trained(tmp_path, monkeypatch):
     assert_same_weights(model, plain)
     monkeypatch.setattr(export, "MAX_SHARD_BYTES", 20_000)
     monkeypatch.setattr(
-        export.write_folder, "__kwdefaults__", {**export.write_folder.__kwdefaults__, "max_shard_bytes": 20_000}
+        export.write_folder,
+        "__kwdefaults__",
+        {**export.write_folder.__kwdefaults__, "max_shard_bytes": 20_000},
     )
     outsize.save(model, tmp_path / "out")
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 3
@@ -205,7 +205,10 @@ def test_wrapping_takes_a_model_in_place(tmp_path):
     module = ZOO["llama"].build()
     twin = copy.deepcopy(module)
     assert outsize.wrap(module, disk=tmp_path, home="disk") is module
-    assert all(torch.equal(p.detach().clone(), q) for p, q in zip(module.parameters(), twin.parameters(), strict=True))
+    assert all(
+        torch.equal(p.detach().clone(), q)
+        for p, q in zip(module.parameters(), twin.parameters(), strict=True)
+    )
     train(module, [ZOO["llama"].batch()])
     train(twin, [ZOO["llama"].batch()])
     assert_same_weights(module, twin)
@@ -219,7 +222,6 @@ def test_wrapping_a_model_on_meta_initialises_it():
     assert torch.isfinite(torch.tensor(train(model, [plain_batch()]))).all()
 
 
-@pytest.mark.xfail(reason="the half-made executor stays, and the next call goes on with it")
 def test_a_first_call_that_fails_keeps_nothing(tmp_path):
     with torch.device("meta"):
         module = plain_stack()  # its `scale` has no rule that would initialise it
@@ -234,7 +236,6 @@ def test_a_first_call_that_fails_keeps_nothing(tmp_path):
         abandon(model)
 
 
-@pytest.mark.xfail(reason="the session keeps its source, and with it every tensor that was taken over")
 def test_tensors_that_were_taken_over_are_let_go(tmp_path):
     """Once everything is on disk, memory holds no second copy of the model."""
 

@@ -11,8 +11,9 @@ from outsize.block import Block
 from outsize.config import Budgets, ComputeType, Home, Pins
 from outsize.engine import memory
 from outsize.engine.blocks import DTYPES
+from outsize.engine.placeholder import OffloadedParameter
 from outsize.engine.session import Session, Settings, session_of
-from outsize.errors import ConfigError
+from outsize.errors import ConfigError, ModelError, UsageError
 from outsize.model import (
     InitSource,
     SafetensorsSource,
@@ -69,12 +70,20 @@ def wrap(
 ) -> nn.Module:
     """Put any module with repeated blocks under Outsize, in place, and return it.
 
-    Its parameters' values are taken over (initialised from `seed` where they are on meta). Budgets as in `load`.
+    Its parameters' values are taken over (initialised from `seed` where all are on meta). Budgets as in `load`.
     """
     if dtype is None:
         dtype = "bfloat16" if next(module.parameters()).dtype is torch.bfloat16 else "float32"
     settings = resolve_settings(device, host, disk, home, dtype, pins)
     parameters = dict(module.named_parameters())
+    if any(isinstance(parameter, OffloadedParameter) for parameter in parameters.values()):
+        raise UsageError(f"{type(module).__name__} is under Outsize already", hint="wrap a module once")
+    on_meta = [name for name, parameter in parameters.items() if parameter.is_meta]
+    if on_meta and len(on_meta) < len(parameters):
+        raise ModelError(
+            f"{len(on_meta)} of {len(parameters)} parameters are on meta, such as {on_meta[0]}",
+            hint="give all parameters values, or none",
+        )
     if any(parameter.is_meta for parameter in parameters.values()):
         return _take_over(module, InitSource(module, seed), settings)
     return _take_over(module, TensorSource({n: p.detach() for n, p in parameters.items()}), settings)

@@ -72,6 +72,10 @@ def tiles(rows: int, tile_rows: int) -> Iterator[Tile]:
         yield Tile(start, min(start + tile_rows, rows), rows)
 
 
+class UnevenTiles(Exception):
+    """An output without a batch dimension differs between tiles: it depends on the whole batch."""
+
+
 class TiledOutput:
     """Collects the outputs of tiles into whole tensors."""
 
@@ -80,7 +84,7 @@ class TiledOutput:
         self.tensors: list[torch.Tensor] = []
 
     def add(self, tile: Tile, outputs: Sequence[torch.Tensor]) -> None:
-        """Take one tile's outputs; they may be overwritten afterwards only if the tile is not the whole batch."""
+        """Take one tile's outputs. Raises UnevenTiles where the outputs of tiles cannot be put together."""
         if tile.is_whole:
             self.tensors = list(outputs)
             return
@@ -92,4 +96,6 @@ class TiledOutput:
                     shape[dim] = shape[dim] // (tile.stop - tile.start) * tile.rows
                 self.tensors.append(output.new_empty(shape))
         for whole, output, dim in zip(self.tensors, outputs, self._dims, strict=True):
+            if dim is None and tile.start > 0 and not torch.equal(whole, output):
+                raise UnevenTiles
             tile.of(whole, dim).copy_(output)

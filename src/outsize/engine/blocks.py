@@ -9,6 +9,7 @@ from __future__ import annotations
 import mmap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -66,11 +67,6 @@ class BlockState:
     def has_gradient(self) -> bool:
         """Whether any entry has a gradient."""
         return any(gradient.present for gradient in self.gradients)
-
-    def drop_gradients(self) -> None:
-        """Forget the gradients of all entries; what is pending keeps what it needs."""
-        for gradient in self.gradients:
-            gradient.present, gradient.scale = False, 1.0
 
 
 class _Job:
@@ -188,8 +184,7 @@ class BlockStore:
         stored = self._resident(state, Plane.GRADIENT)
         if stored is not None:
             return stored[entry.start : entry.stop].view(entry.piece.shape).clone()
-        for transfer in state.gradient_transfers:
-            transfer.wait()
+        _finish(state)
         with mmap.mmap(-1, state.record.plane_bytes(Plane.GRADIENT)) as memory:
             for transfer in self._chunk_transfers(state, Plane.GRADIENT, memoryview(memory), write=False):
                 transfer.wait()
@@ -277,9 +272,7 @@ class BlockStore:
 
     def wait_gradient(self, state: BlockState) -> None:
         """Wait for `read_gradient`, and widen what was read to the fp32 sum."""
-        for transfer in state.gradient_transfers:
-            transfer.wait()
-        state.gradient_transfers = []
+        _finish(state)
         if self._sums_as_stored(state):
             return
         slot = state.gradient_slot
@@ -295,9 +288,7 @@ class BlockStore:
 
     def begin_sum(self, state: BlockState) -> None:
         """Prepare the sum for a backward visit: apply the factor that clipping left on what is there already."""
-        for transfer in state.gradient_transfers:
-            transfer.wait()
-        state.gradient_transfers = []
+        _finish(state)
         state.summed = {index for index, gradient in enumerate(state.gradients) if gradient.present}
         for index in state.summed:
             if state.gradients[index].scale != 1.0:
@@ -328,13 +319,11 @@ class BlockStore:
         """Give the gradient slot back once nothing is written from it."""
         assert state.gradient_slot is not None, f"{state.name} holds no gradient slot"
         try:
-            for transfer in state.gradient_transfers:
-                transfer.wait()
+            _finish(state)
         finally:
             pool = self._pool(self._gradient_pools, self.placement.gradient_classes, state)
             pool.give(state.gradient_slot)
             state.gradient_slot = None
-            state.gradient_transfers = []
 
     # -- the whole store -----------------------------------------------------------------------------------------
 
@@ -353,16 +342,19 @@ class BlockStore:
         for state in self:
             if state.update is not None:
                 state.update.wait_written()
-            for transfer in state.gradient_transfers:
-                transfer.wait()
+            _finish(state)
 
     def close(self) -> None:
-        """Finish what is under way and give memory and disk back."""
-        if self.lane is not None:
-            self.lane.close()
-        self._reader.shutdown()
-        if self.disk is not None:
-            self.disk.close()
+        """Finish what is under way and give memory and disk back, whatever goes wrong on the way."""
+        with ExitStack() as stack:
+            stack.callback(self._free_memory)
+            stack.callback(close_workers, self.lane, self._reader, self.disk)
+
+    def workers(self) -> tuple[UpdateLane | None, ThreadPoolExecutor, Tier | None]:
+        """What must be closed where the store itself is dropped (`close_workers`); it does not hold the store."""
+        return self.lane, self._reader, self.disk
+
+    def _free_memory(self) -> None:
         for state in self:
             for region in state.resident.values():
                 region.free()
@@ -444,3 +436,19 @@ class BlockStore:
             if entry.trainable:
                 remainder[entry.start : entry.stop] = self._exact_piece(record, entry)[1]
         return remainder
+
+
+def _finish(state: BlockState) -> None:
+    """Wait for the gradient's transfers; a failure is raised once."""
+    transfers, state.gradient_transfers = state.gradient_transfers, []
+    for transfer in transfers:
+        transfer.wait()
+
+
+def close_workers(lane: UpdateLane | None, reader: ThreadPoolExecutor, disk: Tier | None) -> None:
+    """End the threads of a store, those first whose work others finish, and close its disk."""
+    if lane is not None:
+        lane.close()
+    reader.shutdown()
+    if disk is not None:
+        disk.close()

@@ -15,6 +15,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from outsize.block import Block
+from outsize.engine.guard import Guard
 from outsize.engine.layer import Autocast, installed
 from outsize.errors import UsageError
 from outsize.model import Point
@@ -59,8 +60,9 @@ class Embedding:
         with self._compact(table, distinct), torch.no_grad():
             return self.original(inverse)
 
-    def backward(self, ids: torch.Tensor, gradient: torch.Tensor, autocast: Autocast) -> None:
+    def backward(self, ids: torch.Tensor, gradient: torch.Tensor, autocast: Autocast, guard: Guard) -> None:
         """Add to the gradients of all row blocks."""
+        guard.check(self.session.num_steps(self.blocks))
         distinct, inverse = torch.unique(ids, return_inverse=True)
         table = torch.zeros(distinct.numel(), self.module.embedding_dim, dtype=self.session.dtype)
         table.requires_grad_()
@@ -109,6 +111,7 @@ class _Embed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, embedding: Embedding, anchor: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         ctx.embedding, ctx.autocast = embedding, Autocast.current()
+        ctx.guard = embedding.session.guard(embedding.point)
         ctx.save_for_backward(ids)
         return embedding.forward(ids)
 
@@ -116,5 +119,5 @@ class _Embed(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[None, None, None]:
         (ids,) = ctx.saved_tensors
-        ctx.embedding.backward(ids, gradient, ctx.autocast)
+        ctx.embedding.backward(ids, gradient, ctx.autocast, ctx.guard)
         return None, None, None

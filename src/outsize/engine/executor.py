@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 
 from outsize.block import Plane
 from outsize.engine.blocks import BlockState, BlockStore
@@ -72,18 +72,21 @@ class Executor:
         self._make_plan(list(visits))
 
     @contextmanager
-    def visit(
-        self, block: str, direction: Direction, *, needs_weights: bool = True, trains: bool = False
-    ) -> Iterator[BlockState]:
-        """The block's weights are in memory (and, where it trains, its gradient sum is ready) inside the context."""
-        assert self._depth == 0, f"{block} is visited inside another visit"
-        self._reach(Visit(block, direction, needs_weights, trains))
-        state = self.store[block]
-        if trains and direction is Direction.BACKWARD:
-            self.store.begin_sum(state)
+    def visit(self, visits: Sequence[Visit]) -> Iterator[list[BlockState]]:
+        """The blocks' weights are in memory (and, where they train, their gradient sums ready) inside the context.
+
+        `visits` are those of one point: one, or several that are joined.
+        """
+        assert self._depth == 0, f"{visits[0].block} is visited inside another visit"
+        for visit in visits:
+            self._reach(visit)
+        states = [self.store[visit.block] for visit in visits]
+        for visit, state in zip(visits, states, strict=True):
+            if visit.trains and visit.direction is Direction.BACKWARD:
+                self.store.begin_sum(state)
         self._depth += 1
         try:
-            yield state
+            yield states
         except BaseException:
             self._abandon()
             raise
@@ -107,27 +110,27 @@ class Executor:
         yield self.store[block]
         self._make_plan(rest)
 
-    def settle_updates(self, blocks: Sequence[str] | None = None) -> None:
-        """Apply what is pending now instead of at the next visit (all blocks, or those given)."""
+    def settle_updates(self) -> None:
+        """Apply what is pending now instead of at the next visit."""
         for state in self.store:
-            if state.pending is not None and (blocks is None or state.name in blocks):
+            if state.pending is not None:
                 with self.touch(state.name):
                     pass
 
     def close(self) -> None:
-        """Finish what is under way and give everything back."""
-        self._release_gradients()
-        self.store.flush()
-        for block in self._held:
-            self.store.free_weights(self.store[block])
-        self._held = []
-        self.store.close()
+        """Finish what is under way and give everything back, then raise what went wrong, if anything did."""
+        with ExitStack() as stack:
+            stack.callback(self.store.close)
+            for block in self._held:
+                stack.callback(self.store.free_weights, self.store[block])
+            stack.callback(self.store.flush)
+            stack.callback(self._release_gradients)
+            self._held = []
 
     # -- reaching a visit ----------------------------------------------------------------------------------------
 
     def _reach(self, visit: Visit) -> None:
-        key = (visit.block, visit.direction)
-        if not self._expected or (self._expected[0].block, self._expected[0].direction) != key:
+        if not self._expected or self._expected[0].key != visit.key:
             self._leave_plan(visit)
         self._expected.pop(0)
         while not self._is_computing(self.plan.ops[self._index]):
@@ -141,9 +144,8 @@ class Executor:
         """Plan again from here: skip ahead where the visit comes later, else insert it."""
         self.off_plan[f"{visit.direction} {visit.block}"] += 1
         self._release_gradients()
-        keys = [(expected.block, expected.direction) for expected in self._expected]
-        key = (visit.block, visit.direction)
-        rest = self._expected[keys.index(key) :] if key in keys else [visit, *self._expected]
+        keys = [expected.key for expected in self._expected]
+        rest = self._expected[keys.index(visit.key) :] if visit.key in keys else [visit, *self._expected]
         self._make_plan(rest)
 
     def _make_plan(self, visits: list[Visit]) -> None:
@@ -203,9 +205,8 @@ class Executor:
         """Give back gradient slots of a plan that is not carried on, finishing writes that follow a backward."""
         while self._index < len(self.plan) and isinstance(self.plan.ops[self._index], Write):
             self._run_next()
-        for block in list(self._summing):
-            self.store.free_gradient(self.store[block])
-            self._summing.remove(block)
+        while self._summing:
+            self.store.free_gradient(self.store[self._summing.pop()])
         self._expected, self.plan, self._index = list(self._expected), Plan(()), 0
 
     def _abandon(self) -> None:

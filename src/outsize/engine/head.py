@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_map_only
 
 from outsize.block import Block
+from outsize.engine.guard import Guard
 from outsize.engine.layer import Autocast
 from outsize.errors import UsageError
 from outsize.model import Point
@@ -117,8 +118,11 @@ class Head:
         assert output is not None
         return output
 
-    def backward(self, hidden: torch.Tensor, gradient: torch.Tensor, autocast: Autocast) -> torch.Tensor:
+    def backward(
+        self, hidden: torch.Tensor, gradient: torch.Tensor, autocast: Autocast, guard: Guard
+    ) -> torch.Tensor:
         """Add to the row blocks' gradients; the gradient of `hidden`."""
+        guard.check(self.session.num_steps(self.blocks))
         hidden = hidden.detach().requires_grad_()
         for name, start, stop in reversed(self._rows()):
             with self.session.visit_backward((name,)) as values, torch.enable_grad(), autocast.restore():
@@ -157,8 +161,10 @@ class Head:
         logsumexp: torch.Tensor,
         scale: torch.Tensor,
         autocast: Autocast,
+        guard: Guard,
     ) -> torch.Tensor:
         """Add to the row blocks' gradients; the gradient of `hidden`, `[N, h]`. `scale` is the loss's gradient."""
+        guard.check(self.session.num_steps(self.blocks))
         gradient = torch.zeros(hidden.shape, dtype=torch.float32)
         with torch.no_grad():
             for name, start, stop in reversed(self._rows()):
@@ -219,6 +225,7 @@ class _Project(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, head: Head, anchor: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
         ctx.head, ctx.autocast = head, Autocast.current()
+        ctx.guard = head.session.guard(head.point)
         ctx.save_for_backward(hidden)
         return head.forward(hidden)
 
@@ -226,7 +233,7 @@ class _Project(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[None, None, torch.Tensor]:
         (hidden,) = ctx.saved_tensors
-        return None, None, ctx.head.backward(hidden, gradient, ctx.autocast)
+        return None, None, ctx.head.backward(hidden, gradient, ctx.autocast, ctx.guard)
 
 
 class _TiledLoss(torch.autograd.Function):
@@ -235,6 +242,7 @@ class _TiledLoss(torch.autograd.Function):
         ctx: Any, head: Head, anchor: torch.Tensor, hidden: torch.Tensor, targets: torch.Tensor
     ) -> torch.Tensor:
         ctx.head, ctx.autocast = head, Autocast.current()
+        ctx.guard = head.session.guard(head.point)
         loss, logsumexp = head.forward_loss(hidden, targets, ctx.autocast)
         ctx.save_for_backward(hidden, targets, logsumexp)
         return loss
@@ -243,7 +251,7 @@ class _TiledLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, scale: torch.Tensor) -> tuple[None, None, torch.Tensor, None]:
         hidden, targets, logsumexp = ctx.saved_tensors
-        gradient = ctx.head.backward_loss(hidden, targets, logsumexp, scale, ctx.autocast)
+        gradient = ctx.head.backward_loss(hidden, targets, logsumexp, scale, ctx.autocast, ctx.guard)
         return None, None, gradient, None
 
 
@@ -260,6 +268,7 @@ class Logits(torch.Tensor):
 
     @staticmethod
     def __new__(cls: type[Logits], head: Head, hidden: torch.Tensor) -> Logits:
+        """Stand for `head(hidden)`, and let the session seal it when the call ends."""
         self: Logits = torch.Tensor._make_wrapper_subclass(
             cls, (*hidden.shape[:-1], head.module.out_features), dtype=hidden.dtype, device=hidden.device
         )
@@ -271,6 +280,7 @@ class Logits(torch.Tensor):
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        """Answer what needs no value; compute for everything else."""
         kwargs = kwargs or {}
         if func in _METADATA:
             with torch._C.DisableTorchFunctionSubclass():

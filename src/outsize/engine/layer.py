@@ -20,7 +20,8 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from transformers import Cache
 
 from outsize.block import Block
-from outsize.engine.batch import Tile, TiledOutput
+from outsize.engine.batch import BatchDims, Tile, TiledOutput, UnevenTiles
+from outsize.engine.guard import Guard
 from outsize.engine.sidedoor import SideDoor
 from outsize.errors import UsageError
 from outsize.model import Binding, Point
@@ -86,7 +87,10 @@ class Call:
     rng: torch.Tensor
     autocast: Autocast
     side_door: SideDoor
-    num_steps: tuple[int, ...] = ()
+    guard: Guard
+    dims: BatchDims | None = None
+    tiles: tuple[Tile, ...] = ()
+    training: tuple[bool, ...] = ()
     output_spec: TreeSpec | None = None
     output_leaves: list[Any] | None = None
     output_positions: list[int] | None = None
@@ -144,12 +148,21 @@ class Layer:
         for position in positions:
             leaves[position] = None
         call = Call(
-            self, spec, leaves, positions, torch.get_rng_state(), Autocast.current(), SideDoor.current()
+            self,
+            spec,
+            leaves,
+            positions,
+            torch.get_rng_state(),
+            Autocast.current(),
+            SideDoor.current(),
+            self.session.guard(self.point),
         )
         trains = torch.is_grad_enabled() and self.session.trains(self.blocks)
         differentiates = trains or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
         if self.session.probe is not None:
             return call.result(self.session.probe.layer(self, call, tensors, trains, differentiates))
+        call.dims, call.tiles = self.session.tiles(self, tensors)
+        call.training = tuple(module.training for module in self.module.modules())
         if not differentiates:
             return call.result(self.forward(call, tensors))
         if any(isinstance(leaf, Cache) for leaf in leaves):
@@ -157,41 +170,46 @@ class Layer:
                 f"{self.point.module} is given a cache while gradients are on: recomputation would fill it twice",
                 hint="pass use_cache=False",
             )
-        call.num_steps = self.session.num_steps(self.blocks)
         outputs = _Visit.apply(call, self.session.anchor if trains else None, *tensors)  # type: ignore[no-untyped-call]
         return call.result(outputs)
 
     # -- the two directions ----------------------------------------------------------------------------------------
 
     def forward(self, call: Call, tensors: Sequence[torch.Tensor]) -> Outputs:
-        """Run all tiles without a graph."""
-        dims, tiles = self.session.tiles(self, call, tensors)
-        outputs = TiledOutput(dims.outputs if dims else None)
+        """Run all tiles without a graph; the whole batch at once where an output turns out to depend on all of it."""
         with (
             self.session.visit(self.blocks, Direction.FORWARD) as values,
             installed(self.session.module, self.point.bindings, values),
             torch.no_grad(),
         ):
-            for tile in tiles:
-                outputs.add(tile, call.run(_cut(tensors, tile, dims.inputs if dims else None)))
-            return [self._own(output, values) for output in outputs.tensors]
+            try:
+                outputs = self._run_tiles(call, tensors)
+            except UnevenTiles:
+                call.dims, call.tiles = None, self.session.keep_whole(self.point)
+                torch.set_rng_state(call.rng)
+                outputs = self._run_tiles(call, tensors)
+            return [self._own(output, values) for output in outputs]
+
+    def _run_tiles(self, call: Call, tensors: Sequence[torch.Tensor]) -> Outputs:
+        dims = call.dims
+        outputs = TiledOutput(dims.outputs if dims else None)
+        for tile in call.tiles:
+            outputs.add(tile, call.run(_cut(tensors, tile, dims.inputs if dims else None)))
+        return outputs.tensors
 
     def backward(
         self, call: Call, tensors: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor | None]
     ) -> list[torch.Tensor | None]:
         """Run all tiles again with a graph, add to the blocks' gradients, and return the inputs' gradients."""
-        if call.num_steps != self.session.num_steps(self.blocks):
-            raise UsageError(
-                f"the weights of {self.point.module} were updated between its forward and its backward",
-                hint="call backward() before optimizer.step()",
-            )
-        dims, tiles = self.session.tiles(self, call, tensors)
+        call.guard.check(self.session.num_steps(self.blocks))
+        dims, tiles = call.dims, call.tiles
         input_dims = dims.inputs if dims else None
         totals: list[torch.Tensor | None] = [None] * len(tensors)
         with (
             self.session.visit_backward(self.blocks) as values,
             installed(self.session.module, self.point.bindings, values),
             rng_state(call.rng),
+            _training(self.module, call.training),
             torch.enable_grad(),
         ):
             for tile in tiles:
@@ -218,6 +236,19 @@ class Layer:
         storage = output.untyped_storage().data_ptr()
         is_view = any(value.untyped_storage().data_ptr() == storage for value in values.values())
         return output.clone() if is_view else output
+
+
+@contextmanager
+def _training(module: nn.Module, flags: Sequence[bool]) -> Iterator[None]:
+    """Inside, every submodule is in training or evaluation as it was in the forward."""
+    before = [child.training for child in module.modules()]
+    try:
+        for child, flag in zip(module.modules(), flags, strict=True):
+            child.training = flag
+        yield
+    finally:
+        for child, flag in zip(module.modules(), before, strict=True):
+            child.training = flag
 
 
 def _cut(
@@ -261,7 +292,13 @@ class _Visit(torch.autograd.Function):
         ctx.call = call
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors)
+        versions = [tensor._version for tensor in tensors]
         outputs = call.layer.forward(call, tensors)
+        if versions != [tensor._version for tensor in tensors]:
+            raise UsageError(
+                f"{call.layer.point.module} changes its input in place: its recomputation would start from the change",
+                hint="let its forward make a new tensor",
+            )
         ctx.mark_non_differentiable(*[o for o in outputs if not (o.is_floating_point() or o.is_complex())])
         return tuple(outputs)
 
@@ -304,8 +341,9 @@ class Loose:
         with self.session.visit(self.blocks, Direction.FORWARD) as values:
             return [values[name].clone() for name in self.parameters]
 
-    def backward(self, gradients: Sequence[torch.Tensor | None]) -> None:
+    def backward(self, gradients: Sequence[torch.Tensor | None], guard: Guard) -> None:
         """Add to the parameters' gradients."""
+        guard.check(self.session.num_steps(self.blocks))
         with self.session.visit_backward(self.blocks, needs_weights=False):
             for name, gradient in zip(self.parameters, gradients, strict=True):
                 if gradient is not None:
@@ -315,12 +353,12 @@ class Loose:
 class _Loose(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, loose: Loose, anchor: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        ctx.loose = loose
+        ctx.loose, ctx.guard = loose, loose.session.guard(loose.point)
         ctx.set_materialize_grads(False)
         return tuple(loose.forward())
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[None, None]:
-        ctx.loose.backward(gradients)
+        ctx.loose.backward(gradients, ctx.guard)
         return None, None

@@ -50,6 +50,11 @@ class AdamW(torch.optim.Optimizer):
         ):
             if not is_right:
                 raise ConfigError(f"AdamW({name}={value!r}) is out of range")
+        if not isinstance(model, nn.Module):
+            raise UsageError(
+                f"AdamW was given a {type(model).__name__}, expected the model",
+                hint="outsize.AdamW(model, lr=...), or outsize.AdamW(model, groups, lr=...) for parameter groups",
+            )
         self._session: Session = session_of(model)
         self._names = {id(placeholder): name for name, placeholder in self._session.parameters.items()}
         self.max_grad_norm = max_grad_norm
@@ -73,9 +78,9 @@ class AdamW(torch.optim.Optimizer):
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Freeze the update of every parameter that has a gradient.
+        """Freeze the update of every parameter that has a gradient; without one nothing happens, as in torch.
 
-        Raises UsageError where no parameter has one. What an earlier step froze and no visit applied is applied now.
+        What an earlier step froze and no visit applied since is applied now.
         """
         loss = None
         if closure is not None:
@@ -121,15 +126,21 @@ class AdamW(torch.optim.Optimizer):
 
     def gradient_norm(self) -> float:
         """The 2-norm of all gradients together, as the next `step()` would see it; 0.0 where there are none."""
-        executor = self._session.executor
-        if executor is None:
+        if self._session.executor is None:
             return 0.0
+        store = self._session.executor.store
+        ours = {
+            (at.block, at.index)
+            for group in self.param_groups
+            for parameter in group["params"]
+            for at in self._session.locations(self._names[id(parameter)])
+        }
         return math.sqrt(
             sum(
                 gradient.sum_of_squares * gradient.scale**2
-                for state in executor.store
-                for gradient in state.gradients
-                if gradient.present
+                for state in store
+                for index, gradient in enumerate(state.gradients)
+                if gradient.present and (state.name, index) in ours
             )
         )
 
@@ -152,7 +163,7 @@ class AdamW(torch.optim.Optimizer):
         state = super().state_dict()
         state["outsize"] = {
             "num_steps": dict(self._num_steps),
-            "store": str(self._session.settings.budgets.disk),
+            "store": self._session.identity,
         }
         return state
 
@@ -163,6 +174,11 @@ class AdamW(torch.optim.Optimizer):
         if own is None:
             raise UsageError(
                 "this state_dict holds no reference to Outsize's store", hint="pass one from outsize.AdamW"
+            )
+        if own["store"] != self._session.identity:
+            raise UsageError(
+                "this state_dict belongs to another run, whose moments are gone",
+                hint="start with a new optimizer: its moments begin at zero, and so must its step counts",
             )
         super().load_state_dict(state)
         self._num_steps = dict(own["num_steps"])

@@ -139,15 +139,20 @@ class GradientPlaceholder(_Placeholder):
             order = args[1] if len(args) > 1 else kwargs.get("ord", 2)
             gradients = args[0] if isinstance(args[0], list | tuple) else [args[0]]
             is_whole = overload is aten._foreach_norm or (len(args) <= 2 and not kwargs.get("dim"))
-            if order == 2 and is_whole and all(isinstance(gradient, GradientPlaceholder) for gradient in gradients):
+            if (
+                order == 2
+                and is_whole
+                and all(isinstance(gradient, GradientPlaceholder) for gradient in gradients)
+            ):
                 norms = [torch.tensor(gradient._norm(), dtype=torch.float32) for gradient in gradients]
                 return norms if overload is aten._foreach_norm else norms[0]
-        if overload in (aten._foreach_mul_, aten.mul_):
+        if overload in (aten._foreach_mul_, aten.mul_, aten._foreach_div_, aten.div_):
             gradients = args[0] if isinstance(args[0], list | tuple) else [args[0]]
             factors = args[1] if isinstance(args[1], list | tuple) else [args[1]] * len(gradients)
             if all(isinstance(gradient, GradientPlaceholder) for gradient in gradients):
                 for gradient, factor in zip(gradients, factors, strict=True):
-                    gradient._scale_by(float(factor))
+                    is_product = overload in (aten._foreach_mul_, aten.mul_)
+                    gradient._scale_by(float(factor) if is_product else 1.0 / float(factor))
                 return args[0]
         return super().__torch_dispatch__(func, types, args, kwargs)
 
@@ -177,10 +182,30 @@ class OffloadedParameter(_Placeholder):
         self = cls(parameter, label, fetch, dtype=dtype)
         assert isinstance(self, OffloadedParameter)
         self._get_gradient, self._drop_gradient = get_gradient, drop_gradient
-        if parameter.requires_grad:
-            self.requires_grad_()
-            self.register_hook(self._refuse_backward)  # type: ignore[no-untyped-call]
+        # A hook can only be given to what requires grad; it stays when that changes.
+        self.requires_grad_()
+        torch.Tensor.register_hook(self, self._refuse_backward)  # type: ignore[no-untyped-call]
+        self.requires_grad_(parameter.requires_grad)
         return self
+
+    def register_hook(self, hook: Any) -> NoReturn:
+        """Refused: gradients do not pass through a placeholder."""
+        self._refuse("given a hook", "read parameter.grad after backward()")
+
+    def register_post_accumulate_grad_hook(self, hook: Any) -> NoReturn:
+        """Refused: gradients do not pass through a placeholder."""
+        self._refuse("given a hook", "read parameter.grad after backward()")
+
+    @property
+    def data(self) -> torch.Tensor:
+        """The value, to be read."""
+        return self.detach()
+
+    @data.setter
+    def data(self, value: torch.Tensor) -> None:
+        if isinstance(value, _Placeholder) and value._label == self._label:
+            return  # `module.to(...)` that changes nothing
+        self._refuse("written", "change weights before outsize.wrap, or save and load again")
 
     def _refuse_backward(self, gradient: torch.Tensor) -> NoReturn:
         self._refuse(

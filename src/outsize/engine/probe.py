@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -126,14 +126,16 @@ class Probe:
         """Zeros in the shape of the output."""
         output = torch.zeros(*ids.shape, embedding.module.embedding_dim, dtype=self.session.dtype)
         self.loss_bytes = max(self.loss_bytes, 3 * output.nbytes)
-        return self._visit(embedding.blocks, [], [output], trains, weights_in_backward=False)[0]
+        return self._visit(embedding.blocks, [], [output], trains, weights_in_backward=False, is_table=True)[
+            0
+        ]
 
     def head(self, head: Head, hidden: torch.Tensor, trains: bool, differentiates: bool) -> torch.Tensor:
         """Logits that take no memory; their real ones are counted."""
         shape = (*hidden.shape[:-1], head.module.out_features)
         logits = torch.zeros((), dtype=hidden.dtype).expand(shape)
         self.loss_bytes = max(self.loss_bytes, 4 * logits.numel() * 4)
-        return self._visit(head.blocks, [hidden], [logits], differentiates)[0]
+        return self._visit(head.blocks, [hidden], [logits], differentiates, is_table=True)[0]
 
     def loss(self, head: Head, hidden: torch.Tensor, trains: bool, differentiates: bool) -> torch.Tensor:
         """A loss of zero."""
@@ -142,7 +144,7 @@ class Probe:
         rows = max(stop - start for _, start, stop in self.session.row_blocks(head.weight))
         tile = min(TILE_ELEMENTS, hidden.shape[0] * rows) * 4
         self.loss_bytes = max(self.loss_bytes, 3 * tile + 3 * hidden.numel() * 4)
-        return self._visit(head.blocks, [hidden], [torch.zeros(())], differentiates)[0]
+        return self._visit(head.blocks, [hidden], [torch.zeros(())], differentiates, is_table=True)[0]
 
     # -- recording -------------------------------------------------------------------------------------------------
 
@@ -154,17 +156,21 @@ class Probe:
         differentiates: bool,
         *,
         weights_in_backward: bool = True,
+        is_table: bool = False,
     ) -> list[torch.Tensor]:
         """Record a visit; `outputs`, in the graph of `inputs` where the real ones would be."""
-        self.visits += [Visit(name, Direction.FORWARD) for name in blocks]
+        from outsize.engine.session import backward_visits
+
+        self.visits += [
+            Visit(name, Direction.FORWARD, joins_next=not is_table and name != blocks[-1]) for name in blocks
+        ]
         if not differentiates:
             return outputs
         for tensor in inputs:
             self.kept[tensor.untyped_storage().data_ptr()] = tensor
-        backward = [
-            Visit(name, Direction.BACKWARD, weights_in_backward, self.session.trains((name,)))
-            for name in reversed(blocks)
-        ]
+        backward = backward_visits(self.session, blocks, weights_in_backward)
+        if is_table:
+            backward = [replace(visit, joins_next=False) for visit in reversed(backward)]
         return list(_Rehearsed.apply(self, backward, outputs, self.session.anchor, *inputs))  # type: ignore[no-untyped-call]
 
     def _record_shapes(
@@ -265,8 +271,9 @@ def rehearse(session: Session, args: tuple[Any, ...], kwargs: dict[str, Any], sh
     probes: dict[int, Probe] = {}
     if rows is not None and rows > 1:
         try:
+            hardest = _hardest_rows(kwargs, rows)
             for count in SMALL_ROWS:
-                index = torch.arange(count) % rows
+                index = hardest[torch.arange(count) % rows]
                 probes[count] = _run(
                     session, *tree_map_only(torch.Tensor, partial(_take, rows, index), (args, kwargs))
                 )
@@ -292,6 +299,14 @@ def rehearse(session: Session, args: tuple[Any, ...], kwargs: dict[str, Any], sh
         tile_bytes=Linear.through({n: float(probe.tile_bytes) for n, probe in probes.items()}),
         loss_bytes=Linear.through({n: float(probe.loss_bytes) for n, probe in probes.items()}),
     )
+
+
+def _hardest_rows(kwargs: dict[str, Any], rows: int) -> torch.Tensor:
+    """All rows, those with most padding first: models make a mask only where there is something to mask."""
+    mask = kwargs.get("attention_mask")
+    if not isinstance(mask, torch.Tensor) or mask.dim() < 2 or mask.shape[0] != rows:
+        return torch.arange(rows)
+    return mask.reshape(rows, -1).sum(1).argsort(stable=True)
 
 
 def _take(rows: int, index: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:

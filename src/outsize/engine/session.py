@@ -7,10 +7,11 @@ the root module. At the first call it rehearses, places every plane, and allocat
 from __future__ import annotations
 
 import inspect
+import uuid
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -20,15 +21,16 @@ from torch import nn
 from transformers import Cache, PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from outsize.block import Block, Piece, Plane, Record
+from outsize.block import Block, Entry, Piece, Plane, Record
 from outsize.config import Budgets, ComputeType, Home, Pins, format_bytes
 from outsize.engine import memory
 from outsize.engine.batch import BatchDims, Tile, tiles
-from outsize.engine.blocks import DTYPES, BlockState, BlockStore
+from outsize.engine.blocks import DTYPES, BlockState, BlockStore, close_workers
 from outsize.engine.embedding import Embedding
 from outsize.engine.executor import Executor
+from outsize.engine.guard import Guard
 from outsize.engine.head import Head, Logits, TiledLoss
-from outsize.engine.layer import Call, Layer, Loose
+from outsize.engine.layer import Layer, Loose
 from outsize.engine.placeholder import GradientPlaceholder, OffloadedParameter
 from outsize.engine.probe import BatchShape, Probe, Rehearsal, batch_shape, rehearse
 from outsize.errors import BudgetError, UsageError
@@ -49,12 +51,14 @@ HINT_MARGIN_BYTES = 8 << 20
 TILE_TOKENS = 4096
 """Tokens that a tile aims at: enough for full matmul speed; fewer where memory is short."""
 
-_sessions: weakref.WeakKeyDictionary[nn.Module, Session] = weakref.WeakKeyDictionary()
+_sessions: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Session]] = weakref.WeakKeyDictionary()
+"""A module's hooks hold its session; the registry holds neither, so that both go when the module is dropped."""
 
 
 def session_of(module: nn.Module) -> Session:
     """The session of a model that was loaded or wrapped; raises UsageError for any other."""
-    session = _sessions.get(module)
+    reference = _sessions.get(module) if isinstance(module, nn.Module) else None
+    session = reference() if reference is not None else None
     if session is None:
         raise UsageError(
             f"{type(module).__name__} is not a model of Outsize",
@@ -97,7 +101,7 @@ class Session:
     def __init__(self, module: nn.Module, cut: Cut, source: Source, settings: Settings) -> None:
         self.module = module
         self.cut = cut
-        self.source = source
+        self.source: Source | None = source
         self.settings = settings
         self.dtype = DTYPES[settings.compute_type]
         self.anchor = torch.zeros((), requires_grad=True)
@@ -108,6 +112,9 @@ class Session:
         self.kernel: Callable[[], Kernel] | None = None
         self.executor: Executor | None = None
         self.placement: Placement | None = None
+        self._is_closed = False
+        self._kept_whole: set[str] = set()
+        self.identity = uuid.uuid4().hex
         self.host_limit_bytes = 0
         self.base_bytes = 0
         self.activation_bytes = 0
@@ -121,7 +128,7 @@ class Session:
         self._locate({block.name: block.pieces for block in cut.blocks})
         self.parameters = self._take_parameters()
         self._install()
-        _sessions[module] = self
+        _sessions[module] = weakref.ref(self)
 
     # -- taking the model over -----------------------------------------------------------------------------------
 
@@ -145,13 +152,16 @@ class Session:
                 get_gradient=partial(self.gradient, name),
                 drop_gradient=partial(self.drop_gradient, name),
             )
+        self._owned: list[tuple[dict[str, Any], str, OffloadedParameter]] = []
         by_identity = {
             id(parameter): placeholders[name] for name, parameter in self.module.named_parameters()
         }
         for owner in self.module.modules():
             for attribute, owned in owner._parameters.items():
                 if owned is not None:
-                    owner._parameters[attribute] = by_identity[id(owned)]  # type: ignore[assignment]
+                    placeholder = by_identity[id(owned)]
+                    owner._parameters[attribute] = placeholder  # type: ignore[assignment]
+                    self._owned.append((owner._parameters, attribute, placeholder))
         return placeholders
 
     def _install(self) -> None:
@@ -188,6 +198,7 @@ class Session:
     def _before_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.probe is not None:
             return None
+        self._check_parameters()
         kwargs = dict(kwargs)
         cache = kwargs.get("past_key_values")
         has_labels = kwargs.get("labels") is not None
@@ -210,14 +221,15 @@ class Session:
             self.executor.begin(self._forward_order)
             return args, kwargs
         if rehearsal is None or shape.row_elements > rehearsal.row_elements:
-            plain_kwargs = kwargs
-            if uses_cache:  # a rehearsal would fill the caller's cache
-                plain_kwargs = {key: value for key, value in kwargs.items() if not isinstance(value, Cache)}
-                plain_kwargs["use_cache"] = False
+            plain_kwargs = {**kwargs, **_uncached(kwargs)} if uses_cache else kwargs
             rehearsal = self._rehearsals[signature] = rehearse(self, args, plain_kwargs, shape)
             self._forward_order = [v for v in rehearsal.visits if v.direction is Direction.FORWARD]
         if self.executor is None:
-            self._settle(rehearsal, shape)
+            needed = rehearsal
+            if self.rule is not None and not torch.is_grad_enabled():
+                with torch.enable_grad():  # room for training, which comes
+                    needed = rehearse(self, args, {**kwargs, **_uncached(kwargs)}, shape)
+            self._settle(needed, shape)
         assert self.executor is not None
         self._call = _Call(rehearsal, shape, self._tile_rows(rehearsal, shape))
         self.executor.begin(rehearsal.visits)
@@ -236,7 +248,11 @@ class Session:
 
         def describe(value: Any) -> Any:
             if isinstance(value, torch.Tensor):
-                return value.dim(), value.dtype
+                # Models leave a mask out that masks nothing: layers are then given one tensor less.
+                masks = (
+                    value.dim() == 2 and value.dtype in (torch.bool, torch.long) and bool((value == 0).any())
+                )
+                return value.dim(), value.dtype, masks
             return type(value).__name__ if isinstance(value, Cache) else repr(value)[:80]
 
         trains = tuple(parameter.requires_grad for parameter in self.parameters.values())
@@ -259,6 +275,10 @@ class Session:
             for piece in self._blocks[name].pieces
         )
 
+    def guard(self, point: Point) -> Guard:
+        """What the backward of a visit to `point` will check."""
+        return Guard(point.module, () if self.probe is not None else self.num_steps(point.blocks))
+
     def num_steps(self, blocks: Sequence[str]) -> tuple[int, ...]:
         """How many updates each block was given so far."""
         return tuple(self._store[name].num_steps for name in blocks)
@@ -275,29 +295,22 @@ class Session:
     @contextmanager
     def visit(self, blocks: Sequence[str], direction: Direction) -> Iterator[dict[str, torch.Tensor]]:
         """The parameters in `blocks`, as plain views, by name."""
-        with ExitStack() as stack:
-            values: dict[str, torch.Tensor] = {}
-            for name in blocks:
-                state = stack.enter_context(self._running.visit(name, direction))
-                values |= self._values(state)
-            yield values
+        visits = [Visit(name, direction, joins_next=name != blocks[-1]) for name in blocks]
+        with self._running.visit(visits) as states:
+            yield {name: value for state in states for name, value in self._values(state).items()}
 
     @contextmanager
     def visit_backward(
         self, blocks: Sequence[str], *, needs_weights: bool = True
     ) -> Iterator[dict[str, torch.Tensor]]:
         """As `visit`; trainable parameters are leaves whose gradients go to the block's sum as they arise."""
-        with ExitStack() as stack:
-            values: dict[str, torch.Tensor] = {}
-            for name in blocks:
-                state = stack.enter_context(
-                    self._running.visit(
-                        name, Direction.BACKWARD, needs_weights=needs_weights, trains=self.trains((name,))
-                    )
-                )
-                if needs_weights:
-                    values |= self._leaves(state)
-            yield values
+        visits = backward_visits(self, blocks, needs_weights)
+        with self._running.visit(visits) as states:
+            yield {
+                name: value
+                for state in states
+                for name, value in (self._leaves(state) if needs_weights else {}).items()
+            }
 
     def _values(self, state: BlockState) -> dict[str, torch.Tensor]:
         views = self._store.pieces(state)
@@ -306,7 +319,7 @@ class Session:
     def _leaves(self, state: BlockState) -> dict[str, torch.Tensor]:
         leaves = self._values(state)
         for index, entry in enumerate(state.record.entries):
-            if entry.trainable:
+            if self._collects(entry):
 
                 def collect(leaf: torch.Tensor, index: int = index) -> None:
                     assert leaf.grad is not None
@@ -322,14 +335,14 @@ class Session:
         """Add to the gradient of a whole parameter whose block is being visited backward."""
         (at,) = self._locations[parameter]
         state = self._store[at.block]
-        if state.record.entries[at.index].trainable:
+        if self._collects(state.record.entries[at.index]):
             self._store.add_gradient(state, at.index, gradient)
 
     def gradient_sum(self, block: str, parameter: str) -> torch.Tensor | None:
         """The sum of the rows of `parameter` in `block`, to be added to; None where it is frozen."""
         state = self._store[block]
         for index, entry in enumerate(state.record.entries):
-            if entry.piece.parameter == parameter and entry.trainable:
+            if entry.piece.parameter == parameter and self._collects(entry):
                 total = self._store.gradient_sum(state, index)
                 if index not in state.summed:
                     total.zero_()
@@ -337,22 +350,32 @@ class Session:
                 return total
         return None
 
+    def keep_whole(self, point: Point) -> tuple[Tile, ...]:
+        """Never tile `point` again; the one tile it runs as."""
+        self._kept_whole.add(point.module)
+        return (Tile(0, 1, 1),)
+
+    def _collects(self, entry: Entry) -> bool:
+        return entry.trainable and self.parameters[entry.piece.parameter].requires_grad
+
     def tiles(
-        self, layer: Layer, call: Call, tensors: Sequence[torch.Tensor]
-    ) -> tuple[BatchDims | None, list[Tile]]:
+        self, layer: Layer, tensors: Sequence[torch.Tensor]
+    ) -> tuple[BatchDims | None, tuple[Tile, ...]]:
         """How the running call's batch is cut for `layer`; one tile where the batch dimension is not known."""
         current = self._call
-        whole = [Tile(0, 1, 1)]
+        whole = (Tile(0, 1, 1),)
         if current is None or current.shape.rows is None:
             return None, whole
         dims, rows = current.rehearsal.dims.get(layer.point.module), current.shape.rows
+        if layer.point.module in self._kept_whole:
+            return None, whole
         if dims is None or (layer.has_batch_statistics and layer.module.training):
             return None, whole
         fits = len(dims.inputs) == len(tensors) and all(
             dim is None or (dim < tensor.dim() and tensor.shape[dim] % rows == 0)
             for dim, tensor in zip(dims.inputs, tensors, strict=True)
         )
-        return (dims, list(tiles(rows, current.tile_rows))) if fits else (None, whole)
+        return (dims, tuple(tiles(rows, current.tile_rows))) if fits else (None, whole)
 
     # -- what placeholders and the optimizer ask for -------------------------------------------------------------
 
@@ -366,13 +389,14 @@ class Session:
         if self.executor is None:
             piece = self._blocks[at.block].pieces[at.index]
             exact = torch.empty(piece.shape, dtype=torch.float32)
+            assert self.source is not None
             self.source.read(Block(at.block, (piece,)), [exact])
             return exact if self.dtype is torch.float32 else split(exact.view(-1))[0].view(piece.shape)
         with self.executor.touch(at.block) as state:
             return self._store.pieces(state)[at.index].clone()
 
     def block_values(self, block: Block) -> list[torch.Tensor]:
-        """The current values of all pieces of a block of the cut; views, valid until the model is used again."""
+        """Copies of the current values of all pieces of a block of the cut."""
         if self.executor is None:
             return [self.piece_value(self._place_of(piece)) for piece in block.pieces]
         with self.executor.touch(block.name) as state:
@@ -455,7 +479,7 @@ class Session:
 
     def _lay_out(self, rehearsal: Rehearsal) -> list[Record]:
         """Records of all blocks, for the rule and for what is trainable now."""
-        summed = Counter(visit.block for visit in rehearsal.visits if visit.trains)
+        visited = Counter(v.block for v in rehearsal.visits if v.direction is Direction.FORWARD)
         size = self.dtype.itemsize
         records = []
         for block in self.cut.blocks:
@@ -465,7 +489,7 @@ class Session:
             if self.rule is not None:
                 state = self.rule.state(self.settings.compute_type)
                 sizes |= self.rule.element_bytes(self.settings.compute_type)
-            if summed[block.name] > 1:
+            if visited[block.name] > 1:
                 sizes[Plane.GRADIENT] = 4  # summed over visits: rounded once, when the update reads it
             records.append(Record.lay_out(block, trainable, state, sizes))
         return records
@@ -485,24 +509,37 @@ class Session:
             self.kernel()  # a compilation ends before the arenas are touched
         records = self.decide(rehearsal, shape)
         assert self.placement is not None
+        assert self.source is not None
         disk = self._open_disk(self.placement, records)
-        store = BlockStore(
-            records,
-            self.placement,
-            source=self.source,
-            disk=disk,
-            compute_type=self.settings.compute_type,
-            rule=self.rule,
-            kernel=self.kernel,
-        )
+        try:
+            store = BlockStore(
+                records,
+                self.placement,
+                source=self.source,
+                disk=disk,
+                compute_type=self.settings.compute_type,
+                rule=self.rule,
+                kernel=self.kernel,
+            )
+        except BaseException:
+            if disk is not None:
+                disk.close()
+            raise
         self.executor = Executor(store)
+        self._finalizer = weakref.finalize(self, close_workers, *store.workers())
         self._locate({r.name: [entry.piece for entry in r.entries] for r in records})
         self._blocks = {r.name: Block(r.name, tuple(entry.piece for entry in r.entries)) for r in records}
-        if self.rule is not None and isinstance(self.source, InitSource | TensorSource):
-            store.import_all(self._touch)
-        else:
-            for state in store:
-                store.load_resident(state)
+        try:
+            if self.rule is not None and isinstance(self.source, InitSource | TensorSource):
+                store.import_all(self._touch)
+                self.source = None
+            else:
+                for state in store:
+                    store.load_resident(state)
+        except BaseException:
+            with suppress(BaseException):  # the first error is the one to report
+                self.close()
+            raise
 
     def _touch(self, state: BlockState) -> None:
         assert self.executor is not None
@@ -573,7 +610,8 @@ class Session:
                 f"{budget.folder} may hold {format_bytes(budget.num_bytes)}",
                 hint=f'disk="{budget.folder}:{-(-num_bytes // 2**20)}MiB" works',
             )
-        return DiskTier(budget.folder, num_bytes, verify=self.settings.pins.verify)
+        name = f"outsize-{self.identity}.store"
+        return DiskTier(budget.folder, num_bytes, name=name, verify=self.settings.pins.verify, anonymous=True)
 
     def _wanted_tile_rows(self, shape: BatchShape) -> int:
         rows = shape.rows or 1
@@ -603,11 +641,52 @@ class Session:
         return tile_rows
 
     def close(self) -> None:
-        """Give memory and disk back; the model can be called again only before its first update."""
-        if self.executor is not None:
-            self.executor.close()
-            self.executor = None
-            self.placement = None
+        """Give memory and disk back. Weights that were updated or taken over are gone: save them before."""
+        executor, self.executor, self.placement = self.executor, None, None
+        if executor is not None:
+            self._finalizer.detach()
+            self._is_closed = self.source is None or any(state.is_stored for state in executor.store)
+            executor.close()
+
+    def _check_parameters(self) -> None:
+        """Refuse to run with parameters that are no longer ours, or that train without a place for gradients."""
+        if self._is_closed:
+            raise UsageError("the model was closed, and its weights are gone", hint="load it again")
+        for parameters, attribute, placeholder in self._owned:
+            if parameters.get(attribute) is not placeholder:
+                raise UsageError(
+                    f"a parameter was put in the place of {placeholder._label}: it would not be used",
+                    hint="change weights before outsize.wrap, or save, change and load again",
+                )
+        if self.executor is None:
+            return
+        for name, parameter in self.parameters.items():
+            at = self._locations[name][0]
+            if parameter.requires_grad and not self._store[at.block].record.entries[at.index].trainable:
+                raise UsageError(
+                    f"{name} (in block {at.block}) requires grad now, but had no gradient when memory was laid out",
+                    hint="set requires_grad before the first call of the model",
+                )
+
+
+def backward_visits(session: Session, blocks: Sequence[str], needs_weights: bool) -> list[Visit]:
+    """The visits that a point makes in backward."""
+    return [
+        Visit(
+            name,
+            Direction.BACKWARD,
+            needs_weights,
+            trains=session.trains((name,)),
+            joins_next=name != blocks[-1],
+        )
+        for name in blocks
+    ]
+
+
+def _uncached(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """What to pass instead so that a rehearsal fills no cache of the caller."""
+    caches = {key: None for key, value in kwargs.items() if isinstance(value, Cache)}
+    return {**caches, **({"use_cache": False} if "use_cache" in kwargs or caches else {})}
 
 
 def _with_signature(handler: Callable[..., Any], original: Callable[..., Any]) -> Callable[..., Any]:

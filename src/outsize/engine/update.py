@@ -181,6 +181,8 @@ class UpdateLane:
                     except BaseException as failure:
                         chunk.error = failure
                 self._fed.put(chunk)
+                del chunk
+            del job, error  # a thread that waits keeps no model alive
         self._fed.put(None)
 
     def _start_reads(self, chunk: _Chunk) -> None:
@@ -230,6 +232,7 @@ class UpdateLane:
                 self._idle.put((chunk.buffer, writes))
             if chunk.is_last:
                 job.finish()
+            del chunk, job, writes
 
     def _apply_chunk(self, chunk: _Chunk, writes: list[Transfer]) -> None:
         job, record = chunk.job, chunk.job.record

@@ -13,7 +13,7 @@ from enum import StrEnum
 
 from outsize.block import Plane, Record
 from outsize.plan.op import Backward, Claim, Forward, Free, Held, Op, Read, Update, Wait, Write
-from outsize.plan.place import Placement, SlotClass, sums_in_place
+from outsize.plan.place import GRADIENT_SUM_BYTES, Placement, SlotClass, sums_in_place
 from outsize.plan.plan import Plan
 
 LOOKAHEAD = 4
@@ -37,6 +37,13 @@ class Visit:
     direction: Direction
     needs_weights: bool = True
     trains: bool = False
+    joins_next: bool = False
+    """Computed together with the next visit: their gradients are written after both (parameters of two blocks)."""
+
+    @property
+    def key(self) -> tuple[str, Direction, bool]:
+        """What makes two visits the same to one who asks for a block."""
+        return self.block, self.direction, self.needs_weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +92,9 @@ class _Builder:
         self.accumulated = set(self.occupancy.accumulated)
         self.gradients: list[str] = []  # blocks that hold a gradient slot, oldest first
         self.read_ahead: set[str] = set()  # gradients whose old sum is being read
+        self.unwaited = set(self.held)  # blocks whose weights may still be arriving or changing
+        self.written: set[str] = set()  # gradients that are on their way home
+        self.unwritten: list[str] = []  # gradients summed by a group of joined visits
         self.weight_class = {b: slot_class_of(self.placement.weight_classes, b) for b in self.records}
         self.gradient_class = {b: slot_class_of(self.placement.gradient_classes, b) for b in self.records}
         for index, visit in enumerate(self.visits):
@@ -106,9 +116,11 @@ class _Builder:
                 assert index != now, f"no slot for {visit}"
                 return
             self.held.append(block)
+            self.unwaited.add(block)
             self.ops.append(Read(block, Plane.WEIGHT, self.records[block].plane_bytes(Plane.WEIGHT)))
         if block in self.pending:
             self.pending.discard(block)
+            self.unwaited.add(block)
             self.ops.append(Update(block))
         if visit.direction is Direction.BACKWARD and visit.trains:
             self._bring_gradient(block, index, now)
@@ -136,15 +148,20 @@ class _Builder:
 
     def _bring_gradient(self, block: str, index: int, now: int) -> None:
         group = self.gradient_class[block]
-        if group is None or block in self.gradients:
+        if group is None:
             return
+        if block in self.gradients:
+            if index != now or block not in self.written or self._is_wide(block):
+                return
+            self._free_gradient(block)  # its sum was rounded in place: take it up again from its home
         if any(visit.block == block and visit.trains for visit in self.visits[now:index]):
             return  # its sum is not complete yet
         members = [name for name in self.gradients if self.gradient_class[name] == group]
         if len(members) >= self.placement.gradient_classes[group].count:
             if index != now:
                 return
-            self._free_gradient(members[0])
+            # One that is on its way home; else one that was claimed ahead of its time.
+            self._free_gradient(next((name for name in members if name in self.written), members[-1]))
         self.gradients.append(block)
         if block in self.accumulated:
             self.ops.append(Read(block, Plane.GRADIENT, self._gradient_bytes(block)))
@@ -154,7 +171,10 @@ class _Builder:
 
     def _compute(self, visit: Visit) -> None:
         block = visit.block
-        if visit.needs_weights or block in self.held:  # what is still arriving in a slot is not left unwatched
+        if (
+            visit.needs_weights or block in self.unwaited
+        ):  # an update also reads the gradient that backward writes
+            self.unwaited.discard(block)
             self.ops.append(Wait(block, Plane.WEIGHT))
         if visit.direction is Direction.TOUCH:
             return
@@ -166,11 +186,21 @@ class _Builder:
             self.ops.append(Wait(block, Plane.GRADIENT))
         self.ops.append(Backward(block))
         if visit.trains:
-            self.accumulated.add(block)
-            self.ops.append(Write(block, Plane.GRADIENT, self._gradient_bytes(block)))
+            self.unwritten.append(block)
+        if not visit.joins_next:
+            for name in self.unwritten:
+                self.accumulated.add(name)
+                self.written.add(name)
+                self.ops.append(Write(name, Plane.GRADIENT, self._gradient_bytes(name)))
+            self.unwritten = []
+
+    def _is_wide(self, block: str) -> bool:
+        return self.records[block].element_bytes[Plane.GRADIENT] == GRADIENT_SUM_BYTES
 
     def _free_gradient(self, block: str) -> None:
         self.gradients.remove(block)
+        self.written.discard(block)
+        self.read_ahead.discard(block)
         self.ops.append(Free(block, Plane.GRADIENT))
 
     def _gradient_bytes(self, block: str) -> int:

@@ -66,11 +66,12 @@ def check(plan: Plan, records: Mapping[str, Record], placement: Placement) -> Pe
     books = {plane: _Books(placement, plane) for plane in (Plane.WEIGHT, Plane.GRADIENT)}
     waited: set[tuple[str, Plane]] = set()
     summed: set[str] = set()
+    updating: set[str] = set()
     for index, op in enumerate(plan):
         try:
             if op.block not in records:
                 raise PlanError(f"unknown block {op.block}")
-            _step(op, index, books, waited, summed, plan)
+            _step(op, index, books, waited, summed, updating, plan)
         except PlanError as error:
             raise PlanError(f"{error}\n{plan.excerpt(index)}") from None
     for claimed in books[Plane.GRADIENT].claimed:
@@ -94,6 +95,7 @@ def _step(
     books: dict[Plane, _Books],
     waited: set[tuple[str, Plane]],
     summed: set[str],
+    updating: set[str],
     plan: Plan,
 ) -> None:
     weights = books[Plane.WEIGHT]
@@ -113,16 +115,21 @@ def _step(
             if not is_there(block, Plane.WEIGHT):
                 raise PlanError(f"{block} is updated before its weights are read")
             waited.discard((block, Plane.WEIGHT))
+            updating.add(block)
         case Wait(block, plane):
             if not is_there(block, plane):
                 raise PlanError(f"wait for {block}.{plane}, which nothing reads")
             waited.add((block, plane))
+            if plane is Plane.WEIGHT:
+                updating.discard(block)
         case Forward(block):
             if (block, Plane.WEIGHT) not in waited or not is_there(block, Plane.WEIGHT):
                 raise PlanError(f"{block} runs before its weights are waited for")
         case Backward(block):
             if weights.is_claimed(block) and (block, Plane.WEIGHT) not in waited:
                 raise PlanError(f"{block} runs before its weights are waited for")
+            if block in updating:
+                raise PlanError(f"{block} runs while it is being updated")
             summed.add(block)
         case Write(block, _):
             if block not in summed or not is_there(block, Plane.GRADIENT):

@@ -45,11 +45,12 @@ class DiskTier:
         name: str = "outsize.store",
         verify: bool = True,
         num_threads: int = 4,
+        anonymous: bool = False,
     ) -> None:
         assert num_threads > 0, num_threads
         self.num_bytes = num_bytes
         self.verify = verify
-        self._file = StoreFile(Path(folder), name, num_bytes)
+        self._file = StoreFile(Path(folder), name, num_bytes, anonymous=anonymous)
         self._digests = DigestMap()
         self._meter = Meter()
         self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="outsize-disk")

@@ -24,11 +24,13 @@ FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
 class StoreFile:
     """`num_bytes` of disk space under one descriptor, locked against other processes.
 
+    An `anonymous` file has no name once it is open: its space goes with the process, however that ends.
+
     Raises ConfigError where `folder` cannot hold a store, StorageFullError where it has no room, StorageError
     where the store is in use or the file system refuses.
     """
 
-    def __init__(self, folder: Path, name: str, num_bytes: int) -> None:
+    def __init__(self, folder: Path, name: str, num_bytes: int, *, anonymous: bool = False) -> None:
         assert os.sep not in name and num_bytes > 0 and num_bytes % ALIGNMENT == 0, (name, num_bytes)
         _check_folder(folder)
         self.path = folder / name
@@ -38,6 +40,8 @@ class StoreFile:
         try:
             _preallocate(self._lock_fd, folder, num_bytes)
             self.fd, self.is_direct = _open_direct(self.path)
+            if anonymous:
+                self.path.unlink()
         except BaseException:
             self.path.unlink(missing_ok=True)
             os.close(self._lock_fd)
