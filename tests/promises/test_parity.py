@@ -124,7 +124,7 @@ def test_resident_state_trains_as_in_plain_pytorch(home, tmp_path):
         ("llama", 32, 8),  # rows == hidden size
         ("mixtral", 4, 4),  # rows == length == experts
         ("t5", 4, 7),  # rows == heads == decoder length
-        ("gemma3", 3, 3),
+        ("gemma3", 8, 8),  # 3 x 3 has two labels: PyTorch by rows misses the bound against itself by 2.6
     ],
 )
 def test_sizes_that_coincide_are_not_mistaken(name, rows, length, tmp_path):
@@ -491,13 +491,9 @@ def test_dropout_in_tiles_has_the_same_masks_when_computed_again(tile_rows, tmp_
 @pytest.mark.parametrize(
     "rows_between",
     [
-        pytest.param(
-            2, marks=pytest.mark.xfail(reason="a backward is tiled by the batch of the latest call")
-        ),
+        2,
         4,
-        pytest.param(
-            5, marks=pytest.mark.xfail(reason="a backward is tiled by the batch of the latest call")
-        ),
+        5,
     ],
 )
 def test_tiles_of_a_forward_are_those_of_its_backward_whatever_is_called_between(rows_between, tmp_path):

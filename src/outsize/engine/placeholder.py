@@ -7,6 +7,7 @@ change would be lost. (Plain empty tensors let `save_pretrained` write a file of
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
@@ -184,7 +185,7 @@ class OffloadedParameter(_Placeholder):
         self._get_gradient, self._drop_gradient = get_gradient, drop_gradient
         # A hook can only be given to what requires grad; it stays when that changes.
         self.requires_grad_()
-        torch.Tensor.register_hook(self, self._refuse_backward)  # type: ignore[no-untyped-call]
+        torch.Tensor.register_hook(self, partial(_refuse_backward, label))  # type: ignore[no-untyped-call]
         self.requires_grad_(parameter.requires_grad)
         return self
 
@@ -207,12 +208,6 @@ class OffloadedParameter(_Placeholder):
             return  # `module.to(...)` that changes nothing
         self._refuse("written", "change weights before outsize.wrap, or save and load again")
 
-    def _refuse_backward(self, gradient: torch.Tensor) -> NoReturn:
-        self._refuse(
-            "differentiated outside the model's forward",
-            "read it under torch.no_grad(), or through .detach()",
-        )
-
     @property
     def grad(self) -> torch.Tensor | None:
         """The gradient that the next `step()` would use, or None."""
@@ -225,3 +220,11 @@ class OffloadedParameter(_Placeholder):
         if value is not None:
             self._refuse("given a gradient", "gradients come from backward(); set None to drop one")
         self._drop_gradient()
+
+
+def _refuse_backward(label: str, gradient: torch.Tensor) -> NoReturn:
+    # Holds no placeholder: autograd's hooks are not seen by the garbage collector.
+    raise UsageError(
+        f"{label} lives in Outsize's store and cannot be differentiated outside the model's forward here",
+        hint="read it under torch.no_grad(), or through .detach()",
+    )

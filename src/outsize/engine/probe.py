@@ -167,7 +167,8 @@ class Probe:
         if not differentiates:
             return outputs
         for tensor in inputs:
-            self.kept[tensor.untyped_storage().data_ptr()] = tensor
+            # Without its graph, which holds this probe: autograd nodes are not seen by the garbage collector.
+            self.kept[tensor.untyped_storage().data_ptr()] = tensor.detach()
         backward = backward_visits(self.session, blocks, weights_in_backward)
         if is_table:
             backward = [replace(visit, joins_next=False) for visit in reversed(backward)]
