@@ -158,7 +158,7 @@ def test_plan(plain, monkeypatch, capsys, fits):
         asked.update(settings, path=path)
         return Summary(fits)
 
-    monkeypatch.setattr(outsize, "plan", plan, raising=False)
+    monkeypatch.setattr(outsize, "preview", plan, raising=False)
     assert run("plan", "M", "--host", "3GiB", "--pin", "weight_slots=2", "--generate") == (0 if fits else 1)
     assert capsys.readouterr().out == f"fits: {fits}\n"
     assert asked["path"] == "M" and asked["host"] == "3GiB" and asked["train"] is False

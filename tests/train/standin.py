@@ -31,6 +31,10 @@ class PlainAdamW(torch.optim.AdamW):
         self.max_grad_norm = max_grad_norm
         self.grad_norm = None
 
+    def gradient_norm(self):
+        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        return float(torch.nn.utils.get_total_norm(gradients))
+
     def step(self, closure=None):
         if self.max_grad_norm is not None:
             parameters = [p for group in self.param_groups for p in group["params"]]

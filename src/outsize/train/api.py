@@ -49,6 +49,17 @@ class Report(Protocol):
         """Seconds spent waiting so far, per link."""
 
 
+class ClippingOptimizer(Optimizer):
+    """An optimizer that knows the norm of all gradients together."""
+
+    grad_norm: float | None
+    """At the last step, before clipping."""
+
+    def gradient_norm(self) -> float:
+        """As the next step would see it."""
+        raise NotImplementedError
+
+
 class Api(Protocol):
     """`outsize`, as far as training needs it."""
 
@@ -68,8 +79,8 @@ class Api(Protocol):
 
     def AdamW(
         self, model: nn.Module, *, lr: float, weight_decay: float = 0.01, max_grad_norm: float | None = None
-    ) -> Optimizer:
-        """An optimizer; after a step its `grad_norm` is the norm before clipping, or None."""
+    ) -> ClippingOptimizer:
+        """An optimizer over all that trains."""
 
     def save(self, model: nn.Module, path: str | Path, tokenizer_from: str | Path | None = None) -> None:
         """Write an ordinary Hugging Face folder to `path`, which is new."""

@@ -18,11 +18,10 @@ from typing import cast
 
 import torch
 from torch import nn
-from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from outsize.errors import TrainingError
-from outsize.train.api import Api, Report, public_api
+from outsize.train.api import Api, ClippingOptimizer, Report, public_api
 from outsize.train.data import Batch, Dataset, Position, check_data_file, check_seq_len, open_dataset
 from outsize.train.interrupt import Interruption
 from outsize.train.metrics import MetricsFile, StepMetrics, Usage
@@ -103,7 +102,7 @@ def _train(settings: TrainSettings, folder: OutputFolder, api: Api, progress: Pr
 
 
 class _LossNotFinite(Exception):
-    """The loss of a step is not finite; the step was not taken. Never leaves this file."""
+    """The loss or the gradient of a step is not finite; the step was not taken. Never leaves this file."""
 
 
 class Run:
@@ -112,7 +111,7 @@ class Run:
     def __init__(
         self,
         model: nn.Module,
-        optimizer: Optimizer,
+        optimizer: ClippingOptimizer,
         scheduler: LRScheduler,
         batches: Batches,
         pace: Pace,
@@ -157,10 +156,10 @@ class Run:
         batch = self._batches.next()
         loss = self._forward(batch)
         loss.backward()
+        self._check_gradient()
         self._optimizer.step()
         self._optimizer.zero_grad()
         self._scheduler.step()
-        self._check_update()
         self.losses.append(loss.item())
         self.pace.step_done()
         return self._metrics(lr, batch["input_ids"].numel(), time.perf_counter() - started_s, before)
@@ -175,17 +174,10 @@ class Run:
             raise _LossNotFinite(f"the loss of step {len(self.losses) + 1} is {loss.item()}")
         return loss
 
-    def _check_update(self) -> None:
-        norm = self._grad_norm()
-        if norm is not None and not math.isfinite(norm):
-            raise TrainingError(
-                f"the gradient of step {len(self.losses) + 1} is not finite (norm {norm}); nothing was saved",
-                hint="lower --lr, or use --dtype float32",
-            )
-
-    def _grad_norm(self) -> float | None:
-        norm = getattr(self._optimizer, "grad_norm", None)
-        return None if norm is None else float(norm)
+    def _check_gradient(self) -> None:
+        norm = self._optimizer.gradient_norm()
+        if not math.isfinite(norm):
+            raise _LossNotFinite(f"the gradient norm of step {len(self.losses) + 1} is {norm}")
 
     def _metrics(self, lr: float, num_tokens: int, step_s: float, before: Usage) -> StepMetrics:
         report = self.report()
@@ -194,7 +186,7 @@ class Run:
             step=len(self.losses),
             loss=self.losses[-1],
             lr=lr,
-            grad_norm=self._grad_norm(),
+            grad_norm=self._optimizer.grad_norm,
             tokens_per_s=num_tokens / step_s,
             step_s=step_s,
             host_peak_bytes=report.host_peak_bytes,
@@ -219,7 +211,7 @@ class Batches:
         return batch
 
 
-def spare_vectors(optimizer: Optimizer) -> None:
+def spare_vectors(optimizer: ClippingOptimizer) -> None:
     """Move parameters of one dimension (norms, biases) into groups of their own, without weight decay."""
     for group in list(optimizer.param_groups):
         vectors = [parameter for parameter in group["params"] if parameter.ndim < 2]
