@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from outsize.train.demo import DemoFiles, DemoSize
     from outsize.train.loop import TrainResult
 
-RESIDENT_BYTES = 64 << 20
-"""Memory that may keep weights and state between visits: a fifth of what the model needs."""
+RESIDENT_BYTES = 0
+"""Memory that may keep weights and state between visits: none, all of them live on disk."""
 
 PREPARATION_S = 20.0
 """Seconds of the demo that are not training: tokenizer, imports, saving, generating."""
@@ -128,7 +128,7 @@ def _train(
 
     console.print(
         f"Training on {files.num_files} source files of Python's standard library. Weights, gradients and "
-        f"optimizer state live on disk; at most {format_bytes(RESIDENT_BYTES)} of them stay in memory.\n",
+        "optimizer state live on disk and pass through memory one layer at a time.\n",
         highlight=False,
     )
     settings = TrainSettings(
