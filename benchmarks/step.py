@@ -1,9 +1,8 @@
 """Step time against the same model in memory.
 
 Two processes take turns, step by step, in one run: plain PyTorch (activation checkpointing per layer, fused AdamW,
-clipping, everything in memory) and Outsize (disk as home, clipping and checksums on, arenas of a quarter of the state).
-Printed: the median of each, the median of the ratios pair by pair, and the bound that the disk sets (bytes moved over
-the bandwidth of raw O_DIRECT at the same block size).
+clipping, everything in memory, fp32) and Outsize (disk as home, clipping and checksums on, fp32). Printed: the median of
+each, and the median of the ratios pair by pair; Outsize's own report goes to standard error.
 
     python benchmarks/step.py --tokens 4096 --steps 6
 """
@@ -64,6 +63,7 @@ def plain(rows: int, seq_len: int) -> None:
 
     torch.manual_seed(0)
     model = transformers.Qwen3ForCausalLM(config()).train()
+    assert model.dtype is torch.float32
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
     steps(
@@ -85,6 +85,7 @@ def offloaded(rows: int, seq_len: int, folder: Path, home: str) -> None:
         folder / "model",
         disk=folder,
         home=home if home != "auto" else None,
+        dtype="float32",
         pins=None
         if home == "host"
         else outsize.Pins(resident_bytes=num_state_bytes // 4 if home == "auto" else 0),
@@ -133,7 +134,8 @@ def main() -> None:
     )
     parser.add_argument("--tokens", type=int, default=4096, help="tokens per step")
     parser.add_argument("--rows", type=int, default=0, help="sequences per step (default: sequences of 512)")
-    parser.add_argument("--steps", type=int, default=6, help="counted steps, after two that are not counted")
+    parser.add_argument("--steps", type=int, default=6, help="counted steps")
+    parser.add_argument("--warmup", type=int, default=2, help="steps before that, not counted")
     parser.add_argument(
         "--homes", default="disk", help="comma-separated: disk, auto (a quarter resident), host"
     )
@@ -157,13 +159,13 @@ def main() -> None:
         processes = {"plain": start("plain", arguments, Path(name))}
         processes |= {home: start(home, arguments, folders[home]) for home in homes}
         times: dict[str, list[float]] = {kind: [] for kind in processes}
-        for index in range(arguments.steps + 2):
+        for index in range(arguments.steps + arguments.warmup):
             for kind, process in processes.items():
                 answer = step(process)
                 print(
                     f"step {index} {kind:<6} {answer['step_s']:7.2f} s  loss {answer['loss']:.4f}", flush=True
                 )
-                if index >= 2:
+                if index >= arguments.warmup:
                     times[kind].append(answer["step_s"])
         for process in processes.values():
             assert process.stdin is not None

@@ -13,6 +13,7 @@ import outsize
 from outsize import Pins
 from outsize.engine.session import session_of
 from outsize.errors import UsageError
+from outsize.tier import SlowTier
 from tests.running import (
     adamw,
     assert_same_weights,
@@ -22,6 +23,7 @@ from tests.running import (
     opened,
     train,
     values_of,
+    wrapped_disk,
 )
 from tests.zoo import ZOO, plain_batch, plain_stack, seeded
 
@@ -71,6 +73,23 @@ def test_another_order_gives_the_results_of_plain_pytorch(way, slots, tmp_path):
     assert_same_weights(model, plain)
     assert outsize.report(model).off_plan
     assert "no plan foresaw" in str(outsize.report(model))
+
+
+@pytest.mark.parametrize("way", ["skip", "backwards"])
+def test_a_read_that_was_begun_for_nothing_does_not_end_in_another_block(way, tmp_path, monkeypatch):
+    """The plan is left while a late read is under way: its slot goes to another block only afterwards."""
+
+    def delay(verb, label):
+        return 0.03 if verb == "read" and (".weight" in label and ("L01" in label or "L02" in label)) else 0.0
+
+    with wrapped_disk(monkeypatch, lambda disk: SlowTier(disk, delay)):
+        model, plain = wayward(tmp_path, weight_slots=2)
+        for subject in (model, plain):
+            optimizer = adamw(subject)
+            for seed in range(6):
+                subject.order = ORDERS[way] if seed in (1, 2, 4) else [0, 1, 2, 3]
+                train(subject, [plain_batch(seed=seed)], optimizer)
+        assert_same_weights(model, plain)
 
 
 def test_another_order_while_evaluating(tmp_path):

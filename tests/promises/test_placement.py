@@ -160,6 +160,33 @@ def test_one_slow_plane_is_waited_for(dtype, slow, verb, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_updates_of_one_block_follow_each_other(dtype, tmp_path, monkeypatch):
+    """Several steps on the same gradient: each reads the state that the one before is still writing.
+
+    One block of one chunk trains, so that no other update keeps the lane's buffers busy in between.
+    """
+    set_chunk(monkeypatch, 1 << 20)
+
+    def delay(verb, label):
+        return 0.05 if verb == "write" and ".state" in label else 0.0
+
+    results = []
+    for options in ({"home": "host"}, {"home": "disk", "disk": tmp_path, "pins": Pins(weight_slots=3)}):
+        plain = ZOO["llama"].build().train()
+        for name, parameter in plain.named_parameters():
+            parameter.requires_grad_("layers.1" in name)
+        with wrapped_disk(monkeypatch, lambda disk: SlowTier(disk, delay)):
+            model = opened(plain, dtype=dtype, **options)
+            optimizer = outsize.AdamW(model, lr=3e-3)
+            model(**ZOO["llama"].batch()).loss.backward()
+            for _ in range(4):
+                optimizer.step()
+            results.append(values_of(model))
+            close(session_of(model))
+    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_size_of_chunks_changes_nothing(dtype, tmp_path, monkeypatch):
     run = Run("qwen3", dtype, max_grad_norm=0.1)
     expected = reference(run)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import nn
@@ -639,6 +639,18 @@ class Session:
                 )
             tile_rows = -(-tile_rows // 2)
         return tile_rows
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
+        raise UsageError(
+            "the weights of this model live in Outsize's store and cannot be copied with it",
+            hint="save it with outsize.save and load it again",
+        )
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise UsageError(
+            "the weights of this model live in Outsize's store and cannot be pickled",
+            hint="use outsize.save(model, path)",
+        )
 
     def close(self) -> None:
         """Give memory and disk back. Weights that were updated or taken over are gone: save them before."""

@@ -1,0 +1,161 @@
+"""The store of blocks: exact masters, planes where the placement says, and what a layer hands out."""
+
+import pytest
+import torch
+from torch import nn
+
+import outsize
+from outsize import Pins
+from outsize.block import Plane
+from outsize.engine import memory
+from outsize.engine.session import session_of
+from outsize.optim import join
+from tests.running import adamw, assert_same_weights, executor_of, opened, train
+from tests.zoo import ZOO, plain_batch, seeded
+
+
+@pytest.mark.parametrize("from_files", [False, True])
+def test_a_master_begins_with_every_bit_of_the_source(from_files, tmp_path):
+    """Weight and remainder together are the fp32 value, also after a first update that changes nothing."""
+    plain = ZOO["llama_tied"].build().train()
+    if from_files:
+        plain.save_pretrained(tmp_path)
+        model = outsize.load(tmp_path, home="host", dtype="bfloat16").train()
+    else:
+        model = opened(plain, home="host", dtype="bfloat16")
+    optimizer = adamw(model, lr=0.0, weight_decay=0.0)
+    train(model, [ZOO["llama_tied"].batch()], optimizer)
+    executor = executor_of(model)
+    executor.settle_updates()
+    executor.store.flush()
+    seen = 0
+    for state in executor.store:
+        weight = executor.store.weights(state)
+        remainder = executor.store._resident(state, Plane.REMAINDER)
+        for entry in state.record.entries:
+            piece = entry.piece
+            expected = plain.get_parameter(piece.parameter).detach()
+            expected = expected if piece.is_whole else expected[piece.row_start : piece.row_stop]
+            master = join(weight[entry.start : entry.stop], remainder[entry.start : entry.stop])
+            assert torch.equal(master, expected.reshape(-1)), piece
+            seen += entry.stop - entry.start
+    assert seen == plain.num_parameters()
+
+
+def test_small_steps_are_not_lost_in_bf16(tmp_path):
+    """A step far below the resolution of bf16 adds up in the master."""
+    plain = ZOO["llama"].build().train()
+    model = opened(plain, disk=tmp_path, home="disk", dtype="bfloat16")
+    optimizer = adamw(model, lr=1e-4, eps=1e-8, weight_decay=0.0)
+    before = model.model.norm.weight.detach().clone()
+    for _ in range(60):
+        optimizer.zero_grad()
+        model(**ZOO["llama"].batch(rows=1, length=4)).loss.backward()
+        optimizer.step()
+    moved = (model.model.norm.weight.detach().clone() - before).abs().float()
+    assert float(moved.mean()) > 1e-3
+
+
+def test_planes_live_where_the_placement_says(tmp_path):
+    pins = Pins(resident_bytes=100_000)
+    model = opened(ZOO["llama"].build().train(), disk=tmp_path, pins=pins)
+    train(model, [ZOO["llama"].batch()])
+    placement = session_of(model).placement
+    kinds = set()
+    for state in executor_of(model).store:
+        for plane in (Plane.WEIGHT, Plane.GRADIENT, *state.record.state):
+            is_resident = placement.is_resident(state.name, plane)
+            kinds.add(is_resident)
+            assert (plane in state.resident) is is_resident
+    assert kinds == {True, False}
+
+
+class Positions(nn.Module):
+    """Hands out rows of its own table: a view of what Outsize keeps in a slot."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(16, 8))
+
+    def forward(self, x):
+        return self.table[: x.shape[1]]
+
+
+class Placed(nn.Module):
+    """Positions are computed first and used last, when their slot holds other weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([Positions(), *(nn.Linear(8, 8) for _ in range(3))])
+
+    def forward(self, x, y):
+        x = x[:, None].expand(-1, 5, -1)
+        positions = self.layers[0](x)
+        for layer in self.layers[1:]:
+            x = x + layer(x).tanh()
+        return ((x + positions).mean((1, 2)) - y[:, 0]).square().mean()
+
+
+@pytest.mark.parametrize("grads", [True, False])
+def test_an_output_that_is_a_view_of_a_weight_outlives_its_slot(grads, tmp_path):
+    with seeded(0):
+        plain = Placed()
+    model = opened(plain, disk=tmp_path, home="disk", pins=Pins(weight_slots=1, gradient_slots=1))
+    for subject in (model, plain):
+        train(subject, [plain_batch(seed=seed) for seed in range(2)])
+    assert_same_weights(model, plain)
+    with torch.set_grad_enabled(grads):
+        assert torch.allclose(model(**plain_batch()), plain(**plain_batch()), rtol=1e-6)
+
+
+class Biased(nn.Module):
+    """As in T5: every layer is given a bias that has no batch, and that trains."""
+
+    class Layer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(8, 8)
+
+        def forward(self, x, bias):
+            return x + (self.linear(x) + bias).tanh()
+
+    def __init__(self):
+        super().__init__()
+        self.bias = nn.Linear(8, 8)
+        self.layers = nn.ModuleList(self.Layer() for _ in range(3))
+
+    def forward(self, x, y):
+        bias = self.bias(torch.ones(1, 8))
+        for layer in self.layers:
+            x = layer(x, bias)
+        return (x[:, :1] - y).square().mean()
+
+
+@pytest.mark.parametrize("tile_rows", [1, 2, None])
+def test_an_input_without_a_batch_gets_the_gradients_of_all_tiles(tile_rows, tmp_path):
+    with seeded(0):
+        plain = Biased()
+    model = opened(plain, disk=tmp_path, home="disk", pins=Pins(tile_rows=tile_rows))
+    for subject in (model, plain):
+        train(subject, [plain_batch(rows=5, seed=seed) for seed in range(3)])
+    assert_same_weights(model, plain)
+
+
+def test_memory_that_is_freed_goes_back_to_the_system():
+    memory.fix_malloc_thresholds()
+    before = memory.resident_bytes()
+    kept = []
+    for _ in range(3):
+        tensors = [torch.ones(2 << 20) for _ in range(12)]
+        kept.append(torch.ones(1 << 10))
+        assert memory.resident_bytes() - before > 80 << 20
+        del tensors
+    assert memory.resident_bytes() - before < 16 << 20
+
+
+def test_the_peak_is_not_forgotten_when_it_is_measured_anew():
+    tensor = torch.ones(16 << 20)
+    high = memory.resident_bytes()
+    del tensor
+    memory.restart_peak()
+    assert memory.recent_peak_bytes() < high <= memory.peak_bytes()

@@ -1,0 +1,177 @@
+"""The executor: reads run ahead, slots are given back, waits are counted, nothing is left behind."""
+
+import threading
+import time
+
+import pytest
+import torch
+
+import outsize
+from outsize import Pins
+from outsize.block import Plane
+from outsize.engine.session import session_of
+from outsize.plan import Direction, Read, Update, Visit
+from outsize.tier import SlowTier
+from tests.running import (
+    adamw,
+    assert_same_weights,
+    close,
+    executor_of,
+    opened,
+    train,
+    values_of,
+    wrapped_disk,
+)
+from tests.zoo import ZOO
+
+BATCH = ZOO["llama"].batch()
+
+
+def llama(tmp_path, **pins):
+    return opened(ZOO["llama"].build().train(), disk=tmp_path, home="disk", pins=Pins(**pins))
+
+
+def test_reads_are_started_before_the_block_is_reached(tmp_path):
+    model = llama(tmp_path, weight_slots=3)
+    train(model, [BATCH])
+    executor = executor_of(model)
+    ahead = []
+    model.model.layers[0].register_forward_pre_hook(
+        lambda *_: ahead.append([op.block for op in executor.executed if isinstance(op, Read)])
+    )
+    model(**BATCH)
+    assert {"L01", "L02"} & set(ahead[0])
+
+
+def test_updates_are_started_before_the_block_is_reached(tmp_path):
+    model = llama(tmp_path, weight_slots=3)
+    train(model, [BATCH])
+    executor = executor_of(model)
+    ahead = []
+    model.model.layers[0].register_forward_pre_hook(
+        lambda *_: ahead.append([op.block for op in executor.executed if isinstance(op, Update)])
+    )
+    model(**BATCH)
+    assert "L01" in ahead[0]
+
+
+def test_transfers_run_beside_computing(tmp_path, monkeypatch):
+    """Slow reads and slow layers: together they take little more than the longer of the two."""
+    delay_s, count = 0.03, 3
+
+    def delay(verb, label):
+        return delay_s if verb == "read" and ".weight" in label and label.startswith("L") else 0.0
+
+    with wrapped_disk(monkeypatch, lambda disk: SlowTier(disk, delay)):
+        model = llama(tmp_path, weight_slots=3)
+        train(model, [BATCH])
+        with torch.no_grad():
+            model(**BATCH)
+            for layer in model.model.layers:
+                layer.mlp.register_forward_hook(lambda *_: time.sleep(delay_s))
+            model(**BATCH)
+            waits = executor_of(model).wait_s
+            before = dict(waits)
+            start = time.perf_counter()
+            model(**BATCH)
+            elapsed_s = time.perf_counter() - start
+    waited_s = waits["wait weight"] - before["wait weight"]
+    assert elapsed_s < 2 * count * delay_s, "nothing overlapped"
+    assert waited_s < 0.7 * count * delay_s
+
+
+def test_waits_are_measured(tmp_path, monkeypatch):
+    with wrapped_disk(monkeypatch, lambda disk: SlowTier(disk, lambda verb, label: 0.02 * (verb == "read"))):
+        model = llama(tmp_path, weight_slots=1, gradient_slots=1)
+        train(model, [BATCH, BATCH])
+        assert outsize.report(model).wait_s["wait weight"] > 0.1
+
+
+def test_touch_brings_a_block_up_to_date_and_resumes(tmp_path):
+    model, plain = llama(tmp_path, weight_slots=1, gradient_slots=1), ZOO["llama"].build().train()
+    for subject in (model, plain):
+        optimizer = adamw(subject)
+        subject(**BATCH).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if subject is model:
+            executor = executor_of(model)
+            assert executor.store["L01"].pending is not None
+            model.model.layers[1].mlp.up_proj.weight.detach().clone()
+            assert executor.store["L01"].pending is None
+            assert executor.store["L02"].pending is not None
+        train(subject, [BATCH], optimizer)
+    assert_same_weights(model, plain)
+
+
+def test_settling_applies_everything_that_is_pending(tmp_path):
+    model = llama(tmp_path)
+    train(model, [BATCH])
+    executor = executor_of(model)
+    assert all(state.pending is not None for state in executor.store)
+    executor.settle_updates()
+    assert all(state.pending is None for state in executor.store)
+
+
+def test_no_gradient_slot_is_held_between_steps(tmp_path):
+    model = llama(tmp_path, gradient_slots=2)
+    optimizer = adamw(model)
+    for _ in range(2):
+        train(model, [BATCH], optimizer)
+        assert all(state.gradient_slot is None for state in executor_of(model).store)
+    model(**BATCH)  # claims slots for a backward that never comes
+    with torch.no_grad():
+        model(**BATCH)
+    assert all(state.gradient_slot is None for state in executor_of(model).store)
+
+
+def test_what_is_held_is_not_read_again(tmp_path):
+    model = llama(tmp_path, weight_slots=3)
+    train(model, [BATCH])
+    with torch.no_grad():
+        for _ in range(3):
+            model(**BATCH)
+    executor = executor_of(model)
+    reads = [op.block for op in executor.executed if isinstance(op, Read)]
+    held = [op.block for op in executor.executed if op.verb == "held"]
+    assert held and not set(held[:1]) & set(reads[:1])
+    assert len(reads) < len(executor.store.states)
+
+
+def test_threads_end_with_the_session(tmp_path):
+    before = set(threading.enumerate())
+    model = llama(tmp_path)
+    train(model, [BATCH])
+    names = {thread.name.rstrip("_0123456789") for thread in set(threading.enumerate()) - before}
+    assert {"outsize-feed", "outsize-apply", "outsize-source", "outsize-disk"} <= names
+    close(session_of(model))
+    assert not [thread for thread in set(threading.enumerate()) - before if thread.name.startswith("outsize")]
+
+
+def test_a_visit_needs_its_place_to_be_free(tmp_path):
+    model = llama(tmp_path)
+    train(model, [BATCH])
+    executor = executor_of(model)
+    with (
+        pytest.raises(AssertionError, match="visited inside another visit"),
+        executor.visit([Visit("L00", Direction.FORWARD)]),
+        executor.visit([Visit("L01", Direction.FORWARD)]),
+    ):
+        pass
+    train_again = values_of(model)
+    assert all(value.isfinite().all() for value in train_again.values())
+
+
+def test_gradients_wait_where_they_were_put(tmp_path):
+    """A stored gradient is read back as it was summed, from the disk or from memory."""
+    grads = []
+    for home in ("disk", "host"):
+        model = opened(ZOO["llama"].build().train(), disk=tmp_path, home=home, dtype="bfloat16")
+        for _ in range(2):
+            model(**BATCH).loss.backward()
+        placement = session_of(model).placement
+        assert placement is not None and placement.is_resident("L00", Plane.GRADIENT) is (home == "host")
+        grads.append({n: p.grad.clone() for n, p in model.named_parameters()})
+        close(session_of(model))
+    assert all(torch.equal(grads[0][name], grads[1][name]) for name in grads[0])
+    assert {grad.dtype for grad in grads[0].values()} == {torch.bfloat16}

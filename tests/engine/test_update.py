@@ -1,0 +1,183 @@
+"""The update lane: chunks through few buffers, in order, and errors that reach whoever waits."""
+
+import threading
+
+import pytest
+import torch
+
+from outsize.block import CHUNK, Block, Piece, Plane, Record
+from outsize.config import ComputeType
+from outsize.engine.update import Pending, UpdateJob, UpdateLane
+from outsize.errors import StorageError
+from outsize.optim import ADAMW, Hyper, compile_rule
+from outsize.tier import Fault, FaultKind, FaultyTier, HostArena, NullTier, Verb
+
+pytestmark = pytest.mark.timeout(30)
+TYPE = ComputeType.FLOAT32
+SIZES = (CHUNK + 100, 64, 500)
+
+
+@pytest.fixture(scope="module")
+def kernel():
+    return compile_rule(ADAMW, TYPE, eager=True)
+
+
+def make_record(sizes=SIZES, trainable=(True, True, True)):
+    block = Block("L00", tuple(Piece(f"p{i}", (size,)) for i, size in enumerate(sizes)))
+    return Record.lay_out(block, trainable, ADAMW.state(TYPE), ADAMW.element_bytes(TYPE))
+
+
+def make_job(record, hypers, after=None, weight=None, planes=None, gradient=None):
+    n = record.num_trainable
+    return UpdateJob(
+        record=record,
+        pending=Pending(tuple(hypers)),
+        disk_offset=0,
+        weight=torch.ones(record.num_elements) if weight is None else weight,
+        weight_buffer=None,
+        weight_reads=[],
+        state_planes=planes or [torch.zeros(n), torch.zeros(n)],
+        gradient=torch.full((n,), 0.5) if gradient is None else gradient,
+        is_first=False,
+        read_remainder=lambda: None,
+        after=after,
+    )
+
+
+def make_lane(kernel, disk=None, num_buffers=2):
+    record = make_record()
+    num_bytes = record.state_bytes(CHUNK) + 4 * CHUNK
+    arena = HostArena(num_buffers * num_bytes)
+    buffers = [arena.allocate(num_bytes, f"chunk{i}") for i in range(num_buffers)]
+    return UpdateLane(
+        buffers,
+        disk,
+        kernel if callable(kernel) and not hasattr(kernel, "rule") else lambda: kernel,
+        ADAMW.dtypes(TYPE),
+    )
+
+
+def test_runs_join_what_is_updated_alike_and_leave_out_the_rest():
+    record = make_record()
+    one, other = Hyper(lr=1e-3), Hyper(lr=1e-2)
+    first, second, third = record.entries
+    assert make_job(record, [one, one, one]).runs(0, CHUNK) == [(0, CHUNK, one)]
+    tail = make_job(record, [one, other, None]).runs(CHUNK, record.num_trainable)
+    assert tail == [(CHUNK, first.stop, one), (second.start, second.stop, other)]
+    assert make_job(record, [None, None, one]).runs(0, CHUNK) == []
+    assert make_job(record, [None, None, one]).runs(CHUNK, record.num_trainable) == [
+        (third.start, third.stop, one)
+    ]
+
+
+def test_chunks_cover_what_trains_and_at_first_everything():
+    record = make_record((CHUNK, CHUNK, 64), (True, False, False))
+    job = make_job(record, [Hyper(lr=1.0), None, None])
+    assert list(job.chunks()) == [(0, CHUNK, CHUNK)]
+    job.is_first = True
+    assert list(job.chunks()) == [
+        (0, CHUNK, CHUNK),
+        (CHUNK, CHUNK, 2 * CHUNK),
+        (2 * CHUNK, 2 * CHUNK, record.num_elements),
+    ]
+
+
+def test_padding_and_what_has_no_hyperparameters_stay(kernel):
+    lane, record = make_lane(kernel), make_record()
+    job = make_job(record, [Hyper(lr=0.1, weight_decay=0.0), None, Hyper(lr=0.2, weight_decay=0.0)])
+    lane.submit(job)
+    job.wait_applied()
+    lane.close()
+    first, second, third = record.entries
+    assert torch.allclose(job.weight[first.start : first.stop], torch.tensor(0.9), atol=1e-5)
+    assert torch.equal(job.weight[second.start : second.stop], torch.ones(64))
+    assert torch.allclose(job.weight[third.start : third.stop], torch.tensor(0.8), atol=1e-5)
+    assert torch.equal(job.weight[first.stop : second.start], torch.ones(second.start - first.stop))
+
+
+def test_jobs_are_applied_in_order(kernel):
+    lane, record = make_lane(kernel), make_record()
+    order = []
+
+    def slow_kernel(*args):
+        order.append(args[3].step)
+        kernel(*args)
+
+    lane = make_lane(lambda: slow_kernel)
+    weight, planes = torch.ones(record.num_elements), [torch.zeros(record.num_trainable) for _ in range(2)]
+    jobs = []
+    for step in range(1, 6):
+        hyper = Hyper(lr=0.1, step=step)
+        jobs.append(make_job(record, [hyper] * 3, jobs[-1] if jobs else None, weight, planes))
+        lane.submit(jobs[-1])
+    jobs[-1].wait_applied()
+    lane.close()
+    assert order == sorted(order) and set(order) == {1, 2, 3, 4, 5}
+    assert all(job.after is None for job in jobs), "a chain of jobs keeps what they hold alive"
+
+
+@pytest.mark.parametrize("verb", [Verb.READ, Verb.WRITE])
+def test_an_error_reaches_whoever_waits_and_the_lane_goes_on(verb, kernel):
+    record = make_record()
+    disk = FaultyTier(NullTier(record.num_bytes), [Fault(FaultKind.EIO, verb, nth=2)])
+    lane = make_lane(kernel, disk, num_buffers=1)
+    bad = make_job(record, [Hyper(lr=0.1)] * 3)
+    bad.state_planes = None
+    good = make_job(record, [Hyper(lr=0.1)] * 3)
+    lane.submit(bad)
+    lane.submit(good)
+    with pytest.raises(StorageError, match=r"L00.state\[1\]"):
+        bad.wait_written()
+    good.wait_applied()
+    third = make_job(record, [Hyper(lr=0.1)] * 3, after=bad)
+    third.state_planes = None
+    lane.submit(third)
+    with pytest.raises(StorageError):
+        third.wait_applied()
+    lane.close()
+
+
+def test_an_error_of_the_rule_reaches_whoever_waits():
+    def broken(*args):
+        raise ZeroDivisionError("a defect")
+
+    lane, record = make_lane(lambda: broken), make_record()
+    job = make_job(record, [Hyper(lr=0.1)] * 3)
+    lane.submit(job)
+    with pytest.raises(ZeroDivisionError):
+        job.wait_applied()
+    assert job.is_applied()
+    lane.close()
+
+
+def test_closing_finishes_what_was_submitted(kernel):
+    before = threading.active_count()
+    lane, record = make_lane(kernel), make_record()
+    jobs = [make_job(record, [Hyper(lr=0.1)] * 3) for _ in range(3)]
+    for job in jobs:
+        lane.submit(job)
+    lane.close()
+    assert all(job.is_applied() for job in jobs)
+    assert threading.active_count() == before
+
+
+def test_a_first_update_zeroes_state_that_streams(kernel):
+    """What an earlier job left in the buffer must not be taken for this block's moments."""
+    record = make_record()
+    disk = NullTier(record.num_bytes)
+    lane = make_lane(kernel, disk, num_buffers=1)
+    results = []
+    for _ in range(2):
+        job = make_job(record, [Hyper(lr=0.1)] * 3)
+        job.state_planes, job.is_first = None, True
+        lane.submit(job)
+        job.wait_written()
+        results.append(job.weight)
+    lane.close()
+    assert torch.equal(*results)
+    assert not torch.equal(results[0], torch.ones(record.num_elements))
+
+
+def test_planes_of_a_first_job_are_wide_enough():
+    record = make_record()
+    assert record.plane_bytes(Plane.MOMENT1) >= 4 * record.num_trainable
