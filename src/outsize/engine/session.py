@@ -562,7 +562,7 @@ class Session:
             try:
                 return place(
                     records,
-                    arena_bytes=room - self.activation_bytes,
+                    arena_bytes=max(0, room - self.activation_bytes),
                     home=self.settings.home,
                     has_disk=self.settings.budgets.disk is not None,
                     always_resident=always,
