@@ -141,16 +141,39 @@ def test_an_input_without_a_batch_gets_the_gradients_of_all_tiles(tile_rows, tmp
     assert_same_weights(model, plain)
 
 
-def test_memory_that_is_freed_goes_back_to_the_system():
-    memory.fix_malloc_thresholds()
+@pytest.fixture
+def freed_bytes():
+    """64 MiB of tensors of 1 to 32 MiB that were allocated and freed, with small ones between that live on."""
+    memory.keep_freed_memory()
+    memory.give_back()
     before = memory.resident_bytes()
-    kept = []
-    for _ in range(3):
-        tensors = [torch.ones(2 << 20) for _ in range(12)]
-        kept.append(torch.ones(1 << 10))
-        assert memory.resident_bytes() - before > 80 << 20
-        del tensors
-    assert memory.resident_bytes() - before < 16 << 20
+    tensors = [torch.ones(size << 18) for size in (1, 2, 4, 8, 17, 32)]
+    kept = torch.ones(1 << 10)
+    del tensors
+    yield memory.resident_bytes() - before
+    del kept
+
+
+def test_memory_that_is_freed_is_handed_out_again(freed_bytes):
+    assert freed_bytes > 60 << 20
+    before = memory.resident_bytes()
+    tensor = torch.ones(17 << 18)
+    assert memory.resident_bytes() - before < 1 << 20, "it came from the system"
+    del tensor
+
+
+def test_below_the_ceiling_freed_memory_is_kept(freed_bytes):
+    now = memory.resident_bytes()
+    ceiling = memory.Ceiling(now + (8 << 20))
+    ceiling.make_room(4 << 20)
+    assert ceiling.num_times == 0 and memory.resident_bytes() > now - (1 << 20)
+
+
+def test_freed_memory_makes_room_below_the_ceiling(freed_bytes):
+    now = memory.resident_bytes()
+    ceiling = memory.Ceiling(now + (8 << 20))
+    ceiling.make_room(16 << 20)
+    assert ceiling.num_times == 1 and memory.resident_bytes() < now - (48 << 20)
 
 
 def test_the_peak_is_not_forgotten_when_it_is_measured_anew():

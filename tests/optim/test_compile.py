@@ -51,6 +51,24 @@ def test_a_compiler_that_fails_is_no_error(monkeypatch, caplog, tmp_path, fresh_
     assert not list(tmp_path.rglob("*.pt2"))
 
 
+@needs_compiler
+def test_a_loaded_package_leaves_nothing_in_the_temporary_folder(own_cache, tmp_path):
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    code = """
+import torch
+from outsize.config import ComputeType
+from outsize.optim import ADAMW, Backend, Hyper, compile_rule
+kernels = [compile_rule(ADAMW, ComputeType.FLOAT32) for _ in range(2)]
+for kernel in kernels:
+    assert kernel.backend is Backend.COMPILED
+    kernel(torch.ones(5), [torch.zeros(5), torch.zeros(5)], torch.ones(5), Hyper(lr=0.5))
+"""
+    environment = {**compile.build_environment(), "TMPDIR": str(folder)}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+    assert not list(folder.iterdir())
+
+
 @pytest.mark.parametrize("how", ["argument", "environment"])
 def test_eager_on_request_is_silent(how, monkeypatch, caplog, fresh_messages):
     if how == "environment":

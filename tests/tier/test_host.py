@@ -71,6 +71,15 @@ def test_free_gives_memory_back_at_once_even_under_a_live_tensor():
     assert stale[0] == 0
 
 
+def test_memory_is_there_from_the_start():
+    """So that what the system cannot give is missing when it is asked for, and not in the middle of a step."""
+    num_bytes = 64 << 20
+    before = resident_bytes()
+    region = HostArena(num_bytes).allocate(num_bytes, "big")
+    assert resident_bytes() - before > num_bytes * 0.9
+    region.free()
+
+
 @pytest.mark.parametrize("num_bytes", [(2 << 20) - 4096, 2 << 20])
 def test_large_regions_ask_for_huge_pages(num_bytes: int):
     region = HostArena(num_bytes).allocate(num_bytes, "x")

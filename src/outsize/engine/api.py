@@ -139,7 +139,7 @@ def native_compute_type() -> ComputeType:
 
 
 def _take_over(module: nn.Module, source: Source, settings: Settings) -> nn.Module:
-    memory.fix_malloc_thresholds()
+    memory.keep_freed_memory()
     Session(module, cut(module), source, settings)
     if hasattr(module, "save_pretrained"):
         module.save_pretrained = lambda path, **_: save(module, path)  # type: ignore[assignment]

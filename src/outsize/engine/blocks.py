@@ -17,6 +17,7 @@ import torch
 
 from outsize.block import CHUNK, Block, Entry, Plane, Record
 from outsize.config import ComputeType
+from outsize.engine import memory
 from outsize.engine.update import Pending, UpdateJob, UpdateLane
 from outsize.model import Source
 from outsize.optim import Kernel, Rule, split
@@ -185,12 +186,12 @@ class BlockStore:
         if stored is not None:
             return stored[entry.start : entry.stop].view(entry.piece.shape).clone()
         _finish(state)
-        with mmap.mmap(-1, state.record.plane_bytes(Plane.GRADIENT)) as memory:
-            for transfer in self._chunk_transfers(state, Plane.GRADIENT, memoryview(memory), write=False):
+        with mmap.mmap(-1, state.record.plane_bytes(Plane.GRADIENT)) as scratch:
+            for transfer in self._chunk_transfers(state, Plane.GRADIENT, memoryview(scratch), write=False):
                 transfer.wait()
             dtype = self._gradient_dtype(state)
             start = entry.start * dtype.itemsize
-            value = bytearray(memory[start : start + entry.piece.num_elements * dtype.itemsize])
+            value = bytearray(scratch[start : start + entry.piece.num_elements * dtype.itemsize])
         return torch.frombuffer(value, dtype=dtype).view(entry.piece.shape)
 
     # -- the operations of a plan --------------------------------------------------------------------------------
@@ -415,9 +416,10 @@ class BlockStore:
         views = [plane[e.start : e.stop].view(e.piece.shape) for e in record.entries]
         if self.dtype is torch.float32:
             self.source.read(Block(record.name, tuple(e.piece for e in record.entries)), views)
-            return
-        for entry, view in zip(record.entries, views, strict=True):
-            view.copy_(self._exact_piece(record, entry)[0].view(entry.piece.shape))
+        else:
+            for entry, view in zip(record.entries, views, strict=True):
+                view.copy_(self._exact_piece(record, entry)[0].view(entry.piece.shape))
+        memory.give_back()  # a source is read once: nobody will ask for its copies and conversions again
 
     def _exact_piece(self, record: Record, entry: Entry) -> tuple[torch.Tensor, torch.Tensor]:
         """Weight and remainder of one entry's fp32 value in the source."""
@@ -435,6 +437,7 @@ class BlockStore:
         for entry in record.entries:
             if entry.trainable:
                 remainder[entry.start : entry.stop] = self._exact_piece(record, entry)[1]
+        memory.give_back()
         return remainder
 
 

@@ -68,7 +68,7 @@ def preview(
     Reads no weights and stores nothing. Raises ModelError or ConfigError for what cannot be opened at all.
     """
     settings = resolve_settings(device, host, disk, home, dtype, pins)
-    memory.fix_malloc_thresholds()
+    memory.keep_freed_memory()
     module = open_skeleton(resolve_folder(path), DTYPES[settings.compute_type])
     session = Session(module, cut(module), TensorSource({}), settings)
     if getattr(module, "main_input_name", None) != "input_ids":

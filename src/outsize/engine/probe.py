@@ -358,6 +358,7 @@ def batch_shape(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str
 
 def _watched(run: Callable[[], list[torch.Tensor]]) -> tuple[list[torch.Tensor], int]:
     """The outputs of `run()`, and by how many bytes the process's memory rose at most meanwhile."""
+    memory.give_back()
     before = memory.resident_bytes()
     memory.restart_peak()
     outputs = run()

@@ -48,8 +48,9 @@ SLACK_BYTES = 128 << 20
 HINT_MARGIN_BYTES = 8 << 20
 """Added to a budget that is recommended: two processes that do the same differ by 1 to 2 MiB."""
 
-TILE_TOKENS = 4096
-"""Tokens that a tile aims at: enough for full matmul speed; fewer where memory is short."""
+TILE_TOKENS = 2048
+"""Tokens that a tile aims at: enough for full matmul speed; fewer where memory is short. Adding up the gradients of
+512 instead costs 8 % of a step, of 2,048 less than 2."""
 
 _sessions: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Session]] = weakref.WeakKeyDictionary()
 """A module's hooks hold its session; the registry holds neither, so that both go when the module is dropped."""
@@ -95,6 +96,19 @@ class _Call:
     tile_rows: int
 
 
+@dataclass(frozen=True, slots=True)
+class _Needs:
+    """What activations take: tensors kept between visits, and the most that one visit takes beside its weights."""
+
+    boundary_bytes: int
+    visit_bytes: int
+
+    @property
+    def num_bytes(self) -> int:
+        """Both."""
+        return self.boundary_bytes + self.visit_bytes
+
+
 class Session:
     """Everything Outsize knows about one model."""
 
@@ -118,6 +132,9 @@ class Session:
         self.host_limit_bytes = 0
         self.base_bytes = 0
         self.activation_bytes = 0
+        self._room_bytes = 0
+        self._visit_bytes = 0
+        self._ceiling = memory.Ceiling(1 << 60)
         self._call: _Call | None = None
         self._forward_order: list[Visit] = []
         self._rehearsals: dict[tuple[Any, ...], Rehearsal] = {}
@@ -231,7 +248,9 @@ class Session:
                     needed = rehearse(self, args, {**kwargs, **_uncached(kwargs)}, shape)
             self._settle(needed, shape)
         assert self.executor is not None
-        self._call = _Call(rehearsal, shape, self._tile_rows(rehearsal, shape))
+        tile_rows = self._tile_rows(rehearsal, shape)
+        self._call = _Call(rehearsal, shape, tile_rows)
+        self._visit_bytes = self._needs(rehearsal, shape, tile_rows).visit_bytes
         self.executor.begin(rehearsal.visits)
         return args, kwargs
 
@@ -246,12 +265,14 @@ class Session:
     def _signature(self, args: tuple[Any, ...], kwargs: dict[str, Any], uses_cache: bool) -> tuple[Any, ...]:
         """What decides the order of visits and the batch dimensions: everything but sizes."""
 
-        def describe(value: Any) -> Any:
+        def describe(value: Any, name: str = "") -> Any:
             if isinstance(value, torch.Tensor):
                 # Models leave a mask out that masks nothing: layers are then given one tensor less.
-                masks = (
-                    value.dim() == 2 and value.dtype in (torch.bool, torch.long) and bool((value == 0).any())
-                )
+                masks = False
+                if value.dim() == 2 and value.dtype in (torch.bool, torch.long):
+                    # Positions that begin anew within a row stand for packed documents, which need a mask.
+                    is_position = name == "position_ids"
+                    masks = bool((value.diff() != 1).any() if is_position else (value == 0).any())
                 return value.dim(), value.dtype, masks
             return type(value).__name__ if isinstance(value, Cache) else repr(value)[:80]
 
@@ -262,7 +283,7 @@ class Session:
             uses_cache,
             hash(trains),
             tuple(map(describe, args)),
-            tuple(sorted((key, describe(value)) for key, value in kwargs.items() if value is not None)),
+            tuple(sorted((key, describe(value, key)) for key, value in kwargs.items() if value is not None)),
         )
 
     # -- what points ask for -------------------------------------------------------------------------------------
@@ -296,6 +317,7 @@ class Session:
     def visit(self, blocks: Sequence[str], direction: Direction) -> Iterator[dict[str, torch.Tensor]]:
         """The parameters in `blocks`, as plain views, by name."""
         visits = [Visit(name, direction, joins_next=name != blocks[-1]) for name in blocks]
+        self._ceiling.make_room(self._visit_bytes)
         with self._running.visit(visits) as states:
             yield {name: value for state in states for name, value in self._values(state).items()}
 
@@ -305,6 +327,7 @@ class Session:
     ) -> Iterator[dict[str, torch.Tensor]]:
         """As `visit`; trainable parameters are leaves whose gradients go to the block's sum as they arise."""
         visits = backward_visits(self, blocks, needs_weights)
+        self._ceiling.make_room(self._visit_bytes)
         with self._running.visit(visits) as states:
             yield {
                 name: value
@@ -497,9 +520,11 @@ class Session:
     def decide(self, rehearsal: Rehearsal, shape: BatchShape) -> list[Record]:
         """Lay records out and place them, for calls of this shape. Raises BudgetError where they do not fit."""
         records = self._lay_out(rehearsal)
+        memory.give_back()
         self.base_bytes = memory.resident_bytes()
         limit = self.settings.budgets.host_bytes
         self.host_limit_bytes = limit or self.base_bytes + int(0.9 * memory.available_bytes())
+        self._room_bytes = self.host_limit_bytes - self.base_bytes - SLACK_BYTES - _source_bytes(records)
         self.placement = self._place(records, rehearsal, shape)
         return records
 
@@ -526,6 +551,7 @@ class Session:
                 disk.close()
             raise
         self.executor = Executor(store)
+        self._ceiling = memory.Ceiling(self.host_limit_bytes - SLACK_BYTES // 2)
         self._finalizer = weakref.finalize(self, close_workers, *store.workers())
         self._locate({r.name: [entry.piece for entry in r.entries] for r in records})
         self._blocks = {r.name: Block(r.name, tuple(entry.piece for entry in r.entries)) for r in records}
@@ -555,29 +581,35 @@ class Session:
             if point.kind in (PointKind.LAYER, PointKind.LOOSE) and len(point.blocks) > 1
             for name in point.blocks
         )
-        room = self.host_limit_bytes - self.base_bytes - SLACK_BYTES
         tile_rows = self._wanted_tile_rows(shape)
+        keeps_freed = True
         while True:
-            self.activation_bytes = self._activation_bytes(rehearsal, shape, tile_rows)
+            needs = self._needs(rehearsal, shape, tile_rows)
+            self.activation_bytes = needs.num_bytes
+            # Freed activations fit badly into one another; with room for a second visit nothing has to be given back.
+            taken = needs.num_bytes + (needs.visit_bytes if keeps_freed else 0)
             try:
                 return place(
                     records,
-                    arena_bytes=max(0, room - self.activation_bytes),
+                    arena_bytes=max(0, self._room_bytes - taken),
                     home=self.settings.home,
                     has_disk=self.settings.budgets.disk is not None,
                     always_resident=always,
                     pins=self.settings.pins,
                 )
             except BudgetError as error:
+                if keeps_freed:
+                    keeps_freed = False
+                    continue
                 if tile_rows > 1 and self.settings.pins.tile_rows is None:
                     tile_rows = -(-tile_rows // 2)
                     continue
-                needed = self.base_bytes + SLACK_BYTES + self.activation_bytes
+                needed = self.host_limit_bytes - self._room_bytes + self.activation_bytes
                 raise BudgetError(
                     f"the model does not fit into {format_bytes(self.host_limit_bytes)}: {error.message}; "
                     f"the process itself has {format_bytes(self.base_bytes)}, "
                     f"activations take {format_bytes(self.activation_bytes)}, "
-                    f"{format_bytes(SLACK_BYTES)} are kept free",
+                    f"{format_bytes(SLACK_BYTES + _source_bytes(records))} are kept free",
                     hint=self._budget_hint(records, needed, always),
                 ) from error
 
@@ -618,18 +650,18 @@ class Session:
         wanted = self.settings.pins.tile_rows or -(-TILE_TOKENS // shape.row_tokens)
         return max(1, min(rows, wanted))
 
-    def _activation_bytes(self, rehearsal: Rehearsal, shape: BatchShape, tile_rows: int) -> int:
+    def _needs(self, rehearsal: Rehearsal, shape: BatchShape, tile_rows: int) -> _Needs:
         rows = shape.rows or 1
         is_tiled = bool(rehearsal.dims) and all(dims is not None for dims in rehearsal.dims.values())
         tile = rehearsal.tile_bytes.at(tile_rows if is_tiled else rows)
-        return rehearsal.boundary_bytes.at(rows) + max(tile, rehearsal.loss_bytes.at(rows))
+        return _Needs(rehearsal.boundary_bytes.at(rows), max(tile, rehearsal.loss_bytes.at(rows)))
 
     def _tile_rows(self, rehearsal: Rehearsal, shape: BatchShape) -> int:
         """The largest tile whose memory is within what is left beside the arenas."""
         assert self.placement is not None
-        room = self.host_limit_bytes - self.base_bytes - SLACK_BYTES - self.placement.arena_bytes
+        room = self._room_bytes - self.placement.arena_bytes
         tile_rows = self._wanted_tile_rows(shape)
-        while (needed := self._activation_bytes(rehearsal, shape, tile_rows)) > room:
+        while (needed := self._needs(rehearsal, shape, tile_rows).num_bytes) > room:
             if tile_rows == 1 or self.settings.pins.tile_rows is not None:
                 raise BudgetError(
                     f"a batch of {shape.rows or 1} rows takes {format_bytes(needed)} of activations, "
@@ -693,6 +725,11 @@ def backward_visits(session: Session, blocks: Sequence[str], needs_weights: bool
         )
         for name in blocks
     ]
+
+
+def _source_bytes(records: Sequence[Record]) -> int:
+    """What reading a block for the first time takes: a parameter in fp32, and what it is converted to."""
+    return 8 * max((e.piece.num_elements for record in records for e in record.entries), default=0)
 
 
 def _uncached(kwargs: Mapping[str, Any]) -> dict[str, Any]:

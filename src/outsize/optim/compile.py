@@ -12,6 +12,7 @@ which belongs in a commit.
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import logging
 import os
@@ -26,7 +27,7 @@ from enum import StrEnum
 from functools import cache, lru_cache
 from pathlib import Path
 from threading import Lock
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor
@@ -39,6 +40,10 @@ _EAGER_ELEMENTS = 1 << 16
 
 _MAX_CALLERS = 4
 """Threads that can be inside one compiled kernel at once; more wait their turn."""
+
+_loaders: dict[Path, Any] = {}
+"""Packages that are loaded, each once. A loader unpacks into the temporary folder and clears it when it goes."""
+atexit.register(_loaders.clear)
 
 _log = logging.getLogger("outsize")
 
@@ -152,16 +157,18 @@ class Compilation:
         return Kernel(self._rule, self._compute_type, Backend.EAGER, function)
 
     def _load(self, path: Path) -> Kernel | None:
-        if not is_intact(path):
-            return None
-        try:
-            # What torch._inductor.aoti_load_package calls, without importing dynamo (2.5 s) on the way.
-            loader = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", False, _MAX_CALLERS, -1)
-        except (RuntimeError, OSError) as error:
-            _log.debug("cannot load %s: %s", path, error)
-            return None
+        if path not in _loaders:
+            if not is_intact(path):
+                return None
+            try:
+                # What torch._inductor.aoti_load_package calls, without importing dynamo (2.5 s) on the way.
+                loader = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", False, _MAX_CALLERS, -1)
+            except (RuntimeError, OSError) as error:
+                _log.debug("cannot load %s: %s", path, error)
+                return None
+            _loaders[path] = loader
         return Kernel(
-            self._rule, self._compute_type, Backend.COMPILED, lambda *planes: loader.run(list(planes))
+            self._rule, self._compute_type, Backend.COMPILED, lambda *planes: _loaders[path].run(list(planes))
         )
 
 

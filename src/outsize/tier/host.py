@@ -1,8 +1,8 @@
 """Host memory: an arena that hands out page-aligned regions and never exceeds its limit.
 
 Each region is an anonymous mapping of its own, so that giving it back gives it back to the operating system,
-which malloc and torch's allocators do not promise. The limit counts what is handed out; pages are taken when
-first touched.
+which malloc and torch's allocators do not promise. A region's pages are taken when it is allocated, so that what the
+system cannot give is missing at the start and not in the middle of a step.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from outsize.errors import BudgetError
 
 HUGE_PAGE_BYTES = 2 << 20
 """Regions of at least this size ask for transparent huge pages: fewer faults, fewer pages to pin."""
+
+_MADV_POPULATE_WRITE = 23
 
 
 class Region:
@@ -120,6 +122,8 @@ class HostArena:
                 # Refused where the kernel has no transparent huge pages; small pages do as well.
                 with contextlib.suppress(OSError):
                     memory.madvise(mmap.MADV_HUGEPAGE)
+            with contextlib.suppress(OSError):  # kernels before 5.14: pages are taken when first touched
+                memory.madvise(_MADV_POPULATE_WRITE)
             region = Region(self, name, memory)
             self._regions[id(region)] = region
             self._in_use_bytes += size
