@@ -17,10 +17,10 @@ from torch import Tensor
 
 from outsize.block import CHUNK
 from outsize.config import ComputeType
-from outsize.optim import ADAMW, Hyper, compile_rule, start_compile
+from outsize.optim import ADAMW, AdamWHyper, compile_rule, start_compile
 from outsize.optim.build import package
 
-HYPER = Hyper(lr=1e-4, step=10)
+HYPER = AdamWHyper(lr=1e-4, step=10)
 IN_CACHE = 1 << 17
 
 Call = Callable[[list[Tensor]], object]

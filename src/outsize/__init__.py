@@ -18,16 +18,37 @@ from outsize.config import Pins
 from outsize.errors import OutsizeError
 
 if TYPE_CHECKING:
-    from outsize.engine import AdamW, PlanSummary, Report, load, preview, report, save, wrap
+    from outsize.engine import (
+        SGD,
+        AdamW,
+        AdamW8bit,
+        Adan,
+        Lion,
+        PlanSummary,
+        Report,
+        SGDSaI,
+        decay_groups,
+        load,
+        preview,
+        report,
+        save,
+        wrap,
+    )
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "SGD",
     "AdamW",
+    "AdamW8bit",
+    "Adan",
+    "Lion",
     "OutsizeError",
     "Pins",
     "PlanSummary",
     "Report",
+    "SGDSaI",
+    "decay_groups",
     "load",
     "preview",
     "report",

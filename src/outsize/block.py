@@ -12,9 +12,10 @@ Offsets inside a plane never depend on where the plane lives: that is what makes
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from fractions import Fraction
 from functools import cached_property
 from math import prod
 
@@ -28,7 +29,7 @@ CHUNK = 1 << 20
 """Elements of a plane that are updated, and transferred, at once."""
 
 
-def align(value: int, alignment: int = ALIGNMENT) -> int:
+def align(value: int | Fraction, alignment: int = ALIGNMENT) -> int:
     """`value` rounded up to a multiple of `alignment`."""
     return -(-value // alignment) * alignment
 
@@ -40,6 +41,9 @@ class Plane(StrEnum):
     REMAINDER = "remainder"
     MOMENT1 = "moment1"
     MOMENT2 = "moment2"
+    MOMENT3 = "moment3"
+    PREVIOUS = "previous"
+    """The gradient of the step before."""
     GRADIENT = "gradient"
 
 
@@ -102,19 +106,24 @@ class Record:
     """A block with its bytes laid out. Build with `Record.lay_out`.
 
     `state` lists the state planes in the order in which a chunk interleaves them; `element_bytes` gives the size of an
-    element per plane. Offsets of extents are relative to the record; the engine adds the record's base.
+    element per plane (a fraction for state where groups of `ENTRY_ALIGNMENT` elements share some bytes). Offsets of
+    extents are relative to the record; the engine adds the record's base.
     """
 
     block: Block
     entries: tuple[Entry, ...]
     state: tuple[Plane, ...]
-    element_bytes: dict[Plane, int]
+    element_bytes: Mapping[Plane, int | Fraction]
     num_elements: int
     num_trainable: int
 
     @classmethod
     def lay_out(
-        cls, block: Block, trainable: Sequence[bool], state: Sequence[Plane], element_bytes: dict[Plane, int]
+        cls,
+        block: Block,
+        trainable: Sequence[bool],
+        state: Sequence[Plane],
+        element_bytes: Mapping[Plane, int | Fraction],
     ) -> Record:
         """Place the block's pieces, trainable ones first; `trainable` holds one flag per piece."""
         entries: list[Entry] = []
@@ -153,7 +162,7 @@ class Record:
         assert plane in (Plane.WEIGHT, Plane.GRADIENT) and start % CHUNK == 0, (plane, start)
         size = self.element_bytes[plane]
         base = 0 if plane is Plane.WEIGHT else self._gradient_offset
-        return Extent(base + start * size, align((stop - start) * size))
+        return Extent(base + int(start * size), align((stop - start) * size))
 
     def state_extent(self, start: int, stop: int) -> Extent:
         """Where all state planes of the chunk `[start, stop)` lie on disk, as one run."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from enum import StrEnum
@@ -142,3 +143,18 @@ class Budgets:
             device_bytes=None if device is None else parse_bytes(device, "device"),
             disk=None if disk is None else DiskBudget.parse(disk),
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What the user asked for, resolved."""
+
+    budgets: Budgets
+    home: Home | None
+    compute_type: ComputeType
+    pins: Pins
+
+
+def cache_folder() -> Path:
+    """Where what can be made again is kept between runs: `$OUTSIZE_CACHE`, or `~/.cache/outsize`."""
+    return Path(os.environ.get("OUTSIZE_CACHE") or Path.home() / ".cache" / "outsize")

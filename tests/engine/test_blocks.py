@@ -60,7 +60,7 @@ def test_planes_live_where_the_placement_says(tmp_path):
     pins = Pins(resident_bytes=100_000)
     model = opened(ZOO["llama"].build().train(), disk=tmp_path, pins=pins)
     train(model, [ZOO["llama"].batch()])
-    placement = session_of(model).placement
+    placement = session_of(model).budget.placement
     kinds = set()
     for state in executor_of(model).store:
         for plane in (Plane.WEIGHT, Plane.GRADIENT, *state.record.state):
@@ -180,5 +180,7 @@ def test_the_peak_is_not_forgotten_when_it_is_measured_anew():
     tensor = torch.ones(16 << 20)
     high = memory.resident_bytes()
     del tensor
+    memory.give_back()
     memory.restart_peak()
-    assert memory.recent_peak_bytes() < high <= memory.peak_bytes()
+    slack = 1 << 20  # the kernel counts pages of a thread in lots
+    assert memory.recent_peak_bytes() < high <= memory.peak_bytes() + slack

@@ -169,7 +169,7 @@ def test_gradients_wait_where_they_were_put(tmp_path):
         model = opened(ZOO["llama"].build().train(), disk=tmp_path, home=home, dtype="bfloat16")
         for _ in range(2):
             model(**BATCH).loss.backward()
-        placement = session_of(model).placement
+        placement = session_of(model).budget.placement
         assert placement is not None and placement.is_resident("L00", Plane.GRADIENT) is (home == "host")
         grads.append({n: p.grad.clone() for n, p in model.named_parameters()})
         close(session_of(model))

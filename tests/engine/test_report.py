@@ -77,7 +77,7 @@ def test_a_preview_is_what_the_run_will_be(home, folder):
     assert tiers(preview.rows, *names) == tiers(report.rows, *names)
     assert preview.num_parameters == report.num_parameters
     assert preview.num_blocks == len(executor_of(model).store.states)
-    placement = session_of(model).placement
+    placement = session_of(model).budget.placement
     assert placement is not None
     assert bool(preview.disk_bytes) is (home == "disk")
     assert len(preview.slots) == (

@@ -9,7 +9,7 @@ from outsize.block import CHUNK, Block, Piece, Plane, Record
 from outsize.config import ComputeType
 from outsize.engine.update import Pending, UpdateJob, UpdateLane
 from outsize.errors import StorageError
-from outsize.optim import ADAMW, Hyper, compile_rule
+from outsize.optim import ADAMW, AdamWHyper, compile_rule
 from outsize.tier import Fault, FaultKind, FaultyTier, HostArena, NullTier, Verb
 
 pytestmark = pytest.mark.timeout(30)
@@ -59,7 +59,7 @@ def make_lane(kernel, disk=None, num_buffers=2):
 
 def test_runs_join_what_is_updated_alike_and_leave_out_the_rest():
     record = make_record()
-    one, other = Hyper(lr=1e-3), Hyper(lr=1e-2)
+    one, other = AdamWHyper(lr=1e-3), AdamWHyper(lr=1e-2)
     first, second, third = record.entries
     assert make_job(record, [one, one, one]).runs(0, CHUNK) == [(0, CHUNK, one)]
     tail = make_job(record, [one, other, None]).runs(CHUNK, record.num_trainable)
@@ -72,7 +72,7 @@ def test_runs_join_what_is_updated_alike_and_leave_out_the_rest():
 
 def test_chunks_cover_what_trains_and_at_first_everything():
     record = make_record((CHUNK, CHUNK, 64), (True, False, False))
-    job = make_job(record, [Hyper(lr=1.0), None, None])
+    job = make_job(record, [AdamWHyper(lr=1.0), None, None])
     assert list(job.chunks()) == [(0, CHUNK, CHUNK)]
     job.is_first = True
     assert list(job.chunks()) == [
@@ -84,7 +84,7 @@ def test_chunks_cover_what_trains_and_at_first_everything():
 
 def test_padding_and_what_has_no_hyperparameters_stay(kernel):
     lane, record = make_lane(kernel), make_record()
-    job = make_job(record, [Hyper(lr=0.1, weight_decay=0.0), None, Hyper(lr=0.2, weight_decay=0.0)])
+    job = make_job(record, [AdamWHyper(lr=0.1, weight_decay=0.0), None, AdamWHyper(lr=0.2, weight_decay=0.0)])
     lane.submit(job)
     job.wait_applied()
     lane.close()
@@ -107,7 +107,7 @@ def test_jobs_are_applied_in_order(kernel):
     weight, planes = torch.ones(record.num_elements), [torch.zeros(record.num_trainable) for _ in range(2)]
     jobs = []
     for step in range(1, 6):
-        hyper = Hyper(lr=0.1, step=step)
+        hyper = AdamWHyper(lr=0.1, step=step)
         jobs.append(make_job(record, [hyper] * 3, jobs[-1] if jobs else None, weight, planes))
         lane.submit(jobs[-1])
     jobs[-1].wait_applied()
@@ -121,15 +121,15 @@ def test_an_error_reaches_whoever_waits_and_the_lane_goes_on(verb, kernel):
     record = make_record()
     disk = FaultyTier(NullTier(record.num_bytes), [Fault(FaultKind.EIO, verb, nth=2)])
     lane = make_lane(kernel, disk, num_buffers=1)
-    bad = make_job(record, [Hyper(lr=0.1)] * 3)
+    bad = make_job(record, [AdamWHyper(lr=0.1)] * 3)
     bad.state_planes = None
-    good = make_job(record, [Hyper(lr=0.1)] * 3)
+    good = make_job(record, [AdamWHyper(lr=0.1)] * 3)
     lane.submit(bad)
     lane.submit(good)
     with pytest.raises(StorageError, match=r"L00.state\[1\]"):
         bad.wait_written()
     good.wait_applied()
-    third = make_job(record, [Hyper(lr=0.1)] * 3, after=bad)
+    third = make_job(record, [AdamWHyper(lr=0.1)] * 3, after=bad)
     third.state_planes = None
     lane.submit(third)
     with pytest.raises(StorageError):
@@ -142,7 +142,7 @@ def test_an_error_of_the_rule_reaches_whoever_waits():
         raise ZeroDivisionError("a defect")
 
     lane, record = make_lane(lambda: broken), make_record()
-    job = make_job(record, [Hyper(lr=0.1)] * 3)
+    job = make_job(record, [AdamWHyper(lr=0.1)] * 3)
     lane.submit(job)
     with pytest.raises(ZeroDivisionError):
         job.wait_applied()
@@ -153,7 +153,7 @@ def test_an_error_of_the_rule_reaches_whoever_waits():
 def test_closing_finishes_what_was_submitted(kernel):
     before = threading.active_count()
     lane, record = make_lane(kernel), make_record()
-    jobs = [make_job(record, [Hyper(lr=0.1)] * 3) for _ in range(3)]
+    jobs = [make_job(record, [AdamWHyper(lr=0.1)] * 3) for _ in range(3)]
     for job in jobs:
         lane.submit(job)
     lane.close()
@@ -168,7 +168,7 @@ def test_a_first_update_zeroes_state_that_streams(kernel):
     lane = make_lane(kernel, disk, num_buffers=1)
     results = []
     for _ in range(2):
-        job = make_job(record, [Hyper(lr=0.1)] * 3)
+        job = make_job(record, [AdamWHyper(lr=0.1)] * 3)
         job.state_planes, job.is_first = None, True
         lane.submit(job)
         job.wait_written()

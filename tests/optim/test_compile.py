@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from outsize.config import ComputeType
-from outsize.optim import ADAMW, Backend, Hyper, compile, compile_rule, start_compile
+from outsize.optim import ADAMW, AdamWHyper, Backend, compile, compile_rule, start_compile
 
 FLOAT32 = ComputeType.FLOAT32
 needs_compiler = pytest.mark.skipif(compile.find_compiler() is None, reason="no C++ compiler here")
@@ -17,7 +17,7 @@ needs_compiler = pytest.mark.skipif(compile.find_compiler() is None, reason="no 
 
 def update_once(kernel):
     weight = torch.ones(5)
-    kernel(weight, [torch.zeros(5), torch.zeros(5)], torch.ones(5), Hyper(lr=0.5, weight_decay=0.0))
+    kernel(weight, [torch.zeros(5), torch.zeros(5)], torch.ones(5), AdamWHyper(lr=0.5, weight_decay=0.0))
     return weight
 
 
@@ -58,11 +58,11 @@ def test_a_loaded_package_leaves_nothing_in_the_temporary_folder(own_cache, tmp_
     code = """
 import torch
 from outsize.config import ComputeType
-from outsize.optim import ADAMW, Backend, Hyper, compile_rule
+from outsize.optim import ADAMW, AdamWHyper, Backend, compile_rule
 kernels = [compile_rule(ADAMW, ComputeType.FLOAT32) for _ in range(2)]
 for kernel in kernels:
     assert kernel.backend is Backend.COMPILED
-    kernel(torch.ones(5), [torch.zeros(5), torch.zeros(5)], torch.ones(5), Hyper(lr=0.5))
+    kernel(torch.ones(5), [torch.zeros(5), torch.zeros(5)], torch.ones(5), AdamWHyper(lr=0.5))
 """
     environment = {**compile.build_environment(), "TMPDIR": str(folder)}
     subprocess.run([sys.executable, "-c", code], env=environment, check=True)

@@ -1,4 +1,5 @@
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -7,9 +8,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from outsize.config import ComputeType
-from outsize.optim import Backend, Hyper, deinterleave, interleave, join, split
+from outsize.optim import AdamWHyper, Backend, deinterleave, interleave, join, split
 
-HYPER = Hyper(lr=1e-2, weight_decay=0.1, step=3, gradient_scale=0.3)
+HYPER = AdamWHyper(lr=1e-2, weight_decay=0.1, step=3, gradient_scale=0.3)
 
 
 def make_planes(compute_type, num_elements, seed=0, offset=0):
@@ -46,9 +47,9 @@ def natural(compute_type, planes):
 @pytest.mark.parametrize(
     "hyper",
     [
-        Hyper(lr=1e-3, weight_decay=0.0),
-        Hyper(lr=1e-2, weight_decay=0.1, gradient_scale=0.37),
-        Hyper(lr=3e-3, beta1=0.8, beta2=0.95, eps=1e-4),
+        AdamWHyper(lr=1e-3, weight_decay=0.0),
+        AdamWHyper(lr=1e-2, weight_decay=0.1, gradient_scale=0.37),
+        AdamWHyper(lr=3e-3, beta1=0.8, beta2=0.95, eps=1e-4),
     ],
     ids=["plain", "decay and scale", "betas"],
 )
@@ -72,8 +73,7 @@ def test_adamw_is_torch_adamw(kernel, hyper):
         planes[-1].copy_(gradient)
         parameter.grad = gradient.to(torch.float32) * hyper.gradient_scale
         theirs.step()
-        fields = {name: getattr(hyper, name) for name in Hyper.__slots__}
-        run(kernel, planes, Hyper(**{**fields, "step": step}))
+        run(kernel, planes, replace(hyper, step=step))
         assert_same_bits(planes[-1:], [gradient.to(planes[-1].dtype)])
     expected = [parameter.data, theirs.state[parameter]["exp_avg"], theirs.state[parameter]["exp_avg_sq"]]
     for ours, value in zip(natural(compute_type, planes), expected, strict=True):
@@ -89,7 +89,7 @@ def test_split_rule_has_the_bits_of_the_fp32_rule(kernels, backend, num_elements
     for compute_type in ComputeType:
         planes = make_planes(compute_type, num_elements)
         for step in range(1, 4):
-            run(kernels[compute_type, backend], planes, Hyper(lr=1e-2, step=step, gradient_scale=0.7))
+            run(kernels[compute_type, backend], planes, AdamWHyper(lr=1e-2, step=step, gradient_scale=0.7))
         results.append(natural(compute_type, planes))
     assert_same_bits(*results)
 
@@ -103,7 +103,7 @@ def test_split_rule_keeps_every_master(kernel):
         bits = torch.where(bits >= 1 << 31, bits - (1 << 32), bits).to(torch.int32)
         planes = make_planes(kernel.compute_type, 1 << 16)
         planes[0], planes[3] = split(bits.view(torch.float32))
-        run(kernel, planes, Hyper(lr=0.0))
+        run(kernel, planes, AdamWHyper(lr=0.0))
         # As numbers: a master of -0.0 may become 0.0.
         assert torch.equal(join(planes[0], planes[3]), bits.view(torch.float32))
 
@@ -151,7 +151,7 @@ def test_threads_may_share_a_kernel(kernel):
     num_jobs = 16
     expected = [make_planes(kernel.compute_type, 1 << 16, seed) for seed in range(num_jobs)]
     planes = [make_planes(kernel.compute_type, 1 << 16, seed) for seed in range(num_jobs)]
-    hypers = [Hyper(lr=1e-3 * (job + 1), step=job + 1) for job in range(num_jobs)]
+    hypers = [AdamWHyper(lr=1e-3 * (job + 1), step=job + 1) for job in range(num_jobs)]
     for job in range(num_jobs):
         run(kernel, expected[job], hypers[job])
     with ThreadPoolExecutor(2) as pool:

@@ -1,3 +1,5 @@
+from fractions import Fraction
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -5,7 +7,7 @@ from hypothesis import strategies as st
 
 from outsize.block import Plane
 from outsize.config import ComputeType
-from outsize.optim import ADAMW, RULES, Hyper, deinterleave, interleave, join, split
+from outsize.optim import RULES, AdamWHyper, deinterleave, interleave, join, split
 
 UPPER = [0x0000, 0x0001, 0x007F, 0x0080, 0x00FF, 0x3F7F, 0x3F80, 0x3FFF, 0x4000, 0x7F00, 0x7F7E]
 """Upper halves: zero, smallest and largest denormals, carries into the exponent, one, largest numbers."""
@@ -39,25 +41,20 @@ def test_interleave_inverts_deinterleave(length):
 
 
 def test_planes_and_their_sizes():
-    assert RULES == {"adamw": ADAMW}
-    moments = (Plane.MOMENT1, Plane.MOMENT2)
-    assert ADAMW.state(ComputeType.FLOAT32) == moments
-    assert ADAMW.state(ComputeType.BFLOAT16) == (*moments, Plane.REMAINDER)
-    assert ADAMW.element_bytes(ComputeType.FLOAT32) == {
-        Plane.WEIGHT: 4,
-        Plane.MOMENT1: 4,
-        Plane.MOMENT2: 4,
-        Plane.GRADIENT: 4,
-    }
-    assert ADAMW.element_bytes(ComputeType.BFLOAT16) == {
-        Plane.WEIGHT: 2,
-        Plane.MOMENT1: 4,
-        Plane.MOMENT2: 4,
-        Plane.REMAINDER: 2,
-        Plane.GRADIENT: 2,
-    }
+    assert list(RULES) == ["adamw", "adamw8bit", "sgd", "lion", "adan"]
+    assert all(RULES[rule.name] is rule for rule in RULES.values())
+    num_moments = {"adamw": 2, "adamw8bit": 2, "sgd": 1, "lion": 1, "adan": 4}
+    for name, rule in RULES.items():
+        assert rule.moments[0] is Plane.MOMENT1, "it stands for all state planes in a placement"
+        assert len(set(rule.moments)) == num_moments[name]
+        assert rule.state(ComputeType.FLOAT32) == rule.moments
+        assert rule.state(ComputeType.BFLOAT16) == (*rule.moments, Plane.REMAINDER)
+        moments = dict.fromkeys(rule.moments, Fraction(17, 16) if rule.codes else 4)
+        assert rule.element_bytes(ComputeType.FLOAT32) == {Plane.WEIGHT: 4, **moments, Plane.GRADIENT: 4}
+        narrow = {Plane.WEIGHT: 2, **moments, Plane.REMAINDER: 2, Plane.GRADIENT: 2}
+        assert rule.element_bytes(ComputeType.BFLOAT16) == narrow
 
 
 def test_steps_count_from_one():
     with pytest.raises(AssertionError):
-        ADAMW.scalars(Hyper(lr=1e-3, step=0))
+        AdamWHyper(lr=1e-3, step=0)

@@ -16,7 +16,6 @@ import torch
 
 import outsize
 from outsize import Pins
-from outsize.engine import session as session_module
 from outsize.engine.session import session_of
 from outsize.errors import (
     BudgetError,
@@ -314,12 +313,11 @@ def test_the_least_memory_that_is_named_really_works(name, home, tmp_path):
     assert fit(name, least, tmp_path, home) == "fits"
 
 
-def test_a_batch_that_outgrows_the_budget_is_refused_with_a_hint(tmp_path, monkeypatch):
-    monkeypatch.setattr(session_module, "SLACK_BYTES", 0)
+def test_a_batch_that_outgrows_the_budget_is_refused_with_a_hint(tmp_path):
     model = llama(tmp_path, pins=Pins(tile_rows=1))
     train(model, batches(1))
     session = session_of(model)
-    session.host_limit_bytes = session.base_bytes + session.placement.arena_bytes + 1
+    session.budget.room_bytes = session.budget.placement.arena_bytes + 1
     with pytest.raises(BudgetError, match="of activations") as refusal:
         model(**ZOO["llama"].batch(rows=8, length=60))
     assert "fewer rows" in refusal.value.hint

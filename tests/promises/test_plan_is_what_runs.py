@@ -54,7 +54,7 @@ def test_memory_is_what_the_plan_says(name, weight_slots, tmp_path, monkeypatch)
     pins = Pins(weight_slots=weight_slots, gradient_slots=2)
     model = opened(ZOO[name].build().train(), disk=tmp_path, home="disk", pins=pins)
     train(model, [[ZOO[name].batch(seed=2 * i + part) for part in range(2)] for i in range(3)])
-    placement, store = session_of(model).placement, executor_of(model).store
+    placement, store = session_of(model).budget.placement, executor_of(model).store
     assert placement is not None
     weights, gradients = store.slot_high_water
     assert weights == tuple(map(max, *(peak.weight_slots for peak in peaks)))

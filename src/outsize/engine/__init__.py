@@ -1,8 +1,23 @@
-"""Runs models block by block: sessions, visits, the executor, the optimizer."""
+"""Runs models block by block: sessions, visits, the executor, the optimizers."""
 
 from outsize.engine.api import load, save, wrap
-from outsize.engine.optimizer import AdamW
+from outsize.engine.optimizers import SGD, AdamW, AdamW8bit, Adan, Lion, SGDSaI, decay_groups
 from outsize.engine.preview import PlanSummary, preview
 from outsize.engine.report import Report, report
 
-__all__ = ["AdamW", "PlanSummary", "Report", "load", "preview", "report", "save", "wrap"]
+__all__ = [
+    "SGD",
+    "AdamW",
+    "AdamW8bit",
+    "Adan",
+    "Lion",
+    "PlanSummary",
+    "Report",
+    "SGDSaI",
+    "decay_groups",
+    "load",
+    "preview",
+    "report",
+    "save",
+    "wrap",
+]

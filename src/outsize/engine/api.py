@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
 
 from outsize.block import Block
-from outsize.config import Budgets, ComputeType, Home, Pins
+from outsize.config import Budgets, ComputeType, Home, Pins, Settings
 from outsize.engine import memory
 from outsize.engine.blocks import DTYPES
 from outsize.engine.placeholder import OffloadedParameter
-from outsize.engine.session import Session, Settings, session_of
+from outsize.engine.session import Session, session_of
 from outsize.errors import ConfigError, ModelError, UsageError
 from outsize.model import (
     InitSource,
@@ -140,7 +141,16 @@ def native_compute_type() -> ComputeType:
 
 def _take_over(module: nn.Module, source: Source, settings: Settings) -> nn.Module:
     memory.keep_freed_memory()
+    memory.bound_kernel_caches()
     Session(module, cut(module), source, settings)
+    module.load_state_dict = _refuse_state_dict  # type: ignore[method-assign]
     if hasattr(module, "save_pretrained"):
         module.save_pretrained = lambda path, **_: save(module, path)  # type: ignore[assignment]
     return module
+
+
+def _refuse_state_dict(*args: Any, **kwargs: Any) -> NoReturn:
+    raise UsageError(
+        "weights cannot be put into a model that lives in Outsize's store",
+        hint="open the folder that holds them with outsize.load(path); going on with a run's moments is not possible yet",
+    )

@@ -181,18 +181,37 @@ class BlockStore:
 
     def gradient_value(self, state: BlockState, index: int) -> torch.Tensor:
         """A copy of entry `index` of the stored gradient, in the shape of its piece."""
-        entry = state.record.entries[index]
-        stored = self._resident(state, Plane.GRADIENT)
-        if stored is not None:
-            return stored[entry.start : entry.stop].view(entry.piece.shape).clone()
+        piece = state.record.entries[index].piece
+        value = torch.empty(piece.num_elements, dtype=self._gradient_dtype(state))
+        filled = 0
+        for part in self.gradient_parts(state, index):
+            value[filled : filled + part.numel()] = part
+            filled += part.numel()
+        return value.view(piece.shape)
+
+    def gradient_parts(self, state: BlockState, index: int) -> Iterator[torch.Tensor]:
+        """Entry `index` of the stored gradient, 1-D and cut at chunks; valid until the next part is asked for."""
+        record = state.record
+        entry, dtype = record.entries[index], self._gradient_dtype(state)
         _finish(state)
-        with mmap.mmap(-1, state.record.plane_bytes(Plane.GRADIENT)) as scratch:
-            for transfer in self._chunk_transfers(state, Plane.GRADIENT, memoryview(scratch), write=False):
-                transfer.wait()
-            dtype = self._gradient_dtype(state)
-            start = entry.start * dtype.itemsize
-            value = bytearray(scratch[start : start + entry.piece.num_elements * dtype.itemsize])
-        return torch.frombuffer(value, dtype=dtype).view(entry.piece.shape)
+        stored = self._resident(state, Plane.GRADIENT)
+        with mmap.mmap(-1, record.chunk_extent(Plane.GRADIENT, 0, CHUNK).num_bytes) as scratch:
+            for start, stop in record.chunks():
+                first, last = max(entry.start, start), min(entry.stop, stop)
+                if first >= last:
+                    continue
+                if stored is not None:
+                    yield stored[first:last]
+                    continue
+                assert self.disk is not None, f"{state.name}.gradient has no home on disk"
+                extent = record.chunk_extent(Plane.GRADIENT, start, stop)
+                label = f"{record.name}.gradient[{start // CHUNK}]"
+                buffer = memoryview(scratch)[: extent.num_bytes]
+                self.disk.start_read(state.disk_offset + extent.offset, buffer, label).wait()
+                size = dtype.itemsize
+                inside = bytearray(buffer[(first - start) * size : (last - start) * size])
+                buffer.release()
+                yield torch.frombuffer(inside, dtype=dtype)
 
     # -- the operations of a plan --------------------------------------------------------------------------------
 
@@ -379,7 +398,8 @@ class BlockStore:
         if region is None:
             return None
         dtype = self._gradient_dtype(state) if plane is Plane.GRADIENT else self.plane_dtypes[plane]
-        return region.tensor(dtype, state.record.plane_elements(plane))
+        num_bytes = state.record.plane_elements(plane) * state.record.element_bytes[plane]
+        return region.tensor(dtype, int(num_bytes) // dtype.itemsize)
 
     def _gradient_dtype(self, state: BlockState) -> torch.dtype:
         return torch.float32 if state.record.element_bytes[Plane.GRADIENT] == 4 else torch.bfloat16

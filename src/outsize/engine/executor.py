@@ -72,10 +72,12 @@ class Executor:
         self._make_plan(list(visits))
 
     @contextmanager
-    def visit(self, visits: Sequence[Visit]) -> Iterator[list[BlockState]]:
+    def visit(
+        self, visits: Sequence[Visit], before: Callable[[], None] = lambda: None
+    ) -> Iterator[list[BlockState]]:
         """The blocks' weights are in memory (and, where they train, their gradient sums ready) inside the context.
 
-        `visits` are those of one point: one, or several that are joined.
+        `visits` are those of one point: one, or several that are joined. `before` is called when they are reached.
         """
         assert self._depth == 0, f"{visits[0].block} is visited inside another visit"
         for visit in visits:
@@ -86,6 +88,7 @@ class Executor:
                 self.store.begin_sum(state)
         self._depth += 1
         try:
+            before()
             yield states
         except BaseException:
             self._abandon()

@@ -265,6 +265,7 @@ class Logits(torch.Tensor):
     head: Head
     hidden: torch.Tensor
     is_sealed: bool
+    has_graph: bool
 
     @staticmethod
     def __new__(cls: type[Logits], head: Head, hidden: torch.Tensor) -> Logits:
@@ -273,6 +274,7 @@ class Logits(torch.Tensor):
             cls, (*hidden.shape[:-1], head.module.out_features), dtype=hidden.dtype, device=hidden.device
         )
         self.head, self.hidden, self.is_sealed = head, hidden, False
+        self.has_graph = torch.is_grad_enabled()
         head.session.handles.append(self)
         return self
 
@@ -302,7 +304,7 @@ class Logits(torch.Tensor):
         """The logits themselves."""
         if not self.is_sealed:
             return self.head.logits(self.hidden)
-        if torch.is_grad_enabled():
+        if self.has_graph and torch.is_grad_enabled():
             raise UsageError(
                 "logits were not computed, because the loss did not need them",
                 hint="read them under torch.no_grad(), or call the model without labels for logits with gradients",

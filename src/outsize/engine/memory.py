@@ -10,6 +10,9 @@ from pathlib import Path
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
+KERNELS = 64
+"""Products of different shapes; a step of a dense model has about 40. 64 of them take 34 MiB."""
+
 _highest = 0
 
 
@@ -75,6 +78,16 @@ def keep_freed_memory() -> None:
     if (libc := _glibc()) is not None:
         libc.mallopt(_M_MMAP_MAX, 0)
         libc.mallopt(_M_TRIM_THRESHOLD, -1)
+
+
+def bound_kernel_caches() -> None:
+    """Keep at most KERNELS compiled products per cache; works until the first product in bf16 is computed.
+
+    oneDNN compiles a product for each new shape and keeps 1,024, as does torch: batches of many lengths were measured to
+    take 700 MiB that way. A user's own settings are left alone.
+    """
+    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(name, str(KERNELS))
 
 
 def give_back() -> None:

@@ -1,15 +1,15 @@
-"""AdamW over a model whose state lives in the store.
+"""What every optimizer over a model in the store does; the optimizers themselves are in `optimizers.py`.
 
 `step()` changes no weight: it freezes what the update needs (learning rate, betas, step counts, clipping factor) and
 returns; each block applies it at its next visit of any kind, at the latest at the next `step()`. So the state is read
 along with the weights, once, and nothing is updated before all gradients and their norm are known: clipping is exact.
-Source: Loshchilov and Hutter, "Decoupled weight decay regularization" (2019).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, overload
 
 import torch
@@ -19,59 +19,79 @@ from outsize.config import ComputeType
 from outsize.engine.session import Session, session_of
 from outsize.engine.update import Pending
 from outsize.errors import ConfigError, UsageError
-from outsize.optim import ADAMW, Hyper, start_compile
+from outsize.optim import Hyper, Rule, start_compile
+
+Params = Iterable[torch.Tensor] | Iterable[dict[str, Any]] | None
+"""Parameters, groups of them, or None for all that require grad."""
+
+Settings = Mapping[str, Any]
+"""The settings of a group, defaults filled in."""
 
 
-class AdamW(torch.optim.Optimizer):
-    """As `torch.optim.AdamW`, for a model of `outsize.load` or `outsize.wrap`.
+class Optimizer(torch.optim.Optimizer, ABC):
+    """A rule with the settings of its groups; subclasses give defaults, their ranges, and one entry's `Hyper`.
 
-    `params`: parameters or groups of them, as in torch; by default all that require grad. `max_grad_norm` clips the
-    2-norm of all gradients together, exactly; `grad_norm` is that norm at the last step (before clipping), or None.
-    Create it after freezing and before the first `backward()`.
+    `max_grad_norm` clips the 2-norm of all gradients together, exactly; `grad_norm` is that norm at the last step
+    (before clipping), or None. `_books` holds numbers per parameter, by kind, that state_dicts keep.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        params: Iterable[torch.Tensor] | Iterable[dict[str, Any]] | None = None,
-        *,
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 1e-2,
-        max_grad_norm: float | None = None,
+        params: Params,
+        rule: Rule,
+        defaults: dict[str, Any],
+        max_grad_norm: float | None,
     ) -> None:
-        for name, value, is_right in (
-            ("lr", lr, lr >= 0),
-            ("betas", betas, len(betas) == 2 and all(0 <= beta < 1 for beta in betas)),
-            ("eps", eps, eps > 0),
-            ("weight_decay", weight_decay, weight_decay >= 0),
-            ("max_grad_norm", max_grad_norm, max_grad_norm is None or max_grad_norm > 0),
-        ):
-            if not is_right:
-                raise ConfigError(f"AdamW({name}={value!r}) is out of range")
+        own = type(self).__name__
         if not isinstance(model, nn.Module):
             raise UsageError(
-                f"AdamW was given a {type(model).__name__}, expected the model",
-                hint="outsize.AdamW(model, lr=...), or outsize.AdamW(model, groups, lr=...) for parameter groups",
+                f"{own} was given a {type(model).__name__}, expected the model",
+                hint=f"outsize.{own}(model, lr=...), or outsize.{own}(model, groups, lr=...) for parameter groups",
             )
+        self._check({"max_grad_norm": max_grad_norm}, {"max_grad_norm": _is_norm(max_grad_norm)})
         self._session: Session = session_of(model)
         self._names = {id(placeholder): name for name, placeholder in self._session.parameters.items()}
         self.max_grad_norm = max_grad_norm
         self.grad_norm: float | None = None
         self._num_steps: dict[str, int] = {}
+        self._books: dict[str, dict[str, Any]] = {"num_steps": self._num_steps}
         if params is None:
             params = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        self._check(defaults, self._ranges(defaults))
         super().__init__(params, defaults)
-        if any(
-            id(parameter) not in self._names for group in self.param_groups for parameter in group["params"]
-        ):
-            raise UsageError(
-                "AdamW was given parameters of another model", hint="pass model.parameters() of this one"
-            )
         compute_type = self._session.settings.compute_type
-        self._session.set_rule(ADAMW, start_compile(ADAMW, ComputeType(compute_type)).wait)
+        self._session.set_rule(rule, start_compile(rule, ComputeType(compute_type)).wait)
+
+    # -- what an optimizer adds ----------------------------------------------------------------------------------
+
+    @staticmethod
+    @abstractmethod
+    def _ranges(settings: Settings) -> dict[str, bool]:
+        """Whether each setting is in range, by name."""
+
+    @abstractmethod
+    def _hyper(self, settings: Settings, name: str, step: int, gradient_scale: float) -> Hyper:
+        """What updates parameter `name` of a group with `settings`, at its `step`-th step, which counts from 1."""
+
+    # -- what all do ---------------------------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As in torch; raises ConfigError for settings out of range and UsageError for another model's parameters."""
+        settings = {**self.defaults, **param_group}
+        self._check(settings, self._ranges(settings))
+        super().add_param_group(param_group)
+        if any(id(parameter) not in self._names for parameter in self.param_groups[-1]["params"]):
+            self.param_groups.pop()
+            raise UsageError(
+                f"{type(self).__name__} was given parameters of another model",
+                hint="pass model.parameters() of this one",
+            )
+
+    def _check(self, settings: Settings, ranges: Mapping[str, bool]) -> None:
+        for name, is_right in ranges.items():
+            if not is_right:
+                raise ConfigError(f"{type(self).__name__}({name}={settings[name]!r}) is out of range")
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -112,17 +132,21 @@ class AdamW(torch.optim.Optimizer):
         gradients = [store[place.block].gradients[place.index] for place in places]
         if not any(gradient.present for gradient in gradients):
             return
-        self._num_steps[name] = self._num_steps.get(name, 0) + 1
+        step = self._num_steps[name] = self._num_steps.get(name, 0) + 1
         for place, gradient in zip(places, gradients, strict=True):
-            hypers[place.block, place.index] = Hyper(
-                lr=float(group["lr"]),
-                beta1=float(group["betas"][0]),
-                beta2=float(group["betas"][1]),
-                eps=float(group["eps"]),
-                weight_decay=float(group["weight_decay"]),
-                step=self._num_steps[name],
-                gradient_scale=gradient.scale * scale,
-            )
+            hyper = self._hyper(group, name, step, gradient.scale * scale)
+            hypers[place.block, place.index] = hyper
+
+    def _gradient_parts(self, name: str) -> Iterator[torch.Tensor]:
+        """The gradient of a parameter before clipping, in double precision, in parts of at most a chunk."""
+        assert self._session.executor is not None
+        store = self._session.executor.store
+        for place in self._session.locations(name):
+            state = store[place.block]
+            gradient = state.gradients[place.index]
+            if gradient.present:
+                for part in store.gradient_parts(state, place.index):
+                    yield part.double() * gradient.scale
 
     def gradient_norm(self) -> float:
         """The 2-norm of all gradients together, as the next `step()` would see it; 0.0 where there are none."""
@@ -159,21 +183,22 @@ class AdamW(torch.optim.Optimizer):
                 self._session.drop_gradient(self._names[id(parameter)])
 
     def state_dict(self) -> dict[str, Any]:
-        """Groups, step counts, and where the moments are; never tensors."""
+        """Groups, step counts and other numbers per parameter, and where the moments are; never tensors."""
         state = super().state_dict()
         state["outsize"] = {
-            "num_steps": dict(self._num_steps),
             "store": self._session.identity,
+            **{kind: dict(book) for kind, book in self._books.items()},
         }
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore groups and step counts; the moments stay where they are."""
+        """Restore groups and numbers per parameter; the moments stay where they are."""
         state = dict(state_dict)
         own = state.pop("outsize", None)
         if own is None:
             raise UsageError(
-                "this state_dict holds no reference to Outsize's store", hint="pass one from outsize.AdamW"
+                "this state_dict holds no reference to Outsize's store",
+                hint=f"pass one from outsize.{type(self).__name__}",
             )
         if own["store"] != self._session.identity:
             raise UsageError(
@@ -181,4 +206,10 @@ class AdamW(torch.optim.Optimizer):
                 hint="start with a new optimizer: its moments begin at zero, and so must its step counts",
             )
         super().load_state_dict(state)
-        self._num_steps = dict(own["num_steps"])
+        for kind, book in self._books.items():
+            book.clear()
+            book.update(own[kind])
+
+
+def _is_norm(value: float | None) -> bool:
+    return value is None or value > 0

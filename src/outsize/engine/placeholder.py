@@ -15,6 +15,10 @@ from torch.utils._pytree import tree_map_only
 
 from outsize.errors import UsageError
 
+_WRITTEN_HINT = (
+    "train it with outsize.AdamW(model, ...); to change weights yourself, do it before outsize.wrap"
+)
+
 
 class _Placeholder(torch.Tensor):
     """A storage-free tensor; `_fetch` gives its value when something reads it."""
@@ -63,9 +67,7 @@ class _Placeholder(torch.Tensor):
                 values = value if isinstance(value, list | tuple) else [value]
                 for target in values:
                     if isinstance(target, _Placeholder):
-                        target._refuse(
-                            "written", "change weights before outsize.wrap, or save and load again"
-                        )
+                        target._refuse("written", _WRITTEN_HINT)
         fetched: dict[int, torch.Tensor] = {}
 
         def value_of(tensor: _Placeholder) -> torch.Tensor:
@@ -83,7 +85,7 @@ class _Placeholder(torch.Tensor):
         return f"<{self._label}: {tuple(self.shape)} {self.dtype}, in Outsize's store>"
 
     def __setitem__(self, index: Any, value: Any) -> NoReturn:
-        self._refuse("written", "change weights before outsize.wrap, or save and load again")
+        self._refuse("written", _WRITTEN_HINT)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
         self._refuse("copied", "save the model with outsize.save and load it again")
@@ -206,7 +208,7 @@ class OffloadedParameter(_Placeholder):
     def data(self, value: torch.Tensor) -> None:
         if isinstance(value, _Placeholder) and value._label == self._label:
             return  # `module.to(...)` that changes nothing
-        self._refuse("written", "change weights before outsize.wrap, or save and load again")
+        self._refuse("written", _WRITTEN_HINT)
 
     @property
     def grad(self) -> torch.Tensor | None:

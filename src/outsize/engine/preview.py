@@ -11,6 +11,7 @@ from outsize.config import Pins, format_bytes
 from outsize.engine import memory
 from outsize.engine.api import resolve_settings
 from outsize.engine.blocks import DTYPES
+from outsize.engine.budget import disk_bytes
 from outsize.engine.probe import batch_shape
 from outsize.engine.report import Row, placement_rows
 from outsize.engine.session import Session
@@ -69,6 +70,7 @@ def preview(
     """
     settings = resolve_settings(device, host, disk, home, dtype, pins)
     memory.keep_freed_memory()
+    memory.bound_kernel_caches()
     module = open_skeleton(resolve_folder(path), DTYPES[settings.compute_type])
     session = Session(module, cut(module), TensorSource({}), settings)
     if getattr(module, "main_input_name", None) != "input_ids":
@@ -85,15 +87,20 @@ def preview(
     shape = batch_shape(module, (), kwargs)
     with torch.set_grad_enabled(train):
         rehearsal = session.rehearse_with_labels(kwargs, shape)
-    reason = ""
     try:
-        records = session.decide(rehearsal, shape)
+        records, placement = session.decide(rehearsal, shape)
+        num_disk_bytes = disk_bytes(placement, records, settings)
     except BudgetError as error:
-        reason = str(error)
-    placement = session.placement
-    if reason or placement is None:
         return PlanSummary(
-            False, reason, (), (), num_parameters, len(session.cut.blocks), session.host_limit_bytes, 0, 0
+            False,
+            str(error),
+            (),
+            (),
+            num_parameters,
+            len(session.cut.blocks),
+            session.budget.limit_bytes,
+            0,
+            0,
         )
     return PlanSummary(
         fits=True,
@@ -102,17 +109,18 @@ def preview(
         slots=_slots(placement),
         num_parameters=num_parameters,
         num_blocks=len(records),
-        host_budget_bytes=session.host_limit_bytes,
-        host_bytes=session.base_bytes + session.activation_bytes + placement.arena_bytes,
-        disk_bytes=sum(record.num_bytes for record in records) if placement.disk_bytes else 0,
+        host_budget_bytes=session.budget.limit_bytes,
+        host_bytes=session.budget.base_bytes + session.budget.activation_bytes + placement.arena_bytes,
+        disk_bytes=num_disk_bytes,
     )
 
 
 def _slots(placement: Placement) -> tuple[str, ...]:
     def describe(what: str, group: SlotClass) -> str:
-        return (
-            f"{group.count} {what} slots of {format_bytes(group.slot_bytes)} for {len(group.blocks)} blocks"
+        slots = (
+            f"{group.count} {what} slot{'s' if group.count != 1 else ''} of {format_bytes(group.slot_bytes)}"
         )
+        return f"{slots} for {len(group.blocks)} block{'s' if len(group.blocks) != 1 else ''}"
 
     lines = [describe("weight", group) for group in placement.weight_classes]
     lines += [describe("gradient", group) for group in placement.gradient_classes]

@@ -62,9 +62,9 @@ def report(model: nn.Module) -> Report:
     """The report of `model`; before its first call there are no rows."""
     session = session_of(model)
     num_parameters = sum(parameter.numel() for parameter in session.parameters.values())
-    executor, placement = session.executor, session.placement
+    executor, placement, budget = session.executor, session.budget.placement, session.budget
     if executor is None or placement is None:
-        return Report((), num_parameters, 0, session.host_limit_bytes, memory.peak_bytes(), 0, 0)
+        return Report((), num_parameters, 0, budget.limit_bytes, memory.peak_bytes(), 0, 0)
     records = [state.record for state in executor.store]
     rows = placement_rows(session, records, placement)
     stats = executor.store.disk.stats() if executor.store.disk is not None else None
@@ -72,7 +72,7 @@ def report(model: nn.Module) -> Report:
         rows=rows,
         num_parameters=num_parameters,
         state_bytes=sum(num_bytes for record in records for num_bytes in _planes(record).values()),
-        host_budget_bytes=session.host_limit_bytes,
+        host_budget_bytes=budget.limit_bytes,
         host_peak_bytes=memory.peak_bytes(),
         bytes_read=stats.bytes_read if stats else 0,
         bytes_written=stats.bytes_written if stats else 0,
@@ -91,8 +91,8 @@ def placement_rows(session: Session, records: Sequence[Record], placement: Place
     return (
         *(Row(tier, what, num_bytes) for (tier, what), num_bytes in sorted(figures.items(), reverse=True)),
         Row("host", "slots and buffers", placement.buffer_bytes),
-        Row("host", "activations (most)", session.activation_bytes),
-        Row("host", "Python and libraries", session.base_bytes),
+        Row("host", "activations (most)", session.budget.activation_bytes),
+        Row("host", "Python and libraries", session.budget.base_bytes),
     )
 
 

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -22,10 +23,10 @@ from transformers import Cache, PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from outsize.block import Block, Entry, Piece, Plane, Record
-from outsize.config import Budgets, ComputeType, Home, Pins, format_bytes
-from outsize.engine import memory
+from outsize.config import Settings
 from outsize.engine.batch import BatchDims, Tile, tiles
 from outsize.engine.blocks import DTYPES, BlockState, BlockStore, close_workers
+from outsize.engine.budget import HostBudget, disk_bytes
 from outsize.engine.embedding import Embedding
 from outsize.engine.executor import Executor
 from outsize.engine.guard import Guard
@@ -33,24 +34,14 @@ from outsize.engine.head import Head, Logits, TiledLoss
 from outsize.engine.layer import Layer, Loose
 from outsize.engine.placeholder import GradientPlaceholder, OffloadedParameter
 from outsize.engine.probe import BatchShape, Probe, Rehearsal, batch_shape, rehearse
-from outsize.errors import BudgetError, UsageError
+from outsize.errors import UsageError
 from outsize.model import Cut, InitSource, Point, PointKind, Source, TensorSource
 from outsize.optim import Kernel, Rule, split
-from outsize.plan import Direction, Placement, Visit, place
+from outsize.plan import Direction, Placement, Visit
 from outsize.tier import DiskTier, Tier
 
 if TYPE_CHECKING:
     AnyPoint = Layer | Loose | Embedding | Head
-
-SLACK_BYTES = 128 << 20
-"""Memory left for what is not planned: malloc's remains, Python objects, thread stacks."""
-
-HINT_MARGIN_BYTES = 8 << 20
-"""Added to a budget that is recommended: two processes that do the same differ by 1 to 2 MiB."""
-
-TILE_TOKENS = 2048
-"""Tokens that a tile aims at: enough for full matmul speed; fewer where memory is short. Adding up the gradients of
-512 instead costs 8 % of a step, of 2,048 less than 2."""
 
 _sessions: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Session]] = weakref.WeakKeyDictionary()
 """A module's hooks hold its session; the registry holds neither, so that both go when the module is dropped."""
@@ -78,35 +69,12 @@ class Location:
 
 
 @dataclass(frozen=True, slots=True)
-class Settings:
-    """What the user asked for, resolved."""
-
-    budgets: Budgets
-    home: Home | None
-    compute_type: ComputeType
-    pins: Pins
-
-
-@dataclass(frozen=True, slots=True)
 class _Call:
     """The call of the root module that is running, forward and backward."""
 
     rehearsal: Rehearsal
     shape: BatchShape
     tile_rows: int
-
-
-@dataclass(frozen=True, slots=True)
-class _Needs:
-    """What activations take: tensors kept between visits, and the most that one visit takes beside its weights."""
-
-    boundary_bytes: int
-    visit_bytes: int
-
-    @property
-    def num_bytes(self) -> int:
-        """Both."""
-        return self.boundary_bytes + self.visit_bytes
 
 
 class Session:
@@ -125,16 +93,10 @@ class Session:
         self.rule: Rule | None = None
         self.kernel: Callable[[], Kernel] | None = None
         self.executor: Executor | None = None
-        self.placement: Placement | None = None
         self._is_closed = False
         self._kept_whole: set[str] = set()
         self.identity = uuid.uuid4().hex
-        self.host_limit_bytes = 0
-        self.base_bytes = 0
-        self.activation_bytes = 0
-        self._room_bytes = 0
-        self._visit_bytes = 0
-        self._ceiling = memory.Ceiling(1 << 60)
+        self.budget = HostBudget(settings, _never_streamed(cut))
         self._call: _Call | None = None
         self._forward_order: list[Visit] = []
         self._rehearsals: dict[tuple[Any, ...], Rehearsal] = {}
@@ -192,6 +154,9 @@ class Session:
         self._has_cache_switch = _has_cache_switch(self.module)
         self.module.register_forward_pre_hook(self._before_call, with_kwargs=True, prepend=True)
         self.module.register_forward_hook(self._after_call, with_kwargs=True, always_call=True)
+        encoder = _encoder_of(self.module)
+        if encoder is not None:
+            encoder.register_forward_pre_hook(self._before_encoder, with_kwargs=True)
         original = getattr(self.module, "loss_function", None)
         if original is ForCausalLMLoss:
             self.module.loss_function = TiledLoss(original)  # type: ignore[assignment]
@@ -248,11 +213,20 @@ class Session:
                     needed = rehearse(self, args, {**kwargs, **_uncached(kwargs)}, shape)
             self._settle(needed, shape)
         assert self.executor is not None
-        tile_rows = self._tile_rows(rehearsal, shape)
-        self._call = _Call(rehearsal, shape, tile_rows)
-        self._visit_bytes = self._needs(rehearsal, shape, tile_rows).visit_bytes
+        self._call = _Call(rehearsal, shape, self.budget.begin_call(rehearsal, shape))
         self.executor.begin(rehearsal.visits)
         return args, kwargs
+
+    def _before_encoder(self, encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Settle for the whole model where `generate` runs the encoder alone before the model was ever called.
+
+        What is rehearsed is the call that follows: the encoder's arguments, and one token for the decoder.
+        """
+        if self.executor is not None or self.probe is not None or args or torch.is_grad_enabled():
+            return
+        rows = next((value.shape[0] for value in kwargs.values() if isinstance(value, torch.Tensor)), 1)
+        first = torch.zeros(rows, 1, dtype=torch.long)
+        self._before_call(self.module, (), {**kwargs, "decoder_input_ids": first, "use_cache": False})
 
     def _after_call(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if self.probe is not None:
@@ -317,8 +291,7 @@ class Session:
     def visit(self, blocks: Sequence[str], direction: Direction) -> Iterator[dict[str, torch.Tensor]]:
         """The parameters in `blocks`, as plain views, by name."""
         visits = [Visit(name, direction, joins_next=name != blocks[-1]) for name in blocks]
-        self._ceiling.make_room(self._visit_bytes)
-        with self._running.visit(visits) as states:
+        with self._running.visit(visits, self.budget.make_room) as states:
             yield {name: value for state in states for name, value in self._values(state).items()}
 
     @contextmanager
@@ -327,8 +300,7 @@ class Session:
     ) -> Iterator[dict[str, torch.Tensor]]:
         """As `visit`; trainable parameters are leaves whose gradients go to the block's sum as they arise."""
         visits = backward_visits(self, blocks, needs_weights)
-        self._ceiling.make_room(self._visit_bytes)
-        with self._running.visit(visits) as states:
+        with self._running.visit(visits, self.budget.make_room) as states:
             yield {
                 name: value
                 for state in states
@@ -508,7 +480,7 @@ class Session:
         for block in self.cut.blocks:
             trainable = [self.parameters[piece.parameter].requires_grad for piece in block.pieces]
             state: tuple[Plane, ...] = ()
-            sizes = {Plane.WEIGHT: size, Plane.GRADIENT: size}
+            sizes: dict[Plane, int | Fraction] = {Plane.WEIGHT: size, Plane.GRADIENT: size}
             if self.rule is not None:
                 state = self.rule.state(self.settings.compute_type)
                 sizes |= self.rule.element_bytes(self.settings.compute_type)
@@ -517,29 +489,22 @@ class Session:
             records.append(Record.lay_out(block, trainable, state, sizes))
         return records
 
-    def decide(self, rehearsal: Rehearsal, shape: BatchShape) -> list[Record]:
+    def decide(self, rehearsal: Rehearsal, shape: BatchShape) -> tuple[list[Record], Placement]:
         """Lay records out and place them, for calls of this shape. Raises BudgetError where they do not fit."""
         records = self._lay_out(rehearsal)
-        memory.give_back()
-        self.base_bytes = memory.resident_bytes()
-        limit = self.settings.budgets.host_bytes
-        self.host_limit_bytes = limit or self.base_bytes + int(0.9 * memory.available_bytes())
-        self._room_bytes = self.host_limit_bytes - self.base_bytes - SLACK_BYTES - _source_bytes(records)
-        self.placement = self._place(records, rehearsal, shape)
-        return records
+        return records, self.budget.place(records, rehearsal, shape)
 
     def _settle(self, rehearsal: Rehearsal, shape: BatchShape) -> None:
         """Decide, allocate, and open the disk. Raises BudgetError, having kept nothing, where it does not fit."""
         if self.kernel is not None:
             self.kernel()  # a compilation ends before the arenas are touched
-        records = self.decide(rehearsal, shape)
-        assert self.placement is not None
+        records, placement = self.decide(rehearsal, shape)
         assert self.source is not None
-        disk = self._open_disk(self.placement, records)
+        disk = self._open_disk(placement, records)
         try:
             store = BlockStore(
                 records,
-                self.placement,
+                placement,
                 source=self.source,
                 disk=disk,
                 compute_type=self.settings.compute_type,
@@ -551,7 +516,6 @@ class Session:
                 disk.close()
             raise
         self.executor = Executor(store)
-        self._ceiling = memory.Ceiling(self.host_limit_bytes - SLACK_BYTES // 2)
         self._finalizer = weakref.finalize(self, close_workers, *store.workers())
         self._locate({r.name: [entry.piece for entry in r.entries] for r in records})
         self._blocks = {r.name: Block(r.name, tuple(entry.piece for entry in r.entries)) for r in records}
@@ -572,105 +536,13 @@ class Session:
         with self.executor.touch(state.name):
             pass
 
-    def _place(self, records: Sequence[Record], rehearsal: Rehearsal, shape: BatchShape) -> Placement:
-        """Give memory to activations first, then to arenas; smaller tiles where that is what makes it fit."""
-        # Two blocks visited at once would need two slots of every class: the rare shared ones stay in memory.
-        always = frozenset(
-            name
-            for point in self.cut.points
-            if point.kind in (PointKind.LAYER, PointKind.LOOSE) and len(point.blocks) > 1
-            for name in point.blocks
-        )
-        tile_rows = self._wanted_tile_rows(shape)
-        keeps_freed = True
-        while True:
-            needs = self._needs(rehearsal, shape, tile_rows)
-            self.activation_bytes = needs.num_bytes
-            # Freed activations fit badly into one another; with room for a second visit nothing has to be given back.
-            taken = needs.num_bytes + (needs.visit_bytes if keeps_freed else 0)
-            try:
-                return place(
-                    records,
-                    arena_bytes=max(0, self._room_bytes - taken),
-                    home=self.settings.home,
-                    has_disk=self.settings.budgets.disk is not None,
-                    always_resident=always,
-                    pins=self.settings.pins,
-                )
-            except BudgetError as error:
-                if keeps_freed:
-                    keeps_freed = False
-                    continue
-                if tile_rows > 1 and self.settings.pins.tile_rows is None:
-                    tile_rows = -(-tile_rows // 2)
-                    continue
-                needed = self.host_limit_bytes - self._room_bytes + self.activation_bytes
-                raise BudgetError(
-                    f"the model does not fit into {format_bytes(self.host_limit_bytes)}: {error.message}; "
-                    f"the process itself has {format_bytes(self.base_bytes)}, "
-                    f"activations take {format_bytes(self.activation_bytes)}, "
-                    f"{format_bytes(SLACK_BYTES + _source_bytes(records))} are kept free",
-                    hint=self._budget_hint(records, needed, always),
-                ) from error
-
-    def _budget_hint(self, records: Sequence[Record], fixed_bytes: int, always: frozenset[str]) -> str:
-        has_disk = self.settings.budgets.disk is not None
-        pins = self.settings.pins
-        least = place(
-            records,
-            arena_bytes=1 << 60,
-            home=self.settings.home or Home.DISK,
-            has_disk=has_disk,
-            always_resident=always,
-            pins=Pins(
-                weight_slots=pins.weight_slots or 1, gradient_slots=pins.gradient_slots or 1, resident_bytes=0
-            ),
-        )
-        needed = -(-(fixed_bytes + least.arena_bytes + HINT_MARGIN_BYTES) // (1 << 20))
-        hint = f'host="{needed}MiB" works with this batch'
-        return hint if has_disk else f'{hint}; or give a folder on an SSD with disk="..."'
-
     def _open_disk(self, placement: Placement, records: Sequence[Record]) -> Tier | None:
-        budget = self.settings.budgets.disk
-        if not placement.disk_bytes:
+        num_bytes = disk_bytes(placement, records, self.settings)
+        if not num_bytes:
             return None
-        assert budget is not None
-        num_bytes = sum(record.num_bytes for record in records)
-        if budget.num_bytes is not None and num_bytes > budget.num_bytes:
-            raise BudgetError(
-                f"the state takes {format_bytes(num_bytes)} on disk, "
-                f"{budget.folder} may hold {format_bytes(budget.num_bytes)}",
-                hint=f'disk="{budget.folder}:{-(-num_bytes // 2**20)}MiB" works',
-            )
-        name = f"outsize-{self.identity}.store"
-        return DiskTier(budget.folder, num_bytes, name=name, verify=self.settings.pins.verify, anonymous=True)
-
-    def _wanted_tile_rows(self, shape: BatchShape) -> int:
-        rows = shape.rows or 1
-        wanted = self.settings.pins.tile_rows or -(-TILE_TOKENS // shape.row_tokens)
-        return max(1, min(rows, wanted))
-
-    def _needs(self, rehearsal: Rehearsal, shape: BatchShape, tile_rows: int) -> _Needs:
-        rows = shape.rows or 1
-        is_tiled = bool(rehearsal.dims) and all(dims is not None for dims in rehearsal.dims.values())
-        tile = rehearsal.tile_bytes.at(tile_rows if is_tiled else rows)
-        return _Needs(rehearsal.boundary_bytes.at(rows), max(tile, rehearsal.loss_bytes.at(rows)))
-
-    def _tile_rows(self, rehearsal: Rehearsal, shape: BatchShape) -> int:
-        """The largest tile whose memory is within what is left beside the arenas."""
-        assert self.placement is not None
-        room = self._room_bytes - self.placement.arena_bytes
-        tile_rows = self._wanted_tile_rows(shape)
-        while (needed := self._needs(rehearsal, shape, tile_rows).num_bytes) > room:
-            if tile_rows == 1 or self.settings.pins.tile_rows is not None:
-                raise BudgetError(
-                    f"a batch of {shape.rows or 1} rows takes {format_bytes(needed)} of activations, "
-                    f"{format_bytes(room)} are left beside the arenas",
-                    hint="use fewer rows or shorter sequences, give more memory with host=, or make the first "
-                    "call with the largest batch",
-                )
-            tile_rows = -(-tile_rows // 2)
-        return tile_rows
+        assert self.settings.budgets.disk is not None
+        folder, name = self.settings.budgets.disk.folder, f"outsize-{self.identity}.store"
+        return DiskTier(folder, num_bytes, name=name, verify=self.settings.pins.verify, anonymous=True)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
         raise UsageError(
@@ -686,7 +558,7 @@ class Session:
 
     def close(self) -> None:
         """Give memory and disk back. Weights that were updated or taken over are gone: save them before."""
-        executor, self.executor, self.placement = self.executor, None, None
+        executor, self.executor, self.budget.placement = self.executor, None, None
         if executor is not None:
             self._finalizer.detach()
             self._is_closed = self.source is None or any(state.is_stored for state in executor.store)
@@ -727,9 +599,14 @@ def backward_visits(session: Session, blocks: Sequence[str], needs_weights: bool
     ]
 
 
-def _source_bytes(records: Sequence[Record]) -> int:
-    """What reading a block for the first time takes: a parameter in fp32, and what it is converted to."""
-    return 8 * max((e.piece.num_elements for record in records for e in record.entries), default=0)
+def _never_streamed(cut: Cut) -> frozenset[str]:
+    """Blocks that stay in memory: two that are visited at once would need two slots of every class."""
+    return frozenset(
+        name
+        for point in cut.points
+        if point.kind in (PointKind.LAYER, PointKind.LOOSE) and len(point.blocks) > 1
+        for name in point.blocks
+    )
 
 
 def _uncached(kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -747,6 +624,14 @@ def _with_signature(handler: Callable[..., Any], original: Callable[..., Any]) -
     forward.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]
     forward.__doc__ = original.__doc__
     return forward
+
+
+def _encoder_of(module: nn.Module) -> nn.Module | None:
+    """The encoder of an encoder-decoder of transformers, which `generate` calls by itself."""
+    if not isinstance(module, PreTrainedModel) or not module.config.is_encoder_decoder:
+        return None
+    encoder: nn.Module = module.get_encoder()
+    return None if encoder is module else encoder
 
 
 def _has_cache_switch(module: nn.Module) -> bool:

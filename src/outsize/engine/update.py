@@ -19,7 +19,7 @@ from queue import SimpleQueue
 import torch
 
 from outsize.block import CHUNK, Plane, Record, align
-from outsize.optim import Hyper, Kernel
+from outsize.optim import Hyper, Kernel, part
 from outsize.tier import Region, Tier, Transfer
 
 
@@ -243,13 +243,14 @@ class UpdateLane:
         if job.is_first and chunk.trainable_stop > chunk.start:
             remainder = job.initial_remainder()
             if remainder is not None:
-                part = remainder[chunk.start : chunk.trainable_stop]
-                state[record.state.index(Plane.REMAINDER)].copy_(part)
+                initial = remainder[chunk.start : chunk.trainable_stop]
+                state[record.state.index(Plane.REMAINDER)].copy_(initial)
         for first, last, hyper in job.runs(chunk.start, chunk.trainable_stop):
-            inside = slice(first - chunk.start, last - chunk.start)
+            start, stop = first - chunk.start, last - chunk.start
             # A gradient summed over several visits was kept in fp32; this is its one rounding.
-            rounded = gradient[inside].to(self._gradient_dtype)
-            self._kernel()(job.weight[first:last], [plane[inside] for plane in state], rounded, hyper)
+            rounded = gradient[start:stop].to(self._gradient_dtype)
+            planes = [part(plane, start, stop) for plane in state]
+            self._kernel()(job.weight[first:last], planes, rounded, hyper)
         if job.weight_buffer is not None:
             assert self._disk is not None
             extent = record.chunk_extent(Plane.WEIGHT, chunk.start, chunk.stop)
@@ -271,12 +272,13 @@ class UpdateLane:
         offset = 0
         state: list[torch.Tensor] = []
         if job.state_planes is not None:
-            state = [plane[chunk.start : chunk.trainable_stop] for plane in job.state_planes]
+            state = [part(plane, chunk.start, chunk.trainable_stop) for plane in job.state_planes]
         elif num_elements:
             for plane in record.state:
                 assert chunk.buffer is not None
-                state.append(chunk.buffer.tensor(self._dtypes[plane], num_elements, offset))
-                offset += align(num_elements * record.element_bytes[plane])
+                num_bytes, dtype = num_elements * record.element_bytes[plane], self._dtypes[plane]
+                state.append(chunk.buffer.tensor(dtype, int(num_bytes) // dtype.itemsize, offset))
+                offset += align(num_bytes)
         if job.gradient is not None:
             return state, job.gradient[chunk.start : chunk.trainable_stop]
         if not num_elements:

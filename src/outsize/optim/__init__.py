@@ -1,20 +1,43 @@
 """Update rules and the kernels that run them on slices of a record's planes."""
 
 from outsize.optim.compile import Backend, Compilation, Kernel, compile_rule, start_compile
-from outsize.optim.rules import ADAMW, RULES, Hyper, Rule, deinterleave, interleave, join, split
+from outsize.optim.rule import Hyper, Rule, deinterleave, interleave, join, part, split
+from outsize.optim.rules import (
+    ADAMW,
+    ADAMW8BIT,
+    ADAN,
+    LION,
+    RULES,
+    SGD,
+    AdamWHyper,
+    AdanHyper,
+    LionHyper,
+    SGDHyper,
+    SGDSaIHyper,
+)
 
 __all__ = [
     "ADAMW",
+    "ADAMW8BIT",
+    "ADAN",
+    "LION",
     "RULES",
+    "SGD",
+    "AdamWHyper",
+    "AdanHyper",
     "Backend",
     "Compilation",
     "Hyper",
     "Kernel",
+    "LionHyper",
     "Rule",
+    "SGDHyper",
+    "SGDSaIHyper",
     "compile_rule",
     "deinterleave",
     "interleave",
     "join",
+    "part",
     "split",
     "start_compile",
 ]

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from outsize.config import ComputeType
 from outsize.optim.compile import is_intact
-from outsize.optim.rules import GROUP, RULES, Hyper, Rule, split_views
+from outsize.optim.rule import GROUP, Rule
+from outsize.optim.rules import RULES
 
 _OPTIONS = {
     "cpp.dynamic_threads": True,
@@ -42,13 +43,16 @@ class _Module(torch.nn.Module):
 
 def example(rule: Rule, compute_type: ComputeType, num_elements: int = 1 << 12) -> list[Tensor]:
     """Arguments such as the rule's function takes them; what they hold does not matter."""
-    planes = {p: torch.zeros(num_elements, dtype=d) for p, d in rule.dtypes(compute_type).items()}
-    weight, *state, gradient = planes.values()
-    scalars = torch.tensor(rule.scalars(Hyper(lr=1e-3)))
-    if compute_type is ComputeType.FLOAT32:
-        return [weight, *state, gradient, scalars]
+    sizes = rule.element_bytes(compute_type)
+    weight, *state, gradient = (
+        torch.zeros(int(num_elements * sizes[plane]) // dtype.itemsize, dtype=dtype)
+        for plane, dtype in rule.dtypes(compute_type).items()
+    )
     assert num_elements % GROUP == 0, num_elements
-    return [*split_views(weight, state, gradient), scalars]
+    views = rule.views(compute_type, weight, state, gradient)
+    # Views of one plane that differ in type cannot be exported: each gets memory of its own, laid out alike.
+    own = [torch.empty_strided(view.shape, view.stride(), dtype=view.dtype).zero_() for view in views]
+    return [*own, torch.ones(rule.num_scalars)]
 
 
 def package(function: Callable[..., None], arguments: Sequence[Tensor], path: Path) -> None:
@@ -69,8 +73,7 @@ def build(rule: Rule, compute_type: ComputeType, path: Path) -> None:
             return
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = scratch
         made = Path(scratch) / path.name
-        function = rule.update if compute_type is ComputeType.FLOAT32 else rule.update_split
-        package(function, example(rule, compute_type), made)
+        package(rule.function(compute_type), example(rule, compute_type), made)
         made.replace(path)
 
 

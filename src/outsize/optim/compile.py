@@ -32,14 +32,18 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from outsize.config import ComputeType
-from outsize.optim.rules import GROUP, RULES, Hyper, Rule, split_views
+from outsize.config import ComputeType, cache_folder
+from outsize.optim.rule import CODED_GROUP_BYTES, GROUP, Hyper, Rule, part
+from outsize.optim.rules import RULES
 
 _EAGER_ELEMENTS = 1 << 16
 """Elements per eager pass: its temporaries stay within a few MiB, and in cache."""
 
 _MAX_CALLERS = 4
 """Threads that can be inside one compiled kernel at once; more wait their turn."""
+
+_SOURCES = ("rule.py", "rules.py", "build.py")
+"""Files that a package is made of: a change to any of them builds all anew."""
 
 _loaders: dict[Path, Any] = {}
 """Packages that are loaded, each once. A loader unpacks into the temporary folder and clears it when it goes."""
@@ -70,21 +74,22 @@ class Kernel:
         self._dtypes = [weight, *state, gradient]
 
     def __call__(self, weight: Tensor, state: Sequence[Tensor], gradient: Tensor, hyper: Hyper) -> None:
-        """Update 1-D contiguous slices of equal length, at least 1; `state` in the order of `rule.state`.
+        """Update 1-D contiguous slices of as many elements, at least 1; `state` in the order of `rule.state`.
 
-        With bf16 weights a slice starts on a multiple of 64 elements of its planes, and its length is one too
-        or it ends where the planes end. The gradient is only read.
+        With bf16 weights, or moments in codes, a slice starts on a multiple of 64 elements of its planes, and its
+        length is one too or it ends where the planes end. The gradient is only read.
         """
         planes = [weight, *state, gradient]
-        shape = (weight.numel(),)
-        for plane, dtype in zip(planes, self._dtypes, strict=True):
-            assert plane.dtype is dtype and plane.shape == shape and plane.is_contiguous(), (
-                (plane.dtype, plane.shape, plane.stride()),
-                (dtype, shape),
-            )
-        scalars = _scalars(self.rule, hyper, weight.device)
         num_elements = whole = weight.numel()
-        if self.compute_type is not ComputeType.FLOAT32:
+        for plane, dtype in zip(planes, self._dtypes, strict=True):
+            size = -(-num_elements // GROUP) * CODED_GROUP_BYTES if dtype is torch.uint8 else num_elements
+            assert plane.dtype is dtype and plane.shape == (size,) and plane.is_contiguous(), (
+                (plane.dtype, plane.shape, plane.stride()),
+                (dtype, size),
+            )
+        scalars = _scalars(hyper, weight.device)
+        assert scalars.numel() == self.rule.num_scalars, (self.rule.name, hyper)
+        if self.rule.needs_groups(self.compute_type):
             whole -= whole % GROUP
         size = num_elements if self.backend is Backend.COMPILED else _EAGER_ELEMENTS
         with torch.no_grad():
@@ -92,22 +97,22 @@ class Kernel:
                 self._run(planes, scalars)
                 return
             for start in range(0, whole, size):
-                self._run([plane[start : min(start + size, whole)] for plane in planes], scalars)
+                self._run([part(plane, start, min(start + size, whole)) for plane in planes], scalars)
             if whole < num_elements:
-                self._run_rest([plane[whole:] for plane in planes], scalars)
+                self._run_rest([part(plane, whole, num_elements) for plane in planes], scalars)
 
     def _run(self, planes: list[Tensor], scalars: Tensor) -> None:
-        if self.compute_type is not ComputeType.FLOAT32:
-            planes = split_views(planes[0], planes[1:-1], planes[-1])
-        self._function(*planes, scalars)
+        views = self.rule.views(self.compute_type, planes[0], planes[1:-1], planes[-1])
+        self._function(*views, scalars)
 
     def _run_rest(self, planes: list[Tensor], scalars: Tensor) -> None:
-        """Update the last, partial group of split planes on copies of a whole group."""
-        groups = [plane.new_zeros(GROUP) for plane in planes]
+        """Update the last, partial group on copies of a whole group."""
+        is_split = self.compute_type is not ComputeType.FLOAT32
+        groups = [plane.clone() if plane.dtype is torch.uint8 else plane.new_zeros(GROUP) for plane in planes]
         views: list[tuple[Tensor, Tensor]] = []
         num_even = (planes[0].numel() + 1) // 2
         for plane, group in zip(planes, groups, strict=True):
-            if plane.dtype is torch.float32:
+            if is_split and plane.dtype is torch.float32:
                 views.append((plane[:num_even], group[:num_even]))
                 views.append((plane[num_even:], group[GROUP // 2 :][: plane.numel() - num_even]))
             else:
@@ -151,9 +156,7 @@ class Compilation:
             _say_once(
                 f"update rules run without a compiler, slower: {failure or 'the package does not load'}"
             )
-        function = self._rule.update
-        if self._compute_type is not ComputeType.FLOAT32:
-            function = self._rule.update_split
+        function = self._rule.function(self._compute_type)
         return Kernel(self._rule, self._compute_type, Backend.EAGER, function)
 
     def _load(self, path: Path) -> Kernel | None:
@@ -218,7 +221,7 @@ def find_compiler() -> str | None:
 
 def package_path(rule: Rule, compute_type: ComputeType) -> Path:
     """Where the package is cached; the name holds all that its code depends on."""
-    folder = Path(os.environ.get("OUTSIZE_CACHE") or Path.home() / ".cache" / "outsize") / "rules"
+    folder = cache_folder() / "rules"
     key = hashlib.sha256("\0".join((*_sources(), torch.__version__, _cpu(), str(find_compiler()))).encode())
     return folder / f"{rule.name}-{compute_type}-{key.hexdigest()[:16]}.pt2"
 
@@ -240,7 +243,7 @@ def build_environment() -> dict[str, str]:
 
 @cache
 def _sources() -> tuple[str, ...]:
-    return tuple(Path(__file__).with_name(name).read_text() for name in ("rules.py", "build.py"))
+    return tuple(Path(__file__).with_name(name).read_text() for name in _SOURCES)
 
 
 @cache
@@ -257,8 +260,8 @@ def _cpu() -> str:
 
 
 @lru_cache(maxsize=256)
-def _scalars(rule: Rule, hyper: Hyper, device: torch.device) -> Tensor:
-    return torch.tensor(rule.scalars(hyper), dtype=torch.float32, device=device)
+def _scalars(hyper: Hyper, device: torch.device) -> Tensor:
+    return torch.tensor(hyper.scalars(), dtype=torch.float32, device=device)
 
 
 @cache

@@ -135,6 +135,7 @@ class _Builder:
             return False
         victim = max(candidates, key=lambda block: self._next_use(block, index))
         self.held.remove(victim)
+        self.unwaited.discard(victim)  # freeing waits for whatever is still under way
         self.ops.append(Free(victim, Plane.WEIGHT))
         return True
 
@@ -207,4 +208,4 @@ class _Builder:
         record = self.records[block]
         if sums_in_place(record, self.placement.is_resident(block, Plane.GRADIENT)):
             return 0
-        return record.num_trainable * record.element_bytes[Plane.GRADIENT]
+        return int(record.num_trainable * record.element_bytes[Plane.GRADIENT])
