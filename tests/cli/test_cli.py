@@ -68,8 +68,6 @@ def test_version(capsys):
     [
         [],
         ["fly"],
-        ["train"],
-        ["train", "m", "d"],
         ["train", "m", "d", "--out", "o", "--steps", "1", "--epochs", "1"],
         ["train", "m", "d", "--out", "o", "--lr", "fast"],
         ["plan", "m", "--home", "moon"],
@@ -80,6 +78,12 @@ def test_bad_usage_is_2(arguments, capsys):
     with pytest.raises(SystemExit) as left:
         run(*arguments)
     assert left.value.code == 2 and "usage: outsize" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("arguments", "missing"), [([], "MODEL"), (["m"], "DATA"), (["m", "d"], "OUT")])
+def test_what_is_missing_is_named(arguments, missing, capsys):
+    assert run("train", *arguments) == 1
+    assert f"error: {missing} is missing" in capsys.readouterr().err
 
 
 def test_train(plain, model, data, tmp_path, capsys):

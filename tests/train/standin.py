@@ -10,6 +10,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 
+import outsize
+
 
 @dataclass(frozen=True)
 class PlainReport:
@@ -26,8 +28,8 @@ class PlainReport:
 
 
 class PlainAdamW(torch.optim.AdamW):
-    def __init__(self, model, *, lr, weight_decay=0.01, max_grad_norm=None):
-        super().__init__(model.parameters(), lr=lr, weight_decay=weight_decay)
+    def __init__(self, model, params, *, lr, max_grad_norm=None):
+        super().__init__(params, lr=lr)
         self.max_grad_norm = max_grad_norm
         self.grad_norm = None
 
@@ -68,6 +70,7 @@ class PlainApi:
                 self.spoil(self.calls, model)
 
     AdamW = PlainAdamW
+    decay_groups = staticmethod(outsize.decay_groups)
 
     def save(self, model, path, tokenizer_from=None):
         self.saved.append(Path(path))
@@ -89,7 +92,7 @@ def word_tokenizer(eos="<eos>"):
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=eos, unk_token="<unk>")
 
 
-def write_model(folder, *, vocab_size=64, tokenizer=True, eos="<eos>"):
+def write_model(folder, *, vocab_size=64, tokenizer=True, eos="<eos>", positions=32):
     LlamaConfig(
         vocab_size=vocab_size,
         hidden_size=16,
@@ -97,7 +100,7 @@ def write_model(folder, *, vocab_size=64, tokenizer=True, eos="<eos>"):
         num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=2,
-        max_position_embeddings=32,
+        max_position_embeddings=positions,
         tie_word_embeddings=True,
         architectures=["LlamaForCausalLM"],
         bos_token_id=0,

@@ -122,6 +122,7 @@ def _claim(out: Path) -> None:
 def _train(
     console: Console, out: Path, minutes: float, size: DemoSize, files: DemoFiles, api: Api
 ) -> TrainResult:
+    from outsize.train.data import DataFile
     from outsize.train.loop import train
     from outsize.train.progress import progress_on
     from outsize.train.settings import Learning, Length, Place, TrainSettings
@@ -133,7 +134,7 @@ def _train(
     )
     settings = TrainSettings(
         model=files.model,
-        data=files.data,
+        data=(DataFile(files.data),),
         out=out / "trained",
         length=Length(minutes=max(minutes * 60 - PREPARATION_S, 5.0) / 60),
         batch_size=size.batch_size,
@@ -141,7 +142,7 @@ def _train(
         learning=Learning(lr=1.5e-3, warmup_steps=8),
         place=Place(disk=str(out / "store"), home="disk", pins=Pins(resident_bytes=RESIDENT_BYTES)),
     )
-    return train(settings, api=api, progress=progress_on(console))
+    return train(settings, api=api, watchers=[progress_on(console)])
 
 
 def _show_loss(console: Console, result: TrainResult) -> None:

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 
 Commands = argparse._SubParsersAction  # the type that add_subparsers returns has no public name
 
+PLACE_OPTIONS = ("device", "host", "disk", "home", "dtype", "pin")
+"""What `add_place` adds, by destination."""
+
 MODEL_HELP = "folder of a Hugging Face model; with a config.json alone, weights start from nothing"
 
 
@@ -52,7 +55,6 @@ def add_place(parser: argparse.ArgumentParser, *, device: bool = True) -> None:
         "--pin",
         metavar="NAME=VALUE",
         action="append",
-        default=[],
         help=f"decide something the planner would: {', '.join(pin.name for pin in fields(Pins))}",
     )
 
@@ -67,7 +69,7 @@ def place_of(options: argparse.Namespace) -> Place:
         disk=options.disk,
         home=options.home,
         dtype=options.dtype,
-        pins=pins_of(options.pin),
+        pins=pins_of(options.pin or []),
     )
 
 

@@ -50,7 +50,7 @@ def run(options: argparse.Namespace) -> int:
         disk=options.disk,
         home=options.home,
         dtype=options.dtype,
-        pins=shared.pins_of(options.pin),
+        pins=shared.pins_of(options.pin or []),
         batch_size=options.batch_size,
         seq_len=options.seq_len,
         train=not options.generate,

@@ -1,13 +1,15 @@
-"""`outsize train`: fine-tune a model on a text file."""
+"""`outsize train`: fine-tune a model on files of text or conversations."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from outsize.cli import options as shared
 from outsize.cli import quiet
+from outsize.cli.config_file import merge, read_config, write_config
+from outsize.errors import ConfigError
 
 if TYPE_CHECKING:
     from outsize.train.settings import TrainSettings
@@ -16,54 +18,106 @@ _EXAMPLES = """\
 examples:
   outsize train Qwen3-0.6B notes.txt --out tuned
       once through the text, in the memory that is free
-  outsize train Qwen3-0.6B stories.jsonl --out tuned --host 3GiB --disk /nvme/scratch --seq-len 512 --steps 20
-      20 steps within 3 GiB of memory; lines such as {"text": "Once upon a time ..."}
-  outsize train Qwen3-0.6B notes.txt --out tuned --overwrite --minutes 30 --batch-size 32
-      as many steps as fit into half an hour; a larger batch costs no more transfers
+  outsize train Qwen3-0.6B chat.jsonl --out tuned --host 3GiB --disk /nvme/scratch --seq-len 512 --steps 20
+      20 steps within 3 GiB of memory; lines such as {"messages": [{"role": "user", "content": "..."}, ...]}
+  outsize train Qwen3-0.6B chat.jsonl@0.7 books.parquet@0.3 --out tuned --eval-split 0.02 --epochs 1
+      two files, mixed by weight; 2 % of their sequences measure the model instead of training it
+  outsize train --config run.toml --lr 2e-5
+      a file with the same names as these options; the command line wins
 
-OUT becomes an ordinary Hugging Face folder with a metrics.jsonl beside the weights; until it is complete, the
-run lives in OUT.partial. Ctrl-C finishes the step and saves; twice stops at once.
+DATA: a text file, JSON lines, Parquet, or a folder that datasets saved. A record has "text"; or "prompt" and "completion",
+of which the completion is learned; or "messages" (and "tools"), of which the assistant's are learned.
+
+OUT becomes an ordinary Hugging Face folder with metrics.jsonl and report.html beside the weights, and the weights that were
+best in an evaluation in OUT/best; until it is complete, the run lives in OUT.partial. Ctrl-C finishes the step and
+saves; twice stops at once.
 """
+
+_DEFAULTS: dict[str, Any] = {
+    "overwrite": False,
+    "batch_size": 8,
+    "seq_len": 512,
+    "too_long": "error",
+    "eval": [],
+    "optimizer": "adamw",
+    "lr": 1e-5,
+    "schedule": "cosine",
+    "warmup": 10,
+    "weight_decay": 0.01,
+    "max_grad_norm": 1.0,
+    "seed": 0,
+    "pin": [],
+    "tracker": [],
+}
 
 
 def add_parser(commands: shared.Commands[argparse.ArgumentParser]) -> None:
-    """Add the command to the command line."""
-    parser = shared.command(commands, "train", "fine-tune a model on a text file or JSON lines", _EXAMPLES)
-    parser.add_argument("model", metavar="MODEL", type=Path, help=shared.MODEL_HELP)
+    """Add the command to the command line. Options that are not given are None: `_DEFAULTS` come after the config file."""
+    parser = shared.command(commands, "train", "fine-tune a model on text or conversations", _EXAMPLES)
+    parser.add_argument("model", metavar="MODEL", nargs="?", help=shared.MODEL_HELP)
+    parser.add_argument("data", metavar="DATA", nargs="*", help="files to train on, each FILE or FILE@WEIGHT")
+    parser.add_argument("--out", metavar="OUT", help="folder to make")
     parser.add_argument(
-        "data", metavar="DATA", type=Path, help='text file, or .jsonl with a "text" field per line'
+        "--overwrite",
+        action="store_true",
+        default=None,
+        help="replace an earlier run in OUT once this is saved",
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="OUT", help="folder to make")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="read options from a TOML file")
     parser.add_argument(
-        "--overwrite", action="store_true", help="replace an earlier run in OUT once this is saved"
+        "--dry-run", action="store_true", help="print the resolved options and the plan, and stop"
     )
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--steps", type=int, metavar="N", help="number of updates")
     length.add_argument("--epochs", type=float, metavar="N", help="times through the data (1)")
     length.add_argument("--minutes", type=float, metavar="N", help="as many steps as fit into the time")
+    data = parser.add_argument_group("data")
+    size = data.add_mutually_exclusive_group()
+    _add(size, "--batch-size", type=int, metavar="B", help="sequences per step")
+    size.add_argument("--batch-tokens", type=int, metavar="N", help="the same in tokens, such as 65536")
+    _add(data, "--seq-len", type=int, metavar="T", help="tokens per sequence")
+    data.add_argument(
+        "--packing",
+        choices=["packed", "padded"],
+        help="fill sequences with several documents, kept apart, or one each (packed where the model can)",
+    )
+    _add(
+        data,
+        "--too-long",
+        choices=["error", "skip", "cut"],
+        help="what to do with conversations longer than a sequence",
+    )
+    _add(data, "--seed", type=int, help="for the order of the data and dropout")
+    evaluating = parser.add_argument_group("evaluation")
+    evaluating.add_argument("--eval", action="append", metavar="FILE", help="measure the model by this file")
+    evaluating.add_argument(
+        "--eval-split", type=float, metavar="F", help="or this part of DATA, such as 0.02"
+    )
+    evaluating.add_argument(
+        "--eval-every", type=int, metavar="N", help="steps between evaluations (5 times a run)"
+    )
     learning = parser.add_argument_group("learning")
-    learning.add_argument(
-        "--batch-size", type=int, default=8, metavar="B", help="sequences per step (%(default)s)"
+    _add(
+        learning,
+        "--optimizer",
+        choices=["adamw", "adamw8bit", "lion", "adan", "sgd", "sgdsai"],
+        help="what turns gradients into updates; they differ in bytes per parameter",
     )
-    learning.add_argument(
-        "--seq-len", type=int, default=512, metavar="T", help="tokens per sequence (%(default)s)"
+    _add(learning, "--lr", type=float, help="peak learning rate")
+    _add(
+        learning,
+        "--schedule",
+        choices=["cosine", "linear", "wsd", "constant"],
+        help="how it falls to a tenth after the warm-up",
     )
-    learning.add_argument("--lr", type=float, default=1e-5, help="peak learning rate (%(default)s)")
-    learning.add_argument(
-        "--warmup", type=int, default=10, metavar="N", help="steps of warm-up (%(default)s)"
-    )
-    learning.add_argument(
-        "--weight-decay", type=float, default=0.01, metavar="W", help="for matrices (%(default)s)"
-    )
-    learning.add_argument(
-        "--max-grad-norm",
-        type=_number_or_none,
-        default=1.0,
-        metavar="G",
-        help="clip to this, or none (%(default)s)",
-    )
-    learning.add_argument(
-        "--seed", type=int, default=0, help="for the order of the data and dropout (%(default)s)"
+    _add(learning, "--warmup", type=int, metavar="N", help="steps of warm-up")
+    _add(learning, "--weight-decay", type=float, metavar="W", help="for matrices; norms and biases have none")
+    _add(learning, "--max-grad-norm", type=_number_or_none, metavar="G", help="clip to this, or none")
+    parser.add_argument(
+        "--tracker",
+        action="append",
+        metavar="NAME",
+        help="also report to tensorboard, or to a tracker of transformers such as wandb, mlflow",
     )
     shared.add_place(parser)
     parser.set_defaults(run=run)
@@ -73,17 +127,23 @@ def run(options: argparse.Namespace) -> int:
     """Train, then print what lived where."""
     from rich.console import Console
 
+    quiet.after_imports()
+    values = resolve(options)
+    settings = settings_of(values)
+    if options.dry_run:
+        return _dry_run(settings, values)
+
     from outsize.train.loop import train
     from outsize.train.progress import progress_on
 
-    quiet.after_imports()
     console = Console()
-    result = train(settings_of(options), progress=progress_on(console))
+    result = train(settings, watchers=[progress_on(console)])
     console.print(str(result.report), markup=False, highlight=False)
     stopped = "stopped early; " if result.interrupted else ""
     last = f", loss {result.losses[0]:.4f} -> {result.losses[-1]:.4f}" if result.losses else ""
+    best = f"; best weights in {result.best}" if result.best is not None else ""
     console.print(
-        f"{stopped}{result.num_steps} steps{last}; saved {result.out}",
+        f"{stopped}{result.num_steps} steps{last}; saved {result.out}{best}",
         markup=False,
         highlight=False,
         soft_wrap=True,
@@ -91,30 +151,114 @@ def run(options: argparse.Namespace) -> int:
     return 130 if result.interrupted else 0
 
 
-def settings_of(options: argparse.Namespace) -> TrainSettings:
-    """The command line as settings; raises ConfigError."""
-    from outsize.train.settings import Learning, Length, TrainSettings
+def resolve(options: argparse.Namespace) -> dict[str, Any]:
+    """The options given, over those of the config file, over the defaults. Raises ConfigError."""
+    given = {key: value for key, value in vars(options).items() if value not in (None, [])}
+    for key in ("run", "command", "config", "dry_run"):
+        given.pop(key, None)
+    known = set(vars(options)) - {"run", "command", "config", "dry_run"}
+    config = read_config(options.config, known) if options.config is not None else {}
+    values = merge(_DEFAULTS, config, given)
+    for name, hint in (
+        ("model", "the folder of a Hugging Face model"),
+        ("data", "a text file, JSON lines, Parquet, or a datasets folder"),
+        ("out", "--out with a folder that does not exist yet"),
+    ):
+        if not values.get(name):
+            raise ConfigError(f"{name.upper()} is missing", hint=f"pass {hint}, or put {name} into --config")
+    if (num_tokens := values.pop("batch_tokens", None)) is not None:
+        seq_len = values["seq_len"]
+        if num_tokens < seq_len:
+            raise ConfigError(
+                f"batch_tokens: {num_tokens} are fewer than one sequence of {seq_len}",
+                hint="pass a smaller --seq-len",
+            )
+        values["batch_size"] = num_tokens // seq_len
+    return values
 
-    given = (options.steps, options.epochs, options.minutes)
-    epochs = 1.0 if given == (None, None, None) else options.epochs
+
+def settings_of(values: dict[str, Any]) -> TrainSettings:
+    """Resolved options as settings; raises ConfigError."""
+    from outsize.train.api import OptimizerName
+    from outsize.train.data import DataFile, Packing, TooLong
+    from outsize.train.schedule import Shape
+    from outsize.train.settings import Evaluating, Learning, Length, TrainSettings
+
+    get = values.get
+    lengths = (get("steps"), get("epochs"), get("minutes"))
     return TrainSettings(
-        model=options.model,
-        data=options.data,
-        out=options.out,
-        length=Length(steps=options.steps, epochs=epochs, minutes=options.minutes),
-        batch_size=options.batch_size,
-        seq_len=options.seq_len,
-        learning=Learning(
-            lr=options.lr,
-            warmup_steps=options.warmup,
-            weight_decay=options.weight_decay,
-            max_grad_norm=options.max_grad_norm,
+        model=Path(values["model"]),
+        data=tuple(DataFile.parse(text) for text in values["data"]),
+        out=Path(values["out"]),
+        length=Length(
+            steps=lengths[0], epochs=1.0 if lengths == (None,) * 3 else lengths[1], minutes=lengths[2]
         ),
-        place=shared.place_of(options),
-        seed=options.seed,
-        overwrite=options.overwrite,
+        batch_size=values["batch_size"],
+        seq_len=values["seq_len"],
+        packing=_choice(Packing, "packing", values["packing"]) if get("packing") else None,
+        too_long=_choice(TooLong, "too_long", values["too_long"]),
+        learning=Learning(
+            lr=values["lr"],
+            warmup_steps=values["warmup"],
+            weight_decay=values["weight_decay"],
+            max_grad_norm=_clipping(values["max_grad_norm"]),
+            schedule=_choice(Shape, "schedule", values["schedule"]),
+            optimizer=_choice(OptimizerName, "optimizer", values["optimizer"]),
+        ),
+        evaluating=Evaluating(
+            files=tuple(DataFile.parse(text) for text in values["eval"]),
+            fraction=get("eval_split"),
+            every=get("eval_every"),
+        ),
+        place=shared.place_of(argparse.Namespace(**{key: get(key) for key in shared.PLACE_OPTIONS})),
+        seed=values["seed"],
+        overwrite=values["overwrite"],
+        trackers=tuple(values["tracker"]),
     )
 
 
-def _number_or_none(text: str) -> float | None:
-    return None if text.lower() == "none" else float(text)
+def _dry_run(settings: TrainSettings, values: dict[str, Any]) -> int:
+    """Print the options as a config file, and the plan."""
+    import outsize
+
+    print(write_config(values))
+    place = settings.place
+    summary = outsize.preview(
+        settings.model,
+        device=place.device,
+        host=place.host,
+        disk=place.disk,
+        home=place.home,
+        dtype=place.dtype,
+        pins=place.pins,
+        batch_size=settings.batch_size,
+        seq_len=settings.seq_len,
+    )
+    print("\n".join(f"# {line}".rstrip() for line in str(summary).splitlines()))
+    return 0 if summary.fits else 1
+
+
+def _add(group: Any, name: str, *, help: str, **how: Any) -> None:
+    """An option whose default stands in its help, and in `_DEFAULTS`."""
+    default = _DEFAULTS[name.removeprefix("--").replace("-", "_")]
+    group.add_argument(name, help=f"{help} ({default})", **how)
+
+
+def _clipping(value: float | str) -> float | None:
+    try:
+        return None if value == "none" else float(value)
+    except ValueError as error:
+        raise ConfigError(
+            f"max_grad_norm: {value!r}", hint='a number, or "none" to leave gradients as they are'
+        ) from error
+
+
+def _choice(kind: Any, name: str, value: str) -> Any:
+    if value not in list(kind):
+        raise ConfigError(f"{name}: {value!r}", hint=f"one of {', '.join(kind)}")
+    return kind(value)
+
+
+def _number_or_none(text: str) -> float | str:
+    """A number or the word none, as they stand in a config file; None would mean that nothing was given."""
+    return "none" if text.lower() == "none" else float(text)

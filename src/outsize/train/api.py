@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
+from enum import StrEnum
 from pathlib import Path
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 from torch import nn
 from torch.optim import Optimizer
@@ -77,16 +78,47 @@ class Api(Protocol):
     ) -> nn.Module:
         """A model whose blocks live in tiers."""
 
-    def AdamW(
-        self, model: nn.Module, *, lr: float, weight_decay: float = 0.01, max_grad_norm: float | None = None
-    ) -> ClippingOptimizer:
-        """An optimizer over all that trains."""
+    def decay_groups(self, model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+        """Parameter groups, those that decay and those that do not."""
 
     def save(self, model: nn.Module, path: str | Path, tokenizer_from: str | Path | None = None) -> None:
         """Write an ordinary Hugging Face folder to `path`, which is new."""
 
     def report(self, model: nn.Module) -> Report:
         """What `model` has used so far."""
+
+
+class MakeOptimizer(Protocol):
+    """One of the package's optimizers."""
+
+    def __call__(
+        self, model: nn.Module, params: list[dict[str, Any]], *, lr: float, max_grad_norm: float | None
+    ) -> ClippingOptimizer:
+        """An optimizer over groups of parameters."""
+
+
+class OptimizerName(StrEnum):
+    """The package's optimizers, as the command line names them."""
+
+    ADAMW = "adamw"
+    ADAMW8BIT = "adamw8bit"
+    LION = "lion"
+    ADAN = "adan"
+    SGD = "sgd"
+    SGDSAI = "sgdsai"
+
+
+def optimizer_of(api: Api, name: OptimizerName) -> MakeOptimizer:
+    """The optimizer of that name."""
+    classes = {
+        OptimizerName.ADAMW: "AdamW",
+        OptimizerName.ADAMW8BIT: "AdamW8bit",
+        OptimizerName.LION: "Lion",
+        OptimizerName.ADAN: "Adan",
+        OptimizerName.SGD: "SGD",
+        OptimizerName.SGDSAI: "SGDSaI",
+    }
+    return cast(MakeOptimizer, getattr(api, classes[name]))
 
 
 def public_api() -> Api:

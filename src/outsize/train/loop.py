@@ -1,6 +1,7 @@
 """The training loop: text in, an ordinary Hugging Face folder out.
 
-    result = train(TrainSettings(Path("Qwen3-0.6B"), Path("notes.txt"), Path("out"), Length(steps=20)))
+    files = (DataFile(Path("notes.txt")),)
+    result = train(TrainSettings(Path("Qwen3-0.6B"), files, Path("out"), Length(steps=20)))
 
 A step is one wave: the model is called once with all sequences of a batch, so that a block's weights are
 fetched twice per step, whatever the batch size. The loop stops before an update that would spoil the weights,
@@ -11,31 +12,37 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from outsize.errors import TrainingError
-from outsize.train.api import Api, ClippingOptimizer, Report, public_api
-from outsize.train.data import Batch, Dataset, Position, check_data_file, check_seq_len, open_dataset
+from outsize.train.api import Api, ClippingOptimizer, Report, optimizer_of, public_api
+from outsize.train.data import Batch, DataOptions, Dataset, Position, check_files, open_dataset
+from outsize.train.evaluate import Evaluator, loss_of
 from outsize.train.interrupt import Interruption
-from outsize.train.metrics import MetricsFile, StepMetrics, Usage
+from outsize.train.metrics import Evaluation, StepMetrics, Usage
+from outsize.train.metrics_file import MetricsFile
 from outsize.train.output import OutputFolder
 from outsize.train.pace import CountedPace, Pace, TimedPace
-from outsize.train.progress import Progress, SilentProgress
-from outsize.train.schedule import warmup_cosine
-from outsize.train.settings import TrainSettings
+from outsize.train.report_page import ReportPage
+from outsize.train.schedule import scheduler_for
+from outsize.train.settings import TrainSettings, flat
+from outsize.train.trackers import trackers
+from outsize.train.watch import RunFacts, Watcher, Watchers
 
 
 @dataclass(frozen=True, slots=True)
 class TrainResult:
-    """What a run did. `interrupted` tells that it was asked to stop early; the weights are saved all the
-    same."""
+    """What a run did.
+
+    `interrupted`: it was asked to stop early; the weights are saved all the same. `best` is a folder of its own, unless
+    the last weights are the best or nothing was evaluated.
+    """
 
     out: Path
     losses: tuple[float, ...]
@@ -43,6 +50,8 @@ class TrainResult:
     duration_s: float
     interrupted: bool
     report: Report
+    evaluations: tuple[Evaluation, ...] = ()
+    best: Path | None = None
 
     @property
     def num_steps(self) -> int:
@@ -51,46 +60,59 @@ class TrainResult:
 
 
 def train(
-    settings: TrainSettings, *, api: Api | None = None, progress: Progress | None = None
+    settings: TrainSettings, *, api: Api | None = None, watchers: Sequence[Watcher] = ()
 ) -> TrainResult:
-    """Train as `settings` say, and leave the weights, the tokenizer and `metrics.jsonl` in `settings.out`.
+    """Train as `settings` say, and leave the weights, the tokenizer, `metrics.jsonl` and `report.html` in `settings.out`.
 
     Nothing is loaded before paths and sizes have been checked. Raises DataError, ConfigError, and whatever
     loading raises, with nothing left behind; raises TrainingError where the loss is not finite, after saving
     the weights as they were before that step.
     """
-    check_data_file(settings.data)
-    check_seq_len(settings.model, settings.seq_len)
+    files = (*settings.data, *settings.evaluating.files)
+    check_files(files)
     folder = OutputFolder.claim(
-        settings.out, overwrite=settings.overwrite, inputs=(settings.model, settings.data)
+        settings.out, overwrite=settings.overwrite, inputs=(settings.model, *(file.path for file in files))
     )
     try:
-        return _train(settings, folder, api or public_api(), progress or SilentProgress())
+        own: list[Watcher] = [MetricsFile(folder.metrics), ReportPage(folder.report)]
+        own += trackers(settings.trackers, folder.partial)
+        return _train(settings, folder, api or public_api(), Watchers([*own, *watchers]))
     except BaseException:
         folder.give_up()
         raise
 
 
-def _train(settings: TrainSettings, folder: OutputFolder, api: Api, progress: Progress) -> TrainResult:
-    progress.say(f"reading {settings.data}")
-    dataset = open_dataset(
-        settings.model, settings.data, seq_len=settings.seq_len, seed=settings.seed, spill=folder.tokens
-    )
-    progress.say(f"loading {settings.model}")
-    run = Run.start(settings, api, dataset)
+def _train(settings: TrainSettings, folder: OutputFolder, api: Api, watchers: Watcher) -> TrainResult:
+    watchers.say(f"reading {', '.join(str(file) for file in settings.data)}")
+    training, held_out = open_data(settings)
+    watchers.say(f"loading {settings.model}")
+    run = Run.start(settings, api, training)
+    evaluator = None
+    if held_out is not None:
+        evaluator = Evaluator(held_out, settings.batch_size, settings.evaluating.every, folder.best)
     started_s = time.monotonic()
-    with Interruption() as interruption, MetricsFile(folder.metrics) as metrics_file:
-        with progress:
-            while not (run.pace.is_over() or interruption.requested):
-                try:
+    save = _saver(settings, api, run.model)
+    with Interruption() as interruption:
+        try:
+            with watchers:
+                watchers.started(_facts(settings, training, held_out, run.pace))
+                while not (run.pace.is_over() or interruption.requested):
                     metrics = run.step()
-                except _LossNotFinite as error:
-                    raise _save_and_explain(error, settings, folder, api, run) from error
-                metrics_file.write(metrics)
-                progress.show(metrics, run.pace.num_steps(), run.report())
+                    watchers.stepped(metrics, run.report(), run.pace.num_steps())
+                    if evaluator is not None and evaluator.is_due(metrics.step, run.pace.num_steps()):
+                        watchers.evaluated(evaluator.evaluate(run.model, metrics.step, save))
+                if evaluator is not None and run.losses and evaluator.last_step != len(run.losses):
+                    watchers.evaluated(evaluator.evaluate(run.model, len(run.losses), None))
+                watchers.ended(run.report(), interruption.requested)
+        except _LossNotFinite as error:
+            raise _save_and_explain(error, folder, save, run) from error
         interrupted = interruption.requested
-        progress.say(f"saving {folder.out}")
-        folder.publish(_saver(settings, api, run.model))
+        watchers.say(f"saving {folder.out}")
+        is_last_best = (
+            evaluator is not None and bool(evaluator.evaluations) and evaluator.evaluations[-1].is_best
+        )
+        folder.publish(save, keep_best=not is_last_best)
+    evaluations = tuple(evaluator.evaluations) if evaluator is not None else ()
     return TrainResult(
         out=folder.out,
         losses=tuple(run.losses),
@@ -98,6 +120,33 @@ def _train(settings: TrainSettings, folder: OutputFolder, api: Api, progress: Pr
         duration_s=time.monotonic() - started_s,
         interrupted=interrupted,
         report=run.report(),
+        evaluations=evaluations,
+        best=folder.published_best,
+    )
+
+
+def open_data(settings: TrainSettings) -> tuple[Dataset, Dataset | None]:
+    """What is trained on, and what the model is measured by. Raises DataError and ConfigError."""
+    options = DataOptions(settings.seq_len, settings.packing, settings.too_long, settings.seed)
+    training = open_dataset(settings.model, settings.data, options)
+    evaluating = settings.evaluating
+    if evaluating.fraction is not None:
+        return training.split(evaluating.fraction)
+    if evaluating.files:
+        return training, open_dataset(settings.model, evaluating.files, options, is_shuffled=False)
+    return training, None
+
+
+def _facts(settings: TrainSettings, training: Dataset, held_out: Dataset | None, pace: Pace) -> RunFacts:
+    data = [str(source) for source in training.sources]
+    if held_out is not None:
+        data += [f"evaluation: {source}" for source in held_out.sources]
+    return RunFacts(
+        name=settings.out.name,
+        settings=flat(settings),
+        data=data,
+        num_steps=pace.num_steps(),
+        tokens_per_step=settings.batch_size * settings.seq_len,
     )
 
 
@@ -141,12 +190,11 @@ class Run:
         )
         model.train()
         torch.manual_seed(settings.seed)
-        optimizer = api.AdamW(
-            model, lr=learning.lr, weight_decay=learning.weight_decay, max_grad_norm=learning.max_grad_norm
-        )
-        spare_vectors(optimizer)
+        make = optimizer_of(api, learning.optimizer)
+        groups = api.decay_groups(model, learning.weight_decay)
+        optimizer = make(model, groups, lr=learning.lr, max_grad_norm=learning.max_grad_norm)
         pace = pace_of(settings, dataset)
-        scheduler = warmup_cosine(optimizer, learning.warmup_steps, pace.num_steps)
+        scheduler = scheduler_for(optimizer, learning.schedule, learning.warmup_steps, pace.num_steps)
         return cls(model, optimizer, scheduler, Batches(dataset, settings.batch_size), pace, api)
 
     def step(self) -> StepMetrics:
@@ -169,15 +217,19 @@ class Run:
         return self._api.report(self.model)
 
     def _forward(self, batch: Batch) -> torch.Tensor:
-        loss = cast(torch.Tensor, self.model(**batch).loss)
+        loss = loss_of(self.model, batch)
         if not math.isfinite(loss.item()):
-            raise _LossNotFinite(f"the loss of step {len(self.losses) + 1} is {loss.item()}")
+            raise _LossNotFinite(
+                f"the loss of step {len(self.losses) + 1} is {loss.item()}{self._batches.names()}"
+            )
         return loss
 
     def _check_gradient(self) -> None:
         norm = self._optimizer.gradient_norm()
         if not math.isfinite(norm):
-            raise _LossNotFinite(f"the gradient norm of step {len(self.losses) + 1} is {norm}")
+            raise _LossNotFinite(
+                f"the gradient norm of step {len(self.losses) + 1} is {norm}{self._batches.names()}"
+            )
 
     def _metrics(self, lr: float, num_tokens: int, step_s: float, before: Usage) -> StepMetrics:
         report = self.report()
@@ -200,26 +252,22 @@ class Batches:
     """The batches of a dataset, one after the other; `position` is the first sequence not yet used."""
 
     def __init__(self, dataset: Dataset, batch_size: int, position: Position | None = None) -> None:
-        self.position = position or Position()
+        self.position = self._last = position or Position()
         self._dataset = dataset
         self._batch_size = batch_size
 
     def next(self) -> Batch:
         """The next batch."""
+        self._last = self.position
         batch = self._dataset.batch(self.position, self._batch_size)
         self.position = self._dataset.advance(self.position, self._batch_size)
         return batch
 
-
-def spare_vectors(optimizer: ClippingOptimizer) -> None:
-    """Move parameters of one dimension (norms, biases) into groups of their own, without weight decay."""
-    for group in list(optimizer.param_groups):
-        vectors = [parameter for parameter in group["params"] if parameter.ndim < 2]
-        if vectors and group["weight_decay"]:
-            # In place and not through add_param_group: nothing is added, and the optimizer may have laid out
-            # its state.
-            group["params"] = [parameter for parameter in group["params"] if parameter.ndim >= 2]
-            optimizer.param_groups.append({**group, "params": vectors, "weight_decay": 0.0})
+    def names(self) -> str:
+        """Where the batch that came last stands, for messages."""
+        places = self._dataset.places(self._last, self._batch_size)
+        more = f" and {len(places) - 3} more sequences" if len(places) > 3 else ""
+        return f" (the batch begins at {', '.join(places[:3])}{more})"
 
 
 def pace_of(settings: TrainSettings, dataset: Dataset) -> Pace:
@@ -238,7 +286,7 @@ def _saver(settings: TrainSettings, api: Api, model: nn.Module) -> Callable[[Pat
 
 
 def _save_and_explain(
-    error: _LossNotFinite, settings: TrainSettings, folder: OutputFolder, api: Api, run: Run
+    error: _LossNotFinite, folder: OutputFolder, save: Callable[[Path], None], run: Run
 ) -> TrainingError:
     """Save the weights as they were before the step that failed, if any step was taken, and say so."""
     if not run.losses:
@@ -246,7 +294,7 @@ def _save_and_explain(
             f"{error}; no step was taken and nothing was saved",
             hint="the model's weights or the data are at fault; try --dtype float32",
         )
-    folder.publish(_saver(settings, api, run.model))
+    folder.publish(save)
     return TrainingError(
         f"{error}; that step was not taken",
         hint=f"the weights after step {len(run.losses)} are saved in {folder.out}; go on with a lower --lr",

@@ -7,8 +7,6 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from types import TracebackType
 
 from outsize.train.api import Report
 
@@ -59,21 +57,30 @@ class StepMetrics:
         return json.dumps(record, allow_nan=False)
 
 
-class MetricsFile:
-    """`metrics.jsonl`, a line after each step, readable while the run goes on."""
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """What the model was worth after `step`: the mean cross-entropy per trained token of the evaluation data."""
 
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("w", encoding="utf-8")
+    step: int
+    loss: float
+    num_tokens: int
+    duration_s: float
+    is_best: bool
 
-    def write(self, metrics: StepMetrics) -> None:
-        """Append one line."""
-        self._file.write(metrics.to_json() + "\n")
-        self._file.flush()
+    @property
+    def perplexity(self) -> float:
+        """exp(loss); infinite where that is too large for a float."""
+        return math.exp(self.loss) if self.loss < 700 else math.inf
 
-    def __enter__(self) -> MetricsFile:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._file.close()
+    def to_json(self) -> str:
+        """One line of strict JSON; its keys begin with `eval_`, except `step`."""
+        figures: dict[str, object] = {
+            "step": self.step,
+            "eval_loss": self.loss,
+            "eval_num_tokens": self.num_tokens,
+            "eval_s": self.duration_s,
+            "eval_is_best": self.is_best,
+        }
+        if math.isfinite(self.perplexity):
+            figures["eval_perplexity"] = self.perplexity
+        return json.dumps(figures, allow_nan=False)

@@ -1,7 +1,7 @@
 """The folder a run leaves behind, complete or not at all.
 
-While a run goes on, everything it writes lies in `OUT.partial`: `metrics.jsonl`, `tokens.bin`
-(tokens too many for memory), and at the end `weights/`.
+While a run goes on, everything it writes lies in `OUT.partial`: `metrics.jsonl`, `report.html`, `best/` (the weights that
+were best in an evaluation), and at the end `weights/`.
 When the weights are complete, the metrics join them and the folder is renamed to `OUT`. An earlier run that
 is to be overwritten stays until that moment. A run that fails leaves `OUT.partial` with its metrics, and no
 `OUT`.
@@ -18,7 +18,10 @@ from pathlib import Path
 from outsize.errors import ConfigError, StorageError
 
 METRICS = "metrics.jsonl"
-TOKENS = "tokens.bin"
+REPORT = "report.html"
+KEPT = (METRICS, REPORT, "tensorboard")
+"""What lies beside the weights when all is complete."""
+BEST = "best"
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,16 +60,30 @@ class OutputFolder:
         return self.partial / METRICS
 
     @property
-    def tokens(self) -> Path:
-        """Where tokens go that are too many for memory."""
-        return self.partial / TOKENS
+    def report(self) -> Path:
+        """The page that says what the run did."""
+        return self.partial / REPORT
 
-    def publish(self, write_weights: Callable[[Path], None]) -> None:
-        """Let `write_weights` fill a new folder, and make it `out`, together with the metrics."""
+    @property
+    def best(self) -> Path:
+        """Where the best weights lie, while the run goes on."""
+        return self.partial / BEST
+
+    @property
+    def published_best(self) -> Path | None:
+        """The folder of the best weights, once published, if they are not the last."""
+        folder = self.out / BEST
+        return folder if folder.is_dir() else None
+
+    def publish(self, write_weights: Callable[[Path], None], *, keep_best: bool = True) -> None:
+        """Let `write_weights` fill a new folder, and make it `out`, together with metrics and the best weights."""
         weights = self.partial / "weights"
         write_weights(weights)
-        if self.metrics.exists():
-            self.metrics.replace(weights / METRICS)
+        for name in KEPT:
+            if (self.partial / name).exists():
+                (self.partial / name).replace(weights / name)
+        if self.best.exists() and keep_best:
+            self.best.replace(weights / BEST)
         earlier = self.partial / "earlier"
         if self.out.exists():
             self.out.rename(earlier)
@@ -75,7 +92,6 @@ class OutputFolder:
 
     def give_up(self) -> None:
         """Remove `OUT.partial` where it holds no measurements."""
-        (self.partial / TOKENS).unlink(missing_ok=True)
         if not self.metrics.exists() or self.metrics.stat().st_size == 0:
             shutil.rmtree(self.partial, ignore_errors=True)
 
@@ -95,7 +111,7 @@ class OutputFolder:
                 f"--out: {folder} is not empty",
                 hint="pass another --out, or --overwrite to replace what is there",
             )
-        if not any((folder / name).exists() for name in ("config.json", METRICS, TOKENS, "weights")):
+        if not any((folder / name).exists() for name in ("config.json", METRICS, BEST, "weights")):
             raise ConfigError(
                 f"--overwrite: {folder} holds no earlier run",
                 hint="pass another --out, or empty the folder yourself",

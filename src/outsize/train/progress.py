@@ -3,33 +3,17 @@
 from __future__ import annotations
 
 from types import TracebackType
-from typing import Protocol
 
 import rich.progress
 from rich.console import Console
 
 from outsize.config import format_bytes
 from outsize.train.api import Report
-from outsize.train.metrics import StepMetrics
+from outsize.train.metrics import Evaluation, StepMetrics
+from outsize.train.watch import Watcher
 
 
-class Progress(Protocol):
-    """Told of what happens; entered while steps are made."""
-
-    def say(self, text: str) -> None:
-        """Tell of something that is about to happen."""
-
-    def show(self, metrics: StepMetrics, num_steps: int | None, report: Report) -> None:
-        """Tell of a step that is done."""
-
-    def __enter__(self) -> Progress: ...
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
-
-
-def progress_on(console: Console) -> Progress:
+def progress_on(console: Console) -> Watcher:
     """What suits `console`: a live line on a terminal, plain lines elsewhere."""
     return LiveProgress(console) if console.is_terminal else PlainProgress(console)
 
@@ -49,25 +33,7 @@ def figures(metrics: StepMetrics, report: Report) -> list[str]:
     ]
 
 
-class SilentProgress:
-    """Shows nothing."""
-
-    def say(self, text: str) -> None:
-        """Nothing."""
-
-    def show(self, metrics: StepMetrics, num_steps: int | None, report: Report) -> None:
-        """Nothing."""
-
-    def __enter__(self) -> SilentProgress:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        pass
-
-
-class PlainProgress(SilentProgress):
+class PlainProgress(Watcher):
     """One line per step."""
 
     def __init__(self, console: Console) -> None:
@@ -78,7 +44,7 @@ class PlainProgress(SilentProgress):
         """Print `text`."""
         self._line(text)
 
-    def show(self, metrics: StepMetrics, num_steps: int | None, report: Report) -> None:
+    def stepped(self, metrics: StepMetrics, report: Report, num_steps: int | None) -> None:
         """Print the step's figures and the time that is left."""
         self._seconds += metrics.step_s
         of, left = "", "?"
@@ -87,11 +53,15 @@ class PlainProgress(SilentProgress):
             left = _clock(max(0, num_steps - metrics.step) * self._seconds / metrics.step)
         self._line(" | ".join([f"step {metrics.step}{of}", *figures(metrics, report), f"left {left}"]))
 
+    def evaluated(self, evaluation: Evaluation) -> None:
+        """Print the evaluation."""
+        self._line(_evaluation(evaluation))
+
     def _line(self, text: str) -> None:
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
-class LiveProgress:
+class LiveProgress(Watcher):
     """A bar with the figures of the latest step."""
 
     def __init__(self, console: Console) -> None:
@@ -110,7 +80,7 @@ class LiveProgress:
         """Print `text`, dimmed, above the bar."""
         self._console.print(text, style="dim", markup=False, highlight=False)
 
-    def show(self, metrics: StepMetrics, num_steps: int | None, report: Report) -> None:
+    def stepped(self, metrics: StepMetrics, report: Report, num_steps: int | None) -> None:
         """Redraw the bar with the step's figures."""
         self._bar.update(
             self._task,
@@ -120,6 +90,10 @@ class LiveProgress:
             figures="  ".join(figures(metrics, report)),
         )
 
+    def evaluated(self, evaluation: Evaluation) -> None:
+        """Print the evaluation above the bar."""
+        self.say(_evaluation(evaluation))
+
     def __enter__(self) -> LiveProgress:
         self._bar.start()
         return self
@@ -128,6 +102,12 @@ class LiveProgress:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._bar.stop()
+
+
+def _evaluation(evaluation: Evaluation) -> str:
+    best = ", the best so far" if evaluation.is_best else ""
+    figures = f"loss {evaluation.loss:.4f}, perplexity {evaluation.perplexity:.2f}{best}"
+    return f"evaluation after step {evaluation.step}: {figures}"
 
 
 def _clock(seconds: float) -> str:

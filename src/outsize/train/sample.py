@@ -12,7 +12,7 @@ from torch import nn
 from transformers import TextStreamer
 
 from outsize.errors import ConfigError, DataError
-from outsize.train.data import load_tokenizer
+from outsize.train.data.examples import load_tokenizer
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from outsize.config import Pins
 from outsize.errors import ConfigError
+from outsize.train.api import OptimizerName
+from outsize.train.data import DataFile, Packing, TooLong
+from outsize.train.schedule import Shape
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +43,8 @@ class Learning:
     """How weights are updated.
 
     Learning(lr=1e-5)             the peak learning rate
-    Learning(warmup_steps=10)     steps in which it rises to the peak; then it falls along a cosine to a tenth
+    Learning(warmup_steps=10)     steps in which it rises to the peak
+    Learning(schedule="linear")   how it goes on from there
     Learning(weight_decay=0.01)   for matrices; vectors (norms, biases) have none
     Learning(max_grad_norm=None)  do not clip gradients
     """
@@ -49,6 +53,8 @@ class Learning:
     warmup_steps: int = 10
     weight_decay: float = 0.01
     max_grad_norm: float | None = 1.0
+    schedule: Shape = Shape.COSINE
+    optimizer: OptimizerName = OptimizerName.ADAMW
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.lr) and self.lr > 0):
@@ -82,29 +88,112 @@ class Place:
 
 
 @dataclass(frozen=True, slots=True)
+class Evaluating:
+    """What the model is measured by, and how often; at most one of files and fraction, None of both: never.
+
+    Evaluating(files=(DataFile(Path("eval.jsonl")),))   files of their own
+    Evaluating(fraction=0.02)                           a part of the training sequences, which is not trained on
+    Evaluating(..., every=100)                          after so many steps, and at the end (default: 5 times)
+    """
+
+    files: tuple[DataFile, ...] = ()
+    fraction: float | None = None
+    every: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.files and self.fraction is not None:
+            raise ConfigError(
+                "evaluation: both files and a fraction are given", hint="pass --eval or --eval-split"
+            )
+        if self.fraction is not None and not 0 < self.fraction < 1:
+            raise ConfigError(f"eval_split: {self.fraction} is no fraction", hint="pass --eval-split 0.02")
+        if self.every is not None and self.every < 1:
+            raise ConfigError(f"eval_every: {self.every} is less than 1", hint="pass --eval-every 100")
+        if self.every is not None and not self.is_on:
+            raise ConfigError(
+                "eval_every: there is nothing to evaluate on", hint="pass --eval FILE or --eval-split 0.02"
+            )
+
+    @property
+    def is_on(self) -> bool:
+        """Whether there is anything to evaluate on."""
+        return bool(self.files) or self.fraction is not None
+
+
+@dataclass(frozen=True, slots=True)
 class TrainSettings:
     """A whole training run.
 
-    TrainSettings(model, data, out, Length(steps=20))         train the model in folder `model` on the text in
-    `data` TrainSettings(..., batch_size=16)                         sequences per step: a weight is loaded
-    once for all TrainSettings(..., place=Place(host="3GiB", disk="/x"))   hard budgets
-    TrainSettings(..., overwrite=True)                        replace an earlier run in `out` once this one is
-    saved
+    TrainSettings(model, (DataFile(path),), out, Length(steps=20))   train the model in folder `model` on `path`
+    TrainSettings(..., batch_size=16)                                sequences per step: a weight is loaded once for all
+    TrainSettings(..., place=Place(host="3GiB", disk="/x"))          hard budgets
+    TrainSettings(..., overwrite=True)                               replace an earlier run in `out` once this is saved
     """
 
     model: Path
-    data: Path
+    data: tuple[DataFile, ...]
     out: Path
     length: Length
     batch_size: int = 8
     seq_len: int = 512
+    packing: Packing | None = None
+    too_long: TooLong = TooLong.ERROR
     learning: Learning = field(default_factory=Learning)
+    evaluating: Evaluating = field(default_factory=Evaluating)
     place: Place = field(default_factory=Place)
     seed: int = 0
     overwrite: bool = False
+    trackers: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
             raise ConfigError(f"batch_size: {self.batch_size} is less than 1", hint="pass --batch-size 8")
         if self.seed < 0:
             raise ConfigError(f"seed: {self.seed} is negative", hint="pass --seed 0 or more")
+
+
+def flat(settings: TrainSettings) -> dict[str, str | int | float | bool | None]:
+    """All settings by the names of the command line's options, as `outsize train --config` reads them."""
+    length, learning, evaluating, place = (
+        settings.length,
+        settings.learning,
+        settings.evaluating,
+        settings.place,
+    )
+    return {
+        "model": str(settings.model),
+        "data": " ".join(map(str, settings.data)),
+        "out": str(settings.out),
+        "overwrite": settings.overwrite,
+        "steps": length.steps,
+        "epochs": length.epochs,
+        "minutes": length.minutes,
+        "batch-size": settings.batch_size,
+        "seq-len": settings.seq_len,
+        "packing": settings.packing,
+        "too-long": settings.too_long,
+        "eval": " ".join(map(str, evaluating.files)) or None,
+        "eval-split": evaluating.fraction,
+        "eval-every": evaluating.every,
+        "lr": learning.lr,
+        "optimizer": learning.optimizer,
+        "schedule": learning.schedule,
+        "warmup": learning.warmup_steps,
+        "weight-decay": learning.weight_decay,
+        "max-grad-norm": "none" if learning.max_grad_norm is None else learning.max_grad_norm,
+        "seed": settings.seed,
+        "tracker": " ".join(settings.trackers) or None,
+        "device": place.device,
+        "host": place.host,
+        "disk": place.disk,
+        "home": place.home,
+        "dtype": place.dtype,
+        "pin": " ".join(f"{name}={value}" for name, value in pinned(place.pins).items()) or None,
+    }
+
+
+def pinned(pins: Pins | None) -> dict[str, int | bool]:
+    """What `pins` decide, by name."""
+    if pins is None:
+        return {}
+    return {pin.name: value for pin in fields(Pins) if (value := getattr(pins, pin.name)) != pin.default}

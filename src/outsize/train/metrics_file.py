@@ -1,0 +1,42 @@
+"""`metrics.jsonl`: one line after each step and each evaluation, readable while the run goes on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import TracebackType
+from typing import TextIO
+
+from outsize.train.api import Report
+from outsize.train.metrics import Evaluation, StepMetrics
+from outsize.train.watch import Watcher
+
+
+class MetricsFile(Watcher):
+    """Writes the file from its beginning; open while it is entered."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file: TextIO | None = None
+
+    def stepped(self, metrics: StepMetrics, report: Report, num_steps: int | None) -> None:
+        """Append the step."""
+        self._write(metrics.to_json())
+
+    def evaluated(self, evaluation: Evaluation) -> None:
+        """Append the evaluation."""
+        self._write(evaluation.to_json())
+
+    def __enter__(self) -> MetricsFile:
+        self._file = self._path.open("w", encoding="utf-8")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def _write(self, line: str) -> None:
+        assert self._file is not None, "the file is open while it is entered"
+        self._file.write(line + "\n")
+        self._file.flush()

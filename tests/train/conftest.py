@@ -1,0 +1,9 @@
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def own_token_cache(tmp_path_factory, monkeypatch):
+    """Tokens go to a folder of the test's own."""
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setattr("outsize.train.data.tokens.cache_folder", lambda: folder)
+    return folder / "tokens"

@@ -1,0 +1,142 @@
+"""Which tokens of a conversation are learned: against each family's format written out by hand."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from outsize.errors import DataError
+from outsize.train.data.chat import render
+from outsize.train.data.examples import examples_of, learned_tokens
+from outsize.train.data.records import Record
+from tests.train.families import FAMILIES, chat_tokenizer
+
+TOKENIZERS = {name: chat_tokenizer(template) for name, (template, _, _) in FAMILIES.items()}
+
+words = st.sampled_from(
+    ["hello", " ", "there", "\n", "what", "<|im_end|>", "é", "🥊", "one two", ".", "[/INST]", "<think>"]
+)
+contents = st.lists(words, max_size=6).map("".join)
+thoughts = st.tuples(contents, contents).map(lambda both: f"<think>{both[0]}</think>{both[1]}")
+
+
+@st.composite
+def conversations(draw, allows_system):
+    messages = []
+    if allows_system and draw(st.booleans()):
+        messages.append({"role": "system", "content": "s" + draw(contents)})
+    for _ in range(draw(st.integers(1, 4))):
+        messages.append({"role": "user", "content": draw(contents)})
+        messages.append({"role": "assistant", "content": draw(st.one_of(contents, thoughts))})
+    return messages
+
+
+def by_hand(name, messages, tools=None):
+    """The text, and whether each character is learned."""
+    text, learned = "", []
+    for part, is_learned in FAMILIES[name][1](messages, tools):
+        text += part
+        learned += [is_learned] * len(part)
+    return text, learned
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@given(data=st.data())
+@settings(max_examples=80, deadline=None)
+def test_the_turns_of_the_assistant_are_learned_and_nothing_else(name, data):
+    """Token by token: learned are those of which every byte belongs to a turn of the assistant, written by hand."""
+    tokenizer = TOKENIZERS[name]
+    messages = data.draw(conversations(FAMILIES[name][2]))
+    text, learned = by_hand(name, messages)
+    [example] = examples_of([Record({"messages": messages}, Path("f"), 1)], tokenizer, 10_000)
+    assert tokenizer.decode(example.ids) == text
+    byte_learned = [flag for char, flag in zip(text, learned, strict=True) for _ in char.encode()]
+    at, expected = 0, []
+    for token in tokenizer.convert_ids_to_tokens(example.ids.tolist()):
+        after = at + len(token)  # byte-level: one character of the vocabulary per byte
+        expected.append(all(byte_learned[at:after]))
+        at = after
+    assert at == len(byte_learned)
+    assert example.learned.tolist() == expected
+
+
+def test_only_the_completion_of_conversations_is_learned():
+    history = [
+        {"role": "user", "content": "one"},
+        {"role": "assistant", "content": "two"},
+        {"role": "user", "content": "three"},
+    ]
+    record = Record(
+        {"prompt": history, "completion": [{"role": "assistant", "content": "there"}]}, Path("f"), 1
+    )
+    [example] = examples_of([record], TOKENIZERS["chatml"], 10_000)
+    assert TOKENIZERS["chatml"].decode(example.ids[example.learned]) == "there<|im_end|>\n"
+
+
+def test_tool_calls_are_learned_and_tools_are_shown():
+    tools = [{"type": "function", "function": {"name": "look"}}]
+    messages = [
+        {"role": "user", "content": "what"},
+        {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "look"}}]},
+        {"role": "tool", "content": "a cat"},
+        {"role": "assistant", "content": "It is a cat."},
+    ]
+    text, learned = by_hand("qwen3", messages, tools)
+    rendered = render(TOKENIZERS["qwen3"], messages, tools=tools, place="here")
+    assert rendered.text == text and '"name": "look"' in text
+    got = [any(start <= at < stop for start, stop in rendered.spans) for at in range(len(text))]
+    assert got == learned
+
+
+def test_tokens_across_a_border_are_not_learned():
+    offsets = np.array([[0, 2], [2, 5], [5, 6], [6, 6], [6, 7], [6, 8]])
+    assert learned_tokens(offsets, [(3, 7)]).tolist() == [False, False, True, False, True, False]
+
+
+BAD = {
+    "no list": ({"messages": "hello"}, "is no list of messages"),
+    "empty": ({"messages": []}, "is no list of messages"),
+    "no role": ({"messages": [{"content": "a"}]}, 'message 1 has no "role"'),
+    "no content": ({"messages": [{"role": "user"}]}, 'message 1: "content" is missing'),
+    "parts": (
+        {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
+        'message 1: "content" is list',
+    ),
+    "no assistant": ({"messages": [{"role": "user", "content": "a"}]}, "no message of the assistant"),
+    "tools": (
+        {"messages": [{"role": "user", "content": "a"}], "tools": 3},
+        '"tools" is int, expected a list',
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_malformed_conversation_is_named(name):
+    fields, message = BAD[name]
+    good = Record(
+        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}, Path("f"), 1
+    )
+    with pytest.raises(DataError) as caught:
+        list(examples_of([good, Record(fields, Path("chat.jsonl"), 7)], TOKENIZERS["chatml"], 10_000))
+    assert "chat.jsonl:7" in str(caught.value) and message in str(caught.value)
+
+
+def test_what_a_template_refuses_is_named():
+    messages = [
+        {"role": "system", "content": "s"},
+        {"role": "user", "content": "u"},
+        {"role": "assistant", "content": "a"},
+    ]
+    with pytest.raises(
+        DataError, match=r"chat\.jsonl:3: the chat template refuses .*System role not supported"
+    ):
+        render(TOKENIZERS["gemma"], messages, place="chat.jsonl:3")
+
+
+def test_without_a_chat_template():
+    record = Record({"messages": [{"role": "assistant", "content": "a"}]}, Path("chat.jsonl"), 1)
+    with pytest.raises(DataError, match=r"chat\.jsonl:1: .*no chat template") as caught:
+        list(examples_of([record], chat_tokenizer(None), 10_000))
+    assert "chat_template" in caught.value.hint
