@@ -12,9 +12,10 @@ from outsize.errors import ConfigError, DataError, TrainingError
 from outsize.train.api import OptimizerName
 from outsize.train.data import DataFile
 from outsize.train.loop import train
-from outsize.train.progress import PlainProgress, progress_on
+from outsize.train.metrics import StepMetrics
+from outsize.train.progress import PlainProgress, progress_on, sparkline, where_time_goes
 from outsize.train.settings import Learning, Length, Place, TrainSettings
-from tests.train.standin import WORDS, PlainApi, write_model
+from tests.train.standin import WORDS, PlainApi, PlainReport, write_model
 
 
 @pytest.fixture
@@ -255,3 +256,32 @@ def test_every_optimizer_trains(model, data, tmp_path, name, monkeypatch):
     assert result.num_steps == 3 and len(set(result.losses)) == 3
     before = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
     assert all(bool(value.isfinite().all()) for value in before.values())
+
+
+def shown_at(width):
+    console = Console(file=io.StringIO(), force_terminal=True, width=width)
+    progress = progress_on(console)
+    waits = {"wait weight": 0.5, "free gradient": 0.1}
+    with progress:
+        for number, loss in enumerate([3.0, 2.0, 1.0], 1):
+            metrics = StepMetrics(number, loss, 1e-4, 0.5, 900.0, 1.0, 1 << 29, 1 << 20, 1 << 19, waits)
+            progress.stepped(metrics, PlainReport(), 9)
+    return console.file.getvalue()
+
+
+@pytest.mark.parametrize("width", [40, 80, 160])
+def test_a_terminal_shows_where_memory_and_time_go(width):
+    text = shown_at(width)
+    assert "█▅▁" in text and "step 3/9" in text
+    if width >= 80:
+        assert "waited 60% of the step, most for weights" in text and "mem 512.0 MiB of 1.00 GiB" in text
+
+
+def test_waiting_in_words():
+    def words(waits, step_s=1.0):
+        return where_time_goes(StepMetrics(1, 1.0, 1e-4, None, 1.0, step_s, 1, 1, 1, waits))
+
+    assert words({}) == words({"wait weight": 0.0})
+    assert "moving is hidden behind computing" in words({"wait weight": 0.01})
+    assert "most for gradients" in words({"wait weight": 0.1, "free gradient": 0.3})
+    assert sparkline([1.0, float("nan"), 1.0]) == "▁ ▁"

@@ -1,11 +1,16 @@
-"""What one sees of a run: a line that redraws itself on a terminal, one line per step anywhere else."""
+"""What one sees of a run: lines that redraw themselves on a terminal, one line per step anywhere else."""
 
 from __future__ import annotations
 
+import math
+from collections import deque
+from collections.abc import Sequence
 from types import TracebackType
 
+import rich.live
 import rich.progress
-from rich.console import Console
+from rich.console import Console, Group
+from rich.text import Text
 
 from outsize.config import format_bytes
 from outsize.train.api import Report
@@ -62,46 +67,88 @@ class PlainProgress(Watcher):
 
 
 class LiveProgress(Watcher):
-    """A bar with the figures of the latest step."""
+    """A bar with the figures of the latest step, and under it where memory and time go."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
         self._bar = rich.progress.Progress(
             rich.progress.TextColumn("step {task.completed:.0f}{task.fields[of]}"),
             rich.progress.BarColumn(bar_width=16),
-            rich.progress.TextColumn("{task.fields[figures]}", markup=False),
             rich.progress.TimeRemainingColumn(compact=True),
             console=console,
-            transient=False,
         )
-        self._task = self._bar.add_task("", total=None, of="", figures="the first step is under way")
+        self._task = self._bar.add_task("", total=None, of="")
+        self._losses: deque[float] = deque(maxlen=32)
+        self._live = rich.live.Live(
+            Group(self._bar, _line("the first step is under way")), console=console, refresh_per_second=4
+        )
 
     def say(self, text: str) -> None:
         """Print `text`, dimmed, above the bar."""
         self._console.print(text, style="dim", markup=False, highlight=False)
 
     def stepped(self, metrics: StepMetrics, report: Report, num_steps: int | None) -> None:
-        """Redraw the bar with the step's figures."""
+        """Redraw with the step's figures."""
+        self._losses.append(metrics.loss)
+        shown = figures(metrics, report)
+        learning, moving = shown[: -3 if len(shown) > 3 else None], shown[-3:]
         self._bar.update(
             self._task,
             completed=metrics.step,
             total=num_steps,
             of=f"/{num_steps}" if num_steps is not None else "",
-            figures="  ".join(figures(metrics, report)),
         )
+        lines = [
+            _line("  ".join(learning), "bold"),
+            _line(f"loss {sparkline(list(self._losses))}", "cyan"),
+            _line("  ".join(moving)),
+            _line(where_time_goes(metrics)),
+        ]
+        self._live.update(Group(self._bar, *lines))
 
     def evaluated(self, evaluation: Evaluation) -> None:
         """Print the evaluation above the bar."""
         self.say(_evaluation(evaluation))
 
     def __enter__(self) -> LiveProgress:
-        self._bar.start()
+        self._live.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._bar.stop()
+        self._live.stop()
+
+
+def _line(text: str, style: str = "dim") -> Text:
+    return Text(text, style=style, no_wrap=True, overflow="ellipsis")
+
+
+def sparkline(values: Sequence[float]) -> str:
+    """Values as bars, from the lowest to the highest; a figure that is not finite leaves a gap.
+
+    >>> sparkline([3.0, 2.0, 1.0])
+    '█▅▁'
+    """
+    finite = [value for value in values if math.isfinite(value)]
+    low, high = min(finite, default=0.0), max(finite, default=0.0)
+    span = (high - low) or 1.0
+    return "".join(_BARS[round((v - low) / span * 7)] if math.isfinite(v) else " " for v in values)
+
+
+def where_time_goes(metrics: StepMetrics) -> str:
+    """How much of a step was waiting, for what most, and what would help."""
+    waited_s = sum(metrics.wait_s.values())
+    share = waited_s / max(metrics.step_s, 1e-9)
+    if share < 0.02:
+        return f"waited {waited_s:.1f} s of {metrics.step_s:.1f} s: moving is hidden behind computing"
+    most = (
+        max(metrics.wait_s, key=lambda link: metrics.wait_s[link]).removeprefix("wait ").removeprefix("free ")
+    )
+    return f"waited {share:.0%} of the step, most for {most}s: a larger batch or more memory helps"
+
+
+_BARS = "▁▂▃▄▅▆▇█"
 
 
 def _evaluation(evaluation: Evaluation) -> str:
