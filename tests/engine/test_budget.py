@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import outsize
 from outsize import Pins
 from outsize.engine.budget import SLACK_BYTES
 from outsize.engine.session import session_of
@@ -108,3 +109,12 @@ print(memory.resident_bytes() - before)
         [sys.executable, "-W", "ignore", "-c", code], env=environment, capture_output=True, check=True
     )
     assert int(done.stdout) < SLACK_BYTES // 2
+
+
+def test_a_preview_compares_with_the_size_of_the_disk(tmp_path):
+    with seeded(0):
+        ZOO["llama"].build().save_pretrained(tmp_path / "model")
+    for size, fits in (("1GiB", True), ("8KiB", False)):
+        summary = outsize.preview(tmp_path / "model", disk=f"{tmp_path}:{size}", home="disk")
+        assert summary.fits is fits, summary
+    assert "on disk" in summary.reason and "may hold 8.00 KiB" in summary.reason
