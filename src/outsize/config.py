@@ -99,8 +99,9 @@ class Pins:
 
     Pins(weight_slots=2)    how many blocks' weights may be in memory at once, beside the resident ones
     Pins(tile_rows=4)       rows of a batch that a block computes at once
-    Pins(resident_bytes=0)  memory used to keep planes that would otherwise live on disk
+    Pins(resident_bytes=0)  memory, where blocks compute, used to keep planes that would otherwise move
     Pins(gradient_slots=1)  how many blocks' fp32 gradients may be in memory at once
+    Pins(inputs_on_host=True)   let inputs of blocks wait for their backward in the host's memory (with a device only)
     Pins(verify=True)       check the checksum of every read from the disk tier
     """
 
@@ -108,6 +109,7 @@ class Pins:
     gradient_slots: int | None = None
     tile_rows: int | None = None
     resident_bytes: int | None = None
+    inputs_on_host: bool | None = None
     verify: bool = True
 
     def __post_init__(self) -> None:

@@ -9,6 +9,7 @@ Each message says what happened, to which thing, and what was expected; `hint:` 
     │   └── WeightsError         missing, truncated or mismatched checkpoint files
     ├── DataError                a training file that cannot be read
     ├── UsageError               a call in an order or way that cannot be right
+    ├── DeviceError              the accelerator is lost, or refuses what it is asked for
     ├── StorageError             a tier failed: the file, the place and the cause
     │   ├── StorageFullError     no space left
     │   └── CorruptionError      bytes read are not the bytes written
@@ -53,6 +54,10 @@ class DataError(OutsizeError):
 
 class UsageError(OutsizeError, RuntimeError):
     """A call that would be silently wrong if it were carried out."""
+
+
+class DeviceError(OutsizeError, RuntimeError):
+    """The accelerator failed: it is lost, or memory for its transfers could not be pinned."""
 
 
 class StorageError(OutsizeError, OSError):

@@ -7,7 +7,7 @@ import torch
 
 from outsize.block import CHUNK, Block, Piece, Plane, Record
 from outsize.config import ComputeType
-from outsize.engine.update import Pending, UpdateJob, UpdateLane
+from outsize.engine.update import Pending, UpdateJob, UpdateLane, runs
 from outsize.errors import StorageError
 from outsize.optim import ADAMW, AdamWHyper, compile_rule
 from outsize.tier import Fault, FaultKind, FaultyTier, HostArena, NullTier, Verb
@@ -61,13 +61,15 @@ def test_runs_join_what_is_updated_alike_and_leave_out_the_rest():
     record = make_record()
     one, other = AdamWHyper(lr=1e-3), AdamWHyper(lr=1e-2)
     first, second, third = record.entries
-    assert make_job(record, [one, one, one]).runs(0, CHUNK) == [(0, CHUNK, one)]
-    tail = make_job(record, [one, other, None]).runs(CHUNK, record.num_trainable)
+
+    def found(hypers, start, stop):
+        return runs(record, Pending(tuple(hypers)), start, stop)
+
+    assert found([one, one, one], 0, CHUNK) == [(0, CHUNK, one)]
+    tail = found([one, other, None], CHUNK, record.num_trainable)
     assert tail == [(CHUNK, first.stop, one), (second.start, second.stop, other)]
-    assert make_job(record, [None, None, one]).runs(0, CHUNK) == []
-    assert make_job(record, [None, None, one]).runs(CHUNK, record.num_trainable) == [
-        (third.start, third.stop, one)
-    ]
+    assert found([None, None, one], 0, CHUNK) == []
+    assert found([None, None, one], CHUNK, record.num_trainable) == [(third.start, third.stop, one)]
 
 
 def test_chunks_cover_what_trains_and_at_first_everything():
@@ -127,7 +129,7 @@ def test_an_error_reaches_whoever_waits_and_the_lane_goes_on(verb, kernel):
     lane.submit(bad)
     lane.submit(good)
     with pytest.raises(StorageError, match=r"L00.state\[1\]"):
-        bad.wait_written()
+        bad.wait()
     good.wait_applied()
     third = make_job(record, [AdamWHyper(lr=0.1)] * 3, after=bad)
     third.state_planes = None
@@ -171,7 +173,7 @@ def test_a_first_update_zeroes_state_that_streams(kernel):
         job = make_job(record, [AdamWHyper(lr=0.1)] * 3)
         job.state_planes, job.is_first = None, True
         lane.submit(job)
-        job.wait_written()
+        job.wait()
         results.append(job.weight)
     lane.close()
     assert torch.equal(*results)

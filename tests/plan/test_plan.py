@@ -63,7 +63,7 @@ def test_every_built_plan_is_legal_and_complete(sizes, weight_slots, gradient_sl
     visits = call(order)
     plan = build(visits, records, placement, Occupancy(pending=pending, accumulated=accumulated))
     peaks = check(plan, records, placement)
-    assert peaks.num_bytes <= placement.buffer_bytes
+    assert peaks.num_bytes <= placement.slots_bytes
     assert Plan.parse(str(plan)) == plan
     computed = [(op.block, op.verb) for op in plan if isinstance(op, Forward | Backward)]
     assert computed == [(visit.block, visit.direction.value) for visit in visits]

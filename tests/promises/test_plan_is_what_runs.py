@@ -62,7 +62,7 @@ def test_memory_is_what_the_plan_says(name, weight_slots, tmp_path, monkeypatch)
     assert weights == tuple(group.count for group in placement.weight_classes)
     assert store.arena.in_use_bytes == store.arena.high_water_bytes == placement.arena_bytes
     assert store.arena.limit_bytes == placement.arena_bytes
-    assert max(peak.num_bytes for peak in peaks) <= placement.buffer_bytes
+    assert max(peak.num_bytes for peak in peaks) <= placement.slots_bytes
 
 
 def test_bytes_moved_are_the_plans_bytes(tmp_path):

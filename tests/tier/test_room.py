@@ -4,11 +4,18 @@ from outsize.tier import DiskTier, FaultyTier, MemoryTier, NullTier, SlowTier, T
 
 def test_public_names_are_pinned():
     assert outsize.tier.__all__ == [
+        "CudaDevice",
+        "Device",
+        "DeviceArena",
+        "DeviceRegion",
         "DiskTier",
+        "DoneTransfer",
         "Fault",
         "FaultKind",
         "FaultyTier",
         "HostArena",
+        "HostDevice",
+        "LinkStats",
         "LoggedTransfer",
         "MemoryTier",
         "NullTier",
@@ -19,7 +26,9 @@ def test_public_names_are_pinned():
         "Tier",
         "TierStats",
         "Transfer",
+        "TwinDevice",
         "Verb",
+        "Way",
     ]
     assert all(hasattr(outsize.tier, name) for name in outsize.tier.__all__)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from outsize.config import ComputeType, Home, Pins
 from outsize.errors import ConfigError
@@ -34,13 +34,12 @@ def command(
     )
 
 
-def add_place(parser: argparse.ArgumentParser, *, device: bool = True) -> None:
+def add_place(parser: argparse.ArgumentParser) -> None:
     """The options that say where bytes may live; `place_of` reads them."""
     group = parser.add_argument_group(
         "where it may live", "Hard limits; what is not given is measured and planned."
     )
-    if device:
-        group.add_argument("--device", metavar="SIZE", help="memory of the accelerator, such as 20GiB")
+    group.add_argument("--device", metavar="SIZE", help="memory of the accelerator, such as 20GiB")
     group.add_argument("--host", metavar="SIZE", help="memory of the whole process, such as 3GiB")
     group.add_argument(
         "--disk", metavar="DIR[:SIZE]", help="folder on a local disk, such as /nvme/scratch:200GiB"
@@ -64,7 +63,7 @@ def place_of(options: argparse.Namespace) -> Place:
     from outsize.train.settings import Place
 
     return Place(
-        device=getattr(options, "device", None),
+        device=options.device,
         host=options.host,
         disk=options.disk,
         home=options.home,
@@ -76,17 +75,17 @@ def place_of(options: argparse.Namespace) -> Place:
 def pins_of(texts: list[str]) -> Pins | None:
     """`["weight_slots=2"]` as Pins; None for no pins. Raises ConfigError naming the pin that is malformed."""
     known = {pin.name for pin in fields(Pins)}
-    numbers: dict[str, int] = {}
-    verify = True
+    switches = {"verify", "inputs_on_host"}
+    numbers: dict[str, Any] = {}
     for text in texts:
         name, equals, value = text.partition("=")
         if name not in known or not equals:
             raise ConfigError(f"--pin {text}: no such pin", hint=f"known are {', '.join(sorted(known))}")
-        if name == "verify" and value in ("true", "false"):
-            verify = value == "true"
-        elif name != "verify" and value.isdecimal():
+        if name in switches and value in ("true", "false"):
+            numbers[name] = value == "true"
+        elif name not in switches and value.isdecimal():
             numbers[name] = int(value)
         else:
-            expected = "true or false" if name == "verify" else "a whole number"
+            expected = "true or false" if name in switches else "a whole number"
             raise ConfigError(f"--pin {text}: expected {expected}")
-    return Pins(**numbers, verify=verify) if texts else None
+    return Pins(**numbers) if texts else None

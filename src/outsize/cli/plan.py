@@ -36,7 +36,7 @@ def add_parser(commands: shared.Commands[argparse.ArgumentParser]) -> None:
     parser.add_argument(
         "--generate", action="store_true", help="plan for generating text instead of training"
     )
-    shared.add_place(parser, device=False)
+    shared.add_place(parser)
     parser.set_defaults(run=run)
 
 
@@ -46,6 +46,7 @@ def run(options: argparse.Namespace) -> int:
     quiet.after_imports()
     summary = outsize.preview(
         options.model,
+        device=options.device,
         host=options.host,
         disk=options.disk,
         home=options.home,

@@ -25,6 +25,7 @@ from outsize.model import (
     resolve_folder,
     write_folder,
 )
+from outsize.tier import CudaDevice, Device, HostDevice
 
 
 def load(
@@ -142,11 +143,16 @@ def native_compute_type() -> ComputeType:
 def _take_over(module: nn.Module, source: Source, settings: Settings) -> nn.Module:
     memory.keep_freed_memory()
     memory.bound_kernel_caches()
-    Session(module, cut(module), source, settings)
+    Session(module, cut(module), source, settings, open_device(settings))
     module.load_state_dict = _refuse_state_dict  # type: ignore[method-assign]
     if hasattr(module, "save_pretrained"):
         module.save_pretrained = lambda path, **_: save(module, path)  # type: ignore[assignment]
     return module
+
+
+def open_device(settings: Settings) -> Device:
+    """Where blocks compute: the first CUDA device where there is one, else the host. Raises DeviceError."""
+    return CudaDevice(settings.budgets.device_bytes) if torch.cuda.is_available() else HostDevice()
 
 
 def _refuse_state_dict(*args: Any, **kwargs: Any) -> NoReturn:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,13 +18,30 @@ import torch
 from outsize.block import CHUNK, Block, Entry, Plane, Record
 from outsize.config import ComputeType
 from outsize.engine import memory
-from outsize.engine.update import Pending, UpdateJob, UpdateLane
+from outsize.engine.carrier import Carrier, DirectCarrier, Job, Parcel, StagedCarrier, Staging
+from outsize.engine.update import CHUNKS_IN_MEMORY, Pending, UpdateJob, UpdateLane, runs
 from outsize.model import Source
-from outsize.optim import Kernel, Rule, split
+from outsize.optim import Kernel, Rule, part, split
 from outsize.plan import Placement, SlotClass, slot_class_of, sums_in_place
-from outsize.tier import HostArena, Region, Slot, SlotPool, Tier, Transfer
+from outsize.tier import (
+    Device,
+    DeviceArena,
+    DeviceRegion,
+    HostArena,
+    HostDevice,
+    Region,
+    Slot,
+    SlotPool,
+    Tier,
+    Transfer,
+    Way,
+)
 
 DTYPES = {ComputeType.FLOAT32: torch.float32, ComputeType.BFLOAT16: torch.bfloat16}
+
+
+_CHUNKS_ROUNDED = 16
+"""Chunks that a device rounds at once, beside the slot."""
 
 
 @dataclass(slots=True)
@@ -38,16 +55,22 @@ class GradientState:
 
 @dataclass(eq=False)
 class BlockState:
-    """One block: its record, homes, slots, and what is under way. Changed by `BlockStore` and the optimizer alone."""
+    """One block: its record, homes, slots, and what is under way. Changed by `BlockStore` and the optimizer alone.
+
+    `resident`: planes that stay where blocks compute. `hosted`: planes whose home is the memory of a host that does not.
+    """
 
     record: Record
     disk_offset: int
-    resident: dict[Plane, Region]
+    resident: dict[Plane, Region | DeviceRegion]
+    hosted: dict[Plane, Region]
     gradients: list[GradientState]
     is_stored: bool = False
     """Whether an update wrote (or keeps) the weights; until then they come from the source and state is zero."""
     is_loaded: bool = False
-    """Whether resident weights have been read from the source."""
+    """Whether weights that stay in memory have been read from the source."""
+    loading: Transfer | None = None
+    """The reading of hosted weights from the source."""
     pending: Pending | None = None
     num_steps: int = 0
     """Updates frozen so far; a backward whose forward saw another number would be wrong."""
@@ -56,6 +79,8 @@ class BlockState:
     summed: set[int] = field(default_factory=set)
     """Entries whose sum already holds something; the first addition to the others is a copy."""
     weight_reads: list[Transfer] = field(default_factory=list)
+    home_reads: Sequence[Transfer] = ()
+    """What last read the weights at home."""
     gradient_transfers: list[Transfer] = field(default_factory=list)
     update: UpdateJob | None = None
 
@@ -68,21 +93,6 @@ class BlockState:
     def has_gradient(self) -> bool:
         """Whether any entry has a gradient."""
         return any(gradient.present for gradient in self.gradients)
-
-
-class _Job:
-    """A task of a worker thread, as a transfer."""
-
-    def __init__(self, future: Future[None]) -> None:
-        self._future = future
-
-    def wait(self) -> None:
-        """Wait, and raise what the task raised."""
-        self._future.result()
-
-    def is_done(self) -> bool:
-        """Whether `wait` would not block."""
-        return self._future.done()
 
 
 class BlockStore:
@@ -98,35 +108,59 @@ class BlockStore:
         compute_type: ComputeType,
         rule: Rule | None,
         kernel: Callable[[], Kernel] | None,
+        device: Device | None = None,
+        device_kernel: Callable[[], Kernel] | None = None,
     ) -> None:
         self.placement = placement
+        self.device = device or HostDevice()
+        self._device_kernel = device_kernel or kernel
         self.dtype = DTYPES[compute_type]
         self.source: Source | None = source
         self.disk = disk
         self.plane_dtypes = {Plane.WEIGHT: self.dtype, Plane.GRADIENT: self.dtype}
         if rule is not None:
             self.plane_dtypes |= rule.dtypes(compute_type)
-        self.arena = HostArena(placement.arena_bytes)
+        self.arena: HostArena | DeviceArena
+        if self.device.is_host:
+            self.arena = self._host = HostArena(placement.arena_bytes)
+        else:
+            self.arena = DeviceArena(self.device, placement.compute_bytes)
+            self._host = HostArena(placement.home_bytes, pinner=self.device)
         self.states: dict[str, BlockState] = {}
         offset = 0
         for record in records:
-            resident = {
+            planes = [p for p in (Plane.WEIGHT, Plane.GRADIENT, *record.state) if record.plane_elements(p)]
+            resident: dict[Plane, Region | DeviceRegion] = {
                 plane: self.arena.allocate(record.plane_bytes(plane), f"{record.name}.{plane}")
-                for plane in (Plane.WEIGHT, Plane.GRADIENT, *record.state)
-                if placement.is_resident(record.name, plane) and record.plane_elements(plane)
+                for plane in planes
+                if placement.is_resident(record.name, plane)
+            }
+            hosted = {
+                plane: self._host.allocate(record.plane_bytes(plane), f"{record.name}.{plane}")
+                for plane in planes
+                if placement.is_hosted(record.name, plane)
             }
             gradients = [GradientState() for _ in record.entries]
-            self.states[record.name] = BlockState(record, offset, resident, gradients)
+            self.states[record.name] = BlockState(record, offset, resident, hosted, gradients)
             offset += record.num_bytes
         self._weight_pools = self._pools("weights", placement.weight_classes)
         self._gradient_pools = self._pools("gradients", placement.gradient_classes)
-        chunks = range(placement.chunk_buffers)
-        self._chunks = [self.arena.allocate(placement.chunk_bytes, f"chunk[{i}]") for i in chunks]
+        self._chunks = self._buffers("chunk", placement.chunk_buffers, placement.chunk_bytes)
+        self._relays = self._buffers("relay", placement.relay_buffers, placement.relay_bytes)
+        self._staged = self._buffers("staging", placement.staging_buffers, placement.staging_bytes)
+        self._staging = Staging(self._staged)
+        self._carrier: Carrier = (
+            DirectCarrier(disk) if self.device.is_host else StagedCarrier(self.device, disk, self._relays)
+        )
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="outsize-source")
+        self._norms: list[tuple[GradientState, torch.Tensor]] = []
         self.lane = UpdateLane(self._chunks, disk, kernel, self.plane_dtypes) if kernel is not None else None
 
     def _pools(self, name: str, classes: Sequence[SlotClass]) -> list[SlotPool]:
         return [SlotPool(self.arena, f"{name}{i}", c.slot_bytes, c.count) for i, c in enumerate(classes)]
+
+    def _buffers(self, name: str, count: int, num_bytes: int) -> list[Region]:
+        return [self._host.allocate(num_bytes, f"{name}[{index}]") for index in range(count)]
 
     def __getitem__(self, block: str) -> BlockState:
         return self.states[block]
@@ -182,11 +216,13 @@ class BlockStore:
     def gradient_value(self, state: BlockState, index: int) -> torch.Tensor:
         """A copy of entry `index` of the stored gradient, in the shape of its piece."""
         piece = state.record.entries[index].piece
-        value = torch.empty(piece.num_elements, dtype=self._gradient_dtype(state))
+        value = torch.empty(
+            piece.num_elements, dtype=self._gradient_dtype(state), device=self.device.torch_device
+        )
         filled = 0
-        for part in self.gradient_parts(state, index):
-            value[filled : filled + part.numel()] = part
-            filled += part.numel()
+        for values in self.gradient_parts(state, index):
+            value[filled : filled + values.numel()] = values
+            filled += values.numel()
         return value.view(piece.shape)
 
     def gradient_parts(self, state: BlockState, index: int) -> Iterator[torch.Tensor]:
@@ -195,6 +231,8 @@ class BlockStore:
         entry, dtype = record.entries[index], self._gradient_dtype(state)
         _finish(state)
         stored = self._resident(state, Plane.GRADIENT)
+        if stored is None:
+            stored = self._hosted(state, Plane.GRADIENT)
         with mmap.mmap(-1, record.chunk_extent(Plane.GRADIENT, 0, CHUNK).num_bytes) as scratch:
             for start, stop in record.chunks():
                 first, last = max(entry.start, start), min(entry.stop, stop)
@@ -216,50 +254,134 @@ class BlockStore:
     # -- the operations of a plan --------------------------------------------------------------------------------
 
     def read_weights(self, state: BlockState) -> None:
-        """Claim a slot and start filling it, from the disk or, before the first update, from the source."""
+        """Claim a slot and start filling it: from its home or, before the first update, from the source.
+
+        Where the host updates weights on their way to a device, the update brings them.
+        """
         state.slot = self._pool(self._weight_pools, self.placement.weight_classes, state).take(state.name)
-        if state.is_stored:
-            state.weight_reads = self._chunk_transfers(state, Plane.WEIGHT, state.slot.buffer, write=False)
-        else:
+        if state.pending is not None and not self.device.is_host:
+            return
+        self._fill_weights(state)
+
+    def _fill_weights(self, state: BlockState) -> None:
+        if not state.is_stored:
             self._read_source(state)
+            return
+        ready: tuple[Transfer, ...] = ()
+        if state.update is not None and not self.device.is_host:
+            if Plane.WEIGHT in state.hosted:
+                state.update.wait_applied()
+            else:
+                ready = (state.update,)
+        state.weight_reads = self._carrier.fill(self._parcel(state, Plane.WEIGHT, state.slot), ready)
+        state.home_reads = state.weight_reads
 
     def load_resident(self, state: BlockState) -> None:
-        """Start reading resident weights from the source, once."""
-        if Plane.WEIGHT in state.resident and not state.is_loaded:
+        """Start reading weights that stay in memory from the source, once."""
+        if state.is_loaded or state.is_stored:
+            return
+        if Plane.WEIGHT in state.resident:
             state.is_loaded = True
             self._read_source(state)
+        elif Plane.WEIGHT in state.hosted:
+            self._load_hosted(state)
 
     def start_update(self, state: BlockState) -> None:
-        """Hand the pending update to the update lane."""
+        """Hand the pending update to the update lane, or to the device where the whole block is there."""
         assert self.lane is not None and state.pending is not None, state.name
         self.load_resident(state)
-        streams_weights = Plane.WEIGHT not in state.resident
-        planes = [self._resident(state, plane) for plane in state.record.state]
-        resident_planes = [plane for plane in planes if plane is not None]
-        state.update = UpdateJob(
+        if not self.device.is_host and Plane.WEIGHT in state.resident:
+            self._update_on_device(state)
+            return
+        planes = [self._in_memory(state, plane) for plane in state.record.state]
+        present_planes = [plane for plane in planes if plane is not None]
+        state.update = job = UpdateJob(
             record=state.record,
             pending=state.pending,
             disk_offset=state.disk_offset,
-            weight=self.weights(state),
-            weight_buffer=state.slot.buffer if streams_weights and state.slot is not None else None,
-            weight_reads=state.weight_reads,
-            state_planes=resident_planes if len(resident_planes) == len(planes) else None,
-            gradient=self._resident(state, Plane.GRADIENT),
+            weight=None,
+            weight_buffer=None,
+            weight_reads=(),
+            state_planes=present_planes if len(present_planes) == len(planes) else None,
+            gradient=self._in_memory(state, Plane.GRADIENT),
             is_first=not state.is_stored,
             read_remainder=partial(self._read_remainder, state),
             after=state.update,
         )
+        if self.device.is_host:
+            job.weight, job.weight_reads = self.weights(state), state.weight_reads
+            if Plane.WEIGHT not in state.resident and state.slot is not None:
+                job.weight_buffer = state.slot.buffer
+        else:
+            self._bring_weights_to(job, state)
         state.pending = None
         state.is_stored = True
-        self.lane.submit(state.update)
+        self.lane.submit(job)
+
+    def _bring_weights_to(self, job: UpdateJob, state: BlockState) -> None:
+        """Where `job` finds the weights in the memory of a host that does not compute, and where it sends them."""
+        job.send_up = self._sender(state)
+        job.before = (*state.gradient_transfers, *state.home_reads)
+        state.gradient_transfers = []
+        job.weight = self._hosted(state, Plane.WEIGHT)
+        if job.weight is not None:
+            job.weight_reads = [state.loading] if state.loading is not None else []
+            if job.state_planes is not None and job.gradient is not None:
+                job.chunks_at_once = CHUNKS_IN_MEMORY
+        elif state.is_stored:
+            job.streams_weight = True
+        else:
+            job.weight_reads = [Job(self._reader.submit(self._stage, job))]
+
+    def _stage(self, job: UpdateJob) -> None:
+        """Read weights that were never stored into staging, for their first update."""
+        region = self._staging.take()
+        job.done = partial(self._staging.give, region)
+        job.weight = region.tensor(self.dtype, job.record.num_elements)
+        job.weight_buffer = region.buffer
+        self._fill_from_source(job.record, job.weight)
+
+    def _sender(self, state: BlockState) -> Callable[[int, int, torch.Tensor], Transfer]:
+        """What copies updated elements `[start, stop)` of the weights to where the block computes."""
+        place = self.weights(state)
+        after = state.slot.after if state.slot is not None else ()
+        device, label = self.device, f"{state.name}.weight"
+
+        def send_up(start: int, stop: int, source: torch.Tensor) -> Transfer:
+            return device.start_copy(Way.UP, place[start:stop], source, after=after, label=label)
+
+        return send_up
+
+    def _update_on_device(self, state: BlockState) -> None:
+        """Apply the pending update where all planes are, in the order of computing."""
+        assert self._device_kernel is not None and state.pending is not None, state.name
+        record, pending = state.record, state.pending
+        for read in state.weight_reads:
+            read.follow()
+        state.weight_reads = []
+        planes = [self._resident(state, plane) for plane in record.state]
+        gradient = self._resident(state, Plane.GRADIENT)
+        remainder = self._read_remainder(state) if not state.is_stored else None
+        if remainder is not None:
+            target = planes[record.state.index(Plane.REMAINDER)]
+            assert target is not None
+            target.copy_(remainder)
+        weights = self.weights(state)
+        for first, last, hyper in runs(record, pending, 0, record.num_trainable):
+            assert gradient is not None and all(plane is not None for plane in planes), state.name
+            own = [part(plane, first, last) for plane in planes if plane is not None]
+            rounded = gradient[first:last].to(self.plane_dtypes[Plane.GRADIENT])
+            self._device_kernel()(weights[first:last], own, rounded, hyper)
+        state.pending = None
+        state.is_stored = True
 
     def wait_weights(self, state: BlockState) -> None:
-        """Wait until the weights in memory are current; raise what went wrong."""
+        """Let computing wait until the weights in memory are current; raise what went wrong."""
         self.load_resident(state)
         for read in state.weight_reads:
-            read.wait()
+            read.follow()
         if state.update is not None:
-            state.update.wait_applied()
+            state.update.follow_applied()
         state.weight_reads = []
 
     def free_weights(self, state: BlockState) -> None:
@@ -269,9 +391,10 @@ class BlockStore:
             for read in state.weight_reads:
                 read.wait()
             if state.update is not None:
-                state.update.wait_weights_written()
+                state.update.wait_slot_free()
         finally:
-            self._pool(self._weight_pools, self.placement.weight_classes, state).give(state.slot)
+            pool = self._pool(self._weight_pools, self.placement.weight_classes, state)
+            pool.give(state.slot, [self.device.mark()])
             state.slot = None
             state.weight_reads = []
 
@@ -279,20 +402,21 @@ class BlockStore:
         """Claim a slot to sum the block's gradient in."""
         pool = self._pool(self._gradient_pools, self.placement.gradient_classes, state)
         state.gradient_slot = pool.take(state.name)
+        for transfer in state.gradient_slot.after:
+            transfer.follow()
 
     def read_gradient(self, state: BlockState) -> None:
         """Claim a slot and start bringing what was summed so far into it."""
         self.claim_gradient(state)
         assert state.gradient_slot is not None
         if self._resident(state, Plane.GRADIENT) is None:
-            stored = state.gradient_slot.buffer[-state.record.plane_bytes(Plane.GRADIENT) :]
-            if self._sums_as_stored(state):
-                stored = state.gradient_slot.buffer
-            state.gradient_transfers = self._chunk_transfers(state, Plane.GRADIENT, stored, write=False)
+            offset = self._narrow_offset(state)
+            parcel = self._parcel(state, Plane.GRADIENT, state.gradient_slot, offset)
+            state.gradient_transfers = self._carrier.fill(parcel, tuple(state.gradient_transfers))
 
     def wait_gradient(self, state: BlockState) -> None:
         """Wait for `read_gradient`, and widen what was read to the fp32 sum."""
-        _finish(state)
+        _follow(state)
         if self._sums_as_stored(state):
             return
         slot = state.gradient_slot
@@ -300,15 +424,15 @@ class BlockStore:
         stored = self._resident(state, Plane.GRADIENT)
         if stored is None:
             # The narrow plane lies at the end of the slot; widening it front to back never overtakes it.
-            offset = slot.num_bytes - state.record.plane_bytes(Plane.GRADIENT)
-            stored = slot.tensor(self.plane_dtypes[Plane.GRADIENT], state.record.num_trainable, offset)
+            dtype = self.plane_dtypes[Plane.GRADIENT]
+            stored = slot.tensor(dtype, state.record.num_trainable, self._narrow_offset(state))
         total = self._sum(state)
         for start, stop in state.record.chunks():
             total[start:stop] = stored[start:stop].float()
 
     def begin_sum(self, state: BlockState) -> None:
         """Prepare the sum for a backward visit: apply the factor that clipping left on what is there already."""
-        _finish(state)
+        _follow(state)
         state.summed = {index for index, gradient in enumerate(state.gradients) if gradient.present}
         for index in state.summed:
             if state.gradients[index].scale != 1.0:
@@ -323,27 +447,43 @@ class BlockStore:
         if not self._sums_as_stored(state):
             dtype = self.plane_dtypes[Plane.GRADIENT]
             rounded = resident if resident is not None else self._narrow_view(state, dtype)
-            for start, stop in state.record.chunks():
+            stride = CHUNK if self.device.is_host else _CHUNKS_ROUNDED * CHUNK
+            for start in range(0, state.record.num_trainable, stride):
+                stop = min(start + stride, state.record.num_trainable)
                 rounded[start:stop] = total[start:stop].to(dtype)
         for index in state.summed:
             entry, gradient = state.record.entries[index], state.gradients[index]
             norm = torch.linalg.vector_norm(
                 rounded[entry.start : entry.stop].to(self.dtype), dtype=torch.float32
             )
-            gradient.present, gradient.sum_of_squares, gradient.scale = True, float(norm) ** 2, 1.0
+            gradient.present, gradient.scale = True, 1.0
+            self._norms.append((gradient, norm))
+        if self.device.is_host:
+            self.settle_norms()
         if resident is None and state.gradient_slot is not None:
-            buffer = state.gradient_slot.buffer
-            state.gradient_transfers = self._chunk_transfers(state, Plane.GRADIENT, buffer, write=True)
+            parcel = self._parcel(state, Plane.GRADIENT, state.gradient_slot)
+            state.gradient_transfers = self._carrier.drain(parcel)
+
+    def settle_norms(self) -> None:
+        """Bring the norms of gradients that were written since into the books: on a device, one wait for all."""
+        if self._norms:
+            norms = torch.stack([norm for _, norm in self._norms]).tolist()
+            for (gradient, _), norm in zip(self._norms, norms, strict=True):
+                gradient.sum_of_squares = norm**2
+            self._norms = []
 
     def free_gradient(self, state: BlockState) -> None:
-        """Give the gradient slot back once nothing is written from it."""
+        """Give the gradient slot back; whoever takes it next comes after what is written from it."""
         assert state.gradient_slot is not None, f"{state.name} holds no gradient slot"
+        slot, state.gradient_slot = state.gradient_slot, None
+        pool = self._pool(self._gradient_pools, self.placement.gradient_classes, state)
+        if not self.device.is_host:
+            pool.give(slot, (*slot.after, self.device.mark()))
+            return
         try:
             _finish(state)
         finally:
-            pool = self._pool(self._gradient_pools, self.placement.gradient_classes, state)
-            pool.give(state.gradient_slot)
-            state.gradient_slot = None
+            pool.give(slot)
 
     # -- the whole store -----------------------------------------------------------------------------------------
 
@@ -361,30 +501,32 @@ class BlockStore:
         """Wait until everything that was started is where it belongs; raise what went wrong."""
         for state in self:
             if state.update is not None:
-                state.update.wait_written()
+                state.update.wait()
             _finish(state)
 
     def close(self) -> None:
         """Finish what is under way and give memory and disk back, whatever goes wrong on the way."""
         with ExitStack() as stack:
             stack.callback(self._free_memory)
-            stack.callback(close_workers, self.lane, self._reader, self.disk)
+            stack.callback(close_workers, *self.workers())
 
-    def workers(self) -> tuple[UpdateLane | None, ThreadPoolExecutor, Tier | None]:
+    def workers(self) -> tuple[UpdateLane | None, ThreadPoolExecutor, Carrier, Device, Tier | None]:
         """What must be closed where the store itself is dropped (`close_workers`); it does not hold the store."""
-        return self.lane, self._reader, self.disk
+        return self.lane, self._reader, self._carrier, self.device, self.disk
 
     def _free_memory(self) -> None:
         for state in self:
-            for region in state.resident.values():
+            for region in (*state.resident.values(), *state.hosted.values()):
                 region.free()
             state.resident.clear()
+            state.hosted.clear()
             state.update = None
         for pool in (*self._weight_pools, *self._gradient_pools):
             pool.free()
-        for region in self._chunks:
+        for region in (*self._chunks, *self._relays, *self._staged):
             region.free()
         self.arena.check_books()
+        self._host.check_books()
 
     # -- helpers -------------------------------------------------------------------------------------------------
 
@@ -394,12 +536,31 @@ class BlockStore:
         return pools[index]
 
     def _resident(self, state: BlockState, plane: Plane) -> torch.Tensor | None:
-        region = state.resident.get(plane)
+        return self._plane(state, plane, state.resident.get(plane))
+
+    def _hosted(self, state: BlockState, plane: Plane) -> torch.Tensor | None:
+        return self._plane(state, plane, state.hosted.get(plane))
+
+    def _in_memory(self, state: BlockState, plane: Plane) -> torch.Tensor | None:
+        """The plane at home in the host's memory, if it is."""
+        return self._resident(state, plane) if self.device.is_host else self._hosted(state, plane)
+
+    def _plane(
+        self, state: BlockState, plane: Plane, region: Region | DeviceRegion | None
+    ) -> torch.Tensor | None:
         if region is None:
             return None
         dtype = self._gradient_dtype(state) if plane is Plane.GRADIENT else self.plane_dtypes[plane]
         num_bytes = state.record.plane_elements(plane) * state.record.element_bytes[plane]
         return region.tensor(dtype, int(num_bytes) // dtype.itemsize)
+
+    def _parcel(self, state: BlockState, plane: Plane, slot: Slot | None, byte_offset: int = 0) -> Parcel:
+        """One plane between its home and `slot`, as it is stored."""
+        assert slot is not None, f"{state.name}.{plane} has no slot"
+        dtype = self._gradient_dtype(state) if plane is Plane.GRADIENT else self.dtype
+        place = slot.tensor(dtype, state.record.plane_elements(plane), byte_offset)
+        home = self._hosted(state, plane)
+        return Parcel(state.record, plane, state.disk_offset, home, slot, place, byte_offset)
 
     def _gradient_dtype(self, state: BlockState) -> torch.dtype:
         return torch.float32 if state.record.element_bytes[Plane.GRADIENT] == 4 else torch.bfloat16
@@ -411,28 +572,52 @@ class BlockStore:
         assert state.gradient_slot is not None
         return state.gradient_slot.tensor(dtype, state.record.num_trainable)
 
-    def _chunk_transfers(
-        self, state: BlockState, plane: Plane, buffer: memoryview, *, write: bool
-    ) -> list[Transfer]:
-        """Start moving a whole plane between `buffer` and the disk, chunk by chunk."""
-        assert self.disk is not None, f"{state.name}.{plane} has no home on disk"
-        record = state.record
-        first = record.chunk_extent(plane, 0, min(CHUNK, record.plane_elements(plane))).offset
-        start = self.disk.start_write if write else self.disk.start_read
-        transfers = []
-        for begin, end in record.chunks(plane):
-            extent = record.chunk_extent(plane, begin, end)
-            part = buffer[extent.offset - first : extent.offset - first + extent.num_bytes]
-            label = f"{record.name}.{plane}[{begin // CHUNK}]"
-            transfers.append(start(state.disk_offset + extent.offset, part, label))
-        return transfers
+    def _narrow_offset(self, state: BlockState) -> int:
+        """Where a stored gradient is put into a gradient slot: at its end, where it has to be widened."""
+        if self._sums_as_stored(state):
+            return 0
+        assert state.gradient_slot is not None
+        return state.gradient_slot.num_bytes - state.record.plane_bytes(Plane.GRADIENT)
 
     def _read_source(self, state: BlockState) -> None:
-        state.weight_reads = [_Job(self._reader.submit(self._fill_from_source, state, self.weights(state)))]
+        """Start bringing weights that were never stored to where the block computes."""
+        place = self.weights(state)
+        if self.device.is_host:
+            state.weight_reads = [Job(self._reader.submit(self._fill_from_source, state.record, place))]
+            return
+        after = state.slot.after if state.slot is not None else ()
+        if Plane.WEIGHT in state.hosted:
+            self._load_hosted(state)
+        state.weight_reads = [Job(self._reader.submit(self._send_source, state, place, after))]
 
-    def _fill_from_source(self, state: BlockState, plane: torch.Tensor) -> None:
-        assert self.source is not None, f"{state.name}: the source is gone"
-        record = state.record
+    def _load_hosted(self, state: BlockState) -> None:
+        plane = self._hosted(state, Plane.WEIGHT)
+        if not state.is_loaded and plane is not None:
+            state.is_loaded = True
+            state.loading = Job(self._reader.submit(self._fill_from_source, state.record, plane))
+
+    def _send_source(self, state: BlockState, place: torch.Tensor, after: Sequence[Transfer]) -> None:
+        """Copy weights from the source to the device, by way of their home in the host's memory or of staging."""
+        label = f"{state.name}.weight"
+        hosted = self._hosted(state, Plane.WEIGHT)
+        if hosted is not None:
+            self.device.start_copy(Way.UP, place, hosted, after=after, label=label).wait()
+            return
+        scratch = torch.empty(place.shape, dtype=place.dtype) if Plane.WEIGHT in state.resident else None
+        if scratch is not None:
+            self._fill_from_source(state.record, scratch)
+            place.copy_(scratch)
+            return
+        region = self._staging.take()
+        try:
+            plane = region.tensor(place.dtype, place.numel())
+            self._fill_from_source(state.record, plane)
+            self.device.start_copy(Way.UP, place, plane, after=after, label=label).wait()
+        finally:
+            self._staging.give(region, ())
+
+    def _fill_from_source(self, record: Record, plane: torch.Tensor) -> None:
+        assert self.source is not None, f"{record.name}: the source is gone"
         views = [plane[e.start : e.stop].view(e.piece.shape) for e in record.entries]
         if self.dtype is torch.float32:
             self.source.read(Block(record.name, tuple(e.piece for e in record.entries)), views)
@@ -468,10 +653,25 @@ def _finish(state: BlockState) -> None:
         transfer.wait()
 
 
-def close_workers(lane: UpdateLane | None, reader: ThreadPoolExecutor, disk: Tier | None) -> None:
+def _follow(state: BlockState) -> None:
+    """Let computing come after the gradient's transfers; a failure is raised once."""
+    transfers, state.gradient_transfers = state.gradient_transfers, []
+    for transfer in transfers:
+        transfer.follow()
+
+
+def close_workers(
+    lane: UpdateLane | None,
+    reader: ThreadPoolExecutor,
+    carrier: Carrier,
+    device: Device,
+    disk: Tier | None,
+) -> None:
     """End the threads of a store, those first whose work others finish, and close its disk."""
     if lane is not None:
         lane.close()
     reader.shutdown()
+    carrier.close()
+    device.finish()
     if disk is not None:
         disk.close()

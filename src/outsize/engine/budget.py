@@ -2,25 +2,33 @@
 
 Of the limit, the process itself comes first, then activations as the rehearsal measured them, then the arenas, into
 which planes are placed. Between visits, freed memory is given back where the next one would pass the limit.
+
+A device with memory of its own has a limit of its own, for activations, slots and what is resident there; the host's is
+then for what is hosted and for the buffers that planes pass through.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from outsize.block import Record
+from outsize.block import ALIGNMENT, Record
 from outsize.config import Home, Pins, Settings, format_bytes
 from outsize.engine import memory
+from outsize.engine.keep import COPIES_ON_DEVICE
 from outsize.engine.probe import BatchShape, Rehearsal
 from outsize.errors import BudgetError
-from outsize.plan import Placement, place
+from outsize.plan import Placement, place, place_apart
+from outsize.tier import Device
 
 SLACK_BYTES = 128 << 20
 """Memory left for what is not planned: malloc's remains, Python objects, thread stacks."""
 
 HINT_MARGIN_BYTES = 8 << 20
 """Added to a budget that is recommended: two processes that do the same differ by 1 to 2 MiB."""
+
+DEVICE_SLACK_BYTES = 64 << 20
+"""Memory of the device left for what is not planned: libraries' workspaces, rounding of tensors."""
 
 TILE_TOKENS = 2048
 """Tokens that a tile aims at: enough for full matmul speed; fewer where memory is short. Adding up the gradients of
@@ -33,27 +41,43 @@ class _Needs:
 
     boundary_bytes: int
     visit_bytes: int
+    moved_bytes: int = 0
+    """Of the boundary, what waits in the host's memory instead; `boundary_bytes` counts the rest."""
 
     @property
     def num_bytes(self) -> int:
-        """Both."""
+        """What is taken where blocks compute."""
         return self.boundary_bytes + self.visit_bytes
 
 
-class HostBudget:
+@dataclass(frozen=True, slots=True)
+class _Attempt:
+    """A way to make it fit: tiles of so many rows; with room for a second visit; inputs in the host's memory."""
+
+    tile_rows: int
+    is_roomy: bool
+    moves_inputs: bool
+
+
+class Budget:
     """A limit on the whole process, and what it is divided into; fixed by `place`.
 
-    `always_resident`: blocks that cannot be streamed. The limit is the user's, or what is free when memory is placed.
+    `always_resident`: blocks that cannot be streamed. A limit is the user's, or what is free when memory is placed.
     """
 
-    def __init__(self, settings: Settings, always_resident: frozenset[str]) -> None:
+    def __init__(self, settings: Settings, always_resident: frozenset[str], device: Device) -> None:
         self.limit_bytes = 0
+        self.device_limit_bytes = 0
         self.base_bytes = 0
         self.activation_bytes = 0
         self.room_bytes = 0
-        """What is left for activations and arenas together."""
+        """What is left for activations and, beside them, arenas: of the device where that has memory of its own."""
+        self.kept_bytes = 0
+        """Memory of the host for inputs of blocks that wait for their backward there; 0 where they stay."""
         self.placement: Placement | None = None
         self._settings = settings
+        self._device = device
+        self._home_room_bytes = 0
         self._always_resident = always_resident
         self._visit_bytes = 0
         self._ceiling: memory.Ceiling | None = None
@@ -69,7 +93,12 @@ class HostBudget:
         self.base_bytes = memory.resident_bytes()
         limit = self._settings.budgets.host_bytes
         self.limit_bytes = limit or self.base_bytes + int(0.9 * memory.available_bytes())
-        self.room_bytes = self.limit_bytes - self.base_bytes - SLACK_BYTES - _source_bytes(records)
+        self._home_room_bytes = self.limit_bytes - self.base_bytes - SLACK_BYTES - _source_bytes(records)
+        self.room_bytes = self._home_room_bytes
+        if not self._device.is_host:
+            free = self._device.free_bytes()
+            self.device_limit_bytes = self._settings.budgets.device_bytes or int(0.95 * free)
+            self.room_bytes = min(self.device_limit_bytes, free) - DEVICE_SLACK_BYTES
         self._ceiling = memory.Ceiling(self.limit_bytes - SLACK_BYTES // 2)
         self.placement = self._largest_that_fits(records, rehearsal, shape)
         return self.placement
@@ -80,19 +109,38 @@ class HostBudget:
         Raises BudgetError where not even the smallest is.
         """
         assert self.placement is not None
-        room = self.room_bytes - self.placement.arena_bytes
+        room = self.room_bytes - self._beside_activations(self.placement)
         tile_rows = self._wanted_tile_rows(shape)
-        while (needs := _needs(rehearsal, shape, tile_rows)).num_bytes > room:
+        moves = self.kept_bytes > 0
+        if moves and (moved := _needs(rehearsal, shape, tile_rows, moves).moved_bytes) > self.kept_bytes:
+            raise BudgetError(
+                f"the inputs of blocks take {format_bytes(moved)} for a batch of {shape.rows or 1} rows, "
+                f"{format_bytes(self.kept_bytes)} of the host's memory were set aside for them",
+                hint="make the first call with the largest batch",
+            )
+        while (needs := _needs(rehearsal, shape, tile_rows, moves)).num_bytes > room:
             if tile_rows == 1 or self._settings.pins.tile_rows is not None:
                 raise BudgetError(
                     f"a batch of {shape.rows or 1} rows takes {format_bytes(needs.num_bytes)} of activations, "
                     f"{format_bytes(room)} are left beside the arenas",
-                    hint="use fewer rows or shorter sequences, give more memory with host=, or make the first "
-                    "call with the largest batch",
+                    hint=f"use fewer rows or shorter sequences, give more memory with {self._computes_in}=, or make the "
+                    "first call with the largest batch",
                 )
             tile_rows = -(-tile_rows // 2)
-        self._visit_bytes = needs.visit_bytes
+        self._visit_bytes = needs.visit_bytes if self._device.is_host else 0
         return tile_rows
+
+    def host_bytes(self) -> int:
+        """What the process takes of the host's memory, as placed."""
+        assert self.placement is not None
+        if self._device.is_host:
+            return self.base_bytes + self.activation_bytes + self.placement.arena_bytes
+        return self.base_bytes + self.placement.home_bytes + self.kept_bytes
+
+    def device_bytes(self) -> int:
+        """What is taken of a device with memory of its own, as placed; else 0."""
+        assert self.placement is not None
+        return 0 if self._device.is_host else self.activation_bytes + self.placement.compute_bytes
 
     def make_room(self) -> None:
         """Called before each visit: give freed memory back where the visit would pass the limit."""
@@ -104,51 +152,121 @@ class HostBudget:
     ) -> Placement:
         """Give memory to activations first, then to arenas; smaller tiles where that is what makes it fit."""
         settings = self._settings
-        tile_rows = self._wanted_tile_rows(shape)
-        keeps_freed = True
-        while True:
-            needs = _needs(rehearsal, shape, tile_rows)
+        cramped: tuple[Placement, _Needs] | None = None
+        error: BudgetError | None = None
+        for attempt in self._attempts(shape):
+            needs = _needs(rehearsal, shape, attempt.tile_rows, attempt.moves_inputs)
             self.activation_bytes = needs.num_bytes
             # Freed activations fit badly into one another; with room for a second visit nothing has to be given back.
-            taken = needs.num_bytes + (needs.visit_bytes if keeps_freed else 0)
+            taken = needs.num_bytes + (needs.visit_bytes if attempt.is_roomy else 0)
+            home_room = self._home_room_bytes - needs.moved_bytes
             try:
-                return place(
-                    records,
-                    arena_bytes=max(0, self.room_bytes - taken),
-                    home=settings.home,
-                    has_disk=settings.budgets.disk is not None,
-                    always_resident=self._always_resident,
-                    pins=settings.pins,
+                placement = self._place(
+                    records, max(0, self.room_bytes - taken), settings.home, settings.pins, home_room
                 )
-            except BudgetError as error:
-                if keeps_freed:
-                    keeps_freed = False
-                    continue
-                if tile_rows > 1 and settings.pins.tile_rows is None:
-                    tile_rows = -(-tile_rows // 2)
-                    continue
-                raise BudgetError(
-                    f"the model does not fit into {format_bytes(self.limit_bytes)}: {error.message}; "
-                    f"the process itself has {format_bytes(self.base_bytes)}, "
-                    f"activations take {format_bytes(self.activation_bytes)}, "
-                    f"{format_bytes(SLACK_BYTES + _source_bytes(records))} are kept free",
-                    hint=self._hint(records, self.limit_bytes - self.room_bytes + self.activation_bytes),
-                ) from error
+            except BudgetError as failure:
+                error = failure
+                continue
+            if (
+                attempt.moves_inputs
+                or cramped is not None
+                or not self._can_move_inputs()
+                or placement.is_roomy(settings.pins)
+            ):
+                return self._settle(placement, needs)
+            cramped = placement, needs  # it fits, but too few slots are left for transfers beside computing
+        if cramped is not None:
+            return self._settle(*cramped)
+        assert error is not None
+        if not self._device.is_host:
+            raise self._too_large_for_device(records, error) from error
+        raise BudgetError(
+            f"the model does not fit into {format_bytes(self.limit_bytes)}: {error.message}; "
+            f"the process itself has {format_bytes(self.base_bytes)}, "
+            f"activations take {format_bytes(self.activation_bytes)}, "
+            f"{format_bytes(SLACK_BYTES + _source_bytes(records))} are kept free",
+            hint=self._hint(records, self.limit_bytes - self.room_bytes + self.activation_bytes),
+        ) from error
+
+    def _settle(self, placement: Placement, needs: _Needs) -> Placement:
+        self.activation_bytes, self.kept_bytes = needs.num_bytes, needs.moved_bytes
+        return placement
+
+    def _can_move_inputs(self) -> bool:
+        return not self._device.is_host and self._settings.pins.inputs_on_host is None
+
+    def _attempts(self, shape: BatchShape) -> Iterator[_Attempt]:
+        """What is tried, the fastest first."""
+        tile_rows, pins = self._wanted_tile_rows(shape), self._settings.pins
+        moves = not self._device.is_host and bool(pins.inputs_on_host)
+        if self._device.is_host:
+            yield _Attempt(tile_rows, True, False)
+        yield _Attempt(tile_rows, False, moves)
+        if self._can_move_inputs():
+            moves = True
+            yield _Attempt(tile_rows, False, moves)
+        while tile_rows > 1 and pins.tile_rows is None:
+            tile_rows = -(-tile_rows // 2)
+            yield _Attempt(tile_rows, False, moves)
+
+    def _place(
+        self, records: Sequence[Record], room: int, home: Home | None, pins: Pins, home_room: int
+    ) -> Placement:
+        """A placement that leaves `room` for arenas where blocks compute, and `home_room` in a host that does not."""
+        has_disk = self._settings.budgets.disk is not None
+        if self._device.is_host:
+            return place(
+                records,
+                arena_bytes=room,
+                home=home,
+                has_disk=has_disk,
+                always_resident=self._always_resident,
+                pins=pins,
+            )
+        return place_apart(
+            records,
+            device_bytes=room,
+            host_bytes=home_room,
+            home=home,
+            has_disk=has_disk,
+            always_resident=self._always_resident,
+            pins=pins,
+        )
+
+    @property
+    def _computes_in(self) -> str:
+        return "host" if self._device.is_host else "device"
+
+    def _beside_activations(self, placement: Placement) -> int:
+        return placement.arena_bytes if self._device.is_host else placement.compute_bytes
+
+    def _least(self, records: Sequence[Record]) -> Placement:
+        """The placement that takes the least memory."""
+        pins = self._settings.pins
+        home = self._settings.home or (Home.DISK if self._settings.budgets.disk is not None else Home.HOST)
+        slots = Pins(
+            weight_slots=pins.weight_slots or 1, gradient_slots=pins.gradient_slots or 1, resident_bytes=0
+        )
+        return self._place(records, 1 << 60, home, slots, 1 << 60)
+
+    def _too_large_for_device(self, records: Sequence[Record], error: BudgetError) -> BudgetError:
+        """What is short, on the device or in the host's memory, and the smallest budgets that work."""
+        least = self._least(records)
+        device = self.activation_bytes + least.compute_bytes + DEVICE_SLACK_BYTES + HINT_MARGIN_BYTES
+        host = self.limit_bytes - self._home_room_bytes + least.home_bytes + HINT_MARGIN_BYTES
+        has_disk = self._settings.budgets.disk is not None
+        hint = f'device="{-(-device // 2**20)}MiB" with host="{-(-host // 2**20)}MiB" works with this batch'
+        return BudgetError(
+            f"the model does not fit into {format_bytes(self.device_limit_bytes)} of the device and "
+            f"{format_bytes(self.limit_bytes)} of the host: {error.message}; activations take "
+            f"{format_bytes(self.activation_bytes)} of the device",
+            hint=hint if has_disk else f'{hint}; or give a folder on an SSD with disk="..."',
+        )
 
     def _hint(self, records: Sequence[Record], fixed_bytes: int) -> str:
         """The smallest budget that works."""
         has_disk = self._settings.budgets.disk is not None
-        pins = self._settings.pins
-        least = place(
-            records,
-            arena_bytes=1 << 60,
-            home=self._settings.home or Home.DISK,
-            has_disk=has_disk,
-            always_resident=self._always_resident,
-            pins=Pins(
-                weight_slots=pins.weight_slots or 1, gradient_slots=pins.gradient_slots or 1, resident_bytes=0
-            ),
-        )
+        least = self._least(records)
         needed = -(-(fixed_bytes + least.arena_bytes + HINT_MARGIN_BYTES) // (1 << 20))
         hint = f'host="{needed}MiB" works with this batch'
         return hint if has_disk else f'{hint}; or give a folder on an SSD with disk="..."'
@@ -174,11 +292,19 @@ def disk_bytes(placement: Placement, records: Sequence[Record], settings: Settin
     return num_bytes
 
 
-def _needs(rehearsal: Rehearsal, shape: BatchShape, tile_rows: int) -> _Needs:
+def _needs(rehearsal: Rehearsal, shape: BatchShape, tile_rows: int, moves_inputs: bool = False) -> _Needs:
     rows = shape.rows or 1
     is_tiled = bool(rehearsal.dims) and all(dims is not None for dims in rehearsal.dims.values())
     tile = rehearsal.tile_bytes.at(tile_rows if is_tiled else rows)
-    return _Needs(rehearsal.boundary_bytes.at(rows), max(tile, rehearsal.loss_bytes.at(rows)))
+    visit = max(tile, rehearsal.loss_bytes.at(rows))
+    boundary = rehearsal.boundary_bytes.at(rows)
+    movable = rehearsal.movable_bytes.at(rows) if moves_inputs else 0
+    if not movable:
+        return _Needs(boundary, visit)
+    here = COPIES_ON_DEVICE * rehearsal.input_bytes.at(rows)
+    # Each input is a region of whole pages.
+    moved = movable + ALIGNMENT * len(rehearsal.visits)
+    return _Needs(boundary - movable + here, visit, moved)
 
 
 def _source_bytes(records: Sequence[Record]) -> int:

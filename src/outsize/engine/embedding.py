@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,6 +24,10 @@ from outsize.plan import Direction
 
 if TYPE_CHECKING:
     from outsize.engine.session import Session
+
+
+SMALL_ROWS = 1 << 15
+"""Rows of a table that is looked up whole where only the device knows the ids: positions, token types."""
 
 
 class Embedding:
@@ -48,26 +53,38 @@ class Embedding:
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """Gather the distinct rows from the row blocks and look `ids` up in them."""
-        distinct, inverse = torch.unique(ids, return_inverse=True)
+        places = _Places.of(ids, self.module.num_embeddings, self.session)
+        distinct = places.distinct
         self._check(distinct)
-        table = torch.empty(distinct.numel(), self.module.embedding_dim, dtype=self.session.dtype)
+        table = torch.empty(
+            distinct.numel(),
+            self.module.embedding_dim,
+            dtype=self.session.dtype,
+            device=self.session.torch_device,
+        )
         for name, start, stop in self.session.row_blocks(self.parameter):
             with self.session.visit((name,), Direction.FORWARD) as values:
                 first, last = _range(distinct, start, stop)
                 if first < last:
                     rows = values[self.parameter]
-                    torch.index_select(rows, 0, distinct[first:last] - start, out=table[first:last])
+                    torch.index_select(rows, 0, places.rows[first:last] - start, out=table[first:last])
         with self._compact(table, distinct), torch.no_grad():
-            return self.original(inverse)
+            return self.original(places.inverse)
 
     def backward(self, ids: torch.Tensor, gradient: torch.Tensor, autocast: Autocast, guard: Guard) -> None:
         """Add to the gradients of all row blocks."""
         guard.check(self.session.num_steps(self.blocks))
-        distinct, inverse = torch.unique(ids, return_inverse=True)
-        table = torch.zeros(distinct.numel(), self.module.embedding_dim, dtype=self.session.dtype)
+        places = _Places.of(ids, self.module.num_embeddings, self.session)
+        distinct = places.distinct
+        table = torch.zeros(
+            distinct.numel(),
+            self.module.embedding_dim,
+            dtype=self.session.dtype,
+            device=self.session.torch_device,
+        )
         table.requires_grad_()
         with self._compact(table, distinct), torch.enable_grad(), autocast.restore():
-            output = self.original(inverse)
+            output = self.original(places.inverse)
         output.backward(gradient)
         assert table.grad is not None
         for name, start, stop in reversed(self.session.row_blocks(self.parameter)):
@@ -75,7 +92,8 @@ class Embedding:
                 first, last = _range(distinct, start, stop)
                 rows = self.session.gradient_sum(name, self.parameter)
                 if rows is not None and first < last:
-                    rows.index_add_(0, distinct[first:last] - start, table.grad[first:last].to(rows.dtype))
+                    # Distinct rows: nothing is added twice, so the order of additions cannot matter on any device.
+                    rows.index_add_(0, places.rows[first:last] - start, table.grad[first:last].to(rows.dtype))
 
     def _check(self, distinct: torch.Tensor) -> None:
         """Raise UsageError where one of the sorted ids has no row: it would be given whatever memory holds."""
@@ -102,6 +120,27 @@ class Embedding:
             self.module.padding_idx = padding
 
 
+@dataclass(frozen=True, slots=True)
+class _Places:
+    """Which rows `ids` name: `distinct`, sorted, where the host can read it; `rows`, the same, and each id's place in
+    them, where blocks compute."""
+
+    distinct: torch.Tensor
+    rows: torch.Tensor
+    inverse: torch.Tensor
+
+    @classmethod
+    def of(cls, ids: torch.Tensor, num_rows: int, session: Session) -> _Places:
+        known = ids if ids.device.type == "cpu" else session.known_on_host(ids)
+        if known is None and num_rows <= SMALL_ROWS:
+            distinct = torch.arange(num_rows)
+            return cls(distinct, session.on_device(distinct), ids)
+        distinct, inverse = torch.unique(
+            session.on_host(ids) if known is None else known, return_inverse=True
+        )
+        return cls(distinct, session.on_device(distinct), session.on_device(inverse))
+
+
 def _range(distinct: torch.Tensor, start: int, stop: int) -> tuple[int, int]:
     bounds = torch.searchsorted(distinct, torch.tensor([start, stop]))
     return int(bounds[0]), int(bounds[1])
@@ -110,9 +149,10 @@ def _range(distinct: torch.Tensor, start: int, stop: int) -> tuple[int, int]:
 class _Embed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, embedding: Embedding, anchor: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        ctx.embedding, ctx.autocast = embedding, Autocast.current()
+        ctx.embedding, ctx.autocast = embedding, Autocast.current(embedding.session.device)
         ctx.guard = embedding.session.guard(embedding.point)
-        ctx.save_for_backward(ids)
+        known = embedding.session.known_on_host(ids)
+        ctx.save_for_backward(ids if known is None else known)
         return embedding.forward(ids)
 
     @staticmethod

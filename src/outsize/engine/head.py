@@ -82,11 +82,13 @@ class Head:
 
         `hidden [..., h]`, `targets [...]`.
         """
-        flat, targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        targets = self.session.on_host(targets).reshape(-1)
         if flat.shape[0] != targets.numel():
             raise UsageError(f"{targets.numel()} labels are given for {flat.shape[0]} positions")
         kept = (targets != ignore_index).nonzero().squeeze(1)
-        flat, targets = flat.index_select(0, kept), targets.index_select(0, kept)
+        flat = flat.index_select(0, self.session.on_device(kept))
+        targets = targets.index_select(0, kept)
         rows = self.module.out_features
         if targets.numel() and not 0 <= int(targets.min()) <= int(targets.max()) < rows:
             wrong = targets[(targets < 0) | (targets >= rows)][0]
@@ -99,7 +101,8 @@ class Head:
         if self.session.probe is not None:
             return self.session.probe.loss(self, flat, trains, differentiates), kept.numel()
         if not differentiates:
-            return self.forward_loss(flat, targets, Autocast.current())[0], kept.numel()
+            autocast = Autocast.current(self.session.device)
+            return self.forward_loss(flat, targets, autocast)[0], kept.numel()
         total: torch.Tensor = _TiledLoss.apply(self, self.session.anchor, flat, targets)  # type: ignore[no-untyped-call]
         return total, kept.numel()
 
@@ -136,11 +139,12 @@ class Head:
     def forward_loss(
         self, hidden: torch.Tensor, targets: torch.Tensor, autocast: Autocast
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`(sum of losses [], log-sum-exp [N])` of `hidden [N, h]`, `targets [N]`."""
+        """`(sum of losses [], log-sum-exp [N])` of `hidden [N, h]`, `targets [N]` (on the host: they decide what runs)."""
         count = hidden.shape[0]
-        largest = torch.full((count,), -torch.inf)
-        total = torch.zeros(count)
-        chosen = torch.zeros(count)
+        largest = torch.full((count,), -torch.inf, device=hidden.device)
+        total = torch.zeros(count, device=hidden.device)
+        chosen = torch.zeros(count, device=hidden.device)
+        targets = self.session.on_device(targets)
         with torch.no_grad():
             for name, start, stop in self._rows():
                 with self.session.visit((name,), Direction.FORWARD) as values:
@@ -165,7 +169,7 @@ class Head:
     ) -> torch.Tensor:
         """Add to the row blocks' gradients; the gradient of `hidden`, `[N, h]`. `scale` is the loss's gradient."""
         guard.check(self.session.num_steps(self.blocks))
-        gradient = torch.zeros(hidden.shape, dtype=torch.float32)
+        gradient = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
         with torch.no_grad():
             for name, start, stop in reversed(self._rows()):
                 with self.session.visit_backward((name,)) as values:
@@ -177,7 +181,8 @@ class Head:
                         place = targets[tile] - start
                         inside = (place >= 0) & (place < stop - start)
                         rows = inside.nonzero().squeeze(1)
-                        slope[rows, place[rows]] -= 1
+                        places = self.session.on_device(place[rows])
+                        slope[self.session.on_device(rows), places] -= 1
                         slope.mul_(scale)
                         narrow = slope.to(values[self.weight].dtype)
                         gradient[tile] += narrow @ values[self.weight]
@@ -224,7 +229,7 @@ def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -
 class _Project(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, head: Head, anchor: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-        ctx.head, ctx.autocast = head, Autocast.current()
+        ctx.head, ctx.autocast = head, Autocast.current(head.session.device)
         ctx.guard = head.session.guard(head.point)
         ctx.save_for_backward(hidden)
         return head.forward(hidden)
@@ -241,7 +246,7 @@ class _TiledLoss(torch.autograd.Function):
     def forward(
         ctx: Any, head: Head, anchor: torch.Tensor, hidden: torch.Tensor, targets: torch.Tensor
     ) -> torch.Tensor:
-        ctx.head, ctx.autocast = head, Autocast.current()
+        ctx.head, ctx.autocast = head, Autocast.current(head.session.device)
         ctx.guard = head.session.guard(head.point)
         loss, logsumexp = head.forward_loss(hidden, targets, ctx.autocast)
         ctx.save_for_backward(hidden, targets, logsumexp)
@@ -342,6 +347,7 @@ class TiledLoss:
                 logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels, **kwargs
             )
         if shift_labels is None:
+            labels = logits.head.session.on_host(labels)
             shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
         total, count = logits.head.loss(logits.hidden, shift_labels, ignore_index)
         return total / (count if num_items_in_batch is None else num_items_in_batch)

@@ -9,7 +9,7 @@ the block as the unit of transfer is ours.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,7 @@ from outsize.engine.sidedoor import SideDoor
 from outsize.errors import UsageError
 from outsize.model import Binding, Point
 from outsize.plan import Direction
+from outsize.tier import Device
 
 if TYPE_CHECKING:
     from outsize.engine.session import Session
@@ -35,27 +36,51 @@ Outputs = list[torch.Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Autocast:
-    """The autocast state of a forward, for its recomputation."""
+    """The autocast state of a forward, for its recomputation; `kind` is the type of the device that computes."""
 
+    kind: str
     enabled: bool
     dtype: torch.dtype
 
     @classmethod
-    def current(cls) -> Autocast:
+    def current(cls, device: Device) -> Autocast:
         """The state now."""
-        return cls(torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu"))
+        kind = device.torch_device.type
+        return cls(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
 
     def restore(self) -> torch.autocast:
         """A context with this state; casts of weights are not cached, since a slot is reused for other weights."""
-        return torch.autocast("cpu", dtype=self.dtype, enabled=self.enabled, cache_enabled=False)
+        return torch.autocast(self.kind, dtype=self.dtype, enabled=self.enabled, cache_enabled=False)
 
 
-@contextmanager
-def rng_state(state: torch.Tensor) -> Iterator[None]:
-    """Run with the CPU RNG at `state`, and put it back afterwards."""
-    with torch.random.fork_rng(devices=[]):
-        torch.set_rng_state(state)
-        yield
+@dataclass(frozen=True, slots=True)
+class Randomness:
+    """The state of the random numbers of a forward, the host's and the device's, for its recomputation."""
+
+    device: Device
+    host_state: torch.Tensor
+    device_state: torch.Tensor | None
+
+    @classmethod
+    def current(cls, device: Device) -> Randomness:
+        """The state now."""
+        return cls(device, torch.get_rng_state(), device.rng_state())
+
+    def put_back(self) -> None:
+        """Go on from this state."""
+        torch.set_rng_state(self.host_state)
+        if self.device_state is not None:
+            self.device.set_rng_state(self.device_state)
+
+    @contextmanager
+    def restored(self) -> Iterator[None]:
+        """Inside, random numbers begin at this state; afterwards they go on where they were."""
+        now = Randomness.current(self.device)
+        self.put_back()
+        try:
+            yield
+        finally:
+            now.put_back()
 
 
 @contextmanager
@@ -84,7 +109,7 @@ class Call:
     spec: TreeSpec
     leaves: list[Any]
     positions: list[int]
-    rng: torch.Tensor
+    randomness: Randomness
     autocast: Autocast
     side_door: SideDoor
     guard: Guard
@@ -152,8 +177,8 @@ class Layer:
             spec,
             leaves,
             positions,
-            torch.get_rng_state(),
-            Autocast.current(),
+            Randomness.current(self.session.device),
+            Autocast.current(self.session.device),
             SideDoor.current(),
             self.session.guard(self.point),
         )
@@ -170,7 +195,9 @@ class Layer:
                 f"{self.point.module} is given a cache while gradients are on: recomputation would fill it twice",
                 hint="pass use_cache=False",
             )
-        outputs = _Visit.apply(call, self.session.anchor if trains else None, *tensors)  # type: ignore[no-untyped-call]
+        keeper = self.session.keeper
+        with keeper.keep(tensors) if keeper is not None else nullcontext():
+            outputs = _Visit.apply(call, self.session.anchor if trains else None, *tensors)  # type: ignore[no-untyped-call]
         return call.result(outputs)
 
     # -- the two directions ----------------------------------------------------------------------------------------
@@ -182,12 +209,19 @@ class Layer:
             installed(self.session.module, self.point.bindings, values),
             torch.no_grad(),
         ):
+            versions = {name: value._version for name, value in values.items()}
             try:
                 outputs = self._run_tiles(call, tensors)
             except UnevenTiles:
                 call.dims, call.tiles = None, self.session.keep_whole(self.point)
-                torch.set_rng_state(call.rng)
+                call.randomness.put_back()
                 outputs = self._run_tiles(call, tensors)
+            for name, value in values.items():
+                if value._version != versions[name]:
+                    raise UsageError(
+                        f"{self.point.module} changes {name} in its forward: the change would be lost with the slot",
+                        hint="change weights before outsize.wrap (nn.Embedding: leave max_norm out)",
+                    )
             return [self._own(output, values) for output in outputs]
 
     def _run_tiles(self, call: Call, tensors: Sequence[torch.Tensor]) -> Outputs:
@@ -208,7 +242,7 @@ class Layer:
         with (
             self.session.visit_backward(self.blocks) as values,
             installed(self.session.module, self.point.bindings, values),
-            rng_state(call.rng),
+            call.randomness.restored(),
             _training(self.module, call.training),
             torch.enable_grad(),
         ):

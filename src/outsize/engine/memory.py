@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+Result = TypeVar("Result")
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
@@ -14,6 +20,7 @@ KERNELS = 64
 """Products of different shapes; a step of a dense model has about 40. 64 of them take 34 MiB."""
 
 _highest = 0
+_highest_on_device: dict[torch.device, int] = {}
 
 
 def _status(key: str) -> int:
@@ -94,6 +101,28 @@ def give_back() -> None:
     """Return freed memory to the system (glibc only)."""
     if (libc := _glibc()) is not None:
         libc.malloc_trim(0)
+
+
+def device_peak_bytes(device: torch.device) -> int:
+    """The most memory that tensors ever took beside `device`; 0 where that is the host's."""
+    if device.type != "cuda":
+        return 0
+    return max(_highest_on_device.get(device, 0), torch.cuda.max_memory_allocated(device))
+
+
+def watched(run: Callable[[], Result], device: torch.device) -> tuple[Result, int]:
+    """What `run()` gives, and by how many bytes the memory beside `device` rose at most meanwhile."""
+    if device.type == "cuda":
+        _highest_on_device[device] = device_peak_bytes(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        result = run()
+        return result, max(0, torch.cuda.max_memory_allocated(device) - before)
+    give_back()
+    before = resident_bytes()
+    restart_peak()
+    result = run()
+    return result, max(0, recent_peak_bytes() - before)
 
 
 class Ceiling:

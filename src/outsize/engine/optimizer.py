@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import cache, partial
 from typing import Any, overload
 
 import torch
@@ -19,7 +20,7 @@ from outsize.config import ComputeType
 from outsize.engine.session import Session, session_of
 from outsize.engine.update import Pending
 from outsize.errors import ConfigError, UsageError
-from outsize.optim import Hyper, Rule, start_compile
+from outsize.optim import Hyper, Rule, gpu_kernel, start_compile
 
 Params = Iterable[torch.Tensor] | Iterable[dict[str, Any]] | None
 """Parameters, groups of them, or None for all that require grad."""
@@ -61,7 +62,13 @@ class Optimizer(torch.optim.Optimizer, ABC):
         self._check(defaults, self._ranges(defaults))
         super().__init__(params, defaults)
         compute_type = self._session.settings.compute_type
-        self._session.set_rule(rule, start_compile(rule, ComputeType(compute_type)).wait)
+        kernel = start_compile(rule, ComputeType(compute_type)).wait
+        on_device = kernel
+        if self._session.torch_device.type != "cpu":
+            on_device = cache(
+                partial(gpu_kernel, rule, ComputeType(compute_type), self._session.torch_device)
+            )
+        self._session.set_rule(rule, kernel, on_device)
 
     # -- what an optimizer adds ----------------------------------------------------------------------------------
 
@@ -153,6 +160,7 @@ class Optimizer(torch.optim.Optimizer, ABC):
         if self._session.executor is None:
             return 0.0
         store = self._session.executor.store
+        store.settle_norms()
         ours = {
             (at.block, at.index)
             for group in self.param_groups

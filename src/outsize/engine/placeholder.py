@@ -35,12 +35,13 @@ class _Placeholder(torch.Tensor):
         *,
         requires_grad: bool = False,
         dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
     ) -> _Placeholder:
         self: _Placeholder = torch.Tensor._make_wrapper_subclass(
             cls,
             like.shape,
             dtype=dtype or like.dtype,
-            device=torch.device("cpu"),
+            device=device or like.device,
             requires_grad=requires_grad,
         )
         self._label = label
@@ -177,12 +178,13 @@ class OffloadedParameter(_Placeholder):
         parameter: torch.Tensor,
         label: str,
         dtype: torch.dtype,
+        device: torch.device,
         fetch: Callable[[], torch.Tensor],
         get_gradient: Callable[[], torch.Tensor | None],
         drop_gradient: Callable[[], None],
     ) -> OffloadedParameter:
         """Stands in for `parameter`."""
-        self = cls(parameter, label, fetch, dtype=dtype)
+        self = cls(parameter, label, fetch, dtype=dtype, device=device)
         assert isinstance(self, OffloadedParameter)
         self._get_gradient, self._drop_gradient = get_gradient, drop_gradient
         # A hook can only be given to what requires grad; it stays when that changes.

@@ -8,8 +8,7 @@ from pathlib import Path
 import torch
 
 from outsize.config import Pins, format_bytes
-from outsize.engine import memory
-from outsize.engine.api import resolve_settings
+from outsize.engine import api, memory
 from outsize.engine.blocks import DTYPES
 from outsize.engine.budget import disk_bytes
 from outsize.engine.probe import batch_shape
@@ -34,6 +33,8 @@ class PlanSummary:
     host_budget_bytes: int
     host_bytes: int
     disk_bytes: int
+    device_budget_bytes: int = 0
+    device_bytes: int = 0
 
     def __str__(self) -> str:
         lines = [f"{self.num_parameters / 1e6:.1f} M parameters in {self.num_blocks} blocks"]
@@ -45,7 +46,13 @@ class PlanSummary:
         ]
         lines += list(self.slots)
         lines.append(
-            f"fits: {format_bytes(self.host_bytes)} of {format_bytes(self.host_budget_bytes)} of memory"
+            "fits: "
+            + (
+                f"{format_bytes(self.device_bytes)} of {format_bytes(self.device_budget_bytes)} of the device, "
+                if self.device_bytes
+                else ""
+            )
+            + f"{format_bytes(self.host_bytes)} of {format_bytes(self.host_budget_bytes)} of memory"
             + (f", {format_bytes(self.disk_bytes)} of disk" if self.disk_bytes else "")
         )
         return "\n".join(lines)
@@ -68,11 +75,11 @@ def preview(
 
     Reads no weights and stores nothing. Raises ModelError or ConfigError for what cannot be opened at all.
     """
-    settings = resolve_settings(device, host, disk, home, dtype, pins)
+    settings = api.resolve_settings(device, host, disk, home, dtype, pins)
     memory.keep_freed_memory()
     memory.bound_kernel_caches()
     module = open_skeleton(resolve_folder(path), DTYPES[settings.compute_type])
-    session = Session(module, cut(module), TensorSource({}), settings)
+    session = Session(module, cut(module), TensorSource({}), settings, api.open_device(settings))
     if getattr(module, "main_input_name", None) != "input_ids":
         raise ModelError(
             f"{type(module).__name__} does not take text",
@@ -101,6 +108,7 @@ def preview(
             session.budget.limit_bytes,
             0,
             0,
+            session.budget.device_limit_bytes,
         )
     return PlanSummary(
         fits=True,
@@ -110,8 +118,10 @@ def preview(
         num_parameters=num_parameters,
         num_blocks=len(records),
         host_budget_bytes=session.budget.limit_bytes,
-        host_bytes=session.budget.base_bytes + session.budget.activation_bytes + placement.arena_bytes,
+        host_bytes=session.budget.host_bytes(),
         disk_bytes=num_disk_bytes,
+        device_budget_bytes=session.budget.device_limit_bytes,
+        device_bytes=session.budget.device_bytes(),
     )
 
 
@@ -126,4 +136,12 @@ def _slots(placement: Placement) -> tuple[str, ...]:
     lines += [describe("gradient", group) for group in placement.gradient_classes]
     if placement.chunk_buffers:
         lines.append(f"{placement.chunk_buffers} chunk buffers of {format_bytes(placement.chunk_bytes)}")
+    if placement.relay_buffers:
+        lines.append(
+            f"{placement.relay_buffers} buffers of {format_bytes(placement.relay_bytes)} between disk and device"
+        )
+    if placement.staging_buffers:
+        lines.append(
+            f"{placement.staging_buffers} buffers of {format_bytes(placement.staging_bytes)} for the first reading"
+        )
     return tuple(lines)

@@ -9,7 +9,7 @@ same shapes. So nothing is guessed from a configuration, and nothing is read fro
 from __future__ import annotations
 
 import mmap
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 
 from outsize.engine import memory
 from outsize.engine.batch import BatchDims, Shape, find_dims
-from outsize.engine.layer import Call, Layer, Loose, installed
+from outsize.engine.layer import Call, Layer, Loose, Randomness, installed
 from outsize.plan import Direction, Visit
 
 if TYPE_CHECKING:
@@ -76,6 +76,10 @@ class Rehearsal:
     row_elements: int
     dims: dict[str, BatchDims | None]
     boundary_bytes: Linear
+    movable_bytes: Linear
+    """Of these, what could wait in the memory of another tier: tensors that take a gradient."""
+    input_bytes: Linear
+    """The largest tensor of the boundary."""
     tile_bytes: Linear
     loss_bytes: Linear
 
@@ -89,6 +93,7 @@ class Probe:
     shapes: dict[str, tuple[list[Shape], list[Shape]]] = field(default_factory=dict)
     inconsistent: set[str] = field(default_factory=set)
     kept: dict[int, torch.Tensor] = field(default_factory=dict)
+    movable: set[int] = field(default_factory=set)
     tile_bytes: int = 0
     loss_bytes: int = 0
     _seen: dict[_Key, tuple[list[torch.Tensor], Call]] = field(default_factory=dict)
@@ -104,7 +109,9 @@ class Probe:
             tuple(tuple(t.shape) for t in tensors),
         )
         if key not in self._seen:
-            outputs, num_bytes = _watched(lambda: self._run(layer, call, tensors, trains, differentiates))
+            outputs, num_bytes = memory.watched(
+                lambda: self._run(layer, call, tensors, trains, differentiates), self.session.torch_device
+            )
             self.tile_bytes = max(self.tile_bytes, num_bytes)
             self._seen[key] = ([torch.empty(o.shape, dtype=o.dtype, device="meta") for o in outputs], call)
         like, first = self._seen[key]
@@ -113,18 +120,23 @@ class Probe:
         call.side_door.counts = dict(first.side_door.counts)
         self._record_shapes(layer.point.module, tensors, like)
         return self._visit(
-            layer.blocks, tensors, [torch.zeros(o.shape, dtype=o.dtype) for o in like], differentiates
+            layer.blocks,
+            tensors,
+            [torch.zeros(o.shape, dtype=o.dtype, device=self.session.torch_device) for o in like],
+            differentiates,
         )
 
     def loose(self, loose: Loose, trains: bool) -> list[torch.Tensor]:
         """Zeros in the shapes of the parameters."""
         shapes = {piece.parameter: piece.shape for piece in self.session.entry_pieces(loose.blocks)}
-        values = [torch.zeros(shapes[name], dtype=self.session.dtype) for name in loose.parameters]
+        device, dtype = self.session.torch_device, self.session.dtype
+        values = [torch.zeros(shapes[name], dtype=dtype, device=device) for name in loose.parameters]
         return self._visit(loose.blocks, [], values, trains, weights_in_backward=False)
 
     def embedding(self, embedding: Embedding, ids: torch.Tensor, trains: bool) -> torch.Tensor:
         """Zeros in the shape of the output."""
-        output = torch.zeros(*ids.shape, embedding.module.embedding_dim, dtype=self.session.dtype)
+        shape = (*ids.shape, embedding.module.embedding_dim)
+        output = torch.zeros(shape, dtype=self.session.dtype, device=self.session.torch_device)
         self.loss_bytes = max(self.loss_bytes, 3 * output.nbytes)
         return self._visit(embedding.blocks, [], [output], trains, weights_in_backward=False, is_table=True)[
             0
@@ -133,7 +145,7 @@ class Probe:
     def head(self, head: Head, hidden: torch.Tensor, trains: bool, differentiates: bool) -> torch.Tensor:
         """Logits that take no memory; their real ones are counted."""
         shape = (*hidden.shape[:-1], head.module.out_features)
-        logits = torch.zeros((), dtype=hidden.dtype).expand(shape)
+        logits = torch.zeros((), dtype=hidden.dtype, device=hidden.device).expand(shape)
         self.loss_bytes = max(self.loss_bytes, 4 * logits.numel() * 4)
         return self._visit(head.blocks, [hidden], [logits], differentiates, is_table=True)[0]
 
@@ -144,7 +156,8 @@ class Probe:
         rows = max(stop - start for _, start, stop in self.session.row_blocks(head.weight))
         tile = min(TILE_ELEMENTS, hidden.shape[0] * rows) * 4
         self.loss_bytes = max(self.loss_bytes, 3 * tile + 3 * hidden.numel() * 4)
-        return self._visit(head.blocks, [hidden], [torch.zeros(())], differentiates, is_table=True)[0]
+        loss = torch.zeros((), device=hidden.device)
+        return self._visit(head.blocks, [hidden], [loss], differentiates, is_table=True)[0]
 
     # -- recording -------------------------------------------------------------------------------------------------
 
@@ -168,7 +181,10 @@ class Probe:
             return outputs
         for tensor in inputs:
             # Without its graph, which holds this probe: autograd nodes are not seen by the garbage collector.
-            self.kept[tensor.untyped_storage().data_ptr()] = tensor.detach()
+            key = tensor.untyped_storage().data_ptr() if not tensor.is_meta else id(tensor)
+            self.kept[key] = tensor.detach()
+            if tensor.requires_grad:
+                self.movable.add(key)
         backward = backward_visits(self.session, blocks, weights_in_backward)
         if is_table:
             backward = [replace(visit, joins_next=False) for visit in reversed(backward)]
@@ -186,6 +202,16 @@ class Probe:
         """Bytes of all tensors that backward needs, each storage once."""
         return sum(tensor.untyped_storage().nbytes() for tensor in self.kept.values())
 
+    @property
+    def movable_bytes(self) -> int:
+        """Bytes of those among them that take a gradient."""
+        return sum(self.kept[key].untyped_storage().nbytes() for key in self.movable)
+
+    @property
+    def largest_kept_bytes(self) -> int:
+        """Bytes of the largest of them."""
+        return max((tensor.untyped_storage().nbytes() for tensor in self.kept.values()), default=0)
+
     # -- running a block on zeros ----------------------------------------------------------------------------------
 
     def _run(
@@ -193,11 +219,14 @@ class Probe:
     ) -> list[torch.Tensor]:
         pieces = self.session.entry_pieces(layer.blocks)
         most = max(piece.num_elements for piece in pieces) * self.session.dtype.itemsize
-        with mmap.mmap(-1, max(most, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as zeros:
+        with mmap.mmap(-1, max(most, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory_of_zeros:
+            zeros = torch.frombuffer(memory_of_zeros, dtype=torch.uint8)
+            if self.session.torch_device.type != "cpu":
+                zeros = torch.zeros(most, dtype=torch.uint8, device=self.session.torch_device)
             values = {
-                piece.parameter: torch.frombuffer(
-                    zeros, dtype=self.session.dtype, count=piece.num_elements
-                ).view(piece.shape)
+                piece.parameter: zeros[: piece.num_elements * self.session.dtype.itemsize]
+                .view(self.session.dtype)
+                .view(piece.shape)
                 for piece in pieces
                 if piece.num_elements
             }
@@ -205,6 +234,7 @@ class Probe:
                 return self._run_on(layer, call, tensors, values, trains, differentiates)
             finally:
                 values.clear()
+                del zeros
 
     def _run_on(
         self,
@@ -251,7 +281,7 @@ class _Rehearsed(torch.autograd.Function):
         *inputs: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:
         ctx.probe, ctx.visits = probe, backward
-        ctx.like = [torch.empty_like(tensor, device="meta") for tensor in inputs]
+        ctx.like = [(torch.empty_like(tensor, device="meta"), tensor.device) for tensor in inputs]
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*[output for output in outputs if not output.is_floating_point()])
         return tuple(outputs)
@@ -260,8 +290,8 @@ class _Rehearsed(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         ctx.probe.visits += ctx.visits
         zeros = [
-            torch.zeros(like.shape, dtype=like.dtype) if need else None
-            for like, need in zip(ctx.like, ctx.needs_input_grad[4:], strict=True)
+            torch.zeros(like.shape, dtype=like.dtype, device=device) if need else None
+            for (like, device), need in zip(ctx.like, ctx.needs_input_grad[4:], strict=True)
         ]
         return (None, None, None, None, *zeros)
 
@@ -297,6 +327,8 @@ def rehearse(session: Session, args: tuple[Any, ...], kwargs: dict[str, Any], sh
         row_elements=shape.row_elements,
         dims=dims,
         boundary_bytes=Linear.through({n: float(probe.kept_bytes) for n, probe in probes.items()}),
+        movable_bytes=Linear.through({n: float(probe.movable_bytes) for n, probe in probes.items()}),
+        input_bytes=Linear.through({n: float(probe.largest_kept_bytes) for n, probe in probes.items()}),
         tile_bytes=Linear.through({n: float(probe.tile_bytes) for n, probe in probes.items()}),
         loss_bytes=Linear.through({n: float(probe.loss_bytes) for n, probe in probes.items()}),
     )
@@ -317,17 +349,23 @@ def _take(rows: int, index: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
 
 def _run(session: Session, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Probe:
     probe = session.probe = Probe(session)
-    buffers = {name: buffer.clone() for name, buffer in session.module.named_buffers()}
+    buffers = {
+        name: (buffer, buffer._version, buffer.clone()) for name, buffer in session.module.named_buffers()
+    }
+    args, kwargs = session.moved(args, kwargs)
     try:
-        with torch.random.fork_rng(devices=[]):
+        with Randomness.current(session.device).restored():
             output = session.forward(*args, **kwargs)
             if torch.is_grad_enabled():
                 _backward(output)
     finally:
         session.probe = None
         for name, buffer in session.module.named_buffers():
-            if name in buffers and not torch.equal(buffer, buffers[name]):
-                buffer.copy_(buffers[name])
+            if name not in buffers:
+                continue
+            own, version, value = buffers[name]
+            if buffer is not own or buffer._version != version:
+                buffer.copy_(value)
     return probe
 
 
@@ -354,12 +392,3 @@ def batch_shape(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str
         row_elements=sum(tensor.numel() for tensor in tensors) // max(rows, 1),
         row_tokens=max(1, main.shape[1] if main.dim() in (2, 3) else 1),
     )
-
-
-def _watched(run: Callable[[], list[torch.Tensor]]) -> tuple[list[torch.Tensor], int]:
-    """The outputs of `run()`, and by how many bytes the process's memory rose at most meanwhile."""
-    memory.give_back()
-    before = memory.resident_bytes()
-    memory.restart_peak()
-    outputs = run()
-    return outputs, max(0, memory.recent_peak_bytes() - before)

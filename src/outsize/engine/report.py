@@ -15,6 +15,7 @@ from outsize.engine.session import Session, session_of
 from outsize.plan import Placement
 
 _NAMES = {Plane.WEIGHT: "weights", Plane.GRADIENT: "gradients"}
+_TIERS = ("device", "host", "disk")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +40,11 @@ class Report:
     bytes_written: int
     wait_s: dict[str, float] = field(default_factory=dict)
     off_plan: tuple[str, ...] = ()
+    device_budget_bytes: int = 0
+    device_peak_bytes: int = 0
+    bytes_up: int = 0
+    """Copied from the host to a device with memory of its own."""
+    bytes_down: int = 0
 
     def __str__(self) -> str:
         width = max((len(row.what) for row in self.rows), default=0)
@@ -47,6 +53,11 @@ class Report:
             f"{self.num_parameters / 1e6:.1f} M parameters, training state {format_bytes(self.state_bytes)}; "
             f"process peak {format_bytes(self.host_peak_bytes)} of {format_bytes(self.host_budget_bytes)}"
         )
+        if self.device_budget_bytes:
+            lines.append(
+                f"device peak {format_bytes(self.device_peak_bytes)} of {format_bytes(self.device_budget_bytes)}; "
+                f"{format_bytes(self.bytes_up)} up, {format_bytes(self.bytes_down)} down"
+            )
         lines.append(
             f"read {format_bytes(self.bytes_read)}, wrote {format_bytes(self.bytes_written)}; "
             f"waited {sum(self.wait_s.values()):.1f} s"
@@ -78,22 +89,36 @@ def report(model: nn.Module) -> Report:
         bytes_written=stats.bytes_written if stats else 0,
         wait_s=dict(executor.wait_s),
         off_plan=tuple(f"{visit} x{count}" for visit, count in executor.off_plan.items()),
+        device_budget_bytes=budget.device_limit_bytes,
+        device_peak_bytes=memory.device_peak_bytes(session.torch_device),
+        bytes_up=session.device.links().bytes_up,
+        bytes_down=session.device.links().bytes_down,
     )
 
 
 def placement_rows(session: Session, records: Sequence[Record], placement: Placement) -> tuple[Row, ...]:
     """What lives where: planes by tier, then the buffers they pass through, then the process itself."""
     figures: Counter[tuple[str, str]] = Counter()
+    computes_in = "host" if session.device.is_host else "device"
     for record in records:
         for plane, num_bytes in _planes(record).items():
-            tier = "host" if placement.is_resident(record.name, plane) else "disk"
+            tier = "host" if placement.is_hosted(record.name, plane) else "disk"
+            if placement.is_resident(record.name, plane):
+                tier = computes_in
             figures[tier, _NAMES.get(plane, "optimizer state")] += num_bytes
-    return (
-        *(Row(tier, what, num_bytes) for (tier, what), num_bytes in sorted(figures.items(), reverse=True)),
-        Row("host", "slots and buffers", placement.buffer_bytes),
-        Row("host", "activations (most)", session.budget.activation_bytes),
-        Row("host", "Python and libraries", session.budget.base_bytes),
-    )
+    by_name = sorted(figures.items(), key=lambda item: item[0][1], reverse=True)
+    planes = sorted(by_name, key=lambda item: _TIERS.index(item[0][0]))
+    rows = [Row(tier, what, num_bytes) for (tier, what), num_bytes in planes]
+    if session.device.is_host:
+        rows.append(Row("host", "slots and buffers", placement.slots_bytes + placement.passage_bytes))
+    else:
+        rows.append(Row("device", "slots", placement.slots_bytes))
+        rows.append(Row("host", "buffers", placement.passage_bytes))
+        if session.budget.kept_bytes:
+            rows.append(Row("host", "inputs of blocks", session.budget.kept_bytes))
+    rows.append(Row(computes_in, "activations (most)", session.budget.activation_bytes))
+    rows.append(Row("host", "Python and libraries", session.budget.base_bytes))
+    return tuple(rows)
 
 
 def _planes(record: Record) -> dict[Plane, int]:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map_only
 from transformers import Cache, PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
@@ -26,11 +27,12 @@ from outsize.block import Block, Entry, Piece, Plane, Record
 from outsize.config import Settings
 from outsize.engine.batch import BatchDims, Tile, tiles
 from outsize.engine.blocks import DTYPES, BlockState, BlockStore, close_workers
-from outsize.engine.budget import HostBudget, disk_bytes
+from outsize.engine.budget import Budget, disk_bytes
 from outsize.engine.embedding import Embedding
 from outsize.engine.executor import Executor
 from outsize.engine.guard import Guard
 from outsize.engine.head import Head, Logits, TiledLoss
+from outsize.engine.keep import Keeper
 from outsize.engine.layer import Layer, Loose
 from outsize.engine.placeholder import GradientPlaceholder, OffloadedParameter
 from outsize.engine.probe import BatchShape, Probe, Rehearsal, batch_shape, rehearse
@@ -38,7 +40,7 @@ from outsize.errors import UsageError
 from outsize.model import Cut, InitSource, Point, PointKind, Source, TensorSource
 from outsize.optim import Kernel, Rule, split
 from outsize.plan import Direction, Placement, Visit
-from outsize.tier import DiskTier, Tier
+from outsize.tier import Device, DiskTier, HostDevice, Tier
 
 if TYPE_CHECKING:
     AnyPoint = Layer | Loose | Embedding | Head
@@ -80,23 +82,30 @@ class _Call:
 class Session:
     """Everything Outsize knows about one model."""
 
-    def __init__(self, module: nn.Module, cut: Cut, source: Source, settings: Settings) -> None:
+    def __init__(
+        self, module: nn.Module, cut: Cut, source: Source, settings: Settings, device: Device | None = None
+    ) -> None:
         self.module = module
+        self.device = device or HostDevice()
+        self.torch_device = self.device.torch_device
         self.cut = cut
         self.source: Source | None = source
         self.settings = settings
         self.dtype = DTYPES[settings.compute_type]
-        self.anchor = torch.zeros((), requires_grad=True)
+        self.anchor = torch.zeros((), requires_grad=True, device=self.torch_device)
         self.handles: list[Logits] = []
+        self._host_copies: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self.has_labels = False
         self.probe: Probe | None = None
         self.rule: Rule | None = None
         self.kernel: Callable[[], Kernel] | None = None
+        self.device_kernel: Callable[[], Kernel] | None = None
         self.executor: Executor | None = None
+        self.keeper: Keeper | None = None
         self._is_closed = False
         self._kept_whole: set[str] = set()
         self.identity = uuid.uuid4().hex
-        self.budget = HostBudget(settings, _never_streamed(cut))
+        self.budget = Budget(settings, _never_streamed(cut), self.device)
         self._call: _Call | None = None
         self._forward_order: list[Visit] = []
         self._rehearsals: dict[tuple[Any, ...], Rehearsal] = {}
@@ -127,6 +136,7 @@ class Session:
                 parameter,
                 name,
                 self.dtype,
+                self.torch_device,
                 fetch=partial(self.value, name),
                 get_gradient=partial(self.gradient, name),
                 drop_gradient=partial(self.drop_gradient, name),
@@ -151,6 +161,7 @@ class Session:
             # An instance attribute shadows the method, as accelerate does; the class stays as it is.
             module.forward = _with_signature(handler, module.forward)
         self.forward: Callable[..., Any] = self.module.forward
+        self._move_buffers()
         self._has_cache_switch = _has_cache_switch(self.module)
         self.module.register_forward_pre_hook(self._before_call, with_kwargs=True, prepend=True)
         self.module.register_forward_hook(self._after_call, with_kwargs=True, always_call=True)
@@ -160,6 +171,13 @@ class Session:
         original = getattr(self.module, "loss_function", None)
         if original is ForCausalLMLoss:
             self.module.loss_function = TiledLoss(original)  # type: ignore[assignment]
+
+    def _move_buffers(self) -> None:
+        """Buffers belong to no block: they stay where blocks compute."""
+        for owner in self.module.modules():
+            for name, buffer in owner._buffers.items():
+                if buffer is not None and buffer.device != self.torch_device:
+                    owner._buffers[name] = buffer.to(self.torch_device)
 
     def _handler(self, point: Point, module: nn.Module) -> AnyPoint:
         blocks = [self._blocks[name] for name in point.blocks]
@@ -201,7 +219,7 @@ class Session:
             # A cache grows with every call; the order of visits is that of a call without.
             self._call = None
             self.executor.begin(self._forward_order)
-            return args, kwargs
+            return self.moved(args, kwargs)
         if rehearsal is None or shape.row_elements > rehearsal.row_elements:
             plain_kwargs = {**kwargs, **_uncached(kwargs)} if uses_cache else kwargs
             rehearsal = self._rehearsals[signature] = rehearse(self, args, plain_kwargs, shape)
@@ -215,7 +233,9 @@ class Session:
         assert self.executor is not None
         self._call = _Call(rehearsal, shape, self.budget.begin_call(rehearsal, shape))
         self.executor.begin(rehearsal.visits)
-        return args, kwargs
+        if self.keeper is not None:
+            self.keeper.begin()
+        return self.moved(args, kwargs)
 
     def _before_encoder(self, encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Settle for the whole model where `generate` runs the encoder alone before the model was ever called.
@@ -225,7 +245,7 @@ class Session:
         if self.executor is not None or self.probe is not None or args or torch.is_grad_enabled():
             return
         rows = next((value.shape[0] for value in kwargs.values() if isinstance(value, torch.Tensor)), 1)
-        first = torch.zeros(rows, 1, dtype=torch.long)
+        first = torch.zeros(rows, 1, dtype=torch.long, device=self.torch_device)
         self._before_call(self.module, (), {**kwargs, "decoder_input_ids": first, "use_cache": False})
 
     def _after_call(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -235,6 +255,49 @@ class Session:
             handle.seal()
         self.handles.clear()
         self.has_labels = False
+        self._host_copies.clear()
+
+    def moved(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """A call's arguments where blocks compute; what they were on the host is kept while the call runs."""
+        self._host_copies.clear()
+        if self.torch_device.type == "cpu":
+            return args, kwargs
+
+        def move(tensor: torch.Tensor) -> torch.Tensor:
+            moved = self.on_device(tensor)
+            if moved is not tensor and tensor.device.type == "cpu":
+                self._host_copies[id(moved)] = (moved, tensor)
+            return moved
+
+        moved: tuple[tuple[Any, ...], dict[str, Any]] = tree_map_only(torch.Tensor, move, (args, kwargs))
+        return moved
+
+    def on_device(self, tensor: torch.Tensor) -> torch.Tensor:
+        """`tensor` where blocks compute; what comes from the host is sent ahead, and nothing waits for it."""
+        if tensor.device.type == self.torch_device.type:
+            return tensor
+        pinned = (
+            tensor.pin_memory()
+            if self.torch_device.type == "cuda" and tensor.device.type == "cpu"
+            else tensor
+        )
+        return pinned.to(self.torch_device, non_blocking=True)
+
+    def on_host(self, tensor: torch.Tensor) -> torch.Tensor:
+        """`tensor` where the host can read it: an argument of the running call as it came, else a copy, which is waited
+        for."""
+        if tensor.device.type == "cpu":
+            return tensor
+        known = self.known_on_host(tensor)
+        return known if known is not None else tensor.cpu()
+
+    def known_on_host(self, tensor: torch.Tensor) -> torch.Tensor | None:
+        """`tensor` as it came from the host, where it is an argument of the running call or another view of one."""
+        own = tensor if tensor._base is None else tensor._base
+        moved, known = self._host_copies.get(id(own), (None, None))
+        if known is None or moved is not own or known.shape.numel() != tensor.numel():
+            return None
+        return known.view(tensor.shape) if tensor.is_contiguous() and known.is_contiguous() else None
 
     def _signature(self, args: tuple[Any, ...], kwargs: dict[str, Any], uses_cache: bool) -> tuple[Any, ...]:
         """What decides the order of visits and the batch dimensions: everything but sizes."""
@@ -386,7 +449,8 @@ class Session:
             exact = torch.empty(piece.shape, dtype=torch.float32)
             assert self.source is not None
             self.source.read(Block(at.block, (piece,)), [exact])
-            return exact if self.dtype is torch.float32 else split(exact.view(-1))[0].view(piece.shape)
+            value = exact if self.dtype is torch.float32 else split(exact.view(-1))[0].view(piece.shape)
+            return value.to(self.torch_device)
         with self.executor.touch(at.block) as state:
             return self._store.pieces(state)[at.index].clone()
 
@@ -410,7 +474,7 @@ class Session:
             self.parameters[parameter],
             f"{parameter}.grad",
             fetch=lambda: self._gradient_value(parameter),
-            norm=lambda: sum(g.sum_of_squares * g.scale**2 for g in self._gradients(parameter)) ** 0.5,
+            norm=lambda: self._gradient_norm(parameter),
             scale_by=lambda factor: self._scale_gradient(parameter, factor),
         )
 
@@ -422,6 +486,10 @@ class Session:
 
     def _gradients(self, parameter: str) -> list[Any]:
         return [self._store[at.block].gradients[at.index] for at in self._locations[parameter]]
+
+    def _gradient_norm(self, parameter: str) -> float:
+        self._store.settle_norms()
+        return float(sum(g.sum_of_squares * g.scale**2 for g in self._gradients(parameter)) ** 0.5)
 
     def _scale_gradient(self, parameter: str, factor: float) -> None:
         for gradient in self._gradients(parameter):
@@ -438,8 +506,13 @@ class Session:
         """Where a parameter's pieces are."""
         return self._locations[parameter]
 
-    def set_rule(self, rule: Rule, kernel: Callable[[], Kernel]) -> None:
-        """Lay records out for `rule` from now on; refused once gradients exist."""
+    def set_rule(
+        self, rule: Rule, kernel: Callable[[], Kernel], device_kernel: Callable[[], Kernel] | None = None
+    ) -> None:
+        """Lay records out for `rule` from now on; refused once gradients exist.
+
+        `kernel` runs on the host, `device_kernel` where blocks compute (the same, where that is the host).
+        """
         if self.executor is not None:
             if self.rule is not None or any(state.has_gradient for state in self._store):
                 raise UsageError(
@@ -447,7 +520,7 @@ class Session:
                     hint="create the optimizer once, before the first backward()",
                 )
             self.close()
-        self.rule, self.kernel = rule, kernel
+        self.rule, self.kernel, self.device_kernel = rule, kernel, device_kernel or kernel
 
     def rehearse_with_labels(self, kwargs: dict[str, Any], shape: BatchShape) -> Rehearsal:
         """A rehearsal of a call that was not made, with labels."""
@@ -499,6 +572,9 @@ class Session:
         if self.kernel is not None:
             self.kernel()  # a compilation ends before the arenas are touched
         records, placement = self.decide(rehearsal, shape)
+        updates_there = any(plane is Plane.MOMENT1 for _, plane in placement.resident)
+        if self.device_kernel is not None and updates_there and not self.device.is_host:
+            self.device_kernel()
         assert self.source is not None
         disk = self._open_disk(placement, records)
         try:
@@ -510,12 +586,16 @@ class Session:
                 compute_type=self.settings.compute_type,
                 rule=self.rule,
                 kernel=self.kernel,
+                device=self.device,
+                device_kernel=self.device_kernel,
             )
         except BaseException:
             if disk is not None:
                 disk.close()
             raise
         self.executor = Executor(store)
+        if self.budget.kept_bytes:
+            self.keeper = Keeper(self.device, self.budget.kept_bytes)
         self._finalizer = weakref.finalize(self, close_workers, *store.workers())
         self._locate({r.name: [entry.piece for entry in r.entries] for r in records})
         self._blocks = {r.name: Block(r.name, tuple(entry.piece for entry in r.entries)) for r in records}
@@ -559,6 +639,9 @@ class Session:
     def close(self) -> None:
         """Give memory and disk back. Weights that were updated or taken over are gone: save them before."""
         executor, self.executor, self.budget.placement = self.executor, None, None
+        keeper, self.keeper = self.keeper, None
+        if keeper is not None:
+            keeper.close()
         if executor is not None:
             self._finalizer.detach()
             self._is_closed = self.source is None or any(state.is_stored for state in executor.store)

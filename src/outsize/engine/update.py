@@ -22,6 +22,9 @@ from outsize.block import CHUNK, Plane, Record, align
 from outsize.optim import Hyper, Kernel, part
 from outsize.tier import Region, Tier, Transfer
 
+CHUNKS_IN_MEMORY = 8
+"""Chunks that are updated at once where no plane streams: the interpreter's part is spread over more."""
+
 
 @dataclass(frozen=True, slots=True)
 class Pending:
@@ -34,15 +37,19 @@ class Pending:
 class UpdateJob:
     """One block's pending update on its way through the lane.
 
-    `weight` is the whole weight plane in memory; `state_planes` and `gradient` are resident planes, or None where
-    they stream. With `is_first` nothing of the record is on disk yet: state starts as zero, the remainder as
-    `read_remainder` gives it, and the frozen part of the weights is stored too.
+    `weight` is the whole weight plane in the host's memory, and `weight_buffer` those of its bytes that go to disk;
+    `state_planes` and `gradient` are planes in memory. What is None streams; so do weights where `streams_weight` says
+    so. With `is_first` nothing of the record is on disk yet: state starts as zero, the remainder as `read_remainder`
+    gives it, and the frozen part of the weights is stored too.
+
+    For a device with memory of its own, `send_up(start, stop, values)` copies weights to where the block computes, and
+    planes are left alone until `before` is over.
     """
 
     record: Record
     pending: Pending
     disk_offset: int
-    weight: torch.Tensor
+    weight: torch.Tensor | None
     weight_buffer: memoryview | None
     weight_reads: Sequence[Transfer]
     state_planes: Sequence[torch.Tensor] | None
@@ -50,8 +57,15 @@ class UpdateJob:
     is_first: bool
     read_remainder: Callable[[], torch.Tensor | None]
     after: UpdateJob | None
+    before: Sequence[Transfer] = ()
+    send_up: Callable[[int, int, torch.Tensor], Transfer] | None = None
+    streams_weight: bool = False
+    chunks_at_once: int = 1
+    done: Callable[[Sequence[Transfer]], None] | None = None
+    """Told, when the job is applied, what still reads `weight`."""
     state_writes: list[Transfer] = field(default_factory=list)
     weight_writes: list[Transfer] = field(default_factory=list)
+    sent: list[Transfer] = field(default_factory=list)
     error: BaseException | None = None
     _remainder: torch.Tensor | None = None
     _is_applied: threading.Event = field(default_factory=threading.Event)
@@ -66,17 +80,32 @@ class UpdateJob:
         if self.error is not None:
             raise self.error
 
-    def wait_written(self) -> None:
-        """Wait until the update is on disk."""
+    def follow_applied(self) -> None:
+        """Let computing come after the update; raise what went wrong. Blocks until it is applied, not until it is sent."""
         self.wait_applied()
-        for transfer in (*self.weight_writes, *self.state_writes):
+        for transfer in self.sent:
+            transfer.follow()
+
+    def wait(self) -> None:
+        """Wait until the update is on disk, and on the device."""
+        self.wait_applied()
+        for transfer in (*self.weight_writes, *self.state_writes, *self.sent):
             transfer.wait()
 
-    def wait_weights_written(self) -> None:
-        """Wait until nothing is being written from the weights in memory."""
+    def wait_slot_free(self) -> None:
+        """Wait until nothing is being written from, or sent to, where the block computes."""
         self.wait_applied()
-        for transfer in self.weight_writes:
+        for transfer in self.weight_writes if self.send_up is None else self.sent:
             transfer.wait()
+
+    def is_done(self) -> bool:
+        """Whether `wait` would not block."""
+        moving = (*self.weight_writes, *self.state_writes, *self.sent)
+        return self.is_applied() and all(transfer.is_done() for transfer in moving)
+
+    def follow(self) -> None:
+        """As `wait`."""
+        self.wait()
 
     def initial_remainder(self) -> torch.Tensor | None:
         """The remainder plane at the first update, read once; None where the rule has none."""
@@ -87,29 +116,35 @@ class UpdateJob:
     def finish(self, error: BaseException | None = None) -> None:
         """Let waiters go on."""
         self.error = self.error or error
+        if self.done is not None:
+            self.done((*self.weight_writes, *self.sent))
+            self.done = None
         self._is_applied.set()
         self.after = self._remainder = None  # a chain of jobs would keep every tensor of the past alive
 
     def chunks(self) -> Iterator[tuple[int, int, int]]:
         """`(start, trainable stop, weight stop)` of each chunk the job visits, in elements."""
         record = self.record
-        total = record.num_elements if self.is_first else record.num_trainable
-        for start in range(0, total, CHUNK):
-            stop = min(start + CHUNK, record.num_elements)
+        is_whole = self.is_first or self.send_up is not None
+        total = record.num_elements if is_whole else record.num_trainable
+        stride = self.chunks_at_once * CHUNK
+        for start in range(0, total, stride):
+            stop = min(start + stride, record.num_elements)
             yield start, max(start, min(stop, record.num_trainable)), stop
 
-    def runs(self, start: int, stop: int) -> list[tuple[int, int, Hyper]]:
-        """Maximal element ranges of `[start, stop)` that are updated with the same hyperparameters."""
-        runs: list[tuple[int, int, Hyper]] = []
-        for entry, hyper in zip(self.record.entries, self.pending.hypers, strict=True):
-            first, last = max(entry.start, start), min(entry.stop, stop)
-            if hyper is None or first >= last:
-                continue
-            if runs and runs[-1][1] == first and runs[-1][2] == hyper:
-                runs[-1] = (runs[-1][0], last, hyper)
-            else:
-                runs.append((first, last, hyper))
-        return runs
+
+def runs(record: Record, pending: Pending, start: int, stop: int) -> list[tuple[int, int, Hyper]]:
+    """Maximal element ranges of `[start, stop)` that are updated with the same hyperparameters."""
+    found: list[tuple[int, int, Hyper]] = []
+    for entry, hyper in zip(record.entries, pending.hypers, strict=True):
+        first, last = max(entry.start, start), min(entry.stop, stop)
+        if hyper is None or first >= last:
+            continue
+        if found and found[-1][1] == first and found[-1][2] == hyper:
+            found[-1] = (found[-1][0], last, hyper)
+        else:
+            found.append((first, last, hyper))
+    return found
 
 
 @dataclass(slots=True)
@@ -120,6 +155,8 @@ class _Chunk:
     stop: int
     is_last: bool
     buffer: Region | None = None
+    weight_offset: int = 0
+    """Where in the buffer the weights are, where they stream: at its end."""
     reads: list[Transfer] = field(default_factory=list)
     error: BaseException | None = None
 
@@ -167,9 +204,14 @@ class UpdateLane:
             error: BaseException | None = None
             if job.after is not None:
                 try:
-                    job.after.wait_written()
+                    job.after.wait()
                 except BaseException as failure:
                     error = failure
+            try:
+                for transfer in job.before:
+                    transfer.wait()
+            except BaseException as failure:
+                error = error or failure
             ranges = list(job.chunks())
             if not ranges:
                 job.finish(error)
@@ -190,7 +232,7 @@ class UpdateLane:
         num_elements = chunk.trainable_stop - chunk.start
         streams_state = bool(record.state) and job.state_planes is None and num_elements > 0
         streams_gradient = job.gradient is None and num_elements > 0
-        if not (streams_state or streams_gradient):
+        if not (streams_state or streams_gradient or job.streams_weight):
             return
         chunk.buffer, writes = self._idle.get()
         for write in writes:
@@ -206,11 +248,17 @@ class UpdateLane:
                 chunk.reads.append(
                     self._disk.start_read(place, chunk.buffer.buffer[: extent.num_bytes], label)
                 )
-        if streams_gradient and job.runs(chunk.start, chunk.trainable_stop):
-            offset = record.state_bytes(num_elements) if streams_state else 0
+        offset = record.state_bytes(num_elements) if streams_state else 0
+        if streams_gradient and runs(record, job.pending, chunk.start, chunk.trainable_stop):
             extent = record.chunk_extent(Plane.GRADIENT, chunk.start, chunk.trainable_stop)
             label = f"{record.name}.gradient[{chunk.start // CHUNK}]"
             buffer = chunk.buffer.buffer[offset : offset + extent.num_bytes]
+            chunk.reads.append(self._disk.start_read(job.disk_offset + extent.offset, buffer, label))
+        if job.streams_weight:
+            extent = record.chunk_extent(Plane.WEIGHT, chunk.start, chunk.stop)
+            label = f"{record.name}.weight[{chunk.start // CHUNK}]"
+            chunk.weight_offset = chunk.buffer.num_bytes - extent.num_bytes
+            buffer = chunk.buffer.buffer[chunk.weight_offset :]
             chunk.reads.append(self._disk.start_read(job.disk_offset + extent.offset, buffer, label))
 
     # -- applying ------------------------------------------------------------------------------------------------
@@ -239,31 +287,48 @@ class UpdateLane:
         reads = job.weight_reads
         for read in reads if len(reads) == 1 else reads[chunk.start // CHUNK : chunk.start // CHUNK + 1]:
             read.wait()
+        weight = self._weight(chunk)
         state, gradient = self._planes(chunk)
         if job.is_first and chunk.trainable_stop > chunk.start:
             remainder = job.initial_remainder()
             if remainder is not None:
                 initial = remainder[chunk.start : chunk.trainable_stop]
                 state[record.state.index(Plane.REMAINDER)].copy_(initial)
-        for first, last, hyper in job.runs(chunk.start, chunk.trainable_stop):
+        for first, last, hyper in runs(record, job.pending, chunk.start, chunk.trainable_stop):
             start, stop = first - chunk.start, last - chunk.start
             # A gradient summed over several visits was kept in fp32; this is its one rounding.
             rounded = gradient[start:stop].to(self._gradient_dtype)
             planes = [part(plane, start, stop) for plane in state]
-            self._kernel()(job.weight[first:last], planes, rounded, hyper)
-        if job.weight_buffer is not None:
+            self._kernel()(weight[start:stop], planes, rounded, hyper)
+        if job.send_up is not None:
+            job.sent.append(job.send_up(chunk.start, chunk.stop, weight))
+            writes.append(job.sent[-1])
+        if job.weight_buffer is not None or job.streams_weight:
             assert self._disk is not None
             extent = record.chunk_extent(Plane.WEIGHT, chunk.start, chunk.stop)
             label = f"{record.name}.weight[{chunk.start // CHUNK}]"
-            data = job.weight_buffer[extent.offset : extent.offset + extent.num_bytes]
+            if job.weight_buffer is not None:
+                data = job.weight_buffer[extent.offset : extent.offset + extent.num_bytes]
+            else:
+                assert chunk.buffer is not None
+                data = chunk.buffer.buffer[chunk.weight_offset :]
             job.weight_writes.append(self._disk.start_write(job.disk_offset + extent.offset, data, label))
+            writes.append(job.weight_writes[-1])
         if record.state and job.state_planes is None and chunk.buffer is not None:
             assert self._disk is not None
             extent = record.state_extent(chunk.start, chunk.trainable_stop)
             label = f"{record.name}.state[{chunk.start // CHUNK}]"
             data = chunk.buffer.buffer[: extent.num_bytes]
-            writes.append(self._disk.start_write(job.disk_offset + extent.offset, data, label))
-            job.state_writes.extend(writes)
+            job.state_writes.append(self._disk.start_write(job.disk_offset + extent.offset, data, label))
+            writes.append(job.state_writes[-1])
+
+    def _weight(self, chunk: _Chunk) -> torch.Tensor:
+        """The chunk's weights, in the host's memory."""
+        if chunk.job.weight is not None:
+            return chunk.job.weight[chunk.start : chunk.stop]
+        assert chunk.buffer is not None and chunk.job.streams_weight
+        dtype = self._dtypes[Plane.WEIGHT]
+        return chunk.buffer.tensor(dtype, chunk.stop - chunk.start, chunk.weight_offset)
 
     def _planes(self, chunk: _Chunk) -> tuple[list[torch.Tensor], torch.Tensor]:
         """The chunk's part of each state plane and of the gradient, wherever they are."""

@@ -1,6 +1,6 @@
 """Update rules and the kernels that run them on slices of a record's planes."""
 
-from outsize.optim.compile import Backend, Compilation, Kernel, compile_rule, start_compile
+from outsize.optim.compile import Backend, Compilation, Kernel, compile_rule, gpu_kernel, start_compile
 from outsize.optim.rule import Hyper, Rule, deinterleave, interleave, join, part, split
 from outsize.optim.rules import (
     ADAMW,
@@ -35,6 +35,7 @@ __all__ = [
     "SGDSaIHyper",
     "compile_rule",
     "deinterleave",
+    "gpu_kernel",
     "interleave",
     "join",
     "part",

@@ -6,6 +6,9 @@ process (`build.py`), so it may run beside other work. Where that is not possibl
 eagerly, which can differ in the last bit (eager `sqrt` is not correctly rounded): hence `Kernel.backend`,
 which belongs in a commit.
 
+On a GPU a rule is compiled when it is first needed, by `torch.compile` from the same function; the compiler keeps a cache
+of its own.
+
     $OUTSIZE_CACHE     the cache folder (default ~/.cache/outsize)
     $OUTSIZE_EAGER=1   never compile
 """
@@ -36,8 +39,11 @@ from outsize.config import ComputeType, cache_folder
 from outsize.optim.rule import CODED_GROUP_BYTES, GROUP, Hyper, Rule, part
 from outsize.optim.rules import RULES
 
-_EAGER_ELEMENTS = 1 << 16
-"""Elements per eager pass: its temporaries stay within a few MiB, and in cache."""
+_EAGER_ELEMENTS = {"cpu": 1 << 16, "cuda": 1 << 22}
+"""Elements per eager pass: its temporaries stay within a few MiB, and in a CPU's cache; a GPU needs more to be busy."""
+
+Function = Callable[[list[Tensor], Tensor], object]
+"""Updates planes (weight, state, gradient) in place, given the scalars."""
 
 _MAX_CALLERS = 4
 """Threads that can be inside one compiled kernel at once; more wait their turn."""
@@ -63,9 +69,7 @@ class Backend(StrEnum):
 class Kernel:
     """Updates slices of planes in place; safe to call from any thread on slices that do not overlap."""
 
-    def __init__(
-        self, rule: Rule, compute_type: ComputeType, backend: Backend, function: Callable[..., object]
-    ) -> None:
+    def __init__(self, rule: Rule, compute_type: ComputeType, backend: Backend, function: Function) -> None:
         self.rule = rule
         self.compute_type = compute_type
         self.backend = backend
@@ -91,19 +95,15 @@ class Kernel:
         assert scalars.numel() == self.rule.num_scalars, (self.rule.name, hyper)
         if self.rule.needs_groups(self.compute_type):
             whole -= whole % GROUP
-        size = num_elements if self.backend is Backend.COMPILED else _EAGER_ELEMENTS
+        size = num_elements if self.backend is Backend.COMPILED else _EAGER_ELEMENTS[weight.device.type]
         with torch.no_grad():
             if whole == num_elements <= size:
-                self._run(planes, scalars)
+                self._function(planes, scalars)
                 return
             for start in range(0, whole, size):
-                self._run([part(plane, start, min(start + size, whole)) for plane in planes], scalars)
+                self._function([part(plane, start, min(start + size, whole)) for plane in planes], scalars)
             if whole < num_elements:
                 self._run_rest([part(plane, whole, num_elements) for plane in planes], scalars)
-
-    def _run(self, planes: list[Tensor], scalars: Tensor) -> None:
-        views = self.rule.views(self.compute_type, planes[0], planes[1:-1], planes[-1])
-        self._function(*views, scalars)
 
     def _run_rest(self, planes: list[Tensor], scalars: Tensor) -> None:
         """Update the last, partial group on copies of a whole group."""
@@ -119,7 +119,7 @@ class Kernel:
                 views.append((plane, group[: plane.numel()]))
         for own, copy in views:
             copy.copy_(own)
-        self._run(groups, scalars)
+        self._function(groups, scalars)
         for own, copy in views[:-1]:
             own.copy_(copy)
 
@@ -156,8 +156,7 @@ class Compilation:
             _say_once(
                 f"update rules run without a compiler, slower: {failure or 'the package does not load'}"
             )
-        function = self._rule.function(self._compute_type)
-        return Kernel(self._rule, self._compute_type, Backend.EAGER, function)
+        return _eager(self._rule, self._compute_type)
 
     def _load(self, path: Path) -> Kernel | None:
         if path not in _loaders:
@@ -170,8 +169,12 @@ class Compilation:
                 _log.debug("cannot load %s: %s", path, error)
                 return None
             _loaders[path] = loader
+        views = _views(self._rule, self._compute_type)
         return Kernel(
-            self._rule, self._compute_type, Backend.COMPILED, lambda *planes: _loaders[path].run(list(planes))
+            self._rule,
+            self._compute_type,
+            Backend.COMPILED,
+            lambda planes, scalars: _loaders[path].run([*views(planes), scalars]),
         )
 
 
@@ -212,6 +215,43 @@ def start_compile(rule: Rule, compute_type: ComputeType, *, eager: bool = False)
 def compile_rule(rule: Rule, compute_type: ComputeType, *, eager: bool = False) -> Kernel:
     """The kernel for `rule`: from the cache in milliseconds, else built first (half a minute)."""
     return start_compile(rule, compute_type, eager=eager).wait()
+
+
+def gpu_kernel(rule: Rule, compute_type: ComputeType, device: torch.device) -> Kernel:
+    """The kernel for `rule` on a GPU, compiled (some 20 s, when it is new) and tried once; eager where that fails."""
+    if os.environ.get("OUTSIZE_EAGER", "") not in ("", "0"):
+        return _eager(rule, compute_type)
+    function = rule.function(compute_type)
+    views = _views(rule, compute_type)
+
+    # Views are made inside, so that the compiler sees planes that share no memory.
+    def update(planes: list[Tensor], scalars: Tensor) -> None:
+        function(*views(planes), scalars)
+
+    kernel = Kernel(rule, compute_type, Backend.COMPILED, torch.compile(update, dynamic=True, fullgraph=True))
+    sizes, dtypes = rule.element_bytes(compute_type), rule.dtypes(compute_type)
+    try:
+        for num_elements in (4 * GROUP, 6 * GROUP):
+            weight, *state, gradient = (
+                torch.zeros(int(num_elements * sizes[plane]) // dtype.itemsize, dtype=dtype, device=device)
+                for plane, dtype in dtypes.items()
+            )
+            kernel._function([weight, *state, gradient], torch.ones(rule.num_scalars, device=device))
+    except Exception as error:  # whatever a compiler raises
+        _say_once(f"update rules run uncompiled on {device}, slower: {error}")
+        return _eager(rule, compute_type)
+    return kernel
+
+
+def _eager(rule: Rule, compute_type: ComputeType) -> Kernel:
+    function, views = rule.function(compute_type), _views(rule, compute_type)
+    return Kernel(
+        rule, compute_type, Backend.EAGER, lambda planes, scalars: function(*views(planes), scalars)
+    )
+
+
+def _views(rule: Rule, compute_type: ComputeType) -> Callable[[list[Tensor]], list[Tensor]]:
+    return lambda planes: rule.views(compute_type, planes[0], planes[1:-1], planes[-1])
 
 
 def find_compiler() -> str | None:
@@ -261,7 +301,9 @@ def _cpu() -> str:
 
 @lru_cache(maxsize=256)
 def _scalars(hyper: Hyper, device: torch.device) -> Tensor:
-    return torch.tensor(hyper.scalars(), dtype=torch.float32, device=device)
+    scalars = torch.tensor(hyper.scalars(), dtype=torch.float32)
+    # Pinned, so that sending it waits for nothing.
+    return scalars.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else scalars.to(device)
 
 
 @cache

@@ -21,6 +21,9 @@ GRADIENT_SUM_BYTES = 4
 WANTED_WEIGHT_SLOTS = 3
 WANTED_GRADIENT_SLOTS = 2
 CHUNK_BUFFERS = 4
+RELAY_BUFFERS = 8
+"""Four for each way: the disk fills two while the link empties two."""
+STAGING_BUFFERS = 2
 _ABSENT = 0
 
 
@@ -42,7 +45,10 @@ class SlotClass:
 class Placement:
     """Where every plane lives between visits, and the buffers it passes through. All figures are bytes or counts.
 
-    `resident` holds `(block, plane)` for WEIGHT, GRADIENT and, standing for all state planes, MOMENT1.
+    `resident` holds `(block, plane)`, for WEIGHT, GRADIENT and, standing for all state planes, MOMENT1, of what stays
+    where blocks compute. Where that is a device with memory of its own, `hosted` holds what stays in the host's memory
+    instead, and everything that moves passes through pinned buffers: chunks, `relay_buffers` between disk and device,
+    and `staging_buffers` for whole weight planes that come from a checkpoint.
     """
 
     resident: frozenset[tuple[str, Plane]]
@@ -52,22 +58,62 @@ class Placement:
     chunk_bytes: int
     resident_bytes: int
     disk_bytes: int
+    hosted: frozenset[tuple[str, Plane]] = frozenset()
+    hosted_bytes: int = 0
+    relay_buffers: int = 0
+    relay_bytes: int = 0
+    staging_buffers: int = 0
+    staging_bytes: int = 0
+
+    def is_roomy(self, pins: Pins) -> bool:
+        """Whether there are as many slots as transfers beside computing can use, or as were pinned."""
+        return all(
+            group.count >= min(wanted, len(group.blocks))
+            for groups, wanted in (
+                (self.weight_classes, pins.weight_slots or WANTED_WEIGHT_SLOTS),
+                (self.gradient_classes, pins.gradient_slots or WANTED_GRADIENT_SLOTS),
+            )
+            for group in groups
+        )
 
     @property
-    def buffer_bytes(self) -> int:
-        """Memory of slots and chunk buffers."""
-        slots = sum(group.num_bytes for group in self.weight_classes + self.gradient_classes)
-        return slots + self.chunk_buffers * self.chunk_bytes
+    def slots_bytes(self) -> int:
+        """Memory of all slots."""
+        return sum(group.num_bytes for group in self.weight_classes + self.gradient_classes)
+
+    @property
+    def passage_bytes(self) -> int:
+        """Memory of the buffers that planes pass through on their way to a slot."""
+        chunks = self.chunk_buffers * self.chunk_bytes
+        relays = self.relay_buffers * self.relay_bytes
+        return chunks + relays + self.staging_buffers * self.staging_bytes
+
+    @property
+    def compute_bytes(self) -> int:
+        """Memory where blocks compute: slots and what is resident."""
+        return self.slots_bytes + self.resident_bytes
+
+    @property
+    def home_bytes(self) -> int:
+        """Memory of the host beside that: what is hosted, and what planes pass through."""
+        return self.hosted_bytes + self.passage_bytes
 
     @property
     def arena_bytes(self) -> int:
-        """Memory of everything the arena holds."""
-        return self.buffer_bytes + self.resident_bytes
+        """Memory of everything; all of it the host's where blocks compute there."""
+        return self.compute_bytes + self.home_bytes
 
     def is_resident(self, block: str, plane: Plane) -> bool:
-        """Whether `plane` of `block` stays in memory (any state plane stands for all)."""
-        group = plane if plane in (Plane.WEIGHT, Plane.GRADIENT) else Plane.MOMENT1
-        return (block, group) in self.resident
+        """Whether `plane` of `block` stays where blocks compute (any state plane stands for all)."""
+        return (block, _group(plane)) in self.resident
+
+    def is_hosted(self, block: str, plane: Plane) -> bool:
+        """Whether `plane` of `block` stays in the memory of a host that does not compute."""
+        return (block, _group(plane)) in self.hosted
+
+
+def _group(plane: Plane) -> Plane:
+    return plane if plane in (Plane.WEIGHT, Plane.GRADIENT) else Plane.MOMENT1
 
 
 def group_bytes(record: Record, group: Plane) -> int:
@@ -142,9 +188,136 @@ def place(
     return _placed(records, frozenset(chosen), weight_slots, gradient_slots)
 
 
-def _placed(
-    records: Sequence[Record], resident: frozenset[tuple[str, Plane]], weight_slots: int, gradient_slots: int
+def place_apart(
+    records: Sequence[Record],
+    *,
+    device_bytes: int,
+    host_bytes: int,
+    home: Home | None,
+    has_disk: bool,
+    always_resident: frozenset[str] = frozenset(),
+    pins: Pins,
 ) -> Placement:
+    """The placement that uses `device_bytes` beside a device and `host_bytes` of the host's memory best.
+
+    On the device, slots come first, then whole blocks with gradient and state: such a block moves nothing and is updated
+    there. They are spread evenly over the model, so that what still moves has time beside them (in the manner of the
+    k-th block of Deep Optimizer States, https://arxiv.org/abs/2410.21316). The host's memory holds weights first, then
+    gradients, then state, as far as it goes; the disk holds the rest. `home` pins all three: DEVICE, HOST or DISK.
+    Raises BudgetError, naming what is short, where nothing fits.
+    """
+    groups = [
+        (record, group)
+        for group in (Plane.WEIGHT, Plane.GRADIENT, Plane.MOMENT1)
+        for record in records
+        if group_bytes(record, group)
+    ]
+    everything = frozenset((record.name, group) for record, group in groups)
+    whole = _placed(records, everything, 1, 1)
+    if home is Home.DEVICE or (
+        home is None and pins.resident_bytes is None and whole.compute_bytes <= device_bytes
+    ):
+        if whole.compute_bytes > device_bytes:
+            raise BudgetError(
+                f"all planes beside the device take {format_bytes(whole.compute_bytes)}, "
+                f"the budget leaves {format_bytes(device_bytes)} for them",
+                hint="leave home= out: weights and state then live in the host's memory or on disk",
+            )
+        return whole
+    resident = frozenset(key for key in everything if key[0] in always_resident)
+    weight_slots = pins.weight_slots or WANTED_WEIGHT_SLOTS
+    gradient_slots = pins.gradient_slots or WANTED_GRADIENT_SLOTS
+    while (
+        placement := _placed(records, resident, weight_slots, gradient_slots)
+    ).compute_bytes > device_bytes:
+        if weight_slots > 1 and pins.weight_slots is None and weight_slots >= gradient_slots:
+            weight_slots -= 1
+        elif gradient_slots > 1 and pins.gradient_slots is None:
+            gradient_slots -= 1
+        else:
+            raise BudgetError(
+                f"the slots that streaming needs take {format_bytes(placement.compute_bytes)} of the device, "
+                f"the budget leaves {format_bytes(device_bytes)} for them",
+                hint="give more memory with device=, a smaller batch or shorter sequences",
+            )
+
+    left = device_bytes - placement.compute_bytes
+    limit = pins.resident_bytes if pins.resident_bytes is not None else (left if home is None else 0)
+    resident |= _spread(records, everything - resident, min(left, limit))
+    hosted = _hosted(records, groups, resident, home, has_disk, host_bytes, (weight_slots, gradient_slots))
+    placement = _placed(records, resident, weight_slots, gradient_slots, hosted)
+    if placement.home_bytes > host_bytes:
+        raise BudgetError(
+            f"what lives in the host's memory takes {format_bytes(placement.home_bytes)}, "
+            f"the budget leaves {format_bytes(host_bytes)} for it",
+            hint="give more memory with host="
+            if has_disk
+            else 'give a folder on an SSD with disk="...", or more memory with host=',
+        )
+    return placement
+
+
+def _spread(
+    records: Sequence[Record], keys: frozenset[tuple[str, Plane]], num_bytes: int
+) -> frozenset[tuple[str, Plane]]:
+    """All planes of as many whole blocks as fit, evenly over the model."""
+    chosen: set[tuple[str, Plane]] = set()
+    order = sorted(range(len(records)), key=lambda index: _reversed_bits(index))
+    for index in order:
+        record = records[index]
+        planes = [
+            group for group in (Plane.WEIGHT, Plane.GRADIENT, Plane.MOMENT1) if (record.name, group) in keys
+        ]
+        cost = sum(group_bytes(record, group) for group in planes)
+        if cost <= num_bytes:
+            chosen |= {(record.name, group) for group in planes}
+            num_bytes -= cost
+    return frozenset(chosen)
+
+
+def _reversed_bits(index: int) -> int:
+    """`index` with its 32 bits in reverse order: ascending, it visits any range evenly at every length."""
+    return int(f"{index:032b}"[::-1], 2)
+
+
+def _hosted(
+    records: Sequence[Record],
+    groups: Sequence[tuple[Record, Plane]],
+    resident: frozenset[tuple[str, Plane]],
+    home: Home | None,
+    has_disk: bool,
+    host_bytes: int,
+    slots: tuple[int, int],
+) -> frozenset[tuple[str, Plane]]:
+    """What the host's memory holds, beside the buffers that the rest passes through."""
+    moving = [(record, group) for record, group in groups if (record.name, group) not in resident]
+    everything = frozenset((record.name, group) for record, group in moving)
+    if home is Home.HOST or not has_disk:
+        return everything
+    if home is Home.DISK:
+        return frozenset()
+    if _placed(records, resident, *slots, everything).home_bytes <= host_bytes:
+        return everything
+    left = host_bytes - _placed(records, resident, *slots).passage_bytes
+    hosted: set[tuple[str, Plane]] = set()
+    for record, group in moving:
+        cost = group_bytes(record, group)
+        if cost <= left:
+            hosted.add((record.name, group))
+            left -= cost
+    return frozenset(hosted)
+
+
+def _placed(
+    records: Sequence[Record],
+    resident: frozenset[tuple[str, Plane]],
+    weight_slots: int,
+    gradient_slots: int,
+    hosted: frozenset[tuple[str, Plane]] | None = None,
+) -> Placement:
+    """The placement with these homes; `hosted` is None where blocks compute in the host's memory."""
+    is_apart = hosted is not None
+    homes = resident | (hosted or frozenset())
     streamed = {
         record.name: record.plane_bytes(Plane.WEIGHT)
         for record in records
@@ -156,7 +329,21 @@ def _placed(
         if record.num_trainable and not sums_in_place(record, (record.name, Plane.GRADIENT) in resident)
     }
     trainable = [record for record in records if record.num_trainable and record.state]
-    chunk_bytes = max((_chunk_bytes(record, resident) for record in trainable), default=0)
+    if is_apart:
+        trainable = [record for record in trainable if (record.name, Plane.MOMENT1) not in resident]
+    chunk_bytes = max((_chunk_bytes(record, homes, is_apart) for record in trainable), default=0)
+    from_disk = [
+        record
+        for record in records
+        if is_apart
+        and any(
+            group_bytes(record, group) and (record.name, group) not in homes
+            for group in (Plane.WEIGHT, Plane.GRADIENT)
+        )
+    ]
+    staged = max(
+        (r.plane_bytes(Plane.WEIGHT) for r in from_disk if (r.name, Plane.WEIGHT) not in homes), default=0
+    )
     return Placement(
         resident=resident,
         weight_classes=_classes(streamed, weight_slots),
@@ -168,10 +355,16 @@ def _placed(
             record.num_bytes
             for record in records
             if any(
-                group_bytes(record, g) and (record.name, g) not in resident
+                group_bytes(record, g) and (record.name, g) not in homes
                 for g in (Plane.WEIGHT, Plane.GRADIENT, Plane.MOMENT1)
             )
         ),
+        hosted=hosted or frozenset(),
+        hosted_bytes=sum(group_bytes(r, g) for r in records for n, g in hosted or () if n == r.name),
+        relay_buffers=RELAY_BUFFERS if from_disk else 0,
+        relay_bytes=CHUNK * GRADIENT_SUM_BYTES if from_disk else 0,
+        staging_buffers=STAGING_BUFFERS if staged else 0,
+        staging_bytes=staged,
     )
 
 
@@ -190,11 +383,14 @@ def sums_in_place(record: Record, gradient_is_resident: bool) -> bool:
     return gradient_is_resident and record.element_bytes[Plane.GRADIENT] == GRADIENT_SUM_BYTES
 
 
-def _chunk_bytes(record: Record, resident: frozenset[tuple[str, Plane]]) -> int:
+def _chunk_bytes(record: Record, homes: frozenset[tuple[str, Plane]], is_apart: bool) -> int:
+    """What an update of one chunk needs beside planes at home in memory; on a device weights pass through as well."""
     num_elements = min(CHUNK, record.num_trainable)
-    state = 0 if (record.name, Plane.MOMENT1) in resident else record.state_bytes(num_elements)
+    state = 0 if (record.name, Plane.MOMENT1) in homes else record.state_bytes(num_elements)
     gradient = align(num_elements * record.element_bytes[Plane.GRADIENT])
-    return state + (0 if (record.name, Plane.GRADIENT) in resident else gradient)
+    weight = align(min(CHUNK, record.num_elements) * record.element_bytes[Plane.WEIGHT])
+    has_weight = is_apart and (record.name, Plane.WEIGHT) not in homes
+    return state + (0 if (record.name, Plane.GRADIENT) in homes else gradient) + (weight if has_weight else 0)
 
 
 def _classes(sizes: dict[str, int], count: int) -> tuple[SlotClass, ...]:

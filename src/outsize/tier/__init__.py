@@ -1,9 +1,19 @@
-"""Where bytes live: host memory in an arena, disk behind two verbs, and the tiers that tests need.
+"""Where bytes live: beside the device, in the host's memory, on disk, and in the tiers that tests need.
 
 Only this room opens files for state. `base` says what a tier is; everything else is one file per tier.
 """
 
 from outsize.tier.base import Tier, Transfer
+from outsize.tier.device import (
+    CudaDevice,
+    Device,
+    DeviceArena,
+    DeviceRegion,
+    HostDevice,
+    LinkStats,
+    TwinDevice,
+    Way,
+)
 from outsize.tier.disk import DiskTier
 from outsize.tier.faulty import Fault, FaultKind, FaultyTier
 from outsize.tier.host import HostArena, Region
@@ -12,14 +22,21 @@ from outsize.tier.null import LoggedTransfer, NullTier
 from outsize.tier.slots import Slot, SlotPool
 from outsize.tier.slow import SlowTier
 from outsize.tier.stats import TierStats
-from outsize.tier.transfer import Verb
+from outsize.tier.transfer import DoneTransfer, Verb
 
 __all__ = [
+    "CudaDevice",
+    "Device",
+    "DeviceArena",
+    "DeviceRegion",
     "DiskTier",
+    "DoneTransfer",
     "Fault",
     "FaultKind",
     "FaultyTier",
     "HostArena",
+    "HostDevice",
+    "LinkStats",
     "LoggedTransfer",
     "MemoryTier",
     "NullTier",
@@ -30,5 +47,7 @@ __all__ = [
     "Tier",
     "TierStats",
     "Transfer",
+    "TwinDevice",
     "Verb",
+    "Way",
 ]

@@ -17,6 +17,9 @@ class Transfer(Protocol):
     def wait(self) -> None:
         """Block until the bytes are in place; raise StorageError naming the label where they are not."""
 
+    def follow(self) -> None:
+        """Let what this thread computes next come after it: without blocking where the device can, else as `wait`."""
+
     def is_done(self) -> bool:
         """Whether `wait` would return (or raise) at once."""
 

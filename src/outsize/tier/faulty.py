@@ -141,6 +141,9 @@ class _FaultyTransfer:
         if self._error is not None:
             raise self._error
 
+    def follow(self) -> None:
+        self.wait()
+
     def is_done(self) -> bool:
         return self._inner is None or self._inner.is_done()
 

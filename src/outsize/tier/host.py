@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import mmap
 import threading
+from typing import Protocol
 
 import torch
 
@@ -21,6 +22,16 @@ HUGE_PAGE_BYTES = 2 << 20
 """Regions of at least this size ask for transparent huge pages: fewer faults, fewer pages to pin."""
 
 _MADV_POPULATE_WRITE = 23
+
+
+class Pinner(Protocol):
+    """What makes host memory fit for copies that nobody waits for (a device)."""
+
+    def pin(self, region: Region) -> None:
+        """Pin all pages of `region`."""
+
+    def unpin(self, region: Region) -> None:
+        """Undo `pin`."""
 
 
 class Region:
@@ -63,6 +74,8 @@ class Region:
         Freeing twice is an AssertionError.
         """
         memory = self._live()
+        if self._arena.pinner is not None:
+            self._arena.pinner.unpin(self)
         self._memory = None
         # The mapping lives as long as a view of it does, and cannot be unmapped before. Its pages can go.
         memory.madvise(mmap.MADV_DONTNEED)
@@ -74,11 +87,12 @@ class Region:
 
 
 class HostArena:
-    """At most `limit_bytes` of host memory, with books of who holds what."""
+    """At most `limit_bytes` of host memory, with books of who holds what; all of it pinned where there is a `pinner`."""
 
-    def __init__(self, limit_bytes: int) -> None:
+    def __init__(self, limit_bytes: int, pinner: Pinner | None = None) -> None:
         assert limit_bytes >= 0, limit_bytes
         self.limit_bytes = limit_bytes
+        self.pinner = pinner
         self._lock = threading.Lock()
         self._regions: dict[int, Region] = {}
         self._in_use_bytes = 0
@@ -125,6 +139,8 @@ class HostArena:
             with contextlib.suppress(OSError):  # kernels before 5.14: pages are taken when first touched
                 memory.madvise(_MADV_POPULATE_WRITE)
             region = Region(self, name, memory)
+            if self.pinner is not None:
+                self.pinner.pin(region)
             self._regions[id(region)] = region
             self._in_use_bytes += size
             self._high_water_bytes = max(self._high_water_bytes, self._in_use_bytes)

@@ -7,19 +7,26 @@ can run out of memory later.
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 
 import torch
 
+from outsize.tier.base import Transfer
+from outsize.tier.device import DeviceArena, DeviceRegion
 from outsize.tier.host import HostArena, Region
 
 
 class Slot:
-    """One buffer of a pool; its bytes are whatever the last owner left."""
+    """One buffer of a pool; its bytes are whatever the last owner left.
 
-    def __init__(self, index: int, region: Region) -> None:
+    `after` is the work that last used them: whoever fills the slot next comes after it.
+    """
+
+    def __init__(self, index: int, region: Region | DeviceRegion) -> None:
         self.index = index
         self.region = region
         self.owner: str | None = None
+        self.after: tuple[Transfer, ...] = ()
 
     @property
     def name(self) -> str:
@@ -33,7 +40,8 @@ class Slot:
 
     @property
     def buffer(self) -> memoryview:
-        """All bytes of the slot, without a copy."""
+        """All bytes of a slot in the host's memory, without a copy."""
+        assert isinstance(self.region, Region), f"{self.name} is beside the device"
         return self.region.buffer
 
     def tensor(self, dtype: torch.dtype, num_elements: int, byte_offset: int = 0) -> torch.Tensor:
@@ -44,7 +52,7 @@ class Slot:
 class SlotPool:
     """`count` slots of `slot_bytes` each, allocated at once (BudgetError where `arena` has no room)."""
 
-    def __init__(self, arena: HostArena, name: str, slot_bytes: int, count: int) -> None:
+    def __init__(self, arena: HostArena | DeviceArena, name: str, slot_bytes: int, count: int) -> None:
         assert count >= 0, f"{name}: {count} slots"
         self.name = name
         self.high_water = 0
@@ -76,13 +84,13 @@ class SlotPool:
             self.high_water = max(self.high_water, self.num_taken)
         return slot
 
-    def give(self, slot: Slot) -> None:
-        """Take `slot` back; AssertionError where it is not of this pool, or has no owner."""
+    def give(self, slot: Slot, after: Sequence[Transfer] = ()) -> None:
+        """Take `slot` back, used until `after` is done; AssertionError where it is not of this pool, or has no owner."""
         with self._lock:
             is_ours = slot.index < len(self._slots) and self._slots[slot.index] is slot
             assert is_ours, f"{self.name}: {slot.name} is a slot of another pool"
             assert slot.owner is not None, f"{self.name}: {slot.name} was given back twice"
-            slot.owner = None
+            slot.owner, slot.after = None, tuple(after)
             self._idle.append(slot)
 
     def check_books(self) -> None:

@@ -44,6 +44,9 @@ class DoneTransfer:
     def wait(self) -> None:
         """Return at once."""
 
+    def follow(self) -> None:
+        """Return at once."""
+
     def is_done(self) -> bool:
         """Always True."""
         return True
@@ -78,6 +81,10 @@ class PieceTransfer:
         self._over.wait()
         if self._error is not None:
             raise self._error
+
+    def follow(self) -> None:
+        """As `wait`."""
+        self.wait()
 
     def is_done(self) -> bool:
         """Whether `wait` would return (or raise) at once."""

@@ -1,0 +1,326 @@
+"""Carriers: how a plane gets from its home to where blocks compute, and back.
+
+`DirectCarrier` serves where the device is the host: the disk reads straight into a slot. `StagedCarrier` serves a device
+with memory of its own: a plane whose home is the host is one copy; one whose home is the disk passes, chunk by chunk,
+through pinned buffers, the disk and the link both busy. Both answer with transfers, which nobody has to wait for before
+the bytes are needed; order between them is kept by `after`.
+"""
+
+from __future__ import annotations
+
+import threading
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from queue import SimpleQueue
+
+import torch
+
+from outsize.block import CHUNK, Plane, Record
+from outsize.tier import Device, Region, Slot, Tier, Transfer, Way
+
+
+@dataclass(eq=False)
+class Parcel:
+    """One plane of one record on its way.
+
+    `home` is its memory in the host, where it has any; otherwise it is at `disk_offset` plus the record's own extents.
+    `place` is where it is computed with: the first `tensor.nbytes` bytes from `byte_offset` of `slot`.
+    """
+
+    record: Record
+    plane: Plane
+    disk_offset: int
+    home: torch.Tensor | None
+    slot: Slot | None
+    place: torch.Tensor
+    byte_offset: int = 0
+
+    @property
+    def label(self) -> str:
+        """What moves, in the plan's words."""
+        return f"{self.record.name}.{self.plane}"
+
+
+class Job:
+    """A task of a worker thread, as a transfer."""
+
+    def __init__(self, future: Future[None]) -> None:
+        self._future = future
+
+    def wait(self) -> None:
+        """Wait, and raise what the task raised."""
+        self._future.result()
+
+    def follow(self) -> None:
+        """As `wait`."""
+        self._future.result()
+
+    def is_done(self) -> bool:
+        """Whether `wait` would not block."""
+        return self._future.done()
+
+
+class Carrier(ABC):
+    """Moves planes; every transfer can be waited for and, by computing, followed."""
+
+    @abstractmethod
+    def fill(self, parcel: Parcel, ready: Sequence[Transfer] = ()) -> list[Transfer]:
+        """Start bringing a plane from its home, which holds it once `ready` is over, into its place.
+
+        On a `DirectCarrier` one transfer per chunk.
+        """
+
+    @abstractmethod
+    def drain(self, parcel: Parcel) -> list[Transfer]:
+        """Start sending a plane from its place to its home; over when it is there, and its slot's `after` is set."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Finish what was started."""
+
+
+class DirectCarrier(Carrier):
+    """Between the disk and slots in the host's memory, which are the device's."""
+
+    def __init__(self, disk: Tier | None) -> None:
+        self._disk = disk
+
+    def fill(self, parcel: Parcel, ready: Sequence[Transfer] = ()) -> list[Transfer]:
+        """Read into the slot."""
+        for transfer in ready:
+            transfer.wait()
+        return self._chunks(parcel, write=False)
+
+    def drain(self, parcel: Parcel) -> list[Transfer]:
+        """Write from the slot, which is used until then."""
+        transfers = self._chunks(parcel, write=True)
+        assert parcel.slot is not None
+        parcel.slot.after = tuple(transfers)
+        return transfers
+
+    def close(self) -> None:
+        """Nothing to do: transfers are the disk's."""
+
+    def _chunks(self, parcel: Parcel, *, write: bool) -> list[Transfer]:
+        record, plane = parcel.record, parcel.plane
+        assert self._disk is not None and parcel.slot is not None, f"{parcel.label} has no home on disk"
+        first = record.chunk_extent(plane, 0, min(CHUNK, record.plane_elements(plane))).offset
+        start = self._disk.start_write if write else self._disk.start_read
+        transfers = []
+        for begin, end in record.chunks(plane):
+            extent = record.chunk_extent(plane, begin, end)
+            offset = parcel.byte_offset + extent.offset - first
+            label = f"{parcel.label}[{begin // CHUNK}]"
+            part = parcel.slot.buffer[offset : offset + extent.num_bytes]
+            transfers.append(start(parcel.disk_offset + extent.offset, part, label))
+        return transfers
+
+
+class StagedCarrier(Carrier):
+    """Between the host's memory, or the disk by way of it, and a device.
+
+    `buffers` are pinned, at least two for each way, each of a chunk of the widest plane.
+    """
+
+    def __init__(self, device: Device, disk: Tier | None, buffers: Sequence[Region]) -> None:
+        self._device = device
+        half = len(buffers) // 2
+        self._relays = (
+            {
+                Way.UP: _Relay(device, disk, Way.UP, buffers[:half]),
+                Way.DOWN: _Relay(device, disk, Way.DOWN, buffers[half:]),
+            }
+            if disk is not None and buffers
+            else {}
+        )
+
+    def fill(self, parcel: Parcel, ready: Sequence[Transfer] = ()) -> list[Transfer]:
+        """One copy, or a relay from the disk; neither before the slot's last use is over."""
+        after = parcel.slot.after if parcel.slot is not None else ()
+        if parcel.home is not None:
+            for transfer in ready:
+                transfer.wait()
+            copy = self._device.start_copy(Way.UP, parcel.place, parcel.home, after=after, label=parcel.label)
+            return [copy]
+        return [self._relays[Way.UP].start(parcel, after, ready)]
+
+    def drain(self, parcel: Parcel) -> list[Transfer]:
+        """One copy, or a relay to the disk, of what was computed so far."""
+        after = (self._device.mark(),)
+        if parcel.home is not None:
+            copy = self._device.start_copy(
+                Way.DOWN, parcel.home, parcel.place, after=after, label=parcel.label
+            )
+            left: Transfer = copy
+        else:
+            relayed = self._relays[Way.DOWN].start(parcel, after)
+            copy, left = relayed, relayed.left
+        if parcel.slot is not None:
+            parcel.slot.after = (left,)
+        return [copy]
+
+    def close(self) -> None:
+        """End the relays' threads."""
+        for relay in self._relays.values():
+            relay.close()
+
+
+@dataclass(eq=False)
+class _Legs:
+    """Transfers that a thread starts later; each can be waited for once all are started."""
+
+    transfers: list[Transfer] = field(default_factory=list)
+    error: BaseException | None = None
+    started: threading.Event = field(default_factory=threading.Event)
+
+    def wait(self) -> None:
+        """Wait for all; raise what went wrong."""
+        self._all_started()
+        for transfer in self.transfers:
+            transfer.wait()
+
+    def follow(self) -> None:
+        """Block until all are started, then let computing come after them."""
+        self._all_started()
+        for transfer in self.transfers:
+            transfer.follow()
+
+    def is_done(self) -> bool:
+        """Whether `wait` would not block."""
+        return self.started.is_set() and all(transfer.is_done() for transfer in self.transfers)
+
+    def _all_started(self) -> None:
+        self.started.wait()
+        if self.error is not None:
+            raise self.error
+
+
+@dataclass(eq=False)
+class _Relayed(_Legs):
+    """A relay: over when its last leg is; `left` when the bytes have left where they were."""
+
+    left: _Legs = field(default_factory=_Legs)
+
+    def finish(self, error: BaseException | None) -> None:
+        """All legs are started, or none will be."""
+        self.error = self.left.error = error
+        self.left.started.set()
+        self.started.set()
+
+
+class _Relay:
+    """A thread that moves planes one way, chunk by chunk, each over two legs with a buffer between them."""
+
+    def __init__(self, device: Device, disk: Tier | None, way: Way, buffers: Sequence[Region]) -> None:
+        self._device = device
+        self._disk = disk
+        self._way = way
+        self._buffers: deque[tuple[Region, Transfer | None]] = deque((buffer, None) for buffer in buffers)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"outsize-relay-{way}")
+
+    def start(self, parcel: Parcel, after: Sequence[Transfer], ready: Sequence[Transfer] = ()) -> _Relayed:
+        """Move a plane; the leg on the device's side comes after `after`, everything after `ready`."""
+        relayed = _Relayed()
+        self._thread.submit(self._run, parcel, tuple(after), tuple(ready), relayed)
+        return relayed
+
+    def close(self) -> None:
+        """Finish what was started."""
+        self._thread.shutdown()
+
+    def _run(
+        self,
+        parcel: Parcel,
+        after: tuple[Transfer, ...],
+        ready: tuple[Transfer, ...],
+        relayed: _Relayed,
+    ) -> None:
+        error: BaseException | None = None
+        under_way: deque[tuple[Region, tuple[int, int], Transfer]] = deque()
+        try:
+            for transfer in ready:
+                transfer.wait()
+            for begin, end in parcel.record.chunks(parcel.plane):
+                if not self._buffers:
+                    self._second_leg(parcel, after, relayed, *under_way.popleft())
+                buffer, busy = self._buffers.popleft()
+                if busy is not None:
+                    busy.wait()
+                first = self._first_leg(parcel, after, buffer, begin, end)
+                relayed.left.transfers.append(first)
+                under_way.append((buffer, (begin, end), first))
+            while under_way:
+                self._second_leg(parcel, after, relayed, *under_way.popleft())
+        except BaseException as failure:
+            error = failure
+        for buffer, _, first in under_way:
+            self._buffers.append((buffer, first))
+        relayed.finish(error)
+
+    def _first_leg(
+        self, parcel: Parcel, after: tuple[Transfer, ...], buffer: Region, begin: int, end: int
+    ) -> Transfer:
+        if self._way is Way.DOWN:
+            part = parcel.place[begin:end]
+            target = buffer.tensor(part.dtype, part.numel())
+            return self._device.start_copy(
+                Way.DOWN, target, part, after=after, label=f"{parcel.label}[{begin // CHUNK}]"
+            )
+        return self._disk_leg(parcel, buffer, begin, end)
+
+    def _second_leg(
+        self,
+        parcel: Parcel,
+        after: tuple[Transfer, ...],
+        relayed: _Relayed,
+        buffer: Region,
+        bounds: tuple[int, int],
+        first: Transfer,
+    ) -> None:
+        begin, end = bounds
+        busy: Transfer = first
+        try:
+            first.wait()
+            if self._way is Way.DOWN:
+                busy = self._disk_leg(parcel, buffer, begin, end)
+            else:
+                part = parcel.place[begin:end]
+                source = buffer.tensor(part.dtype, part.numel())
+                label = f"{parcel.label}[{begin // CHUNK}]"
+                busy = self._device.start_copy(Way.UP, part, source, after=after, label=label)
+            relayed.transfers.append(busy)
+        finally:
+            self._buffers.append((buffer, busy))
+
+    def _disk_leg(self, parcel: Parcel, buffer: Region, begin: int, end: int) -> Transfer:
+        assert self._disk is not None, f"{parcel.label} has no home"
+        extent = parcel.record.chunk_extent(parcel.plane, begin, end)
+        start = self._disk.start_write if self._way is Way.DOWN else self._disk.start_read
+        return start(
+            parcel.disk_offset + extent.offset,
+            buffer.buffer[: extent.num_bytes],
+            f"{parcel.label}[{begin // CHUNK}]",
+        )
+
+
+class Staging:
+    """Whole planes of host memory for weights that come from a checkpoint and have no home in memory."""
+
+    def __init__(self, regions: Sequence[Region]) -> None:
+        self._idle: SimpleQueue[tuple[Region, Sequence[Transfer]]] = SimpleQueue()
+        for region in regions:
+            self._idle.put((region, ()))
+
+    def take(self) -> Region:
+        """A region that nothing reads any more; blocks until there is one."""
+        region, transfers = self._idle.get()
+        for transfer in transfers:
+            transfer.wait()
+        return region
+
+    def give(self, region: Region, after: Sequence[Transfer]) -> None:
+        """Take a region back that is used until `after` is done."""
+        self._idle.put((region, after))

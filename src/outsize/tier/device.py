@@ -1,0 +1,405 @@
+"""The device: where blocks compute, the memory beside it, and the two ways between that memory and the host's.
+
+On a machine without an accelerator the device is the host: their memory is one, and nothing is copied. Elsewhere copies
+run on two streams of their own, one up and one down, ordered against computing by events, so that no copy ever holds
+computing up or is held up by it unless one needs the other's bytes.
+
+    device.start_copy(Way.UP, slot, plane, after=[...])   on the upward stream, when all of `after` is done
+    transfer.follow()                                     what computes from here on comes after the copy
+    device.mark()                                         what was given to the device so far, as a transfer
+
+`TwinDevice` is a device for tests: a second host memory, reached by copies on two threads, as late as one likes. It
+cannot be told from a real one by anything above this room.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from enum import StrEnum
+
+import torch
+
+from outsize.block import align
+from outsize.config import format_bytes
+from outsize.errors import BudgetError, DeviceError
+from outsize.tier.base import Transfer
+from outsize.tier.host import Region
+from outsize.tier.transfer import DoneTransfer
+
+
+class Way(StrEnum):
+    """The direction of a copy."""
+
+    UP = "up"
+    """From the host to the device."""
+    DOWN = "down"
+    """From the device to the host."""
+
+
+@dataclass(frozen=True, slots=True)
+class LinkStats:
+    """Bytes that were copied each way since the device was opened."""
+
+    bytes_up: int = 0
+    bytes_down: int = 0
+
+
+class Device(ABC):
+    """What computes. `torch_device` is where its tensors are; `is_host` says that its memory is the host's."""
+
+    torch_device: torch.device
+    is_host: bool = False
+
+    @abstractmethod
+    def start_copy(
+        self,
+        way: Way,
+        target: torch.Tensor,
+        source: torch.Tensor,
+        *,
+        after: Sequence[Transfer] = (),
+        label: str,
+    ) -> Transfer:
+        """Start copying `source` into `target` (alike in type and size, one of them in the host's memory).
+
+        The copy waits for `after` and for earlier copies of the same way; both tensors must be left alone until it is over.
+        """
+
+    @abstractmethod
+    def mark(self) -> Transfer:
+        """What this thread has given to the device to compute so far; over when that is computed."""
+
+    @abstractmethod
+    def zeros(self, num_bytes: int, name: str) -> torch.Tensor:
+        """Memory beside the device, `[num_bytes]` uint8. Raises BudgetError where there is no such room."""
+
+    def pin(self, region: Region) -> None:
+        """Make a region of host memory fit for copies that nobody waits for; undone by `unpin` before it is freed."""
+        return None
+
+    def unpin(self, region: Region) -> None:
+        """Undo `pin`."""
+        return None
+
+    def free_bytes(self) -> int:
+        """Memory beside the device that could be taken now."""
+        return 1 << 60
+
+    def links(self) -> LinkStats:
+        """What was copied so far."""
+        return LinkStats()
+
+    def rng_state(self) -> torch.Tensor | None:
+        """The state of the device's own random numbers; None where the host's serve."""
+        return None
+
+    def set_rng_state(self, state: torch.Tensor) -> None:
+        """Put a state from `rng_state` back."""
+        raise AssertionError("this device has no random numbers of its own")
+
+    def finish(self) -> None:
+        """Wait for all copies that were started."""
+        return None
+
+
+class HostDevice(Device):
+    """The processor itself: its memory is the host's, and there is nothing to copy."""
+
+    torch_device = torch.device("cpu")
+    is_host = True
+
+    def start_copy(
+        self,
+        way: Way,
+        target: torch.Tensor,
+        source: torch.Tensor,
+        *,
+        after: Sequence[Transfer] = (),
+        label: str,
+    ) -> Transfer:
+        """Never called: a copy between device and host is an alias."""
+        raise AssertionError(f"{label}: the host's memory is the device's")
+
+    def mark(self) -> Transfer:
+        """Over already: the processor computes as it is told."""
+        return DoneTransfer()
+
+    def zeros(self, num_bytes: int, name: str) -> torch.Tensor:
+        """Never called: the host's arena serves."""
+        raise AssertionError(f"{name}: the host's memory is the device's")
+
+
+class DeviceRegion:
+    """Memory of a device; made by `DeviceArena.allocate`, reads as zero at first."""
+
+    def __init__(self, arena: DeviceArena, name: str, contents: torch.Tensor) -> None:
+        self.name = name
+        self.num_bytes = contents.numel()
+        self._arena = arena
+        self._contents: torch.Tensor | None = contents
+
+    def tensor(self, dtype: torch.dtype, num_elements: int, byte_offset: int = 0) -> torch.Tensor:
+        """A one-dimensional tensor of `num_elements` from `byte_offset` that shares the region's bytes."""
+        assert self._contents is not None, f"{self.name}: the region was freed"
+        end = byte_offset + num_elements * dtype.itemsize
+        assert byte_offset >= 0 and end <= self.num_bytes, (
+            f"{self.name}: bytes {byte_offset} to {end} lie outside a region of {self.num_bytes}"
+        )
+        return self._contents[byte_offset:end].view(dtype)
+
+    def free(self) -> None:
+        """Give the memory back; it goes when the last tensor on it is gone."""
+        assert self._contents is not None, f"{self.name}: the region was freed"
+        self._contents = None
+        self._arena.in_use_bytes -= self.num_bytes
+
+
+class DeviceArena:
+    """At most `limit_bytes` beside a device."""
+
+    def __init__(self, device: Device, limit_bytes: int) -> None:
+        self.limit_bytes = limit_bytes
+        self.in_use_bytes = 0
+        self._device = device
+
+    def allocate(self, num_bytes: int, name: str) -> DeviceRegion:
+        """A region of `num_bytes` rounded up to whole pages, zero. Raises BudgetError where it would exceed the limit."""
+        size = align(num_bytes)
+        if self.in_use_bytes + size > self.limit_bytes:
+            raise BudgetError(
+                f"device memory: {name} needs {format_bytes(size)}, but {format_bytes(self.in_use_bytes)} of the "
+                f"{format_bytes(self.limit_bytes)} allowed are in use",
+                hint=f"allow at least {self.in_use_bytes + size} bytes",
+            )
+        region = DeviceRegion(self, name, self._device.zeros(size, name))
+        self.in_use_bytes += size
+        return region
+
+    def check_books(self, expected_bytes: int = 0) -> None:
+        """Raise AssertionError unless exactly `expected_bytes` are in use."""
+        assert self.in_use_bytes == expected_bytes, f"{self.in_use_bytes} bytes of the device are in use"
+
+
+class CudaDevice(Device):
+    """A CUDA device. Raises DeviceError where it cannot be used.
+
+    `limit_bytes` is made a limit of torch's allocator too, so that activations cannot pass it either.
+    """
+
+    def __init__(self, limit_bytes: int | None = None, index: int | None = None) -> None:
+        try:
+            number = torch.cuda.current_device() if index is None else index
+            self.torch_device = torch.device("cuda", number)
+            total = torch.cuda.get_device_properties(number).total_memory
+            torch.cuda.memory._set_allocator_settings("expandable_segments:True")
+            if limit_bytes is not None and limit_bytes < total:
+                torch.cuda.set_per_process_memory_fraction(limit_bytes / total, number)
+            self._streams = {way: torch.cuda.Stream(number) for way in Way}
+        except RuntimeError as error:
+            raise DeviceError(
+                f"the CUDA device cannot be used: {error}", hint="look at nvidia-smi, or leave device= out"
+            ) from error
+        self._moved = dict.fromkeys(Way, 0)
+
+    def start_copy(
+        self,
+        way: Way,
+        target: torch.Tensor,
+        source: torch.Tensor,
+        *,
+        after: Sequence[Transfer] = (),
+        label: str,
+    ) -> Transfer:
+        """A copy on the stream of its way."""
+        stream = self._streams[way]
+        try:
+            with torch.cuda.stream(stream):
+                for transfer in after:
+                    transfer.follow()
+                target.copy_(source, non_blocking=True)
+                # What lives in torch's allocator may be dropped at once: it is not given away before the copy is over.
+                (target if way is Way.UP else source).record_stream(stream)
+                event = torch.cuda.Event()
+                event.record(stream)
+        except RuntimeError as error:
+            raise DeviceError(
+                f"{label} cannot be copied {way}: {error}", hint="the device may be lost: see nvidia-smi"
+            ) from error
+        self._moved[way] += target.nbytes
+        return _CudaTransfer(event, label)
+
+    def mark(self) -> Transfer:
+        """An event on the stream that computes."""
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(self.torch_device))
+        return _CudaTransfer(event, "computing")
+
+    def zeros(self, num_bytes: int, name: str) -> torch.Tensor:
+        """Memory of torch's allocator."""
+        try:
+            return torch.zeros(num_bytes, dtype=torch.uint8, device=self.torch_device)
+        except torch.cuda.OutOfMemoryError as error:
+            raise BudgetError(
+                f"device memory: {name} needs {format_bytes(num_bytes)}, {format_bytes(self.free_bytes())} are free",
+                hint="give less with device=, or end what else runs on the device",
+            ) from error
+
+    def pin(self, region: Region) -> None:
+        """`cudaHostRegister`: exactly these pages, where torch's own pinning rounds up to powers of two."""
+        if region.num_bytes:
+            address = region.tensor(torch.uint8, region.num_bytes).data_ptr()
+            status = torch.cuda.cudart().cudaHostRegister(address, region.num_bytes, 0)
+            if int(status) != 0:
+                raise DeviceError(
+                    f"{region.name}: {format_bytes(region.num_bytes)} of host memory cannot be pinned "
+                    f"(CUDA error {int(status)})",
+                    hint="raise the limit of locked memory (ulimit -l unlimited), or give less with host=",
+                )
+
+    def unpin(self, region: Region) -> None:
+        """`cudaHostUnregister`."""
+        if region.num_bytes:
+            address = region.tensor(torch.uint8, region.num_bytes).data_ptr()
+            torch.cuda.cudart().cudaHostUnregister(address)
+
+    def free_bytes(self) -> int:
+        """What the driver has free, and what torch's allocator keeps."""
+        free, _ = torch.cuda.mem_get_info(self.torch_device)
+        kept = torch.cuda.memory_reserved(self.torch_device) - torch.cuda.memory_allocated(self.torch_device)
+        return int(free + kept)
+
+    def links(self) -> LinkStats:
+        """What was copied so far."""
+        return LinkStats(self._moved[Way.UP], self._moved[Way.DOWN])
+
+    def rng_state(self) -> torch.Tensor | None:
+        """The state of CUDA's generator; kept by the host, so that nothing is waited for."""
+        return torch.cuda.get_rng_state(self.torch_device)
+
+    def set_rng_state(self, state: torch.Tensor) -> None:
+        """Put a state from `rng_state` back."""
+        torch.cuda.set_rng_state(state, self.torch_device)
+
+    def finish(self) -> None:
+        """Wait for both streams."""
+        for stream in self._streams.values():
+            stream.synchronize()
+
+
+class _CudaTransfer:
+    """Work on a stream, as the event that follows it."""
+
+    def __init__(self, event: torch.cuda.Event, label: str) -> None:
+        self._event = event
+        self._label = label
+
+    def wait(self) -> None:
+        """Block this thread, without the interpreter's lock, until the event."""
+        try:
+            self._event.synchronize()
+        except RuntimeError as error:
+            raise DeviceError(
+                f"{self._label}: the device failed: {error}", hint="the device may be lost: see nvidia-smi"
+            ) from error
+
+    def follow(self) -> None:
+        """Let this thread's current stream go on after the event."""
+        torch.cuda.current_stream().wait_event(self._event)
+
+    def is_done(self) -> bool:
+        """Whether the event has passed."""
+        return bool(self._event.query())
+
+
+class TwinDevice(Device):
+    """A second memory of the host, for tests: copies run on a thread per way, after `delay_s(way, label)`.
+
+    It computes when it is told to, so every wait blocks. `limit_bytes` is what it has.
+    """
+
+    torch_device = torch.device("cpu")
+
+    def __init__(
+        self, limit_bytes: int | None = None, delay_s: Callable[[Way, str], float] = lambda way, label: 0.0
+    ) -> None:
+        self._delay_s = delay_s
+        self._limit_bytes = limit_bytes or 1 << 40
+        self._threads = {way: ThreadPoolExecutor(1, thread_name_prefix=f"outsize-{way}") for way in Way}
+        self._moved = dict.fromkeys(Way, 0)
+        self._lock = threading.Lock()
+        self.pinned: dict[int, str] = {}
+
+    def start_copy(
+        self,
+        way: Way,
+        target: torch.Tensor,
+        source: torch.Tensor,
+        *,
+        after: Sequence[Transfer] = (),
+        label: str,
+    ) -> Transfer:
+        """A copy on the thread of its way."""
+        assert target.dtype is source.dtype and target.shape == source.shape, label
+        with self._lock:
+            self._moved[way] += target.nbytes
+        return _TwinTransfer(self._threads[way].submit(self._copy, way, target, source, tuple(after), label))
+
+    def _copy(
+        self, way: Way, target: torch.Tensor, source: torch.Tensor, after: Sequence[Transfer], label: str
+    ) -> None:
+        for transfer in after:
+            transfer.wait()
+        if delay := self._delay_s(way, label):
+            time.sleep(delay)
+        target.copy_(source)
+
+    def mark(self) -> Transfer:
+        """Over already."""
+        return DoneTransfer()
+
+    def zeros(self, num_bytes: int, name: str) -> torch.Tensor:
+        """Memory that nobody but the copies above brings anything into."""
+        return torch.zeros(num_bytes, dtype=torch.uint8)
+
+    def pin(self, region: Region) -> None:
+        """Remember the region's name."""
+        self.pinned[id(region)] = region.name
+
+    def unpin(self, region: Region) -> None:
+        """Forget the region."""
+        del self.pinned[id(region)]
+
+    def free_bytes(self) -> int:
+        """The limit."""
+        return self._limit_bytes
+
+    def links(self) -> LinkStats:
+        """What was copied so far."""
+        return LinkStats(self._moved[Way.UP], self._moved[Way.DOWN])
+
+    def finish(self) -> None:
+        """Wait for both threads."""
+        for thread in self._threads.values():
+            thread.submit(lambda: None).result()
+
+
+class _TwinTransfer:
+    def __init__(self, future: Future[None]) -> None:
+        self._future = future
+
+    def wait(self) -> None:
+        """Wait, and raise what the copy raised."""
+        self._future.result()
+
+    def follow(self) -> None:
+        """Wait: computing does not run ahead."""
+        self._future.result()
+
+    def is_done(self) -> bool:
+        """Whether the copy is over."""
+        return self._future.done()

@@ -1,0 +1,337 @@
+"""A device with memory of its own: placements, copies and updates there change no bit either.
+
+The device is a twin of the host: a second memory, reached by copies on threads that begin late. What is read too early,
+or sent before it is computed, shows.
+"""
+
+import random
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
+import torch
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+import outsize
+from outsize import Pins
+from outsize.block import Plane
+from outsize.engine import api, budget, keep
+from outsize.engine.session import session_of
+from outsize.errors import BudgetError, DeviceError, UsageError
+from outsize.plan import place_apart
+from outsize.tier import SlowTier, TwinDevice, Way
+from tests.promises.test_placement import RUNS, Run, assert_same_bits, small_chunks, trained
+from tests.running import abandon, close, executor_of, opened, wrapped_disk
+from tests.zoo import ZOO
+
+__all__ = ["small_chunks"]  # a fixture for all tests here
+
+
+def with_twin(monkeypatch, delay_s=lambda way, label: 0.0, limit_bytes=None, host_bytes=None):
+    """Let models be opened on twins; `host_bytes` is what the host's memory may hold. Returns the twins."""
+    twins = []
+
+    def open_device(settings):
+        twins.append(TwinDevice(limit_bytes, delay_s))
+        return twins[-1]
+
+    def place(records, **options):
+        return place_apart(records, **({**options, "host_bytes": host_bytes} if host_bytes else options))
+
+    monkeypatch.setattr(api, "open_device", open_device)
+    monkeypatch.setattr(budget, "place_apart", place)
+    return twins
+
+
+LIMIT = 50_000_000
+"""Bytes of a device."""
+
+PLACEMENTS = st.fixed_dictionaries(
+    {
+        "home": st.sampled_from(["device", "host", "disk", None]),
+        "weight_slots": st.integers(1, 3),
+        "gradient_slots": st.integers(1, 2),
+        "resident_bytes": st.sampled_from([0, 100_000, 300_000]),
+        "host_bytes": st.sampled_from([400_000, 700_000, None]),
+    }
+)
+
+
+@given(RUNS, PLACEMENTS, st.integers(0, 9))
+@example(Run("llama_tied", "float32"), {"weight_slots": 1, "gradient_slots": 1, "home": "disk"}, 0)
+@example(
+    Run("llama_tied", "bfloat16", 2, 0.1, 1), {"weight_slots": 1, "gradient_slots": 1, "home": "disk"}, 1
+)
+@example(
+    Run("llama_tied", "bfloat16", 2, 0.1, 1), {"weight_slots": 1, "gradient_slots": 1, "home": "host"}, 2
+)
+@example(Run("mixtral", "bfloat16"), {"weight_slots": 3, "gradient_slots": 2, "home": "host"}, 3)
+@example(Run("mixtral", "bfloat16"), {"home": "device"}, 4)
+@example(Run("t5", "float32", 2, None, 1, True), {"weight_slots": 1, "gradient_slots": 1, "home": "disk"}, 5)
+@example(Run("t5", "bfloat16", 1, 0.1), {"weight_slots": 2, "gradient_slots": 1, "resident_bytes": 90_000}, 6)
+@example(Run("albert", "bfloat16"), {"weight_slots": 1, "gradient_slots": 1, "home": "host"}, 7)
+@settings(
+    max_examples=16,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+def test_every_placement_gives_the_same_bits(monkeypatch, run, placement, seed):
+    choices = {**placement}
+    home, host_bytes = choices.pop("home", None), choices.pop("host_bytes", None)
+    generator = random.Random(seed)
+
+    def delay(kind, label):
+        return generator.choice([0.0, 0.0, 0.001, 0.004])
+
+    with (
+        monkeypatch.context() as patch,
+        TemporaryDirectory(dir=Path(__file__).parent) as folder,
+        wrapped_disk(monkeypatch, lambda disk: SlowTier(disk, delay)),
+    ):
+        twins = with_twin(patch, delay, host_bytes=host_bytes if home is None else None)
+        pins = Pins(tile_rows=run.tile_rows, **choices)
+        losses, values, report = trained(run, disk=folder, home=home, pins=pins)
+    assert_same_bits(run, losses, values)
+    assert len(twins) == 1 and report.off_plan == ()
+    moved = twins[0].links()
+    assert (moved.bytes_up > 0 and moved.bytes_down > 0) or home == "device"
+    assert not twins[0].pinned
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("home", ["host", "disk"])
+@pytest.mark.parametrize("plane", ["weight", "gradient"])
+@pytest.mark.parametrize("way", list(Way))
+def test_one_slow_plane_is_waited_for(dtype, home, plane, way, tmp_path, monkeypatch):
+    """Each kind of copy alone is late: the others' waits cannot hide that its own is missing."""
+
+    def delay(kind, label):
+        return 0.02 if kind is way and f".{plane}" in label else 0.0
+
+    with_twin(monkeypatch, delay)
+    run = Run("llama", dtype, accumulation=2)
+    pins = Pins(weight_slots=2, gradient_slots=1)
+    losses, values, _ = trained(run, disk=tmp_path, home=home, pins=pins)
+    assert_same_bits(run, losses, values)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("home", ["device", "host", "disk"])
+def test_weights_that_stay_in_their_files_until_their_first_update(dtype, home, tmp_path, monkeypatch):
+    with_twin(monkeypatch, lambda way, label: 0.002)
+    run = Run("llama_tied", dtype)
+    ZOO[run.name].build().save_pretrained(tmp_path / "model")
+    (tmp_path / "disk").mkdir()
+    model = outsize.load(
+        tmp_path / "model", disk=tmp_path / "disk", home=home, dtype=dtype, pins=Pins(weight_slots=1)
+    )
+    model.train()
+    with torch.no_grad():
+        first = model(**ZOO[run.name].batch(seed=5)).loss
+    optimizer = outsize.AdamW(model, lr=3e-3)
+    losses = []
+    for step in range(5):
+        loss = model(**ZOO[run.name].batch(rows=4, length=10, seed=10 * step)).loss
+        loss.backward()
+        losses.append(loss.detach())
+        optimizer.step()
+        optimizer.zero_grad()
+        if step == 2:
+            with torch.no_grad():
+                losses.append(model(**ZOO[run.name].batch(seed=99)).loss)
+    assert_same_bits(run, losses, {name: value.detach() for name, value in model.named_parameters()})
+    assert torch.isfinite(first)
+
+
+def test_a_whole_block_that_stays_on_the_device_moves_nothing(tmp_path, monkeypatch):
+    labels = []
+
+    def note(way, label):
+        labels.append(label)
+        return 0.0
+
+    with_twin(monkeypatch, note)
+    model = opened(
+        ZOO["llama"].build().train(), disk=tmp_path, dtype="bfloat16", pins=Pins(resident_bytes=100_000)
+    )
+    optimizer = outsize.AdamW(model, lr=1e-3)
+    for seed in range(3):
+        model(**ZOO["llama"].batch(seed=seed)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    placement = executor_of(model).store.placement
+    stay = {block for block, plane in placement.resident if plane is Plane.MOMENT1}
+    assert stay and not {label.partition(".")[0] for label in labels} & stay
+    rows = {(row.tier, row.what) for row in outsize.report(model).rows}
+    assert ("device", "optimizer state") in rows and ("host", "weights") in rows
+
+
+def test_host_memory_that_copies_use_is_pinned(tmp_path, monkeypatch):
+    twins = with_twin(monkeypatch)
+    model = opened(ZOO["llama"].build().train(), disk=tmp_path, home="disk", dtype="bfloat16")
+    outsize.AdamW(model)
+    model(**ZOO["llama"].batch()).loss.backward()
+    kinds = {name.partition("[")[0] for name in twins[0].pinned.values()}
+    assert kinds >= {"chunk", "relay", "staging"}
+    close(session_of(model))  # while chunks are small
+    assert not twins[0].pinned
+
+
+def test_gradients_go_down_while_the_next_block_computes(tmp_path, monkeypatch):
+    """A gradient's copy down is over long after its slot was freed, and nobody waited."""
+    with_twin(monkeypatch, lambda way, label: 0.05 if way is Way.DOWN else 0.0)
+    model = opened(ZOO["llama"].build().train(), home="host", dtype="float32", pins=Pins(gradient_slots=2))
+    outsize.AdamW(model)
+    loss = model(**ZOO["llama"].batch()).loss
+    loss.backward()
+    store = executor_of(model).store
+    under_way = [state.name for state in store if any(not t.is_done() for t in state.gradient_transfers)]
+    assert under_way
+    close(session_of(model))
+
+
+def test_a_device_that_is_too_small_names_one_that_works(tmp_path, monkeypatch):
+    with_twin(monkeypatch)
+
+    def run(**budgets):
+        model = opened(ZOO["llama"].build().train(), disk=tmp_path, dtype="float32", **budgets)
+        outsize.AdamW(model)
+        model(**ZOO["llama"].batch()).loss.backward()
+        return model
+
+    monkeypatch.setattr(api.torch.cuda, "is_available", lambda: True)
+    with pytest.raises(BudgetError) as caught:
+        run(device="64MiB")
+    hint = str(caught.value.hint)
+    assert "of the device" in caught.value.message and 'device="' in hint
+    named = {part.split("=")[0]: part.split('"')[1] for part in hint.split() if '="' in part}
+    close(session_of(run(device=named["device"], host=named["host"])))
+
+
+def test_a_failed_pin_is_named_and_nothing_is_kept(tmp_path, monkeypatch):
+    twins = with_twin(monkeypatch)
+
+    def refuse(self, region):
+        raise DeviceError(f"{region.name} cannot be pinned", hint="ulimit -l unlimited")
+
+    monkeypatch.setattr(TwinDevice, "pin", refuse)
+    model = opened(ZOO["llama"].build().train(), home="host")
+    outsize.AdamW(model)
+    with pytest.raises(DeviceError, match="cannot be pinned"):
+        model(**ZOO["llama"].batch())
+    assert session_of(model).executor is None and len(twins) == 1
+
+
+@pytest.mark.parametrize("way", list(Way))
+def test_a_lost_device_is_named_and_nothing_hangs(way, tmp_path, monkeypatch):
+    def lose(kind, label):
+        if kind is way and label.startswith("L01"):
+            raise DeviceError(f"{label}: the device is lost", hint="nvidia-smi")
+        return 0.0
+
+    with_twin(monkeypatch, lose)
+    model = opened(ZOO["llama"].build().train(), home="host", dtype="float32")
+    optimizer = outsize.AdamW(model)
+    with pytest.raises(DeviceError, match="L01"):
+        for seed in range(3):
+            model(**ZOO["llama"].batch(seed=seed)).loss.backward()
+            optimizer.step()
+    abandon(model)
+
+
+@pytest.mark.parametrize("name", ["llama_tied", "t5"])
+@pytest.mark.parametrize("tile_rows", [None, 1])
+def test_inputs_that_wait_in_the_hosts_memory_are_the_same(name, tile_rows, tmp_path, monkeypatch):
+    labels = []
+
+    def delay(way, label):
+        labels.append((way, label))
+        return 0.004 if label == "input" else 0.0
+
+    with_twin(monkeypatch, delay)
+    monkeypatch.setattr(keep, "LEAST_BYTES", 1)
+    run = Run(name, "float32", accumulation=2, tile_rows=tile_rows)
+    pins = Pins(tile_rows=tile_rows, inputs_on_host=True)
+    losses, values, report = trained(run, home="host", pins=pins)
+    assert_same_bits(run, losses, values)
+    down, up = labels.count((Way.DOWN, "input")), labels.count((Way.UP, "input"))
+    assert up >= down > 10 and any(row.what == "inputs of blocks" for row in report.rows)
+
+
+def test_inputs_are_brought_up_one_block_ahead(tmp_path, monkeypatch):
+    order = []
+    with_twin(monkeypatch, lambda way, label: order.append((way, label)) or 0.0)
+    monkeypatch.setattr(keep, "LEAST_BYTES", 1)
+    model = opened(ZOO["llama"].build().train(), home="host", pins=Pins(inputs_on_host=True))
+    outsize.AdamW(model)
+    loss = model(**ZOO["llama"].batch()).loss
+    num_kept = order.count((Way.DOWN, "input"))
+    order.clear()
+    loss.backward()
+    session = session_of(model)
+    session.device.finish()
+    ups = [label for way, label in order if way is Way.UP]
+    assert ups.count("input") == num_kept > 2
+    # The next block's input is asked for before this block's gradient is there.
+    last = max(i for i, each in enumerate(order) if each == (Way.UP, "input"))
+    assert last < order.index((Way.DOWN, "L01.gradient"))
+    close(session)
+
+
+def test_a_graph_may_be_gone_back_twice_and_dropped(tmp_path, monkeypatch):
+    with_twin(monkeypatch, lambda way, label: 0.001)
+    monkeypatch.setattr(keep, "LEAST_BYTES", 1)
+    model = opened(ZOO["llama"].build().train(), home="host", pins=Pins(inputs_on_host=True))
+    outsize.AdamW(model)
+    batch = ZOO["llama"].batch()
+    loss = model(**batch).loss
+    loss.backward(retain_graph=True)
+    once = model.model.layers[0].mlp.up_proj.weight.grad.clone()
+    loss.backward()
+    assert torch.equal(model.model.layers[0].mlp.up_proj.weight.grad, 2 * once)
+    keeper = session_of(model).keeper
+    model(**batch)
+    del loss
+    model(**batch)
+    assert not keeper._in_use, "regions go back with the graph"
+    before = keeper.arena.in_use_bytes
+    model(**batch).loss.backward()
+    assert keeper.arena.in_use_bytes == before, "and are used again"
+    late = model(**batch).loss
+    close(session_of(model))
+    with pytest.raises(UsageError):
+        late.backward()
+
+
+def test_a_long_sequence_moves_inputs_where_the_device_is_too_small(tmp_path, monkeypatch):
+    monkeypatch.setattr(keep, "LEAST_BYTES", 1)
+    monkeypatch.setattr(budget, "DEVICE_SLACK_BYTES", 0)
+    monkeypatch.setattr(
+        budget,
+        "_needs",
+        lambda rehearsal, shape, tile_rows, moves=False: budget._Needs(
+            *((100, 50, 900) if moves else (1000, 50))
+        ),
+    )
+    with_twin(monkeypatch, limit_bytes=LIMIT)
+    for spare, moves in ((2000, False), (500, True)):
+        model = opened(ZOO["llama"].build().train(), home="host", dtype="float32")
+        outsize.AdamW(model)
+        monkeypatch.setattr(budget, "place_apart", _first_fits(spare))
+        with torch.no_grad():
+            model(**ZOO["llama"].batch())
+        assert (session_of(model).keeper is not None) is moves, spare
+        close(session_of(model))
+
+
+def _first_fits(spare):
+    """A planner to whom all arenas take what leaves `spare` of the device."""
+
+    def place(records, **options):
+        if int(0.95 * LIMIT) - options["device_bytes"] > spare:
+            raise BudgetError("too small")
+        return place_apart(records, **options)
+
+    return place

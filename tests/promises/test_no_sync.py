@@ -1,0 +1,121 @@
+"""On a device with memory of its own, nothing of a forward or a backward waits for the device, or mixes the two memories.
+
+The device is one on paper: its tensors have shapes and no values (torch's meta device), so that whatever reads a value,
+copies one to the host, or computes with tensors of both memories raises. What it costs to run is nothing; what it shows
+is what `torch.cuda.set_sync_debug_mode` shows on a GPU.
+"""
+
+from collections import Counter
+
+import pytest
+import torch
+from transformers import masking_utils
+
+import outsize
+from outsize import Pins
+from outsize.engine import api, layer
+from outsize.engine.blocks import BlockStore
+from outsize.optim import Kernel
+from outsize.tier import Device, LinkStats, Way
+from outsize.tier.transfer import DoneTransfer
+from tests.running import executor_of, opened
+from tests.zoo import ZOO
+
+
+class PaperDevice(Device):
+    """Computes shapes; copies nothing, but counts."""
+
+    torch_device = torch.device("meta")
+
+    def __init__(self):
+        self.copies = Counter()
+        self.num_marks = 0
+
+    def start_copy(self, way, target, source, *, after=(), label):
+        on_device, on_host = (target, source) if way is Way.UP else (source, target)
+        assert on_device.device.type == "meta" and on_host.device.type == "cpu", label
+        assert target.dtype is source.dtype and target.shape == source.shape, label
+        if way is Way.UP:
+            target.zero_()
+        self.copies[way, label.partition("[")[0]] += 1
+        return DoneTransfer()
+
+    def mark(self):
+        self.num_marks += 1
+        return DoneTransfer()
+
+    def zeros(self, num_bytes, name):
+        return torch.zeros(num_bytes, dtype=torch.uint8, device="meta")
+
+    def links(self):
+        return LinkStats()
+
+
+@pytest.fixture
+def paper(monkeypatch):
+    """Models are opened on paper, with all that is needed for that and would be there on a real device."""
+    devices = []
+
+    def open_device(settings):
+        devices.append(PaperDevice())
+        return devices[-1]
+
+    def settle(store):
+        for gradient, norm in store._norms:
+            assert norm.device.type == "meta"
+            gradient.sum_of_squares = 1.0
+        store._norms = []
+
+    plain_call = Kernel.__call__
+
+    def call(kernel, weight, state, gradient, hyper):
+        places = {tensor.device.type for tensor in (weight, *state, gradient)}
+        assert len(places) == 1
+        if places == {"cpu"}:
+            plain_call(kernel, weight, state, gradient, hyper)
+
+    monkeypatch.setattr(api, "open_device", open_device)
+    monkeypatch.setattr(BlockStore, "settle_norms", settle)
+    monkeypatch.setattr(Kernel, "__call__", call)
+    # Where a mask is made, transformers asks the device once per call whether sequences are packed.
+    monkeypatch.setattr(masking_utils, "is_tracing", lambda *values: True)
+    off = classmethod(lambda cls, device: cls("cpu", False, torch.bfloat16))
+    monkeypatch.setattr(layer.Autocast, "current", off)
+    return devices
+
+
+NAMES = ["llama", "llama_tied", "qwen3", "gpt2", "mixtral"]
+
+
+@pytest.mark.parametrize("home", ["device", "host", "disk"])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_step_reads_no_value_of_the_device(name, home, paper, tmp_path):
+    model = opened(ZOO[name].build().train(), disk=tmp_path, home=home, dtype="bfloat16")
+    optimizer = outsize.AdamW(model, max_grad_norm=1.0)
+    for seed in range(3):
+        batch = ZOO[name].batch(seed=seed)
+        loss = model(**batch).loss
+        assert loss.device.type == "meta"
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    executor_of(model).store.flush()
+    copies = paper[0].copies
+    if home == "device":
+        return
+    moving = [state.name for state in executor_of(model).store if not state.resident]
+    # Streamed twice per step: forward, and backward but for what is held; gradients go down once.
+    assert all(copies[Way.UP, f"{block}.weight"] >= 3 for block in moving)
+    assert all(copies[Way.DOWN, f"{block}.gradient"] >= 3 for block in moving)
+
+
+def test_what_a_model_is_and_gives_is_on_the_device(paper, tmp_path):
+    model = opened(ZOO["llama"].build().train(), home="host", dtype="bfloat16", pins=Pins(weight_slots=1))
+    assert model.device.type == "meta"
+    assert all(buffer.device.type == "meta" for buffer in model.buffers())
+    outsize.AdamW(model)
+    batch = ZOO["llama"].batch()
+    model(**batch).loss.backward()
+    assert batch["input_ids"].device.type == "cpu"
+    gradient = model.model.layers[0].mlp.up_proj.weight.grad
+    assert gradient.device.type == "meta"
