@@ -255,10 +255,13 @@ def _clipping(value: float | str) -> float | None:
 
 def _choice(kind: Any, name: str, value: str) -> Any:
     if value not in list(kind):
-        raise ConfigError(f"{name}: {value!r}", hint=f"one of {', '.join(kind)}")
+        raise ConfigError(f"{name}: {value!r} is not known", hint=f"one of {', '.join(kind)}")
     return kind(value)
 
 
 def _number_or_none(text: str) -> float | str:
     """A number or the word none, as they stand in a config file; None would mean that nothing was given."""
-    return "none" if text.lower() == "none" else float(text)
+    try:
+        return "none" if text.lower() == "none" else float(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor none") from error
