@@ -146,7 +146,19 @@ def test_a_malformed_line_is_named(model, tmp_path, name, own_token_cache):
     with pytest.raises(DataError) as caught:
         opened(model, path)
     assert str(path) in str(caught.value) and message in str(caught.value)
+    assert caught.value.hint
     assert not list(own_token_cache.iterdir()), "something half-written was left"
+
+
+@pytest.mark.parametrize(
+    "text", ['[\n{"text": "a"}\n]\n', '{\n"text": "a"\n}\n', '[{"text": "a"},\n{"text": "b"}]']
+)
+def test_one_value_over_many_lines_is_told_how_to_become_lines(model, tmp_path, text):
+    path = tmp_path / "list.json"
+    path.write_text(text)
+    with pytest.raises(DataError, match=r"list\.json:1: not JSON") as caught:
+        opened(model, path)
+    assert "jq -c '.[]'" in caught.value.hint
 
 
 @pytest.mark.parametrize("suffix", [".txt", ".jsonl"])

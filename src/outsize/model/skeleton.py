@@ -120,6 +120,8 @@ def _read_config(folder: Path, trust_remote_code: bool) -> transformers.PreTrain
         hint = "this release knows the models of the installed transformers"
         if "trust_remote_code" in str(error):
             hint = "if you trust the code in that folder, pass trust_remote_code=True"
+        elif "valid JSON" in first_line:
+            hint = "the file is damaged or cut off: copy it again"
         raise ModelError(f"cannot read {folder / 'config.json'}: {first_line}", hint=hint) from error
 
 
