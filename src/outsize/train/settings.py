@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-from outsize.config import Pins
+from outsize.config import Budgets, Pins
 from outsize.errors import ConfigError
 from outsize.train.api import OptimizerName
 from outsize.train.data import DataFile, Packing, TooLong
@@ -85,6 +85,14 @@ class Place:
     home: str | None = None
     dtype: str | None = None
     pins: Pins | None = None
+
+    def check(self) -> None:
+        """Raise ConfigError for a size that is none and a disk folder that is not there, before any text is read."""
+        budgets = Budgets.parse(self.device, self.host, self.disk)
+        if budgets.disk is not None and not budgets.disk.folder.is_dir():
+            raise ConfigError(
+                f"disk: no folder {budgets.disk.folder}", hint="create it on an SSD, or name another"
+            )
 
 
 @dataclass(frozen=True, slots=True)
