@@ -249,7 +249,8 @@ def _clipping(value: float | str) -> float | None:
         return None if value == "none" else float(value)
     except ValueError as error:
         raise ConfigError(
-            f"max_grad_norm: {value!r}", hint='a number, or "none" to leave gradients as they are'
+            f"max_grad_norm: {value!r} is not known",
+            hint='a number, or "none" to leave gradients as they are',
         ) from error
 
 

@@ -110,6 +110,13 @@ def open_skeleton(
     return result
 
 
+def longest_sequence(module: nn.Module) -> int | None:
+    """How many positions `module` has for text; None where its config tells of no end."""
+    config: Any = module.config
+    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return longest if isinstance(longest, int) and longest > 0 else None
+
+
 def _read_config(folder: Path, trust_remote_code: bool) -> transformers.PreTrainedConfig:
     try:
         return transformers.AutoConfig.from_pretrained(

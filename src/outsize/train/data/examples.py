@@ -73,7 +73,7 @@ def load_tokenizer(model: Path) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(model), local_files_only=True)
     except Exception as error:  # transformers and tokenizers raise bare Exceptions for malformed files
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(": ")
         raise DataError(f"the tokenizer in {model} cannot be opened: {reason}", hint=hint) from error
     return tokenizer
 
