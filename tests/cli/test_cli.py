@@ -137,6 +137,21 @@ def test_malformed_line_reaches_the_user(plain, model, tmp_path, capsys):
     assert f"error: {bad}:2: not JSON" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("failure", [PermissionError(13, "Permission denied", "/x/y"), OSError("gone")])
+def test_an_error_of_the_system_is_two_lines_and_1(monkeypatch, capsys, failure):
+    def fail(options):
+        raise failure
+
+    monkeypatch.setattr(demo, "run", fail)
+    assert run("demo") == 1
+    error, hint = capsys.readouterr().err.splitlines()
+    assert error == f"error: {'/x/y: Permission denied' if failure.filename else 'gone'}"
+    assert hint.startswith("hint: ") and "OUTSIZE_DEBUG=1" in hint
+    monkeypatch.setenv("OUTSIZE_DEBUG", "1")
+    with pytest.raises(OSError):
+        run("demo")
+
+
 def test_debug_shows_the_traceback(plain, model, tmp_path, monkeypatch):
     monkeypatch.setenv("OUTSIZE_DEBUG", "1")
     with pytest.raises(OutsizeError):

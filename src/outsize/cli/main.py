@@ -33,6 +33,9 @@ MODEL is always a Hugging Face folder: config.json, safetensors, tokenizer. Noth
 """
 
 
+_SYSTEM_HINT = "is it there, is it yours, and is there room? OUTSIZE_DEBUG=1 shows what was being done"
+
+
 def build_parser() -> Parser:
     """The whole command line."""
     parser = Parser(
@@ -80,6 +83,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # The reader of our output has gone, as in `outsize plan M | head -1`; let the interpreter's last
         # flush be silent.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        # What no room foresaw: a folder above a file that may not be entered, a disk that went away.
+        if os.environ.get("OUTSIZE_DEBUG") == "1":
+            raise
+        place = f"{error.filename}: " if error.filename is not None else ""
+        explain(f"{place}{error.strerror or error}", _SYSTEM_HINT)
         return 1
 
 
