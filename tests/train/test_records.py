@@ -307,6 +307,23 @@ def test_a_cache_that_cannot_be_written(model, tmp_path, monkeypatch):
     assert "OUTSIZE_CACHE" in caught.value.hint
 
 
+@pytest.mark.parametrize("name", ["t.txt", "t.jsonl"])
+def test_a_file_that_may_not_be_read_is_named_and_not_the_cache(model, tmp_path, monkeypatch, name):
+    path = tmp_path / name
+    path.write_text(GOOD)
+    plain_open = Path.open
+
+    def refuse(self, *arguments, **options):
+        if self == path:
+            raise PermissionError(13, "Permission denied", str(self))
+        return plain_open(self, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(DataError, match=rf"{name}: Permission denied") as caught:
+        opened(model, path)
+    assert caught.value.hint == "pass a file that you may read"
+
+
 @pytest.mark.parametrize(
     ("text", "path", "weight"),
     [("a.jsonl", "a.jsonl", None), ("a.jsonl@0.5", "a.jsonl", 0.5), ("me@home.txt", "me@home.txt", None)],

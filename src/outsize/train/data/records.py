@@ -90,15 +90,18 @@ def file_kind(path: Path) -> FileKind:
 
 def read_records(path: Path) -> Iterator[Record]:
     """All records of `path` in order. Raises DataError naming the place of what cannot be read."""
-    match file_kind(path):
-        case FileKind.TEXT:
-            yield from _read_text(path)
-        case FileKind.JSON_LINES:
-            yield from _read_json_lines(path)
-        case FileKind.PARQUET:
-            yield from _read_parquet(path)
-        case FileKind.DATASETS:
-            yield from _read_datasets(path)
+    try:
+        match file_kind(path):
+            case FileKind.TEXT:
+                yield from _read_text(path)
+            case FileKind.JSON_LINES:
+                yield from _read_json_lines(path)
+            case FileKind.PARQUET:
+                yield from _read_parquet(path)
+            case FileKind.DATASETS:
+                yield from _read_datasets(path)
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror or error}", hint="pass a file that you may read") from error
 
 
 def _read_json_lines(path: Path) -> Iterator[Record]:
