@@ -94,7 +94,7 @@ def add_parser(commands: shared.Commands[argparse.ArgumentParser]) -> None:
         "--eval-split", type=float, metavar="F", help="or this part of DATA, such as 0.02"
     )
     evaluating.add_argument(
-        "--eval-every", type=int, metavar="N", help="steps between evaluations (5 times a run)"
+        "--eval-every", type=int, metavar="N", help="steps between evaluations (at most 5 in a run)"
     )
     learning = parser.add_argument_group("learning")
     _add(

@@ -101,7 +101,7 @@ class Evaluating:
 
     Evaluating(files=(DataFile(Path("eval.jsonl")),))   files of their own
     Evaluating(fraction=0.02)                           a part of the training sequences, which is not trained on
-    Evaluating(..., every=100)                          after so many steps, and at the end (default: 5 times)
+    Evaluating(..., every=100)                          after so many steps, and at the end (default: at most 5 times)
     """
 
     files: tuple[DataFile, ...] = ()
