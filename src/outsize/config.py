@@ -121,7 +121,10 @@ class Pins:
         ):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < least):
-                raise ConfigError(f"Pins({name}={value!r}): expected a whole number of at least {least}")
+                raise ConfigError(
+                    f"Pins({name}={value!r}): expected a whole number of at least {least}",
+                    hint=f"{name}={least} or more, or leave it to the planner",
+                )
 
 
 @dataclass(frozen=True, slots=True)

@@ -74,10 +74,35 @@ def test_version(capsys):
         ["plan", "m", "--hos", "1"],
     ],
 )
-def test_bad_usage_is_2(arguments, capsys):
+def test_bad_usage_is_two_lines_and_2(arguments, capsys):
     with pytest.raises(SystemExit) as left:
         run(*arguments)
-    assert left.value.code == 2 and "usage: outsize" in capsys.readouterr().err
+    error, hint = capsys.readouterr().err.splitlines()
+    assert left.value.code == 2 and error.startswith("error: ")
+    assert hint.startswith("hint: ") and "--help shows all, with examples" in hint
+
+
+def test_a_number_that_is_none_is_said_in_words(capsys):
+    with pytest.raises(SystemExit):
+        run("train", "m", "d", "--out", "o", "--max-grad-norm", "abc")
+    assert "'abc' is neither a number nor none" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("minutes", ["-1", "0", "nan"])
+def test_a_demo_takes_time(minutes, tmp_path, capsys):
+    assert run("demo", "--minutes", minutes, "--out", tmp_path / "demo") == 1
+    error, hint = capsys.readouterr().err.splitlines()
+    assert error.startswith("error: minutes: ") and hint == "hint: pass --minutes 2"
+    assert not (tmp_path / "demo").exists()
+
+
+@pytest.mark.parametrize("given", [["--sedd", "3"], ["--sedd=3"]])
+def test_a_misspelt_option_is_named_with_its_neighbour(given, capsys):
+    with pytest.raises(SystemExit) as left:
+        run("train", "m", "d", "--out", "o", *given)
+    error, hint = capsys.readouterr().err.splitlines()
+    assert left.value.code == 2 and error == "error: --sedd: no such option"
+    assert hint.startswith("hint: did you mean --seed? outsize train --help")
 
 
 @pytest.mark.parametrize(("arguments", "missing"), [([], "MODEL"), (["m"], "DATA"), (["m", "d"], "OUT")])
@@ -110,6 +135,21 @@ def test_malformed_line_reaches_the_user(plain, model, tmp_path, capsys):
     bad.write_text('{"text": "w1"}\n{"text"\n')
     assert run("train", model, bad, "--out", tmp_path / "out", "--seq-len", 16) == 1
     assert f"error: {bad}:2: not JSON" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("failure", [PermissionError(13, "Permission denied", "/x/y"), OSError("gone")])
+def test_an_error_of_the_system_is_two_lines_and_1(monkeypatch, capsys, failure):
+    def fail(options):
+        raise failure
+
+    monkeypatch.setattr(demo, "run", fail)
+    assert run("demo") == 1
+    error, hint = capsys.readouterr().err.splitlines()
+    assert error == f"error: {'/x/y: Permission denied' if failure.filename else 'gone'}"
+    assert hint.startswith("hint: ") and "OUTSIZE_DEBUG=1" in hint
+    monkeypatch.setenv("OUTSIZE_DEBUG", "1")
+    with pytest.raises(OSError):
+        run("demo")
 
 
 def test_debug_shows_the_traceback(plain, model, tmp_path, monkeypatch):
@@ -173,8 +213,9 @@ def test_pins():
     assert options.pins_of([]) is None
     assert options.pins_of(["verify=false", "resident_bytes=0"]) == Pins(verify=False, resident_bytes=0)
     for text in ("slots=1", "weight_slots", "weight_slots=two", "weight_slots=0", "verify=1"):
-        with pytest.raises(ConfigError):
+        with pytest.raises(ConfigError) as caught:
             options.pins_of([text])
+        assert caught.value.hint
 
 
 def test_generate_streams_the_same_text_for_the_same_seed(plain, model, capsys, monkeypatch):

@@ -107,7 +107,22 @@ def test_a_file_that_cannot_be(name, tmp_path):
     (tmp_path / "run.toml").write_text(text)
     with pytest.raises(ConfigError) as caught:
         settings_of(resolve(options("m", "d", "--out", "o", "--config", tmp_path / "run.toml")))
-    assert message in str(caught.value)
+    assert message in str(caught.value) and caught.value.hint
+
+
+def test_hints_are_lines_that_would_work(tmp_path):
+    path = tmp_path / "run.toml"
+    for text, key in (("lr = 'fast'", "lr"), ("steps = 1.5", "steps"), ("overwrite = 1", "overwrite")):
+        path.write_text(text)
+        with pytest.raises(ConfigError) as caught:
+            read_config(path, {key})
+        assert caught.value.hint.startswith("such as  ")
+        path.write_text(caught.value.hint.removeprefix("such as  "))
+        assert key in read_config(path, {key})
+    path.write_text("[train]\nlr = 1")
+    with pytest.raises(ConfigError) as caught:
+        read_config(path, {"lr"})
+    assert caught.value.hint == "write the options without [train] above them"
 
 
 def test_a_misspelt_option_is_named(tmp_path):

@@ -115,6 +115,6 @@ def test_a_preview_compares_with_the_size_of_the_disk(tmp_path):
     with seeded(0):
         ZOO["llama"].build().save_pretrained(tmp_path / "model")
     for size, fits in (("1GiB", True), ("8KiB", False)):
-        summary = outsize.preview(tmp_path / "model", disk=f"{tmp_path}:{size}", home="disk")
+        summary = outsize.preview(tmp_path / "model", disk=f"{tmp_path}:{size}", home="disk", seq_len=64)
         assert summary.fits is fits, summary
     assert "on disk" in summary.reason and "may hold 8.00 KiB" in summary.reason

@@ -87,15 +87,15 @@ def test_a_preview_is_what_the_run_will_be(home, folder):
 
 
 def test_a_preview_of_what_does_not_fit_says_why_and_what_would(folder):
-    preview = outsize.preview(folder / "model", host="200MiB", disk=folder / "disk")
+    preview = outsize.preview(folder / "model", host="200MiB", disk=folder / "disk", seq_len=64)
     assert not preview.fits and preview.rows == ()
     assert re.search(r'host="\d+MiB" works', preview.reason)
     assert "does not fit" in str(preview)
 
 
 def test_a_preview_of_inference_has_no_state(folder):
-    training = outsize.preview(folder / "model", dtype="float32")
-    serving = outsize.preview(folder / "model", dtype="float32", train=False)
+    training = outsize.preview(folder / "model", dtype="float32", seq_len=64)
+    serving = outsize.preview(folder / "model", dtype="float32", seq_len=64, train=False)
     assert ("host", "optimizer state") in tiers(training.rows, "optimizer state")
     assert not tiers(serving.rows, "optimizer state")
     assert serving.fits
@@ -116,3 +116,17 @@ def test_a_preview_allocates_nothing(folder):
     outsize.preview(folder / "model", batch_size=2, seq_len=16)
     assert memory.resident_bytes() - before < 40 << 20
     assert torch.get_num_threads() == 1
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ({"batch_size": 0}, "batch_size: 0 is less than 1"),
+        ({"seq_len": -1}, "seq_len: -1 is less than 1"),
+        ({"seq_len": 1 << 20}, "positions end at"),
+    ],
+)
+def test_a_preview_of_a_batch_that_cannot_be_is_refused_at_once(folder, shape, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        outsize.preview(folder / "model", **shape)
+    assert caught.value.hint

@@ -57,7 +57,7 @@ def test_the_mean_is_over_tokens_not_batches(model, tmp_path):
 
 @pytest.mark.parametrize(
     ("every", "num_steps", "expected"),
-    [(2, 7, [2, 4, 6]), (None, 10, [2, 4, 6, 8]), (None, 3, [1, 2]), (None, None, [])],
+    [(2, 7, [2, 4, 6]), (None, 10, [2, 4, 6, 8]), (None, 3, [1, 2]), (None, 8, [2, 4, 6]), (None, None, [])],
 )
 def test_when_evaluations_come(tmp_path, every, num_steps, expected):
     evaluator = Evaluator(None, 1, every, tmp_path)

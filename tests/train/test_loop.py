@@ -13,8 +13,9 @@ from outsize.train.api import OptimizerName
 from outsize.train.data import DataFile
 from outsize.train.loop import train
 from outsize.train.metrics import StepMetrics
-from outsize.train.progress import PlainProgress, progress_on, sparkline, where_time_goes
-from outsize.train.settings import Learning, Length, Place, TrainSettings
+from outsize.train.progress import PlainProgress, course, fixed, progress_on, sparkline, where_time_goes
+from outsize.train.settings import Evaluating, Learning, Length, Place, TrainSettings
+from outsize.train.watch import Watcher
 from tests.train.standin import WORDS, PlainApi, PlainReport, write_model
 
 
@@ -142,7 +143,8 @@ def test_interrupt_finishes_the_step_and_saves(model, data, tmp_path, capfd):
             os.kill(os.getpid(), signal.SIGINT)
 
     before = signal.getsignal(signal.SIGINT)
-    result = train(settings_for(model, data, tmp_path / "out"), api=PlainApi(interrupt))
+    progress = PlainProgress(Console(file=io.StringIO()))
+    result = train(settings_for(model, data, tmp_path / "out"), api=PlainApi(interrupt), watchers=[progress])
     assert result.interrupted and result.num_steps == 3
     weights(tmp_path / "out")
     assert "finishing this step" in capfd.readouterr().err
@@ -277,6 +279,45 @@ def test_a_terminal_shows_where_memory_and_time_go(width):
         assert "waited 60% of the step, most for weights" in text and "mem 512.0 MiB of 1.00 GiB" in text
 
 
+def test_a_terminal_says_that_it_will_stop_and_tears_nothing(capfd):
+    console = Console(file=io.StringIO(), force_terminal=True, width=110)
+    with progress_on(console) as progress:
+        progress.stopping()
+        progress.stepped(StepMetrics(1, 3.0, 1e-4, 0.5, 900.0, 1.0, 1, 1, 1, {}), PlainReport(), 9)
+        assert "finishing this step" in console.file.getvalue()
+        progress.ended(PlainReport(), True)
+        console.file.seek(0)
+        console.file.truncate()
+    assert "finishing this step" not in console.file.getvalue(), "it stays on the screen"
+    assert capfd.readouterr().err == "", "the redrawn lines are torn apart"
+
+
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_progress_tells_what_the_files_hold(model, data, tmp_path, is_terminal):
+    console = Console(file=io.StringIO(), force_terminal=is_terminal, width=160)
+    evaluating = Evaluating(fraction=0.4)
+    settings = settings_for(model, data, tmp_path / "out", evaluating=evaluating)
+    train(settings, api=PlainApi(), watchers=[progress_on(console)])
+    text = console.file.getvalue()
+    assert f"{data.name}: " in text and f"evaluation: {data.name}: " in text
+    assert "of the tokens" in text, "a part is told as if it were the whole"
+
+
+@pytest.mark.parametrize("place", [Place(host="lots"), Place(disk="/nowhere/at/all"), Place(device="big")])
+def test_a_place_that_cannot_be_is_refused_before_text_is_read(model, data, tmp_path, place):
+    class Listener(Watcher):
+        said = ()
+
+        def say(self, text):
+            self.said += (text,)
+
+    listener = Listener()
+    with pytest.raises(ConfigError) as caught:
+        train(settings_for(model, data, tmp_path / "out", place=place), api=PlainApi(), watchers=[listener])
+    assert caught.value.hint and not listener.said
+    assert not (tmp_path / "out.partial").exists()
+
+
 def test_waiting_in_words():
     def words(waits, step_s=1.0):
         return where_time_goes(StepMetrics(1, 1.0, 1e-4, None, 1.0, step_s, 1, 1, 1, waits))
@@ -285,3 +326,9 @@ def test_waiting_in_words():
     assert "moving is hidden behind computing" in words({"wait weight": 0.01})
     assert "most for gradients" in words({"wait weight": 0.1, "free gradient": 0.3})
     assert sparkline([1.0, float("nan"), 1.0]) == "▁ ▁"
+
+
+def test_figures_of_a_run_that_diverges_fit_on_a_line():
+    assert (fixed(2.5, 4), fixed(1e30, 4), fixed(float("inf"), 2)) == ("2.5000", "1e+30", "inf")
+    assert course([2.0]) == "loss ▁" and course([]) == "loss "
+    assert course([3.0, float("nan"), 1.0]) == "loss █ ▁ 1.00 to 3.00 in 3 steps"

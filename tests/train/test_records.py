@@ -146,7 +146,19 @@ def test_a_malformed_line_is_named(model, tmp_path, name, own_token_cache):
     with pytest.raises(DataError) as caught:
         opened(model, path)
     assert str(path) in str(caught.value) and message in str(caught.value)
+    assert caught.value.hint
     assert not list(own_token_cache.iterdir()), "something half-written was left"
+
+
+@pytest.mark.parametrize(
+    "text", ['[\n{"text": "a"}\n]\n', '{\n"text": "a"\n}\n', '[{"text": "a"},\n{"text": "b"}]']
+)
+def test_one_value_over_many_lines_is_told_how_to_become_lines(model, tmp_path, text):
+    path = tmp_path / "list.json"
+    path.write_text(text)
+    with pytest.raises(DataError, match=r"list\.json:1: not JSON") as caught:
+        opened(model, path)
+    assert "jq -c '.[]'" in caught.value.hint
 
 
 @pytest.mark.parametrize("suffix", [".txt", ".jsonl"])
@@ -293,6 +305,23 @@ def test_a_cache_that_cannot_be_written(model, tmp_path, monkeypatch):
     with pytest.raises(StorageError) as caught:
         opened(model, tmp_path / "t.txt")
     assert "OUTSIZE_CACHE" in caught.value.hint
+
+
+@pytest.mark.parametrize("name", ["t.txt", "t.jsonl"])
+def test_a_file_that_may_not_be_read_is_named_and_not_the_cache(model, tmp_path, monkeypatch, name):
+    path = tmp_path / name
+    path.write_text(GOOD)
+    plain_open = Path.open
+
+    def refuse(self, *arguments, **options):
+        if self == path:
+            raise PermissionError(13, "Permission denied", str(self))
+        return plain_open(self, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(DataError, match=rf"{name}: Permission denied") as caught:
+        opened(model, path)
+    assert caught.value.hint == "pass a file that you may read"
 
 
 @pytest.mark.parametrize(

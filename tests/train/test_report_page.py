@@ -104,7 +104,7 @@ def test_a_run_with_evaluations(tmp_path):
         "3 of 10",
         "192",
         "best evaluation, step 2",
-        "1.900 (perplexity 6.7)",
+        "1.900 (perplexity 6.69)",
         "complete",
     ):
         assert expected in text, expected
@@ -137,6 +137,23 @@ def test_an_error_is_told_and_the_page_is_there(tmp_path):
     assert "ended by ValueError: no <room>" in checked(html)
 
 
+def test_endings_have_no_names_from_inside(tmp_path):
+    class _Private(ValueError):
+        pass
+
+    assert "ended by Private: why" in checked(page_of(tmp_path, [step(1)], error=_Private("why")))
+    page = ReportPage(tmp_path / "stopped.html")
+    with pytest.raises(KeyboardInterrupt), page:
+        page.started(facts())
+        page.stepped(step(1), REPORT, 10)
+        raise KeyboardInterrupt
+    assert "stopped at once on request" in checked((tmp_path / "stopped.html").read_text())
+
+
+def test_settings_are_written_as_the_config_file_writes_them(tmp_path):
+    assert "false" in checked(page_of(tmp_path, [step(1)], settings={"overwrite": False}))
+
+
 def test_before_the_first_step_there_is_no_page(tmp_path):
     assert page_of(tmp_path, []) is None
 
@@ -145,6 +162,14 @@ def test_figures_that_are_not_finite_or_not_known_are_left_out(tmp_path):
     steps = [step(1, grad_norm=None), step(2, grad_norm=math.inf), step(3, grad_norm=2.0)]
     checked(page_of(tmp_path, steps))
     assert chart("nothing", [Line("norm", "a", [(1, math.nan)])]) == ""
+
+
+def test_figures_of_a_run_that_diverges_fit_into_the_page(tmp_path):
+    html = page_of(
+        tmp_path, [step(1, lr=1e30), step(2, grad_norm=1e35)], [Evaluation(2, 690.0, 10, 0.1, True)]
+    )
+    assert max(map(len, re.findall(r">([^<>]+)</(?:text|b)>", html))) <= 32
+    assert "perplexity 4.6e+299" in checked(html)
 
 
 def test_points_lie_where_their_values_are():

@@ -27,6 +27,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "max_grad_norm": (int, float, str),
     "overwrite": (bool,),
 }
+_EXAMPLES = {int: "100", float: "0.1", bool: "true", str: '"..."'}
 _EXCLUSIVE = (("steps", "epochs", "minutes"), ("batch_size", "batch_tokens"), ("eval", "eval_split"))
 
 
@@ -47,6 +48,8 @@ def read_config(path: Path, known: Set[str]) -> dict[str, Any]:
             near = difflib.get_close_matches(key, known, n=1)
             names = ", ".join(sorted(known)).replace("_", "-")
             hint = f"did you mean {near[0].replace('_', '-')}?" if near else f"known are {names}"
+            if isinstance(value, dict):
+                hint = f"write the options without [{name}] above them"
             raise ConfigError(f"--config {path}: no option {name!r}", hint=hint)
         options[key] = _checked(value, key, f"--config {path}: {name}")
     return options
@@ -78,13 +81,20 @@ def write_config(values: Mapping[str, Any]) -> str:
 
 
 def _checked(value: Any, key: str, place: str) -> Any:
+    name = key.replace("_", "-")
     if key in _LISTS:
         values = [value] if isinstance(value, str) else value
         if not isinstance(values, list) or not all(isinstance(item, str) for item in values):
-            raise ConfigError(f"{place}: expected a string or a list of strings")
+            raise ConfigError(
+                f"{place}: expected a string or a list of strings",
+                hint=f'such as  {name} = ["..."]',
+            )
         return values
     kinds = _TYPES.get(key, (str,))
     if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
         expected = " or ".join(kind.__name__ for kind in kinds)
-        raise ConfigError(f"{place}: is {type(value).__name__}, expected {expected}")
+        raise ConfigError(
+            f"{place}: is {type(value).__name__}, expected {expected}",
+            hint=f"such as  {name} = {_EXAMPLES[float if float in kinds else kinds[0]]}",
+        )
     return value

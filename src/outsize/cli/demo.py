@@ -64,6 +64,8 @@ def run(options: argparse.Namespace) -> int:
     from outsize.train.api import public_api
     from outsize.train.demo import DemoSize
 
+    if not options.minutes > 0:
+        raise ConfigError(f"minutes: {options.minutes} is not positive", hint="pass --minutes 2")
     quiet.after_imports()
     return show(Console(), options.out, options.minutes, DemoSize(), public_api())
 

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from importlib import metadata
 
 from outsize.cli import demo, generate, plan, quiet, train
+from outsize.cli.explain import Parser, explain
 from outsize.errors import OutsizeError
 
 _DESCRIPTION = "Train and run transformer models that are larger than the memory of this machine."
@@ -32,9 +33,12 @@ MODEL is always a Hugging Face folder: config.json, safetensors, tokenizer. Noth
 """
 
 
-def build_parser() -> argparse.ArgumentParser:
+_SYSTEM_HINT = "is it there, is it yours, and is there room? OUTSIZE_DEBUG=1 shows what was being done"
+
+
+def build_parser() -> Parser:
     """The whole command line."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="outsize",
         description=_DESCRIPTION,
         epilog=_EXAMPLES,
@@ -45,13 +49,23 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for command in (plan, train, generate, demo):
         command.add_parser(commands)
+    parser.commands = commands.choices
     return parser
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line as options. What no option takes is refused by the command's own parser: it knows what is near."""
+    parser = build_parser()
+    options, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        parser.commands[options.command].unknown(unknown)
+    return options
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; return the exit status. Usage errors and `--help` leave through SystemExit, as in
     argparse."""
-    options = build_parser().parse_args(arguments)
+    options = parse(arguments)
     quiet.before_imports()
     try:
         status = options.run(options)
@@ -60,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OutsizeError as error:
         if os.environ.get("OUTSIZE_DEBUG") == "1":
             raise
-        _explain(error)
+        explain(error.message, error.hint)
         return 1
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
@@ -70,14 +84,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # flush be silent.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-
-
-def _explain(error: OutsizeError) -> None:
-    colour = sys.stderr.isatty() and "NO_COLOR" not in os.environ
-    red, cyan, plain = ("\033[1;31m", "\033[1;36m", "\033[0m") if colour else ("", "", "")
-    print(f"{red}error:{plain} {error.message}", file=sys.stderr)
-    if error.hint is not None:
-        print(f"{cyan}hint:{plain} {error.hint}", file=sys.stderr)
+    except OSError as error:
+        # What no room foresaw: a folder above a file that may not be entered, a disk that went away.
+        if os.environ.get("OUTSIZE_DEBUG") == "1":
+            raise
+        place = f"{error.filename}: " if error.filename is not None else ""
+        explain(f"{place}{error.strerror or error}", _SYSTEM_HINT)
+        return 1
 
 
 def _version() -> str:

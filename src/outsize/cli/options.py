@@ -86,6 +86,6 @@ def pins_of(texts: list[str]) -> Pins | None:
         elif name not in switches and value.isdecimal():
             numbers[name] = int(value)
         else:
-            expected = "true or false" if name in switches else "a whole number"
-            raise ConfigError(f"--pin {text}: expected {expected}")
+            expected, example = ("true or false", "false") if name in switches else ("a whole number", "2")
+            raise ConfigError(f"--pin {text}: expected {expected}", hint=f"pass --pin {name}={example}")
     return Pins(**numbers) if texts else None

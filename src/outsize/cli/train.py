@@ -94,7 +94,7 @@ def add_parser(commands: shared.Commands[argparse.ArgumentParser]) -> None:
         "--eval-split", type=float, metavar="F", help="or this part of DATA, such as 0.02"
     )
     evaluating.add_argument(
-        "--eval-every", type=int, metavar="N", help="steps between evaluations (5 times a run)"
+        "--eval-every", type=int, metavar="N", help="steps between evaluations (at most 5 in a run)"
     )
     learning = parser.add_argument_group("learning")
     _add(
@@ -249,16 +249,20 @@ def _clipping(value: float | str) -> float | None:
         return None if value == "none" else float(value)
     except ValueError as error:
         raise ConfigError(
-            f"max_grad_norm: {value!r}", hint='a number, or "none" to leave gradients as they are'
+            f"max_grad_norm: {value!r} is not known",
+            hint='a number, or "none" to leave gradients as they are',
         ) from error
 
 
 def _choice(kind: Any, name: str, value: str) -> Any:
     if value not in list(kind):
-        raise ConfigError(f"{name}: {value!r}", hint=f"one of {', '.join(kind)}")
+        raise ConfigError(f"{name}: {value!r} is not known", hint=f"one of {', '.join(kind)}")
     return kind(value)
 
 
 def _number_or_none(text: str) -> float | str:
     """A number or the word none, as they stand in a config file; None would mean that nothing was given."""
-    return "none" if text.lower() == "none" else float(text)
+    try:
+        return "none" if text.lower() == "none" else float(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor none") from error

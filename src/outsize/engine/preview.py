@@ -14,8 +14,8 @@ from outsize.engine.budget import disk_bytes
 from outsize.engine.probe import batch_shape
 from outsize.engine.report import Row, placement_rows
 from outsize.engine.session import Session
-from outsize.errors import BudgetError, ModelError
-from outsize.model import TensorSource, cut, open_skeleton, resolve_folder
+from outsize.errors import BudgetError, ConfigError, ModelError
+from outsize.model import TensorSource, cut, longest_sequence, open_skeleton, resolve_folder
 from outsize.optim import ADAMW
 from outsize.plan import Placement, SlotClass
 
@@ -75,6 +75,9 @@ def preview(
 
     Reads no weights and stores nothing. Raises ModelError or ConfigError for what cannot be opened at all.
     """
+    for name, value in (("batch_size", batch_size), ("seq_len", seq_len)):
+        if value < 1:
+            raise ConfigError(f"{name}: {value} is less than 1", hint=f"pass {name} 1 or more")
     settings = api.resolve_settings(device, host, disk, home, dtype, pins)
     memory.keep_freed_memory()
     memory.bound_kernel_caches()
@@ -84,6 +87,12 @@ def preview(
         raise ModelError(
             f"{type(module).__name__} does not take text",
             hint="outsize.preview covers models that take input_ids",
+        )
+    longest = longest_sequence(module)
+    if longest is not None and longest < seq_len:
+        raise ConfigError(
+            f"seq_len: the model's positions end at {longest}, got {seq_len}",
+            hint=f"pass seq_len {longest} or less",
         )
     module.train(train)
     if train:

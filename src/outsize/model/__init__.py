@@ -11,7 +11,7 @@ from outsize.model.cut import cut
 from outsize.model.export import write_folder
 from outsize.model.initial import InitSource
 from outsize.model.points import Binding, Cut, Point, PointKind
-from outsize.model.skeleton import open_skeleton, resolve_folder
+from outsize.model.skeleton import longest_sequence, open_skeleton, resolve_folder
 from outsize.model.source import SafetensorsSource, Source, TensorSource
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "Source",
     "TensorSource",
     "cut",
+    "longest_sequence",
     "open_skeleton",
     "resolve_folder",
     "write_folder",

@@ -110,6 +110,13 @@ def open_skeleton(
     return result
 
 
+def longest_sequence(module: nn.Module) -> int | None:
+    """How many positions `module` has for text; None where its config tells of no end."""
+    config: Any = module.config
+    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return longest if isinstance(longest, int) and longest > 0 else None
+
+
 def _read_config(folder: Path, trust_remote_code: bool) -> transformers.PreTrainedConfig:
     try:
         return transformers.AutoConfig.from_pretrained(
@@ -120,6 +127,8 @@ def _read_config(folder: Path, trust_remote_code: bool) -> transformers.PreTrain
         hint = "this release knows the models of the installed transformers"
         if "trust_remote_code" in str(error):
             hint = "if you trust the code in that folder, pass trust_remote_code=True"
+        elif "valid JSON" in first_line:
+            hint = "the file is damaged or cut off: copy it again"
         raise ModelError(f"cannot read {folder / 'config.json'}: {first_line}", hint=hint) from error
 
 

@@ -147,4 +147,6 @@ def storage_errors(place: Path) -> Iterator[None]:
             raise StorageFullError(
                 f"no space left while writing {place}", hint="free some space, or save to another disk"
             ) from error
-        raise StorageError(f"cannot write {place}: {error.strerror or error}") from error
+        raise StorageError(
+            f"cannot write {place}: {error.strerror or error}", hint="save to a folder you may write to"
+        ) from error

@@ -83,7 +83,9 @@ def _open_locked(path: Path) -> int:
                     f"disk folder {path.parent} has no room for another file: {error.strerror}",
                     hint="free space or inodes there, or pass another folder",
                 ) from error
-            raise StorageError(f"{path}: the store cannot be opened: {error.strerror}") from error
+            raise StorageError(
+                f"{path}: the store cannot be opened: {error.strerror}", hint="pass a folder you may write to"
+            ) from error
         try:
             if not stat.S_ISREG(os.fstat(fd).st_mode):
                 raise StorageError(f"{path}: not a regular file", hint="remove it, or pass another folder")
@@ -140,7 +142,8 @@ def _preallocate(fd: int, folder: Path, num_bytes: int) -> None:
     except OSError as error:
         if error.errno not in FULL_ERRNOS:
             raise StorageError(
-                f"{folder}: {format_bytes(num_bytes)} cannot be reserved: {error.strerror}"
+                f"{folder}: {format_bytes(num_bytes)} cannot be reserved: {error.strerror}",
+                hint="pass a folder on another disk",
             ) from error
         os.ftruncate(fd, 0)
         info = os.statvfs(folder)
@@ -161,7 +164,10 @@ def _open_direct(path: Path) -> tuple[int, bool]:
             return os.open(path, flags | os.O_DIRECT), True
         except OSError as error:
             if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
-                raise StorageError(f"{path}: the store cannot be opened: {error.strerror}") from error
+                raise StorageError(
+                    f"{path}: the store cannot be opened: {error.strerror}",
+                    hint="pass a folder you may write to",
+                ) from error
     warnings.warn(
         f"{path.parent}: direct I/O in units of {ALIGNMENT} bytes is refused: transfers go through the "
         "page cache, slower, and with memory that counts against the machine",

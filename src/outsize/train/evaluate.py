@@ -17,7 +17,7 @@ from outsize.train.data import IGNORED, Batch, Dataset, Position
 from outsize.train.metrics import Evaluation
 
 TIMES = 5
-"""Evaluations in a run where the user does not say how often."""
+"""The most evaluations in a run where the user does not say how often."""
 
 
 class Evaluator:
@@ -39,7 +39,7 @@ class Evaluator:
         """Whether to evaluate after `step`; never after the last, which has an evaluation of its own."""
         if step == num_steps:
             return False
-        every = self._every or (max(1, num_steps // TIMES) if num_steps is not None else None)
+        every = self._every or (-(-num_steps // TIMES) if num_steps is not None else None)
         return every is not None and step % every == 0
 
     def evaluate(self, model: nn.Module, step: int, save: Callable[[Path], None] | None) -> Evaluation:

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import threading
+from collections.abc import Callable
 from types import FrameType, TracebackType
 
 
 class Interruption:
-    """While entered, the first SIGINT or SIGTERM only sets `requested`; the second raises KeyboardInterrupt.
+    """While entered, the first SIGINT or SIGTERM sets `requested` and calls `tell`; the second raises KeyboardInterrupt.
 
+    `tell` runs inside the signal handler: it may have interrupted a print, so it must not print or wait for a lock.
     Does nothing outside the main thread, where Python delivers no signals.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, tell: Callable[[], None]) -> None:
         self.requested = False
+        self._tell = tell
         self._previous: dict[signal.Signals, signal._HANDLER] = {}
 
     def __enter__(self) -> Interruption:
@@ -35,5 +37,4 @@ class Interruption:
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
-        # Not print: the signal may have interrupted one, and buffered output cannot be entered twice.
-        os.write(2, b"\nfinishing this step, then saving; Ctrl-C again stops at once\n")
+        self._tell()

@@ -70,6 +70,7 @@ def train(
     """
     files = (*settings.data, *settings.evaluating.files)
     check_files(files)
+    settings.place.check()
     folder = OutputFolder.claim(
         settings.out, overwrite=settings.overwrite, inputs=(settings.model, *(file.path for file in files))
     )
@@ -92,7 +93,7 @@ def _train(settings: TrainSettings, folder: OutputFolder, api: Api, watchers: Wa
         evaluator = Evaluator(held_out, settings.batch_size, settings.evaluating.every, folder.best)
     started_s = time.monotonic()
     save = _saver(settings, api, run.model)
-    with Interruption() as interruption:
+    with Interruption(watchers.stopping) as interruption:
         try:
             with watchers:
                 watchers.started(_facts(settings, training, held_out, run.pace))
@@ -297,5 +298,5 @@ def _save_and_explain(
     folder.publish(save)
     return TrainingError(
         f"{error}; that step was not taken",
-        hint=f"the weights after step {len(run.losses)} are saved in {folder.out}; go on with a lower --lr",
+        hint=f"the weights after step {len(run.losses)} are saved in {folder.out}; use a lower --lr",
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections import deque
 from collections.abc import Sequence
 from types import TracebackType
@@ -15,7 +16,7 @@ from rich.text import Text
 from outsize.config import format_bytes
 from outsize.train.api import Report
 from outsize.train.metrics import Evaluation, StepMetrics
-from outsize.train.watch import Watcher
+from outsize.train.watch import RunFacts, Watcher
 
 
 def progress_on(console: Console) -> Watcher:
@@ -25,9 +26,9 @@ def progress_on(console: Console) -> Watcher:
 
 def figures(metrics: StepMetrics, report: Report) -> list[str]:
     """The figures of a step, in the order in which they are shown."""
-    shown = [f"loss {metrics.loss:.4f}", f"lr {metrics.lr:.2e}"]
+    shown = [f"loss {fixed(metrics.loss, 4)}", f"lr {metrics.lr:.2e}"]
     if metrics.grad_norm is not None:
-        shown.append(f"grad {metrics.grad_norm:.2f}")
+        shown.append(f"grad {fixed(metrics.grad_norm, 2)}")
     used, budget = format_bytes(metrics.host_peak_bytes), format_bytes(report.host_budget_bytes)
     return [
         *shown,
@@ -36,6 +37,15 @@ def figures(metrics: StepMetrics, report: Report) -> list[str]:
         f"read {format_bytes(metrics.bytes_read)}",
         f"wrote {format_bytes(metrics.bytes_written)}",
     ]
+
+
+def fixed(value: float, digits: int) -> str:
+    """A figure with so many decimals; one that would take the line for itself, as a power of ten.
+
+    >>> fixed(2.5, 4), fixed(1e30, 4)
+    ('2.5000', '1e+30')
+    """
+    return f"{value:.{digits}f}" if abs(value) < 1e6 else f"{value:.3g}"
 
 
 class PlainProgress(Watcher):
@@ -49,6 +59,11 @@ class PlainProgress(Watcher):
         """Print `text`."""
         self._line(text)
 
+    def started(self, facts: RunFacts) -> None:
+        """Print what the files hold."""
+        for line in facts.data:
+            self._line(line)
+
     def stepped(self, metrics: StepMetrics, report: Report, num_steps: int | None) -> None:
         """Print the step's figures and the time that is left."""
         self._seconds += metrics.step_s
@@ -61,6 +76,10 @@ class PlainProgress(Watcher):
     def evaluated(self, evaluation: Evaluation) -> None:
         """Print the evaluation."""
         self._line(_evaluation(evaluation))
+
+    def stopping(self) -> None:
+        """Say so, past all buffers: the signal may have interrupted a print."""
+        os.write(2, f"\n{_STOPPING}\n".encode())
 
     def _line(self, text: str) -> None:
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
@@ -79,13 +98,18 @@ class LiveProgress(Watcher):
         )
         self._task = self._bar.add_task("", total=None, of="")
         self._losses: deque[float] = deque(maxlen=32)
-        self._live = rich.live.Live(
-            Group(self._bar, _line("the first step is under way")), console=console, refresh_per_second=4
-        )
+        self._lines = [_line("the first step is under way")]
+        self._is_stopping = False
+        self._live = rich.live.Live(get_renderable=self._picture, console=console, refresh_per_second=4)
 
     def say(self, text: str) -> None:
         """Print `text`, dimmed, above the bar."""
         self._console.print(text, style="dim", markup=False, highlight=False)
+
+    def started(self, facts: RunFacts) -> None:
+        """Print what the files hold."""
+        for line in facts.data:
+            self.say(line)
 
     def stepped(self, metrics: StepMetrics, report: Report, num_steps: int | None) -> None:
         """Redraw with the step's figures."""
@@ -98,17 +122,25 @@ class LiveProgress(Watcher):
             total=num_steps,
             of=f"/{num_steps}" if num_steps is not None else "",
         )
-        lines = [
+        self._lines = [
             _line("  ".join(learning), "bold"),
-            _line(f"loss {sparkline(list(self._losses))}", "cyan"),
+            _line(course(list(self._losses)), "cyan"),
             _line("  ".join(moving)),
             _line(where_time_goes(metrics)),
         ]
-        self._live.update(Group(self._bar, *lines))
+        self._live.refresh()
 
     def evaluated(self, evaluation: Evaluation) -> None:
         """Print the evaluation above the bar."""
         self.say(_evaluation(evaluation))
+
+    def stopping(self) -> None:
+        """Let the next redrawing say so; text written in between would tear the lines apart."""
+        self._is_stopping = True
+
+    def ended(self, report: Report, interrupted: bool) -> None:
+        """What was announced has happened."""
+        self._is_stopping = False
 
     def __enter__(self) -> LiveProgress:
         self._live.start()
@@ -118,6 +150,9 @@ class LiveProgress(Watcher):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._live.stop()
+
+    def _picture(self) -> Group:
+        return Group(self._bar, *self._lines, *([_line(_STOPPING, "yellow")] if self._is_stopping else []))
 
 
 def _line(text: str, style: str = "dim") -> Text:
@@ -136,6 +171,17 @@ def sparkline(values: Sequence[float]) -> str:
     return "".join(_BARS[round((v - low) / span * 7)] if math.isfinite(v) else " " for v in values)
 
 
+def course(losses: Sequence[float]) -> str:
+    """The latest losses as bars, and what the lowest and the highest bar stand for.
+
+    >>> course([3.0, 2.0, 1.0])
+    'loss █▅▁ 1.00 to 3.00 in 3 steps'
+    """
+    finite = [loss for loss in losses if math.isfinite(loss)]
+    span = f" {min(finite):.2f} to {max(finite):.2f} in {len(losses)} steps" if len(finite) > 1 else ""
+    return f"loss {sparkline(losses)}{span}"
+
+
 def where_time_goes(metrics: StepMetrics) -> str:
     """How much of a step was waiting, for what most, and what would help."""
     waited_s = sum(metrics.wait_s.values())
@@ -148,12 +194,13 @@ def where_time_goes(metrics: StepMetrics) -> str:
     return f"waited {share:.0%} of the step, most for {most}s: a larger batch or more memory helps"
 
 
+_STOPPING = "finishing this step, then saving; Ctrl-C again stops at once"
 _BARS = "▁▂▃▄▅▆▇█"
 
 
 def _evaluation(evaluation: Evaluation) -> str:
     best = ", the best so far" if evaluation.is_best else ""
-    figures = f"loss {evaluation.loss:.4f}, perplexity {evaluation.perplexity:.2f}{best}"
+    figures = f"loss {fixed(evaluation.loss, 4)}, perplexity {fixed(evaluation.perplexity, 2)}{best}"
     return f"evaluation after step {evaluation.step}: {figures}"
 
 

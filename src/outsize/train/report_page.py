@@ -115,15 +115,22 @@ class ReportPage(Watcher):
     ) -> None:
         if self._facts is None or self._kept.last is None:
             return
-        if error is not None:
-            self._ending = f"ended by {type(error).__name__}: {error}"
+        if isinstance(error, KeyboardInterrupt):
+            self._ending = "stopped at once on request; the weights were not saved"
+        elif error is not None:
+            self._ending = f"ended by {type(error).__name__.lstrip('_')}: {error}"
         self._path.write_text(self.html(), encoding="utf-8")
 
     def html(self) -> str:
         """The page."""
         facts, last, report = self._facts, self._kept.last, self._report
         assert facts is not None and last is not None and report is not None
-        settings = [(name, str(value)) for name, value in facts.settings.items() if value is not None]
+        settings = [
+            # As the config file writes them.
+            (name, str(value).lower() if isinstance(value, bool) else str(value))
+            for name, value in facts.settings.items()
+            if value is not None
+        ]
         return "\n".join(
             [
                 "<!doctype html>",
@@ -164,7 +171,7 @@ class ReportPage(Watcher):
                 1,
                 (
                     f"best evaluation, step {best.step:,}",
-                    f"{best.loss:.3f} (perplexity {best.perplexity:,.1f})",
+                    f"{best.loss:.3f} (perplexity {short(best.perplexity)})",
                 ),
             )
         return figures
@@ -258,10 +265,10 @@ def chart(title: str, lines: Sequence[Line], *, zero: bool = False) -> str:
 def short(value: float) -> str:
     """A figure in few characters.
 
-    >>> [short(value) for value in (0, 0.00001, 0.5, 12.345, 12345.6)]
-    ['0', '1e-05', '0.5', '12.3', '12,346']
+    >>> [short(value) for value in (0, 0.00001, 0.5, 12.345, 12345.6, 1e30)]
+    ['0', '1e-05', '0.5', '12.3', '12,346', '1e+30']
     """
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    return f"{value:,.0f}" if 1000 <= abs(value) < 1e8 else f"{value:.3g}"
 
 
 def duration(seconds: float) -> str:

@@ -31,7 +31,9 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
-            raise ConfigError(f"max_new_tokens: {self.max_new_tokens} is less than 1")
+            raise ConfigError(
+                f"max_new_tokens: {self.max_new_tokens} is less than 1", hint="pass --max-new-tokens 100"
+            )
         if self.temperature is not None and not (math.isfinite(self.temperature) and self.temperature >= 0):
             raise ConfigError(
                 f"temperature: {self.temperature} is not zero or more", hint="pass --temperature 0.8"

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-from outsize.config import Pins
+from outsize.config import Budgets, Pins
 from outsize.errors import ConfigError
 from outsize.train.api import OptimizerName
 from outsize.train.data import DataFile, Packing, TooLong
@@ -86,6 +86,14 @@ class Place:
     dtype: str | None = None
     pins: Pins | None = None
 
+    def check(self) -> None:
+        """Raise ConfigError for a size that is none and a disk folder that is not there, before any text is read."""
+        budgets = Budgets.parse(self.device, self.host, self.disk)
+        if budgets.disk is not None and not budgets.disk.folder.is_dir():
+            raise ConfigError(
+                f"disk: no folder {budgets.disk.folder}", hint="create it on an SSD, or name another"
+            )
+
 
 @dataclass(frozen=True, slots=True)
 class Evaluating:
@@ -93,7 +101,7 @@ class Evaluating:
 
     Evaluating(files=(DataFile(Path("eval.jsonl")),))   files of their own
     Evaluating(fraction=0.02)                           a part of the training sequences, which is not trained on
-    Evaluating(..., every=100)                          after so many steps, and at the end (default: 5 times)
+    Evaluating(..., every=100)                          after so many steps, and at the end (default: at most 5 times)
     """
 
     files: tuple[DataFile, ...] = ()

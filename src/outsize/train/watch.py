@@ -45,6 +45,10 @@ class Watcher(AbstractContextManager["Watcher"]):
     def evaluated(self, evaluation: Evaluation) -> None:
         """The model was evaluated after a step."""
 
+    def stopping(self) -> None:
+        """The run was asked to end after the step that is under way. Called inside a signal handler, which may have
+        interrupted a print: do not print and wait for no lock."""
+
     def ended(self, report: Report, interrupted: bool) -> None:
         """The last step is done; the weights are saved next."""
 
@@ -80,6 +84,11 @@ class Watchers(Watcher):
         """Tell all."""
         for watcher in self._watchers:
             watcher.evaluated(evaluation)
+
+    def stopping(self) -> None:
+        """Tell all."""
+        for watcher in self._watchers:
+            watcher.stopping()
 
     def ended(self, report: Report, interrupted: bool) -> None:
         """Tell all."""

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from outsize.errors import ConfigError, DataError
-from outsize.model import open_skeleton
+from outsize.model import longest_sequence, open_skeleton
 from outsize.train.data.apart import keeps_apart
 from outsize.train.data.dataset import IGNORED, Batch, Dataset, Position, Source, shuffled
 from outsize.train.data.examples import examples_of, load_tokenizer
@@ -127,8 +127,8 @@ def check_seq_len(model: nn.Module, seq_len: int) -> int:
         raise ConfigError(f"seq_len: {seq_len} leaves nothing to predict", hint="pass --seq-len 2 or more")
     config: Any = model.config
     config = config.get_text_config()
-    longest = getattr(config, "max_position_embeddings", None)
-    if isinstance(longest, int) and 0 < longest < seq_len:
+    longest = longest_sequence(model)
+    if longest is not None and longest < seq_len:
         raise ConfigError(
             f"seq_len: the model's positions end at {longest}, got {seq_len}",
             hint=f"pass --seq-len {longest} or less",

@@ -88,7 +88,10 @@ def check_messages(messages: Any, place: str) -> None:
             kind = "missing" if content is None else type(content).__name__
             raise DataError(f'{place}: message {number}: "content" is {kind}, expected a string', hint=hint)
         if _PROBE in content:
-            raise DataError(f"{place}: message {number} holds the character U+E000, which is for private use")
+            raise DataError(
+                f"{place}: message {number} holds the character U+E000, which is for private use",
+                hint="remove the character",
+            )
 
 
 class _Template:

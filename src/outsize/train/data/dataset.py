@@ -35,7 +35,11 @@ class Position:
 
 @dataclass(frozen=True)
 class Source:
-    """One file as sequences, and its share of the mixture (None: by its size)."""
+    """One file as sequences, and its share of the mixture (None: by its size).
+
+    As text, what the file holds, and how much of it lies in the sequences where that is not all: after a split, or
+    where examples are too long.
+    """
 
     tokens: Tokens
     packed: Packed
@@ -44,9 +48,14 @@ class Source:
     def __str__(self) -> str:
         share = f", weight {self.weight:g}" if self.weight is not None else ""
         kind = "documents" if self.tokens.may_be_cut else "examples"
+        part = (
+            f" with {used:,} of the tokens"
+            if (used := self.packed.num_tokens) < self.tokens.num_tokens
+            else ""
+        )
         return (
             f"{self.tokens.source.name}: {self.tokens.num_examples:,} {kind}, {self.tokens.num_tokens:,} tokens "
-            f"({self.tokens.num_learned:,} learned), {self.packed.num_sequences:,} sequences{share}"
+            f"({self.tokens.num_learned:,} learned), {self.packed.num_sequences:,} sequences{part}{share}"
         )
 
 

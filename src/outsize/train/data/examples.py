@@ -73,7 +73,7 @@ def load_tokenizer(model: Path) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(model), local_files_only=True)
     except Exception as error:  # transformers and tokenizers raise bare Exceptions for malformed files
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(": ")
         raise DataError(f"the tokenizer in {model} cannot be opened: {reason}", hint=hint) from error
     return tokenizer
 
@@ -127,7 +127,10 @@ def _prepare(record: Record, layout: Layout, tokenizer: Any, starts: bool) -> _P
         completion = _string(fields["completion"], "completion", place)
         text = _string(prompt + completion, "prompt", place)
         if not completion:
-            raise DataError(f'{place}: the "completion" is empty: nothing to learn')
+            raise DataError(
+                f'{place}: the "completion" is empty: nothing to learn',
+                hint="remove the record, or write one",
+            )
         return _Prepared(record, text, ((len(prompt), len(text)),), starts=True, ends=True)
     if not getattr(tokenizer, "chat_template", None):
         raise DataError(
@@ -136,7 +139,10 @@ def _prepare(record: Record, layout: Layout, tokenizer: Any, starts: bool) -> _P
         )
     tools = fields.get("tools")
     if tools is not None and not isinstance(tools, Sequence):
-        raise DataError(f'{place}: "tools" is {type(tools).__name__}, expected a list')
+        raise DataError(
+            f'{place}: "tools" is {type(tools).__name__}, expected a list',
+            hint='such as [{"type": "function", "function": {"name": "..."}}]',
+        )
     if layout is Layout.COMPLETION:
         check_messages(fields["prompt"], place)
         check_messages(fields["completion"], place)
@@ -145,7 +151,10 @@ def _prepare(record: Record, layout: Layout, tokenizer: Any, starts: bool) -> _P
         messages, first = fields["messages"], 0
     rendered = render(tokenizer, messages, tools=tools, first_learned=first, place=place)
     if not rendered.spans:
-        raise DataError(f"{place}: no message of the assistant: nothing to learn")
+        raise DataError(
+            f"{place}: no message of the assistant: nothing to learn",
+            hint='remove the record, or add {"role": "assistant", "content": "..."}',
+        )
     return _Prepared(record, rendered.text, rendered.spans, starts=False, ends=False)
 
 
@@ -156,7 +165,8 @@ def _string(value: Any, field: str, place: str) -> str:
         value.encode()
     except UnicodeEncodeError as error:  # "\ud800" is JSON, and no character
         raise DataError(
-            f'{place}: "{field}" holds half a surrogate pair at character {error.start}'
+            f'{place}: "{field}" holds half a surrogate pair at character {error.start}',
+            hint='remove it: "\\ud83d\\ude00" is a character, "\\ud83d" alone is none',
         ) from error
     return value
 
@@ -221,7 +231,7 @@ class _Encoder:
                 hint="the tokenizer in the model's folder belongs to another model",
             )
         if learned is not None and not learned[1:].any():
-            raise DataError(f"{place}: no token of it would be learned")
+            raise DataError(f"{place}: no token of it would be learned", hint="remove the record")
         return Example(ids, learned, item.record, may_be_cut=item.spans is None)
 
 

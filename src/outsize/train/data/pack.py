@@ -49,6 +49,11 @@ class Packed:
         """Sequences."""
         return len(self.first) - 1
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens in all sequences."""
+        return int((self.stops - self.starts).sum())
+
     def select(self, sequences: Places) -> Packed:
         """These sequences only, in this order."""
         counts = np.diff(self.first)[sequences]

@@ -21,6 +21,12 @@ PART_BYTES = 1 << 20
 _JSON_LINES = frozenset({".jsonl", ".ndjson", ".json"})
 _PARQUET = frozenset({".parquet", ".pq"})
 
+_OPENINGS = (b"[", b"{")
+"""How a line begins where a file is one JSON value over many lines."""
+_ONE_VALUE_HINT = (
+    "one JSON object per line is read, not one value over all; jq -c '.[]' FILE makes lines of a list"
+)
+
 FORMATS_HINT = 'each line is a JSON object with "text", with "prompt" and "completion", or with "messages"'
 
 
@@ -84,22 +90,31 @@ def file_kind(path: Path) -> FileKind:
 
 def read_records(path: Path) -> Iterator[Record]:
     """All records of `path` in order. Raises DataError naming the place of what cannot be read."""
-    match file_kind(path):
-        case FileKind.TEXT:
-            yield from _read_text(path)
-        case FileKind.JSON_LINES:
-            yield from _read_json_lines(path)
-        case FileKind.PARQUET:
-            yield from _read_parquet(path)
-        case FileKind.DATASETS:
-            yield from _read_datasets(path)
+    try:
+        match file_kind(path):
+            case FileKind.TEXT:
+                yield from _read_text(path)
+            case FileKind.JSON_LINES:
+                yield from _read_json_lines(path)
+            case FileKind.PARQUET:
+                yield from _read_parquet(path)
+            case FileKind.DATASETS:
+                yield from _read_datasets(path)
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror or error}", hint="pass a file that you may read") from error
 
 
 def _read_json_lines(path: Path) -> Iterator[Record]:
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if line.strip():
-                yield Record(_json_object(line, f"{path}:{number}"), path, number)
+                try:
+                    fields = _json_object(line, f"{path}:{number}")
+                except DataError as error:
+                    if line.strip() in _OPENINGS or line.lstrip().startswith(b"[{"):
+                        raise DataError(error.message, hint=_ONE_VALUE_HINT) from error
+                    raise
+                yield Record(fields, path, number)
 
 
 def _json_object(line: bytes, place: str) -> dict[str, Any]:

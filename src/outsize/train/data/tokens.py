@@ -91,7 +91,8 @@ def cached_tokens(source: Path, key: str, make: Callable[[], Iterable[Example]])
                 partial.rename(folder)
         except OSError as error:
             raise StorageError(
-                f"{cache}: {error.strerror}", hint="set OUTSIZE_CACHE to a folder with room for the tokens"
+                f"{cache}: {error.strerror or error}",
+                hint="set OUTSIZE_CACHE to a folder with room for the tokens",
             ) from error
         finally:
             shutil.rmtree(partial, ignore_errors=True)
