@@ -335,3 +335,24 @@ def _first_fits(spare):
         return place_apart(records, **options)
 
     return place
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_running_out_of_the_devices_memory_is_named(direction, tmp_path, monkeypatch):
+    with_twin(monkeypatch)
+    model = opened(ZOO["llama"].build().train(), home="host", dtype="float32")
+    outsize.AdamW(model)
+    batch = ZOO["llama"].batch()
+    model(**batch).loss.backward()
+
+    def full(module, args):
+        if torch.is_grad_enabled() is (direction == "backward"):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    handle = model.model.layers[1].mlp.register_forward_pre_hook(full)
+    with pytest.raises(BudgetError, match="ran out of memory") as caught:
+        model(**batch).loss.backward()
+    assert "tile_rows" in str(caught.value.hint)
+    handle.remove()
+    model(**batch).loss.backward()
+    close(session_of(model))

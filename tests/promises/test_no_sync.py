@@ -13,7 +13,7 @@ from transformers import masking_utils
 
 import outsize
 from outsize import Pins
-from outsize.engine import api, layer
+from outsize.engine import api, keep, layer
 from outsize.engine.blocks import BlockStore
 from outsize.optim import Kernel
 from outsize.tier import Device, LinkStats, Way
@@ -89,8 +89,10 @@ NAMES = ["llama", "llama_tied", "qwen3", "gpt2", "mixtral"]
 
 @pytest.mark.parametrize("home", ["device", "host", "disk"])
 @pytest.mark.parametrize("name", NAMES)
-def test_a_step_reads_no_value_of_the_device(name, home, paper, tmp_path):
-    model = opened(ZOO[name].build().train(), disk=tmp_path, home=home, dtype="bfloat16")
+@pytest.mark.parametrize("pins", [Pins(), Pins(tile_rows=1, inputs_on_host=True)], ids=["whole", "tiled"])
+def test_a_step_reads_no_value_of_the_device(name, home, pins, paper, tmp_path, monkeypatch):
+    monkeypatch.setattr(keep, "LEAST_BYTES", 1)
+    model = opened(ZOO[name].build().train(), disk=tmp_path, home=home, dtype="bfloat16", pins=pins)
     optimizer = outsize.AdamW(model, max_grad_norm=1.0)
     for seed in range(3):
         batch = ZOO[name].batch(seed=seed)

@@ -10,7 +10,10 @@ then for what is hosted and for the buffers that planes pass through.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+
+import torch
 
 from outsize.block import ALIGNMENT, Record
 from outsize.config import Home, Pins, Settings, format_bytes
@@ -33,6 +36,9 @@ DEVICE_SLACK_BYTES = 64 << 20
 TILE_TOKENS = 2048
 """Tokens that a tile aims at: enough for full matmul speed; fewer where memory is short. Adding up the gradients of
 512 instead costs 8 % of a step, of 2,048 less than 2."""
+
+TILE_TOKENS_ON_DEVICE = 8192
+"""The same on an accelerator: its products need more rows for full speed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +147,20 @@ class Budget:
         """What is taken of a device with memory of its own, as placed; else 0."""
         assert self.placement is not None
         return 0 if self._device.is_host else self.activation_bytes + self.placement.compute_bytes
+
+    @contextmanager
+    def guarded(self) -> Iterator[None]:
+        """Inside, running out of the device's memory becomes a BudgetError that names what fits."""
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            what = str(error).partition(". ")[0]
+            raise BudgetError(
+                f"the device ran out of memory ({what}); {format_bytes(self.device_bytes())} of "
+                f"{format_bytes(self.device_limit_bytes)} were planned",
+                hint="another process may have taken it; else let blocks compute fewer rows at once (--pin tile_rows=1), "
+                "or give less with device=",
+            ) from error
 
     def make_room(self) -> None:
         """Called before each visit: give freed memory back where the visit would pass the limit."""
@@ -273,7 +293,8 @@ class Budget:
 
     def _wanted_tile_rows(self, shape: BatchShape) -> int:
         rows = shape.rows or 1
-        wanted = self._settings.pins.tile_rows or -(-TILE_TOKENS // shape.row_tokens)
+        tokens = TILE_TOKENS if self._device.is_host else TILE_TOKENS_ON_DEVICE
+        wanted = self._settings.pins.tile_rows or -(-tokens // shape.row_tokens)
         return max(1, min(rows, wanted))
 
 

@@ -30,7 +30,10 @@ if TYPE_CHECKING:
     from outsize.engine.session import Session
 
 TILE_ELEMENTS = 1 << 24
-"""Elements of one tile of logits; a constant, so that tiles never depend on placement or budget."""
+"""Elements of one tile of logits on a CPU; a constant, so that tiles never depend on placement or budget."""
+
+TILE_ELEMENTS_ON_DEVICE = 1 << 26
+"""The same on an accelerator, which needs more to be busy."""
 
 _METADATA = {
     torch.Tensor.size,
@@ -148,7 +151,7 @@ class Head:
         with torch.no_grad():
             for name, start, stop in self._rows():
                 with self.session.visit((name,), Direction.FORWARD) as values:
-                    for tile in _token_tiles(count, stop - start):
+                    for tile in _token_tiles(hidden, stop - start):
                         logits = self._tile(hidden[tile], values, autocast)
                         _add_to_logsumexp(logits, largest[tile], total[tile])
                         place = targets[tile] - start
@@ -175,7 +178,7 @@ class Head:
                 with self.session.visit_backward((name,)) as values:
                     weight_sum = self.session.gradient_sum(name, self.weight)
                     bias_sum = self.session.gradient_sum(name, self.bias) if self.bias else None
-                    for tile in _token_tiles(hidden.shape[0], stop - start):
+                    for tile in _token_tiles(hidden, stop - start):
                         logits = self._tile(hidden[tile], values, autocast)
                         slope = logits.sub_(logsumexp[tile].unsqueeze(1)).exp_()
                         place = targets[tile] - start
@@ -205,8 +208,14 @@ class Head:
         return self.session.row_blocks(self.weight)
 
 
-def _token_tiles(count: int, rows: int) -> list[slice]:
-    step = max(1, TILE_ELEMENTS // rows)
+def tile_elements(device: torch.device) -> int:
+    """Elements of one tile of logits on `device`."""
+    return TILE_ELEMENTS if device.type == "cpu" else TILE_ELEMENTS_ON_DEVICE
+
+
+def _token_tiles(hidden: torch.Tensor, rows: int) -> list[slice]:
+    count = hidden.shape[0]
+    step = max(1, tile_elements(hidden.device) // rows)
     return [slice(start, min(start + step, count)) for start in range(0, count, step)]
 
 

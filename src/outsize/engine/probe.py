@@ -151,10 +151,10 @@ class Probe:
 
     def loss(self, head: Head, hidden: torch.Tensor, trains: bool, differentiates: bool) -> torch.Tensor:
         """A loss of zero."""
-        from outsize.engine.head import TILE_ELEMENTS
+        from outsize.engine.head import tile_elements
 
         rows = max(stop - start for _, start, stop in self.session.row_blocks(head.weight))
-        tile = min(TILE_ELEMENTS, hidden.shape[0] * rows) * 4
+        tile = min(tile_elements(hidden.device), hidden.shape[0] * rows) * 4
         self.loss_bytes = max(self.loss_bytes, 3 * tile + 3 * hidden.numel() * 4)
         loss = torch.zeros((), device=hidden.device)
         return self._visit(head.blocks, [hidden], [loss], differentiates, is_table=True)[0]

@@ -354,7 +354,7 @@ class Session:
     def visit(self, blocks: Sequence[str], direction: Direction) -> Iterator[dict[str, torch.Tensor]]:
         """The parameters in `blocks`, as plain views, by name."""
         visits = [Visit(name, direction, joins_next=name != blocks[-1]) for name in blocks]
-        with self._running.visit(visits, self.budget.make_room) as states:
+        with self.budget.guarded(), self._running.visit(visits, self.budget.make_room) as states:
             yield {name: value for state in states for name, value in self._values(state).items()}
 
     @contextmanager
@@ -363,7 +363,7 @@ class Session:
     ) -> Iterator[dict[str, torch.Tensor]]:
         """As `visit`; trainable parameters are leaves whose gradients go to the block's sum as they arise."""
         visits = backward_visits(self, blocks, needs_weights)
-        with self._running.visit(visits, self.budget.make_room) as states:
+        with self.budget.guarded(), self._running.visit(visits, self.budget.make_room) as states:
             yield {
                 name: value
                 for state in states
@@ -429,6 +429,8 @@ class Session:
             return None, whole
         if dims is None or (layer.has_batch_statistics and layer.module.training):
             return None, whole
+        if all(dim is None for dim in dims.inputs):
+            return None, whole  # nothing of the batch enters
         fits = len(dims.inputs) == len(tensors) and all(
             dim is None or (dim < tensor.dim() and tensor.shape[dim] % rows == 0)
             for dim, tensor in zip(dims.inputs, tensors, strict=True)

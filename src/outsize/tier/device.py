@@ -224,7 +224,7 @@ class CudaDevice(Device):
                 target.copy_(source, non_blocking=True)
                 # What lives in torch's allocator may be dropped at once: it is not given away before the copy is over.
                 (target if way is Way.UP else source).record_stream(stream)
-                event = torch.cuda.Event()
+                event = torch.cuda.Event(blocking=True)  # threads that wait leave their core to updates
                 event.record(stream)
         except RuntimeError as error:
             raise DeviceError(
@@ -235,7 +235,7 @@ class CudaDevice(Device):
 
     def mark(self) -> Transfer:
         """An event on the stream that computes."""
-        event = torch.cuda.Event()
+        event = torch.cuda.Event(blocking=True)
         event.record(torch.cuda.current_stream(self.torch_device))
         return _CudaTransfer(event, "computing")
 
