@@ -139,6 +139,7 @@ def test_an_evaluation_file_without_a_learned_token(model, data, tmp_path):
         lambda: Evaluating(fraction=0.0),
         lambda: Evaluating(fraction=1.0),
         lambda: Evaluating(files=(DataFile("e"),), fraction=0.1),
+        lambda: Evaluating(files=(DataFile("e", 0.5),)),
         lambda: Evaluating(fraction=0.1, every=0),
         lambda: Evaluating(every=3),
     ],
