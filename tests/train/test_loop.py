@@ -6,7 +6,7 @@ import signal
 import pytest
 import torch
 from rich.console import Console
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from outsize.errors import ConfigError, DataError, TrainingError
 from outsize.train.api import OptimizerName
@@ -15,7 +15,7 @@ from outsize.train.loop import train
 from outsize.train.metrics import StepMetrics
 from outsize.train.progress import PlainProgress, progress_on, sparkline, where_time_goes
 from outsize.train.settings import Learning, Length, Place, TrainSettings
-from tests.train.standin import WORDS, PlainApi, PlainReport, write_model
+from tests.train.standin import WORDS, PlainAdamW, PlainApi, PlainReport, write_model
 
 
 @pytest.fixture
@@ -62,6 +62,33 @@ def test_run_leaves_a_folder_that_loads_and_metrics(model, data, tmp_path):
         *("host_peak_bytes", "bytes_read", "bytes_written", "wait_s"),
     }
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out", "text.txt"]
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("adamw8bit", "AdamW8bit"), ("lion", "Lion"), ("sgdsai", "SGDSaI")]
+)
+def test_what_is_said_of_learning_reaches_the_optimizer(model, data, tmp_path, name, kind):
+    made = []
+
+    def make(model, groups, **options):
+        decays = {
+            parameter.dim() >= 2: group["weight_decay"] for group in groups for parameter in group["params"]
+        }
+        made.append((decays, options))
+        return PlainAdamW(model, groups, **options)
+
+    api = PlainApi()
+    setattr(api, kind, make)
+    learning = Learning(lr=3e-3, weight_decay=0.3, max_grad_norm=0.5, optimizer=OptimizerName(name))
+    train(settings_for(model, data, tmp_path / "out", learning=learning), api=api)
+    assert made == [({True: 0.3, False: 0.0}, {"lr": 3e-3, "max_grad_norm": 0.5})]
+
+
+def test_a_model_that_is_loaded_for_inference_is_put_to_training(model, data, tmp_path):
+    """`PlainApi` counts calls in training; transformers loads weights for evaluation, where nothing is dropped out."""
+    AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model)).save_pretrained(model)
+    train(settings_for(model, data, tmp_path / "out"), api=(api := PlainApi()))
+    assert api.calls == 6
 
 
 def test_same_seed_same_losses(model, data, tmp_path):
