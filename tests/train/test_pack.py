@@ -324,3 +324,14 @@ def test_json_lines_are_what_they_say(tmp_path):
     assert sorted(t for row in got for t in row) == sorted(t for tokens in learned.values() for t in tokens)
     for row, labels in zip(batch["input_ids"].tolist(), batch["labels"].tolist(), strict=True):
         assert all(label in (-100, token) for token, label in zip(row, labels, strict=True))
+
+
+def test_weights_of_files_are_those_of_the_mixture(tmp_path):
+    from outsize.train.data import DataFile, DataOptions, open_dataset
+    from tests.train.standin import write_model
+
+    folder = write_model(tmp_path / "model")
+    for name, words in (("a.txt", 30), ("b.txt", 10)):
+        (tmp_path / name).write_text("w1 " * (words * 4 - 1))
+    files = [DataFile(tmp_path / "a.txt", 1.0), DataFile(tmp_path / "b.txt", 3.0)]
+    assert open_dataset(folder, files, DataOptions(seq_len=4)).shares == [10, 30]
