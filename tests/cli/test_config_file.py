@@ -89,6 +89,34 @@ def test_settings_as_a_flat_table_have_the_names_of_the_options(config):
     assert table["data"] == "chat.jsonl@0.7 books.parquet@0.3" and table["pin"] == "weight_slots=2"
 
 
+def test_every_option_reaches_its_setting():
+    given = {
+        **{"steps": 7, "batch-size": 3, "seq-len": 64, "packing": "padded", "too-long": "cut", "seed": 5},
+        **{
+            "eval-split": 0.25,
+            "eval-every": 9,
+            "optimizer": "lion",
+            "lr": 0.5,
+            "schedule": "wsd",
+            "warmup": 2,
+        },
+        **{"weight-decay": 0.3, "max-grad-norm": 0.7, "tracker": "tensorboard", "device": "cpu"},
+        **{"host": "3GiB", "disk": "/x", "home": "disk", "dtype": "float32", "pin": "weight_slots=2"},
+    }
+    arguments = [part for name, value in given.items() for part in (f"--{name}", value)]
+    table = flat(settings_of(resolve(options("m", "d@2", "--out", "o", "--overwrite", *arguments))))
+    asked = {"model": "m", "data": "d@2", "out": "o", "overwrite": True, "eval": None, "epochs": None}
+    assert table == {**given, **asked, "minutes": None}
+
+
+def test_none_is_read_in_any_case_as_on_the_command_line(tmp_path):
+    (tmp_path / "run.toml").write_text('max-grad-norm = "None"')
+    for arguments in (["--config", tmp_path / "run.toml"], ["--max-grad-norm", "None"]):
+        assert (
+            settings_of(resolve(options("m", "d", "--out", "o", *arguments))).learning.max_grad_norm is None
+        )
+
+
 BAD = {
     "no toml": ("lr = ", "run.toml"),
     "unknown": ("learning-rate = 1", "no option 'learning-rate'"),
@@ -139,7 +167,8 @@ def test_a_misspelt_option_is_named(tmp_path):
     [
         ("schedule = 'sine'", "schedule: 'sine'"),
         ("packing = 'tight'", "packing: 'tight'"),
-        ("batch-tokens = 100", "batch_tokens: 100 are fewer than one sequence of 512"),
+        ("batch-tokens = 100", "batch_tokens: 100 are no whole sequence of 512"),
+        ("batch-tokens = 100\nseq-len = 0", "batch_tokens: 100 are no whole sequence of 0"),
     ],
 )
 def test_a_value_that_cannot_be(line, message, tmp_path):

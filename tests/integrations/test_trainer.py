@@ -171,3 +171,10 @@ def test_options_that_work(options, tmp_path):
     ours, theirs = found
     assert ours == [pytest.approx(entry, rel=1e-2 if "bf16" in options else 1e-4) for entry in theirs]
     assert outsize.report(model).num_parameters > 0
+
+
+def test_a_compiled_model_is_refused_by_name(tmp_path):
+    model, _ = pair(tmp_path)
+    with pytest.raises(UsageError, match=r"torch\.compile cannot trace a model") as caught:
+        trainer_of(model, tmp_path / "out", torch_compile=True).train()
+    assert "torch_compile" in str(caught.value.hint)

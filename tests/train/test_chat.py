@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import processors
 
 from outsize.errors import DataError
 from outsize.train.data.chat import render
@@ -95,6 +96,36 @@ def test_tokens_across_a_border_are_not_learned():
     assert learned_tokens(offsets, [(3, 7)]).tolist() == [False, False, True, False, True, False]
 
 
+@pytest.fixture
+def trimming():
+    """A tokenizer whose post-processor leaves spaces out of the offsets, and puts a token in front: as Llama 3's does."""
+    tokenizer = chat_tokenizer(FAMILIES["llama3"][0])
+    first = "<|begin_of_text|>"
+    tokenizer.backend_tokenizer.add_tokens([" there", "    "])
+    tokenizer.backend_tokenizer.post_processor = processors.Sequence(
+        [
+            processors.ByteLevel(trim_offsets=True),
+            processors.TemplateProcessing(
+                single=f"{first} $A", special_tokens=[(first, tokenizer.convert_tokens_to_ids(first))]
+            ),
+        ]
+    )
+    return tokenizer
+
+
+def test_a_token_whose_space_is_the_prompts_is_not_learned(trimming):
+    record = Record({"prompt": "hello ", "completion": "there what"}, Path("f"), 1)
+    [example] = examples_of([record], trimming, 10_000)
+    assert trimming.decode(example.ids) == "<|begin_of_text|>hello there what<eos>"
+    assert trimming.decode(example.ids[example.learned]) == " what<eos>"
+
+
+def test_a_token_of_spaces_is_learned(trimming):
+    messages = [{"role": "user", "content": "what"}, {"role": "assistant", "content": "one\n    two"}]
+    [example] = examples_of([Record({"messages": messages}, Path("f"), 1)], trimming, 10_000)
+    assert trimming.decode(example.ids[example.learned]) == "one\n    two<|eot_id|>"
+
+
 BAD = {
     "no list": ({"messages": "hello"}, "is no list of messages"),
     "empty": ({"messages": []}, "is no list of messages"),
@@ -108,6 +139,14 @@ BAD = {
     "tools": (
         {"messages": [{"role": "user", "content": "a"}], "tools": 3},
         '"tools" is int, expected a list',
+    ),
+    "tools as text": (
+        {"messages": [{"role": "user", "content": "a"}], "tools": "[]"},
+        '"tools" is str, expected a list',
+    ),
+    "surrogate": (
+        {"messages": [{"role": "user", "content": "\ud800"}, {"role": "assistant", "content": "b"}]},
+        '"messages" holds half a surrogate pair',
     ),
 }
 

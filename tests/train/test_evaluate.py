@@ -124,6 +124,23 @@ def test_an_evaluation_that_is_not_finite(model, data, tmp_path):
         train(settings, api=Broken())
 
 
+def test_an_evaluation_that_is_not_finite_leaves_the_best_weights_and_says_where(model, data, tmp_path):
+    class Broken(PlainApi):
+        def _before_forward(self, model, inputs):
+            super()._before_forward(model, inputs)
+            if not model.training and self.calls == 4:
+                with torch.no_grad():
+                    model.model.norm.weight.fill_(float("nan"))
+
+    settings = settings_for(model, data, tmp_path / "out", evaluating=Evaluating(fraction=0.2, every=2))
+    with pytest.raises(TrainingError, match="evaluation loss after step 4 is nan") as caught:
+        train(settings, api=Broken())
+    best = tmp_path / "out.partial" / "best"
+    assert str(best) in caught.value.hint
+    kept = AutoModelForCausalLM.from_pretrained(best).state_dict()
+    assert all(bool(value.isfinite().all()) for value in kept.values())
+
+
 def test_an_evaluation_file_without_a_learned_token(model, data, tmp_path):
     empty = tmp_path / "eval.jsonl"
     empty.write_text('{"prompt": "w1", "completion": ""}\n')
@@ -139,6 +156,7 @@ def test_an_evaluation_file_without_a_learned_token(model, data, tmp_path):
         lambda: Evaluating(fraction=0.0),
         lambda: Evaluating(fraction=1.0),
         lambda: Evaluating(files=(DataFile("e"),), fraction=0.1),
+        lambda: Evaluating(files=(DataFile("e", 0.5),)),
         lambda: Evaluating(fraction=0.1, every=0),
         lambda: Evaluating(every=3),
     ],

@@ -1,3 +1,4 @@
+import dataclasses
 import io
 import json
 import os
@@ -6,17 +7,19 @@ import signal
 import pytest
 import torch
 from rich.console import Console
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from outsize.config import Pins
 from outsize.errors import ConfigError, DataError, TrainingError
 from outsize.train.api import OptimizerName
-from outsize.train.data import DataFile
+from outsize.train.data import DataFile, DataOptions, Packing, Position, TooLong, open_dataset
 from outsize.train.loop import train
 from outsize.train.metrics import StepMetrics
 from outsize.train.progress import PlainProgress, course, fixed, progress_on, sparkline, where_time_goes
+from outsize.train.schedule import Shape
 from outsize.train.settings import Evaluating, Learning, Length, Place, TrainSettings
 from outsize.train.watch import Watcher
-from tests.train.standin import WORDS, PlainApi, PlainReport, write_model
+from tests.train.standin import WORDS, PlainAdamW, PlainApi, PlainReport, write_model
 
 
 @pytest.fixture
@@ -44,13 +47,12 @@ def weights(folder):
 
 def test_run_leaves_a_folder_that_loads_and_metrics(model, data, tmp_path):
     out = tmp_path / "out"
-    result = train(
-        settings_for(model, data, out, place=Place(host="1GiB", home="disk")), api=(api := PlainApi())
-    )
+    place = Place("2GiB", "1GiB", str(tmp_path), "disk", "float32", Pins(tile_rows=2))
+    result = train(settings_for(model, data, out, place=place), api=(api := PlainApi()))
     assert result.num_steps == 6 and not result.interrupted
     assert result.losses[-1] < result.losses[0]
     assert result.num_tokens == 6 * 4 * 16
-    assert api.loaded[0][1]["host"] == "1GiB" and api.loaded[0][1]["home"] == "disk"
+    assert api.loaded == [(model, dataclasses.asdict(place) | {"pins": place.pins})]
     weights(out)
     assert AutoTokenizer.from_pretrained(out).eos_token == "<eos>"
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
@@ -63,6 +65,85 @@ def test_run_leaves_a_folder_that_loads_and_metrics(model, data, tmp_path):
         *("host_peak_bytes", "bytes_read", "bytes_written", "wait_s"),
     }
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out", "text.txt"]
+
+
+def test_a_run_is_a_plain_loop(model, tmp_path):
+    """The same losses and weights as a loop written out here, with every setting other than the default."""
+    config = AutoConfig.from_pretrained(model, attention_dropout=0.5)
+    AutoModelForCausalLM.from_config(config).save_pretrained(model)
+    data = tmp_path / "pairs.jsonl"
+    lines = [{"prompt": "w1 w2 ", "completion": " ".join(WORDS[n : 2 * n])} for n in range(1, 20)]
+    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    options = DataOptions(12, Packing.PADDED, TooLong.SKIP, seed=3)
+    settings = settings_for(
+        model,
+        data,
+        tmp_path / "out",
+        seq_len=options.seq_len,
+        packing=options.packing,
+        too_long=options.too_long,
+        seed=options.seed,
+        learning=Learning(
+            lr=1e-2, warmup_steps=2, schedule=Shape.LINEAR, weight_decay=0.3, max_grad_norm=0.2
+        ),
+    )
+
+    class Drawing(PlainApi):
+        def load(self, path, **options):
+            loaded = super().load(path, **options)
+            torch.rand(7)  # loading may draw: what is dropped out depends on the seed alone
+            return loaded
+
+    result = train(settings, api=Drawing())
+
+    dataset = open_dataset(model, settings.data, options)
+    plain = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).train()
+    matrices, vectors = ([p for p in plain.parameters() if (p.dim() >= 2) is flag] for flag in (True, False))
+    groups = [{"params": matrices, "weight_decay": 0.3}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=1e-2)
+    torch.manual_seed(3)
+    losses, position = [], Position()
+    for factor in (0.5, 1.0, 0.775, 0.55, 0.325, 0.1):
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-2 * factor
+        loss = plain(**dataset.batch(position, 4)).loss
+        plain.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.2)
+        optimizer.step()
+        losses.append(loss.item())
+        position = dataset.advance(position, 4)
+    assert result.losses == pytest.approx(losses, rel=1e-6)
+    saved = weights(tmp_path / "out")
+    for name, value in plain.state_dict().items():
+        torch.testing.assert_close(saved[name], value)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("adamw8bit", "AdamW8bit"), ("lion", "Lion"), ("sgdsai", "SGDSaI")]
+)
+def test_what_is_said_of_learning_reaches_the_optimizer(model, data, tmp_path, name, kind):
+    made = []
+
+    def make(model, groups, **options):
+        decays = {
+            parameter.dim() >= 2: group["weight_decay"] for group in groups for parameter in group["params"]
+        }
+        made.append((decays, options))
+        return PlainAdamW(model, groups, **options)
+
+    api = PlainApi()
+    setattr(api, kind, make)
+    learning = Learning(lr=3e-3, weight_decay=0.3, max_grad_norm=0.5, optimizer=OptimizerName(name))
+    train(settings_for(model, data, tmp_path / "out", learning=learning), api=api)
+    assert made == [({True: 0.3, False: 0.0}, {"lr": 3e-3, "max_grad_norm": 0.5})]
+
+
+def test_a_model_that_is_loaded_for_inference_is_put_to_training(model, data, tmp_path):
+    """`PlainApi` counts calls in training; transformers loads weights for evaluation, where nothing is dropped out."""
+    AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model)).save_pretrained(model)
+    train(settings_for(model, data, tmp_path / "out"), api=(api := PlainApi()))
+    assert api.calls == 6
 
 
 def test_same_seed_same_losses(model, data, tmp_path):

@@ -10,8 +10,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM, BltConfig
 
-from outsize.errors import DataError
+from outsize.errors import ConfigError, DataError
 from outsize.train.data import Dataset, Packing, Position, Source, TooLong, shuffled
 from outsize.train.data.apart import keeps_apart
 from outsize.train.data.pack import pack
@@ -224,6 +225,26 @@ def test_weights_are_the_shares_of_an_epoch_and_no_sequence_is_forgotten():
     assert len(large) == 12 and set(large.values()) == {1}, "4 of 12 in each of 3 epochs"
 
 
+def test_a_part_of_a_file_holds_short_conversations_and_long_ones():
+    """Packed, conversations lie by length: the first quarter of the sequences would hold none that is short."""
+    chats = Held(tuple(((n, True),) * (8 if n % 2 else 14) for n in range(1, 201)), may_be_cut=False)
+    texts = documents(300, length=16, at=1000)
+    sources = [
+        Source(tokens, pack(tokens, 16, Packing.PACKED, TooLong.ERROR), weight)
+        for tokens, weight in ((chats, 0.1), (texts, 0.9))
+    ]
+    rows = epoch_rows(Dataset(sources, 16, Packing.PACKED, pad_id=0), 50)
+    firsts = [row["input_ids"][0] for row in rows if row["input_ids"][0] < 1000]
+    assert len(firsts) == 45 and sources[0].packed.num_sequences == 150
+    assert len(set(firsts)) == 45 and 5 < sum(n % 2 for n in firsts) < 25
+
+
+def test_a_weight_that_gives_a_file_nothing_is_refused():
+    with pytest.raises(ConfigError, match=r"held: weight 0\.001 gives it none of the 16 sequences") as caught:
+        mixture((0.001, 1.0))
+    assert caught.value.hint
+
+
 def test_a_split_takes_its_part_of_every_file():
     training, held_out = mixture((None, None)).split(0.25)
     first = [{row["input_ids"][0] for row in epoch_rows(part)} for part in (training, held_out)]
@@ -256,6 +277,13 @@ TEXT = sorted(
 def logits(model, ids, positions):
     with torch.no_grad():
         return model(input_ids=ids, position_ids=positions, use_cache=False).logits
+
+
+def test_embeddings_of_several_tokens_do_not_keep_documents_apart():
+    """BLT hashes each byte with those before it, also over the border of two documents."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(BltConfig())
+    assert not keeps_apart(model)
 
 
 @pytest.mark.parametrize("name", TEXT)
@@ -296,3 +324,14 @@ def test_json_lines_are_what_they_say(tmp_path):
     assert sorted(t for row in got for t in row) == sorted(t for tokens in learned.values() for t in tokens)
     for row, labels in zip(batch["input_ids"].tolist(), batch["labels"].tolist(), strict=True):
         assert all(label in (-100, token) for token, label in zip(row, labels, strict=True))
+
+
+def test_weights_of_files_are_those_of_the_mixture(tmp_path):
+    from outsize.train.data import DataFile, DataOptions, open_dataset
+    from tests.train.standin import write_model
+
+    folder = write_model(tmp_path / "model")
+    for name, words in (("a.txt", 30), ("b.txt", 10)):
+        (tmp_path / name).write_text("w1 " * (words * 4 - 1))
+    files = [DataFile(tmp_path / "a.txt", 1.0), DataFile(tmp_path / "b.txt", 3.0)]
+    assert open_dataset(folder, files, DataOptions(seq_len=4)).shares == [10, 30]

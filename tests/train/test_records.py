@@ -128,6 +128,10 @@ BAD_LINES = {
     "text no string": (GOOD + '{"text": 5}\n', ':2: "text" is int, expected a string'),
     "surrogate": (GOOD + '{"text": "\\ud800"}\n', ':2: "text" holds half a surrogate pair'),
     "only empty texts": ('{"text": ""}\n\n', "holds no text"),
+    "a number too long": (
+        GOOD + '{"text": "w1", "id": ' + "9" * 5000 + "}\n",
+        ":2: not JSON that can be read",
+    ),
     "nested too deep": (GOOD + "[" * 200_000 + "\n", ":2: not JSON"),
     "empty completion": ('{"prompt": "w1", "completion": ""}\n', ':1: the "completion" is empty'),
     "completion no string": ('{"prompt": "w1", "completion": 3}\n', ':1: "completion" is int'),

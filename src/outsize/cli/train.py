@@ -168,10 +168,10 @@ def resolve(options: argparse.Namespace) -> dict[str, Any]:
             raise ConfigError(f"{name.upper()} is missing", hint=f"pass {hint}, or put {name} into --config")
     if (num_tokens := values.pop("batch_tokens", None)) is not None:
         seq_len = values["seq_len"]
-        if num_tokens < seq_len:
+        if not 1 <= seq_len <= num_tokens:
             raise ConfigError(
-                f"batch_tokens: {num_tokens} are fewer than one sequence of {seq_len}",
-                hint="pass a smaller --seq-len",
+                f"batch_tokens: {num_tokens} are no whole sequence of {seq_len}",
+                hint="pass --seq-len of 2 or more, and at least as many --batch-tokens",
             )
         values["batch_size"] = num_tokens // seq_len
     return values
@@ -246,7 +246,7 @@ def _add(group: Any, name: str, *, help: str, **how: Any) -> None:
 
 def _clipping(value: float | str) -> float | None:
     try:
-        return None if value == "none" else float(value)
+        return None if str(value).lower() == "none" else float(value)
     except ValueError as error:
         raise ConfigError(
             f"max_grad_norm: {value!r} is not known",

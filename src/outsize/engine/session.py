@@ -198,6 +198,11 @@ class Session:
     def _before_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.probe is not None:
             return None
+        if torch.compiler.is_compiling():
+            raise UsageError(
+                "torch.compile cannot trace a model that lives in Outsize's store",
+                hint="call the model as it is: leave out torch.compile, or torch_compile of TrainingArguments",
+            )
         self._check_parameters()
         kwargs = dict(kwargs)
         cache = kwargs.get("past_key_values")

@@ -50,8 +50,9 @@ class Evaluator:
         started_s = time.monotonic()
         loss, num_tokens = mean_loss(model, self._dataset, self._batch_size)
         if not math.isfinite(loss):
+            kept = f"the best weights before are in {self._best}; " if self._best.exists() else ""
             raise TrainingError(
-                f"the evaluation loss after step {step} is {loss}", hint="go on with a lower --lr"
+                f"the evaluation loss after step {step} is {loss}", hint=f"{kept}go on with a lower --lr"
             )
         is_best = all(loss < earlier.loss for earlier in self.evaluations)
         evaluation = Evaluation(step, loss, num_tokens, time.monotonic() - started_s, is_best)

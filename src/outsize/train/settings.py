@@ -113,6 +113,11 @@ class Evaluating:
             raise ConfigError(
                 "evaluation: both files and a fraction are given", hint="pass --eval or --eval-split"
             )
+        if weighted := [file for file in self.files if file.weight is not None]:
+            raise ConfigError(
+                f"eval: {weighted[0]} has a weight, and evaluation takes every file once",
+                hint=f"pass --eval {weighted[0].path}",
+            )
         if self.fraction is not None and not 0 < self.fraction < 1:
             raise ConfigError(f"eval_split: {self.fraction} is no fraction", hint="pass --eval-split 0.02")
         if self.every is not None and self.every < 1:

@@ -17,6 +17,9 @@ from torch import nn
 
 _MASK_FUNCTION = re.compile(r"create_(causal|sliding_window_causal|chunked_causal)_mask")
 
+_LOOK_BACK = frozenset({"blt"})
+"""Model types whose embeddings are made of several tokens, whatever their positions: no mask keeps those apart."""
+
 _ATTENTION = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
 
 
@@ -27,7 +30,7 @@ def keeps_apart(model: nn.Module) -> bool:
     """
     config = getattr(model, "config", None)
     layer_types = getattr(config.get_text_config(), "layer_types", None) if config is not None else None
-    if not set(layer_types or ()) <= _ATTENTION:
+    if not set(layer_types or ()) <= _ATTENTION or getattr(config, "model_type", None) in _LOOK_BACK:
         return False
     if "position_ids" not in inspect.signature(model.forward).parameters:
         return False

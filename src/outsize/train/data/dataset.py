@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from outsize.errors import DataError
+from outsize.errors import ConfigError, DataError
 from outsize.train.data.pack import Packed, Packing
 from outsize.train.data.tokens import Tokens
 
@@ -70,6 +71,15 @@ class Dataset:
     seed: int = 0
     is_shuffled: bool = True
     _orders: dict[int, npt.NDArray[np.int64]] = field(default_factory=dict, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        for source, share in zip(self.sources, self.shares, strict=True):
+            if share == 0:
+                raise ConfigError(
+                    f"{source.tokens.source}: weight {source.weight or 1:g} gives it none of the {self.num_sequences} "
+                    "sequences of an epoch",
+                    hint="pass a larger weight, a smaller --seq-len, or leave the file out",
+                )
 
     @property
     def num_sequences(self) -> int:
@@ -139,12 +149,29 @@ class Dataset:
     def _at(self, position: Position) -> tuple[Source, int]:
         """Source and sequence at a place: the order of an epoch is drawn over all slots of all sources."""
         slot = int(self._order(position.epoch)[position.index])
-        for source, share in zip(self.sources, self.shares, strict=True):
+        for number, (source, share) in enumerate(zip(self.sources, self.shares, strict=True)):
             if slot < share:
                 # A source that an epoch does not use up goes on in the next; one that it repeats begins again.
-                return source, (position.epoch * share + slot) % source.packed.num_sequences
+                place = (position.epoch * share + slot) % source.packed.num_sequences
+                return source, int(self._turns[number][place])
             slot -= share
         raise AssertionError(position)
+
+    @cached_property
+    def _turns(self) -> list[npt.NDArray[np.int64]]:
+        """For each source, the order in which its sequences have their turn.
+
+        As they lie where each comes once in an epoch. A part must be drawn: packed conversations lie by length, and
+        files often by subject.
+        """
+        turns = []
+        for number, (source, share) in enumerate(zip(self.sources, self.shares, strict=True)):
+            count = source.packed.num_sequences
+            if self.is_shuffled and share != count:
+                turns.append(np.random.default_rng([self.seed, number, count]).permutation(count))
+            else:
+                turns.append(np.arange(count))
+        return turns
 
     def _order(self, epoch: int) -> npt.NDArray[np.int64]:
         if epoch not in self._orders:

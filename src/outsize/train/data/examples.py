@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -138,7 +139,7 @@ def _prepare(record: Record, layout: Layout, tokenizer: Any, starts: bool) -> _P
             hint='put a chat_template.jinja beside the tokenizer, or write "prompt" and "completion" as text',
         )
     tools = fields.get("tools")
-    if tools is not None and not isinstance(tools, Sequence):
+    if tools is not None and not isinstance(tools, list):
         raise DataError(
             f'{place}: "tools" is {type(tools).__name__}, expected a list',
             hint='such as [{"type": "function", "function": {"name": "..."}}]',
@@ -155,7 +156,8 @@ def _prepare(record: Record, layout: Layout, tokenizer: Any, starts: bool) -> _P
             f"{place}: no message of the assistant: nothing to learn",
             hint='remove the record, or add {"role": "assistant", "content": "..."}',
         )
-    return _Prepared(record, rendered.text, rendered.spans, starts=False, ends=False)
+    text = _string(rendered.text, "messages", place)
+    return _Prepared(record, text, rendered.spans, starts=False, ends=False)
 
 
 def _string(value: Any, field: str, place: str) -> str:
@@ -179,6 +181,7 @@ class _Encoder:
         self._vocab_size = vocab_size
         self._bos = _leading_tokens(tokenizer)
         self._eos: int | None = tokenizer.eos_token_id
+        self._backend = _plain_backend(tokenizer)
 
     def __call__(self, prepared: Sequence[_Prepared]) -> Iterator[Example]:
         needs_places = any(item.spans is not None for item in prepared)
@@ -188,8 +191,7 @@ class _Encoder:
                 yield self._example(item, ids, offsets)
 
     def _encode(self, texts: list[str], needs_places: bool) -> list[tuple[Ids, npt.NDArray[np.int64] | None]]:
-        backend = getattr(self._tokenizer, "backend_tokenizer", None)
-        if backend is None:
+        if self._backend is None:
             if needs_places:
                 raise DataError(
                     "the tokenizer does not tell where its tokens stand in the text, which labels need",
@@ -197,7 +199,7 @@ class _Encoder:
                 )
             lists = self._tokenizer(texts, add_special_tokens=False)["input_ids"]
             return [(np.array(ids, dtype=np.uint32), None) for ids in lists]
-        run = backend.encode_batch if needs_places else backend.encode_batch_fast
+        run = self._backend.encode_batch if needs_places else self._backend.encode_batch_fast
         return [
             (
                 np.array(encoding.ids, dtype=np.uint32),
@@ -240,6 +242,20 @@ def _leading_tokens(tokenizer: Any) -> Ids:
     marked = tokenizer("a", return_special_tokens_mask=True)
     added = marked["special_tokens_mask"]
     return np.array(marked["input_ids"][: added.index(0) if 0 in added else 0], dtype=np.uint32)
+
+
+def _plain_backend(tokenizer: Any) -> Any:
+    """The tokenizer of the `tokenizers` library, or None where there is none; offsets are of all that a token stands for.
+
+    Byte-level post-processors (GPT-2, Llama 3) leave spaces out of the offsets: a token would not seem to begin in the
+    prompt, and one of spaces alone to lie nowhere. What else they do, special tokens, is not asked for.
+    """
+    backend = copy.deepcopy(getattr(tokenizer, "backend_tokenizer", None))
+    if backend is not None:
+        backend.post_processor = None
+        backend.no_truncation()
+        backend.no_padding()
+    return backend
 
 
 def learned_tokens(offsets: npt.NDArray[np.int64], spans: Sequence[Span]) -> Mask:

@@ -128,6 +128,8 @@ def _json_object(line: bytes, place: str) -> dict[str, Any]:
         ) from error
     except RecursionError as error:
         raise DataError(f"{place}: not JSON that can be read (nested too deep)", hint=FORMATS_HINT) from error
+    except ValueError as error:  # Python reads no number of more than 4,300 digits
+        raise DataError(f"{place}: not JSON that can be read ({error})", hint=FORMATS_HINT) from error
     if not isinstance(value, dict):
         raise DataError(f"{place}: expected a JSON object, found {type(value).__name__}", hint=FORMATS_HINT)
     return value

@@ -33,7 +33,7 @@ from outsize.errors import DataError, StorageError
 from outsize.train.data.examples import Example, Ids, Mask
 
 KEEP_DAYS = 30
-_VERSION = 1
+_VERSION = 2
 
 
 @dataclass(frozen=True)
