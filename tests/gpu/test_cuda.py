@@ -1,0 +1,160 @@
+"""The promises of the device, on a CUDA device. Run with `pytest tests/gpu` where there is one; skipped elsewhere."""
+
+import pytest
+import torch
+
+import outsize
+from outsize import Pins
+from outsize.engine import keep
+from outsize.engine.session import session_of
+from outsize.errors import BudgetError
+from outsize.tier import CudaDevice, Way
+from tests.running import adamw, assert_same_losses, assert_same_weights, close, executor_of, opened, train
+from tests.zoo import ZOO
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+STEPS = 4
+HOMES = ["device", "host", "disk"]
+
+
+@pytest.fixture(autouse=True)
+def deterministic(monkeypatch):
+    """Kernels that give the same bits each time, in full fp32."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def slowed(monkeypatch, way, part):
+    """Let copies of one way, of labels with `part`, begin late: their stream sleeps first."""
+    start_copy = CudaDevice.start_copy
+
+    def late(self, own_way, target, source, *, after=(), label):
+        if own_way is way and part in label:
+            with torch.cuda.stream(self._streams[way]):
+                torch.cuda._sleep(20_000_000)  # some 10 ms
+        return start_copy(self, own_way, target, source, after=after, label=label)
+
+    monkeypatch.setattr(CudaDevice, "start_copy", late)
+
+
+def trained(name="llama_tied", dtype="bfloat16", **options):
+    """Losses and weights after some steps; updates on the host unless `home` is the device."""
+    model = opened(ZOO[name].build().train(), dtype=dtype, **options)
+    optimizer = outsize.AdamW(model, lr=3e-3, max_grad_norm=0.1)
+    losses = []
+    for step in range(STEPS):
+        loss = model(**ZOO[name].batch(rows=4, length=10, seed=step)).loss
+        loss.backward()
+        losses.append(loss.detach())
+        optimizer.step()
+        optimizer.zero_grad()
+    values = {key: parameter.detach().clone() for key, parameter in model.named_parameters()}
+    close(session_of(model))
+    return [loss.item() for loss in losses], values
+
+
+@pytest.mark.parametrize("home", HOMES)
+@pytest.mark.parametrize("name", ["llama", "llama_tied", "qwen3", "gpt2", "mixtral", "t5"])
+def test_training_is_that_of_plain_pytorch(name, home, tmp_path):
+    plain = ZOO[name].build().train()
+    model = opened(plain, disk=tmp_path, home=home, dtype="float32")
+    plain.cuda()
+    batches = [ZOO[name].batch(seed=seed) for seed in range(STEPS)]
+    losses = train(model, batches, adamw(model))
+    on_device = [{key: value.cuda() for key, value in batch.items()} for batch in batches]
+    assert_same_losses(losses, train(plain, on_device, adamw(plain)), relative=1e-4)
+    assert_same_weights(model, plain)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("options", [{"weight_slots": 1}, {"weight_slots": 3}, {"inputs_on_host": True}])
+@pytest.mark.parametrize("home", ["host", "disk"])
+def test_placement_changes_no_bit(dtype, options, home, tmp_path, monkeypatch):
+    monkeypatch.setattr(keep, "LEAST_BYTES", 1)
+    expected = trained(dtype=dtype, home="host", pins=Pins(weight_slots=2))
+    losses, values = trained(dtype=dtype, disk=tmp_path, home=home, pins=Pins(**options))
+    assert losses == expected[0]
+    assert all(torch.equal(values[name], expected[1][name]) for name in values)
+
+
+@pytest.mark.parametrize("home", ["host", "disk"])
+@pytest.mark.parametrize("part", ["weight", "gradient", "input"])
+@pytest.mark.parametrize("way", list(Way))
+def test_late_copies_are_waited_for(way, part, home, tmp_path, monkeypatch):
+    monkeypatch.setattr(keep, "LEAST_BYTES", 1)
+    pins = Pins(weight_slots=2, gradient_slots=1, inputs_on_host=True)
+    expected = trained(home="host", pins=pins)
+    slowed(monkeypatch, way, part)
+    losses, values = trained(disk=tmp_path, home=home, pins=pins)
+    assert losses == expected[0]
+    assert all(torch.equal(values[name], expected[1][name]) for name in values)
+
+
+@pytest.mark.parametrize("home", HOMES)
+def test_nothing_waits_for_the_device_inside_a_step(home, tmp_path):
+    """transformers asks the device one question per call; everything else is ours, and asks none."""
+    model = opened(ZOO["llama"].build().train(), disk=tmp_path, home=home, dtype="bfloat16")
+    optimizer = outsize.AdamW(model, max_grad_norm=1.0)
+
+    def step(seed):
+        loss = model(**ZOO["llama"].batch(seed=seed)).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    for seed in range(2):
+        step(seed)
+    import transformers.masking_utils as masking
+
+    plain = masking.is_tracing
+    masking.is_tracing = lambda *values: True
+    try:
+        loss = None
+        torch.cuda.set_sync_debug_mode("error")
+        loss = model(**ZOO["llama"].batch(seed=2)).loss
+        loss.backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+        masking.is_tracing = plain
+    optimizer.step()
+    assert loss is not None and torch.isfinite(loss)
+
+
+def test_memory_of_the_device_stays_within_its_budget(tmp_path):
+    limit = 512 << 20
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    model = opened(ZOO["llama"].build().train(), device=limit, disk=tmp_path, home="host", dtype="bfloat16")
+    outsize.AdamW(model)
+    model(**ZOO["llama"].batch()).loss.backward()
+    report = outsize.report(model)
+    assert report.device_peak_bytes <= limit
+    planned = session_of(model).budget.device_bytes()
+    assert report.device_peak_bytes <= planned + (64 << 20)
+
+
+def test_running_out_of_the_devices_memory_is_named(tmp_path):
+    model = opened(ZOO["llama"].build().train(), home="host", dtype="bfloat16")
+    outsize.AdamW(model)
+    batch = ZOO["llama"].batch()
+    model(**batch).loss.backward()
+
+    def greedy(module, args):
+        torch.empty(1 << 44, dtype=torch.uint8, device="cuda")
+
+    handle = model.model.layers[1].mlp.register_forward_pre_hook(greedy)
+    with pytest.raises(BudgetError, match="ran out of memory"):
+        model(**batch)
+    handle.remove()
+    model(**batch).loss.backward()
+    assert executor_of(model).off_plan is not None
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_rule_on_the_device_is_that_of_the_host(dtype):
+    """To the last bits: a GPU fuses multiplications and additions."""
+    on_device, on_host = trained(dtype=dtype, home="device"), trained(dtype=dtype, home="host")
+    assert on_device[0] == pytest.approx(on_host[0], rel=2e-2 if dtype == "bfloat16" else 1e-4)
