@@ -413,3 +413,13 @@ def test_figures_of_a_run_that_diverges_fit_on_a_line():
     assert (fixed(2.5, 4), fixed(1e30, 4), fixed(float("inf"), 2)) == ("2.5000", "1e+30", "inf")
     assert course([2.0]) == "loss ▁" and course([]) == "loss "
     assert course([3.0, float("nan"), 1.0]) == "loss █ ▁ 1.00 to 3.00 in 3 steps"
+
+
+def test_a_warm_up_that_would_not_end_is_made_shorter_and_said(model, data, tmp_path):
+    console = Console(file=io.StringIO(), width=200)
+    learning = Learning(lr=1e-2, warmup_steps=10)
+    short = settings_for(model, data, tmp_path / "out", length=Length(steps=4), learning=learning)
+    train(short, api=PlainApi(), watchers=[PlainProgress(console)])
+    rates = [json.loads(line)["lr"] for line in (short.out / "metrics.jsonl").read_text().splitlines()]
+    assert rates[:2] == pytest.approx([5e-3, 1e-2]) and rates[-1] < 1e-2
+    assert "warming up in 2 of 4 steps" in console.file.getvalue()

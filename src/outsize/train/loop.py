@@ -30,7 +30,7 @@ from outsize.train.metrics_file import MetricsFile
 from outsize.train.output import OutputFolder
 from outsize.train.pace import CountedPace, Pace, TimedPace
 from outsize.train.report_page import ReportPage
-from outsize.train.schedule import scheduler_for
+from outsize.train.schedule import scheduler_for, warmup_within
 from outsize.train.settings import TrainSettings, flat
 from outsize.train.trackers import trackers
 from outsize.train.watch import RunFacts, Watcher, Watchers
@@ -88,6 +88,11 @@ def _train(settings: TrainSettings, folder: OutputFolder, api: Api, watchers: Wa
     training, held_out = open_data(settings)
     watchers.say(f"loading {settings.model}")
     run = Run.start(settings, api, training)
+    num_steps, warmup_steps = run.pace.num_steps(), settings.learning.warmup_steps
+    if num_steps is not None and (shorter := warmup_within(warmup_steps, num_steps)) < warmup_steps:
+        watchers.say(
+            f"warming up in {shorter} of {num_steps} steps: a warm-up of {warmup_steps} would not end"
+        )
     evaluator = None
     if held_out is not None:
         evaluator = Evaluator(held_out, settings.batch_size, settings.evaluating.every, folder.best)
@@ -195,7 +200,8 @@ class Run:
         groups = api.decay_groups(model, learning.weight_decay)
         optimizer = make(model, groups, lr=learning.lr, max_grad_norm=learning.max_grad_norm)
         pace = pace_of(settings, dataset)
-        scheduler = scheduler_for(optimizer, learning.schedule, learning.warmup_steps, pace.num_steps)
+        warmup_steps = warmup_within(learning.warmup_steps, pace.num_steps())
+        scheduler = scheduler_for(optimizer, learning.schedule, warmup_steps, pace.num_steps)
         return cls(model, optimizer, scheduler, Batches(dataset, settings.batch_size), pace, api)
 
     def step(self) -> StepMetrics:

@@ -55,6 +55,15 @@ def lr_factor(
     return floor + (1 - floor) * left
 
 
+def warmup_within(warmup_steps: int, num_steps: int | None) -> int:
+    """The warm-up of a run of `num_steps`: half of it at most where it would otherwise not end before the run does.
+
+    >>> warmup_within(10, 4), warmup_within(10, 11), warmup_within(10, None)
+    (2, 10, 10)
+    """
+    return warmup_steps if num_steps is None or warmup_steps < num_steps else num_steps // 2
+
+
 def scheduler_for(
     optimizer: Optimizer, shape: Shape, warmup_steps: int, num_steps: Callable[[], int | None]
 ) -> LambdaLR:
