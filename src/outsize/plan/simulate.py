@@ -1,0 +1,420 @@
+"""When each operation of a plan runs: a discrete-event simulation on a profile, in pure Python.
+
+A plan is unrolled into tasks, each of which keeps one resource busy: computing, updating, the disk's two directions, the
+link's two ways. A task starts when those it needs are over and its resource is free, in the order in which tasks become
+ready. Resources that disturb each other slow down while they run together, as the profile measured (a fluid model: the
+speed of a task changes whenever another starts or ends). Three steps are simulated, and the last is what is reported.
+
+What the engine does in order (a wait, a block, giving a slot back) holds the next operation up; everything else is begun
+and left to itself, as there. Large transfers and updates are cut into a few parts, so that reading, updating and writing
+of one block overlap as they do chunk by chunk.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from outsize.block import Plane, Record
+from outsize.plan.build import Direction, Occupancy, Visit, build, slot_class_of
+from outsize.plan.op import Backward, Claim, Forward, Free, Held, Op, Read, Update, Wait, Write
+from outsize.plan.place import Placement, sums_in_place
+from outsize.plan.plan import Plan
+from outsize.plan.profile import Profile, Resource
+
+PARTS = 4
+"""Into which an update, and a plane that goes through buffers, is cut."""
+
+NUM_STEPS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """Seconds that computing takes with nothing beside it, per visit of a block; `backward_s` includes recomputation.
+
+    `between_s`: per step, outside of all blocks.
+    """
+
+    forward_s: Mapping[str, float]
+    backward_s: Mapping[str, float]
+    between_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """`alone_s` seconds of one resource, once the tasks `after` (indices) are over."""
+
+    resource: Resource
+    alone_s: float
+    after: tuple[int, ...]
+    label: str
+    num_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """A task in time, in seconds from the start; it was ready at `ready_s`, when the last of what it needs was over."""
+
+    task: Task
+    ready_s: float
+    start_s: float
+    end_s: float
+    held_up_by: int | None = None
+    """The index of the last of those."""
+
+
+@dataclass(frozen=True)
+class Simulation:
+    """A training step, or a forward, in its steady state.
+
+    `busy_s`: seconds that each resource works within it. `stall_s`: seconds in which computing waits, by what for.
+    """
+
+    step_s: float
+    events: tuple[Event, ...]
+    busy_s: Mapping[Resource, float]
+    stall_s: Mapping[Resource, float]
+    bytes_moved: Mapping[Resource, int]
+
+    @property
+    def bottleneck(self) -> Resource:
+        """What keeps the step from being shorter: the resource that is busy longest."""
+        return max(self.busy_s, key=lambda resource: self.busy_s[resource])
+
+
+def simulate(
+    visits: Sequence[Visit],
+    records: Mapping[str, Record],
+    placement: Placement,
+    profile: Profile,
+    costs: Costs,
+) -> Simulation:
+    """Simulate calls that make `visits`, each after a step of the optimizer where blocks train."""
+    unrolled = _Unrolled(records, placement, profile, costs)
+    trains = any(visit.trains for visit in visits)
+    pending = (
+        {record.name for record in records.values() if record.num_trainable and record.state}
+        if trains
+        else set()
+    )
+    ends: list[int] = []
+    held: list[str] = []
+    for _ in range(NUM_STEPS):
+        plan = build(visits, records, placement, Occupancy(held=tuple(held), pending=frozenset(pending)))
+        held = _held_after(plan)
+        unrolled.add(plan)
+        ends.append(unrolled.end_step())
+    events = run(unrolled.tasks, profile)
+    first, last = events[ends[-2]].end_s, events[ends[-1]].end_s
+    return _summary(events, first, last)
+
+
+def run(tasks: Sequence[Task], profile: Profile) -> list[Event]:
+    """Let tasks run, each resource on one at a time; the events in the order of `tasks`."""
+    waits_for = [len(set(task.after)) for task in tasks]
+    followers: defaultdict[int, list[int]] = defaultdict(list)
+    for index, task in enumerate(tasks):
+        for other in set(task.after):
+            followers[other].append(index)
+    ready: dict[Resource, list[int]] = {resource: [] for resource in Resource}
+    ready_s = [0.0] * len(tasks)
+    blame: list[int | None] = [None] * len(tasks)
+    starts = [0.0] * len(tasks)
+    ends = [0.0] * len(tasks)
+    for index, count in enumerate(waits_for):
+        if not count:
+            ready[tasks[index].resource].append(index)
+    running: dict[Resource, int] = {}
+    left: dict[Resource, float] = {}
+    now = 0.0
+    while True:
+        for resource, queue in ready.items():
+            if resource not in running and queue:
+                index = queue.pop(0)
+                running[resource], left[resource], starts[index] = index, tasks[index].alone_s, now
+        if not running:
+            break
+        busy = frozenset(running)
+        speeds = {resource: profile.speed(resource, busy - {resource}) for resource in running}
+        step = min(left[resource] / speeds[resource] for resource in running)
+        now += step
+        for resource in list(running):
+            left[resource] -= step * speeds[resource]
+            if left[resource] > 1e-12:
+                continue
+            index = running.pop(resource)
+            ends[index] = now
+            for follower in followers[index]:
+                waits_for[follower] -= 1
+                if not waits_for[follower]:
+                    ready_s[follower], blame[follower] = now, index
+                    ready[tasks[follower].resource].append(follower)
+    assert not any(waits_for), "tasks wait for each other in a circle"
+    return [
+        Event(task, ready_s[index], starts[index], ends[index], blame[index])
+        for index, task in enumerate(tasks)
+    ]
+
+
+def _summary(events: Sequence[Event], first_s: float, last_s: float) -> Simulation:
+    busy: Counter[Resource] = Counter()
+    stalls: Counter[Resource] = Counter()
+    moved: Counter[Resource] = Counter()
+    within = [event for event in events if event.end_s > first_s and event.start_s < last_s]
+    for event in within:
+        part = min(event.end_s, last_s) - max(event.start_s, first_s)
+        whole = event.end_s - event.start_s
+        busy[event.task.resource] += part  # type: ignore[assignment]
+        moved[event.task.resource] += round(event.task.num_bytes * (part / whole if whole else 1.0))
+    free_s = first_s
+    computing = (event for event in within if event.task.resource is Resource.COMPUTE)
+    for event in sorted(computing, key=lambda event: event.start_s):
+        for resource, seconds in _what_for(events, event, free_s):
+            stalls[resource] += seconds  # type: ignore[assignment]
+        free_s = max(free_s, event.end_s)
+    return Simulation(last_s - first_s, tuple(within), dict(busy), dict(stalls), dict(moved))
+
+
+def _what_for(events: Sequence[Event], event: Event, since_s: float) -> Iterator[tuple[Resource, float]]:
+    """What computing waited for from `since_s` to `event`: the chain of what held each other up, backwards in time."""
+    until_s, cause = event.start_s, event.held_up_by
+    while cause is not None and until_s > since_s:
+        held = events[cause]
+        begin_s = max(since_s, min(held.ready_s, until_s))
+        yield held.task.resource, until_s - begin_s
+        until_s, cause = begin_s, held.held_up_by
+
+
+def _held_after(plan: Plan) -> list[str]:
+    held: list[str] = []
+    for op in plan:
+        match op:
+            case Held(block, Plane.WEIGHT) | Read(block, Plane.WEIGHT):
+                held.append(block)
+            case Free(block, Plane.WEIGHT):
+                held.remove(block)
+            case _:
+                pass
+    return held
+
+
+@dataclass
+class _Block:
+    """What is under way of one block: indices of tasks."""
+
+    weights: list[int] = field(default_factory=list)
+    """That bring the weights to where it computes."""
+    weight_writes: list[int] = field(default_factory=list)
+    state_writes: list[int] = field(default_factory=list)
+    gradient: list[int] = field(default_factory=list)
+    """That bring its gradient home."""
+
+
+class _Unrolled:
+    """Plans as tasks, one after the other; `main` are the tasks that hold up what the engine does next."""
+
+    def __init__(
+        self, records: Mapping[str, Record], placement: Placement, profile: Profile, costs: Costs
+    ) -> None:
+        self.tasks: list[Task] = []
+        self._records = records
+        self._placement = placement
+        self._profile = profile
+        self._costs = costs
+        self._main: tuple[int, ...] = ()
+        self._blocks: defaultdict[str, _Block] = defaultdict(_Block)
+        self._pending: set[str] = set()
+        self._is_apart = profile.has_device
+        self._slots: defaultdict[int | None, list[tuple[int, ...]]] = defaultdict(list)
+
+    def add(self, plan: Plan) -> None:
+        """Unroll one call."""
+        updated = {op.block for op in plan if isinstance(op, Update)}
+        for op in plan:
+            self._add(op, updated)
+
+    def end_step(self) -> int:
+        """The step of the optimizer: it needs all gradients' norms; the task that ends the step."""
+        between = self._task(Resource.COMPUTE, self._costs.between_s, self._main, "step")
+        self._main = (between,)
+        return between
+
+    def _add(self, op: Op, updated: set[str]) -> None:
+        state = self._blocks[op.block]
+        match op:
+            case Read(block, Plane.WEIGHT):
+                if not (self._is_apart and block in updated):
+                    state.weights = self._bring(block, Plane.WEIGHT, (*self._main, *state.weight_writes))
+                else:
+                    state.weights = []
+                updated.discard(block) if not self._is_apart else None
+            case Update(block):
+                self._update(block)
+                updated.discard(block)
+            case Wait(block, Plane.WEIGHT):
+                self._wait(state.weights)
+            case Read(block, Plane.GRADIENT):
+                self._claim(block)
+                state.gradient = self._bring(block, Plane.GRADIENT, (*self._main, *state.gradient))
+            case Wait(block, Plane.GRADIENT):
+                self._wait(state.gradient)
+            case Claim(block, Plane.GRADIENT):
+                self._claim(block)
+            case Forward(block):
+                self._compute(self._costs.forward_s.get(block, 0.0), str(op))
+            case Backward(block):
+                self._compute(self._costs.backward_s.get(block, 0.0), str(op))
+            case Write(block, Plane.GRADIENT):
+                self._send_gradient(block)
+            case Free(block, Plane.WEIGHT):
+                if not self._is_apart:
+                    self._wait([*state.weights, *state.weight_writes])
+            case Free(block, Plane.GRADIENT):
+                group = slot_class_of(self._placement.gradient_classes, block)
+                if self._is_apart:
+                    self._slots[group].append(tuple(state.gradient))
+                else:
+                    self._wait(state.gradient)
+            case _:
+                pass
+
+    # -- what operations take --------------------------------------------------------------------------------------
+
+    def _update(self, block: str) -> None:
+        record, state = self._records[block], self._blocks[block]
+        in_place = self._placement.is_resident(block, Plane.MOMENT1)
+        element_bytes = sum(float(record.element_bytes[plane]) for plane in record.state)
+        weight_bytes = float(record.element_bytes[Plane.WEIGHT])
+        gradient_bytes = float(record.element_bytes[Plane.GRADIENT])
+        touched = record.num_trainable * (2 * element_bytes + 2 * weight_bytes + gradient_bytes)
+        if self._is_apart and in_place:
+            rate = self._profile.device_update or self._profile.device_memory or self._profile.update
+            self._compute(touched / rate, f"update {block}")
+            return
+        streams_state = not self._is_here(block, Plane.MOMENT1)
+        streams_gradient = not self._is_here(block, Plane.GRADIENT)
+        streams_weight = not self._is_here(block, Plane.WEIGHT)
+        reads = record.num_trainable * (streams_state * element_bytes + streams_gradient * gradient_bytes)
+        if self._is_apart and streams_weight:
+            reads += record.num_elements * weight_bytes
+        ready = (
+            *self._main,
+            *state.gradient,
+            *state.state_writes,
+            *(state.weight_writes if self._is_apart else ()),
+        )
+        arrived: list[int] = []
+        state_writes: list[int] = []
+        weight_writes: list[int] = []
+        for part in range(PARTS):
+            needs = list(ready)
+            if reads:
+                needs.append(self._transfer(Resource.READ, reads / PARTS, ready, f"read {block}.state"))
+            if not self._is_apart and state.weights:
+                needs.append(state.weights[min(part, len(state.weights) - 1)])
+            rule = self._task(
+                Resource.UPDATE, touched / PARTS / self._profile.update, tuple(needs), f"update {block}"
+            )
+            if streams_state:
+                num_bytes = record.num_trainable * element_bytes / PARTS
+                state_writes.append(
+                    self._transfer(Resource.WRITE, num_bytes, (rule,), f"write {block}.state")
+                )
+            if streams_weight:
+                num_bytes = record.num_trainable * weight_bytes / PARTS
+                weight_writes.append(
+                    self._transfer(Resource.WRITE, num_bytes, (rule,), f"write {block}.weight")
+                )
+            if self._is_apart:
+                num_bytes = record.num_elements * weight_bytes / PARTS
+                rule = self._transfer(Resource.UP, num_bytes, (rule,), f"up {block}.weight")
+            arrived.append(rule)
+        state.weights = arrived
+        state.weight_writes, state.state_writes = weight_writes, state_writes
+
+    def _bring(self, block: str, plane: Plane, after: Sequence[int]) -> list[int]:
+        """Tasks that bring a plane from its home to a slot."""
+        record = self._records[block]
+        if self._placement.is_resident(block, plane):
+            return []
+        num_bytes = int(record.plane_elements(plane) * record.element_bytes[plane])
+        label = f"{block}.{plane}"
+        if self._is_apart and self._placement.is_hosted(block, plane):
+            return [self._transfer(Resource.UP, num_bytes, after, f"up {label}")]
+        parts = []
+        for _ in range(PARTS):
+            part = self._transfer(Resource.READ, num_bytes / PARTS, after, f"read {label}")
+            if self._is_apart:
+                part = self._transfer(Resource.UP, num_bytes / PARTS, (part,), f"up {label}")
+            parts.append(part)
+        return parts
+
+    def _send_gradient(self, block: str) -> None:
+        record, state = self._records[block], self._blocks[block]
+        size = float(record.element_bytes[Plane.GRADIENT])
+        is_resident = self._placement.is_resident(block, Plane.GRADIENT)
+        if not sums_in_place(record, is_resident):
+            rate = self._profile.device_memory if self._is_apart else self._profile.host_copy
+            # Read the sum, write it rounded, read that for the norm.
+            self._compute(
+                record.num_trainable * (4 + 2 * size) / (rate or self._profile.host_copy), f"round {block}"
+            )
+        state.gradient = []
+        if is_resident:
+            return
+        num_bytes = record.num_trainable * size
+        label = f"{block}.gradient"
+        if self._is_apart and self._placement.is_hosted(block, Plane.GRADIENT):
+            state.gradient = [self._transfer(Resource.DOWN, num_bytes, self._main, f"down {label}")]
+            return
+        for _ in range(PARTS):
+            after = self._main
+            if self._is_apart:
+                after = (self._transfer(Resource.DOWN, num_bytes / PARTS, after, f"down {label}"),)
+            state.gradient.append(self._transfer(Resource.WRITE, num_bytes / PARTS, after, f"write {label}"))
+
+    def _claim(self, block: str) -> None:
+        """On a device a slot may still be on its way down: computing comes after that."""
+        group = slot_class_of(self._placement.gradient_classes, block)
+        if self._is_apart and group is not None and self._slots[group]:
+            self._wait(self._slots[group].pop(0))
+
+    # -- tasks -----------------------------------------------------------------------------------------------------
+
+    def _is_here(self, block: str, plane: Plane) -> bool:
+        """Whether a plane is at home in the memory in which the host updates it."""
+        if self._is_apart:
+            return self._placement.is_hosted(block, plane)
+        return self._placement.is_resident(block, plane)
+
+    def _compute(self, alone_s: float, label: str) -> None:
+        self._main = (self._task(Resource.COMPUTE, alone_s, self._main, label),)
+
+    def _wait(self, tasks: Iterable[int]) -> None:
+        self._main = (*self._main, *tasks)
+
+    def _transfer(self, resource: Resource, num_bytes: float, after: Sequence[int], label: str) -> int:
+        rates = {
+            Resource.READ: self._profile.disk_read,
+            Resource.WRITE: self._profile.disk_write,
+            Resource.UP: self._profile.up,
+            Resource.DOWN: self._profile.down,
+        }
+        rate = rates[resource]
+        assert rate is not None, f"{label}: the profile has no {resource}"
+        return self._task(resource, num_bytes / rate, after, label, int(num_bytes))
+
+    def _task(
+        self, resource: Resource, alone_s: float, after: Sequence[int], label: str, num_bytes: int = 0
+    ) -> int:
+        self.tasks.append(Task(resource, alone_s, tuple(after), label, num_bytes))
+        return len(self.tasks) - 1
+
+
+def training_visits(blocks: Sequence[str], trains: Mapping[str, bool]) -> Iterator[Visit]:
+    """The visits of a training call that passes `blocks` in order, and back."""
+    for block in blocks:
+        yield Visit(block, Direction.FORWARD)
+    for block in reversed(blocks):
+        yield Visit(block, Direction.BACKWARD, trains=trains.get(block, True))

@@ -1,0 +1,168 @@
+"""The simulation of a plan: what it says of simple cases by arithmetic, and what holds of all."""
+
+import dataclasses
+import time
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from outsize.block import Plane
+from outsize.config import ComputeType, Home, Pins
+from outsize.plan import Direction, Visit, place, place_apart
+from outsize.plan.profile import Profile, Resource
+from outsize.plan.simulate import Costs, Task, run, simulate
+from tests.plan.test_plan import call, make_records
+
+GIB = 1 << 30
+HOST = Profile(
+    name="a host",
+    source="made up",
+    disk_read=2e9,
+    disk_write=2e9,
+    host_copy=20e9,
+    update=20e9,
+    matmul={ComputeType.FLOAT32: 2e11},
+    host_bytes=64 * GIB,
+    num_threads=2,
+)
+DEVICE = dataclasses.replace(
+    HOST, name="a device", up=20e9, down=20e9, device_memory=1e12, device_update=1e12, update=200e9
+)
+UNIT = 25_000_000
+"""Elements of a block: 100 MB of fp32 weights."""
+
+
+def costs(names, forward_s=0.0, backward_s=0.0):
+    return Costs(dict.fromkeys(names, forward_s), dict.fromkeys(names, backward_s))
+
+
+def blocks(count, size=UNIT):
+    return make_records({f"L{i:02}": size for i in range(count)})
+
+
+def on_disk(records, **pins):
+    return place(
+        list(records.values()), arena_bytes=1 << 50, home=Home.DISK, has_disk=True, pins=Pins(**pins)
+    )
+
+
+def test_tasks_of_one_resource_follow_each_other_and_others_run_beside():
+    tasks = [
+        Task(Resource.READ, 1.0, (), "a"),
+        Task(Resource.READ, 1.0, (), "b"),
+        Task(Resource.COMPUTE, 2.0, (0,), "c"),
+        Task(Resource.COMPUTE, 0.5, (1,), "d"),
+    ]
+    events = run(tasks, HOST)
+    assert [(event.start_s, event.end_s) for event in events] == [(0, 1), (1, 2), (1, 3), (3, 3.5)]
+    assert events[2].held_up_by == 0
+
+
+def test_what_disturbs_each_other_slows_down_while_both_run():
+    profile = dataclasses.replace(HOST, contention={Resource.COMPUTE: {Resource.READ: 0.5}})
+    events = run([Task(Resource.COMPUTE, 2.0, (), "c"), Task(Resource.READ, 1.0, (), "r")], profile)
+    assert events[1].end_s == 1.0
+    assert events[0].end_s == pytest.approx(2.5)  # half speed for a second
+
+
+def test_a_model_in_memory_takes_its_computing_and_its_updates():
+    records = blocks(4)
+    names = list(records)
+    placement = place(
+        list(records.values()), arena_bytes=1 << 50, home=Home.HOST, has_disk=False, pins=Pins()
+    )
+    result = simulate(call(names), records, placement, HOST, costs(names, 1.0, 3.0))
+    # An update moves 28 bytes of each parameter; those of later blocks run beside earlier ones.
+    update_s = UNIT * 28 / 20e9
+    assert 16.0 <= result.step_s <= 16.0 + 2 * update_s
+    assert result.bottleneck is Resource.COMPUTE
+
+
+def test_a_model_on_disk_is_bound_by_the_disk_when_computing_is_nothing():
+    records = blocks(6)
+    names = list(records)
+    result = simulate(call(names), records, on_disk(records), HOST, costs(names))
+    # Read: weights twice (but those held over the turn), gradient and two moments; written: the same, weights once.
+    whole = 6 * UNIT * 4
+    read = result.bytes_moved[Resource.READ]
+    assert 4 * whole <= read <= 5 * whole and result.bytes_moved[Resource.WRITE] == pytest.approx(
+        4 * whole, rel=0.02
+    )
+    assert result.step_s == pytest.approx(read / 2e9, rel=0.25)
+    assert max(result.stall_s, key=result.stall_s.get) in (Resource.READ, Resource.WRITE)
+
+
+def test_a_forward_that_streams_is_its_bytes_over_the_bandwidth():
+    """ZeRO-Inference's streamed decoding, as published: one pass of all weights over the link per token of a batch."""
+    for num_bytes, batch, published in ((140e9, 96, 8.88), (282e9, 200, 9.23), (352e9, 8, 0.293)):
+        size = int(num_bytes / 2 / 80)
+        records = make_records(
+            {f"L{i:02}": size for i in range(80)},
+            trainable=False,
+            element_bytes={Plane.WEIGHT: 2, Plane.GRADIENT: 2, Plane.MOMENT1: 4, Plane.MOMENT2: 4},
+        )
+        placement = place_apart(
+            list(records.values()),
+            device_bytes=40 * GIB,
+            host_bytes=1 << 50,
+            home=Home.HOST,
+            has_disk=False,
+            pins=Pins(),
+        )
+        profile = dataclasses.replace(DEVICE, up=13e9)
+        names = list(records)
+        visits = [Visit(name, Direction.FORWARD) for name in names]
+        result = simulate(visits, records, placement, profile, costs(names, 0.001))
+        assert batch / result.step_s == pytest.approx(published, rel=0.15)
+
+
+@pytest.mark.parametrize("home", [Home.HOST, Home.DISK])
+def test_a_device_computes_while_the_link_moves(home):
+    records = blocks(8)
+    names = list(records)
+    placement = place_apart(
+        list(records.values()),
+        device_bytes=4 * GIB,
+        host_bytes=1 << 50,
+        home=home,
+        has_disk=True,
+        pins=Pins(),
+    )
+    slow = simulate(call(names), records, placement, DEVICE, costs(names, 1.0, 3.0))
+    assert slow.step_s == pytest.approx(32.0, rel=0.02) and slow.bottleneck is Resource.COMPUTE
+    fast = simulate(call(names), records, placement, DEVICE, costs(names))
+    assert fast.step_s < slow.step_s and fast.bytes_moved[Resource.UP] >= 8 * UNIT * 4
+
+
+SIZES = st.lists(st.sampled_from([100_000, 1_000_000, 5_000_000]), min_size=1, max_size=8)
+
+
+@given(SIZES, st.integers(1, 3), st.sampled_from([0, 50_000_000]), st.floats(0, 0.05), st.data())
+@settings(max_examples=60, deadline=None)
+def test_more_bandwidth_is_never_slower_where_nothing_disturbs(sizes, slots, resident, forward_s, data):
+    names = [f"L{i}" for i in range(len(sizes))]
+    records = make_records(dict(zip(names, sizes, strict=True)))
+    placement = place(
+        list(records.values()),
+        arena_bytes=1 << 50,
+        home=None,
+        has_disk=True,
+        pins=Pins(weight_slots=slots, resident_bytes=resident),
+    )
+    own = costs(names, forward_s, 3 * forward_s)
+    slow = simulate(call(names), records, placement, HOST, own)
+    rate = data.draw(st.sampled_from(["disk_read", "disk_write", "update", "host_copy"]))
+    faster = dataclasses.replace(HOST, **{rate: 2 * getattr(HOST, rate)})
+    assert simulate(call(names), records, placement, faster, own).step_s <= slow.step_s * 1.02
+    assert slow.step_s >= len(names) * 4 * forward_s * 0.999
+    assert all(busy <= slow.step_s * 1.0001 for busy in slow.busy_s.values())
+
+
+def test_a_step_of_80_blocks_simulates_in_well_under_a_second():
+    records = blocks(80, 1_000_000)
+    names = list(records)
+    placement = on_disk(records)
+    start = time.perf_counter()
+    simulate(call(names), records, placement, HOST, costs(names, 0.01, 0.03))
+    assert time.perf_counter() - start < 10  # generous: a bound against the quadratic, not a benchmark
