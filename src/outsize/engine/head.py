@@ -208,6 +208,41 @@ class Head:
         return self.session.row_blocks(self.weight)
 
 
+def measured_tiles(
+    head: Head, rows: int, num_tokens: int, session: Session
+) -> tuple[Callable[[], object], Callable[[], object], int]:
+    """One tile of the loss on a row block of zeros, forward and backward, to be timed, and its tokens."""
+    width, device = head.module.in_features, session.torch_device
+    count = min(num_tokens, max(1, tile_elements(device) // rows))
+    hidden = torch.zeros(count, width, dtype=session.dtype, device=device)
+    values = {head.weight: torch.zeros(rows, width, dtype=session.dtype, device=device)}
+    autocast = Autocast(device.type, False, torch.bfloat16)
+    largest, total = torch.zeros(count, device=device), torch.ones(count, device=device)
+    place = torch.zeros(count, 1, dtype=torch.long, device=device)
+    gradient = torch.zeros(count, width, device=device)
+    weight_sum = torch.zeros(rows, width, device=device)
+
+    def logits() -> torch.Tensor:
+        weight = values[head.weight]
+        with autocast.restore():
+            return F.linear(hidden, weight).float()
+
+    def forward() -> None:
+        with torch.no_grad():
+            tile = logits()
+            _add_to_logsumexp(tile, largest, total)
+            tile.gather(1, place)
+
+    def backward() -> None:
+        with torch.no_grad():
+            slope = logits().sub_(total.unsqueeze(1)).exp_().mul_(1.0)
+            narrow = slope.to(session.dtype)
+            gradient.add_(narrow @ values[head.weight])
+            _add_product(weight_sum, narrow.T, hidden)
+
+    return forward, backward, count
+
+
 def tile_elements(device: torch.device) -> int:
     """Elements of one tile of logits on `device`."""
     return TILE_ELEMENTS if device.type == "cpu" else TILE_ELEMENTS_ON_DEVICE

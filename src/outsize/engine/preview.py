@@ -11,6 +11,7 @@ from outsize.config import Pins, format_bytes
 from outsize.engine import api, memory
 from outsize.engine.blocks import DTYPES
 from outsize.engine.budget import disk_bytes
+from outsize.engine.predict import Prediction, predict
 from outsize.engine.probe import batch_shape
 from outsize.engine.report import Row, placement_rows
 from outsize.engine.session import Session
@@ -18,6 +19,7 @@ from outsize.errors import BudgetError, ConfigError, ModelError
 from outsize.model import TensorSource, cut, longest_sequence, open_skeleton, resolve_folder
 from outsize.optim import ADAMW
 from outsize.plan import Placement, SlotClass
+from outsize.plan.profile import Profile
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,8 @@ class PlanSummary:
     disk_bytes: int
     device_budget_bytes: int = 0
     device_bytes: int = 0
+    prediction: Prediction | None = None
+    """What a step takes; None where no profile was given."""
 
     def __str__(self) -> str:
         lines = [f"{self.num_parameters / 1e6:.1f} M parameters in {self.num_blocks} blocks"]
@@ -55,6 +59,8 @@ class PlanSummary:
             + f"{format_bytes(self.host_bytes)} of {format_bytes(self.host_budget_bytes)} of memory"
             + (f", {format_bytes(self.disk_bytes)} of disk" if self.disk_bytes else "")
         )
+        if self.prediction is not None:
+            lines.append(str(self.prediction))
         return "\n".join(lines)
 
 
@@ -70,10 +76,12 @@ def preview(
     batch_size: int = 1,
     seq_len: int = 512,
     train: bool = True,
+    profile: Profile | None = None,
 ) -> PlanSummary:
     """Say what lives where, and whether it fits, for batches of `[batch_size, seq_len]` tokens.
 
-    Reads no weights and stores nothing. Raises ModelError or ConfigError for what cannot be opened at all.
+    With a `profile` of the machine one block of each kind is timed, and a step is predicted. Reads no weights and stores
+    nothing. Raises ModelError or ConfigError for what cannot be opened at all.
     """
     for name, value in (("batch_size", batch_size), ("seq_len", seq_len)):
         if value < 1:
@@ -119,6 +127,11 @@ def preview(
             0,
             session.budget.device_limit_bytes,
         )
+    prediction = None
+    if profile is not None:
+        tile_rows = session.budget.begin_call(rehearsal, shape)
+        with torch.set_grad_enabled(train):
+            prediction = predict(session, rehearsal, shape, tile_rows, records, placement, profile)
     return PlanSummary(
         fits=True,
         reason="",
@@ -131,6 +144,7 @@ def preview(
         disk_bytes=num_disk_bytes,
         device_budget_bytes=session.budget.device_limit_bytes,
         device_bytes=session.budget.device_bytes(),
+        prediction=prediction,
     )
 
 

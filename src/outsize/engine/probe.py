@@ -65,6 +65,17 @@ class BatchShape:
 
 
 @dataclass(frozen=True, slots=True)
+class Kind:
+    """Blocks that are alike: the first of them, its call, and its inputs: shape, type, whether each takes a gradient."""
+
+    layer: Layer
+    call: Call
+    inputs: tuple[tuple[Shape, torch.dtype, bool], ...]
+    trains: bool
+    differentiates: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Rehearsal:
     """What a call will do, and calls of the same kind with rows of at most `row_elements`.
 
@@ -82,6 +93,11 @@ class Rehearsal:
     """The largest tensor of the boundary."""
     tile_bytes: Linear
     loss_bytes: Linear
+    kinds: tuple[Kind, ...]
+    kind_of: dict[str, int]
+    """The kind of each layer, by the name of its module."""
+    rows: int
+    """Of the inputs in `kinds`."""
 
 
 @dataclass
@@ -96,7 +112,9 @@ class Probe:
     movable: set[int] = field(default_factory=set)
     tile_bytes: int = 0
     loss_bytes: int = 0
-    _seen: dict[_Key, tuple[list[torch.Tensor], Call]] = field(default_factory=dict)
+    kinds: list[Kind] = field(default_factory=list)
+    kind_of: dict[str, int] = field(default_factory=dict)
+    _seen: dict[_Key, tuple[list[torch.Tensor], Call, int]] = field(default_factory=dict)
 
     # -- what points call ------------------------------------------------------------------------------------------
 
@@ -110,11 +128,15 @@ class Probe:
         )
         if key not in self._seen:
             outputs, num_bytes = memory.watched(
-                lambda: self._run(layer, call, tensors, trains, differentiates), self.session.torch_device
+                lambda: run_on_zeros(self.session, layer, call, tensors, trains, differentiates),
+                self.session.torch_device,
             )
             self.tile_bytes = max(self.tile_bytes, num_bytes)
-            self._seen[key] = ([torch.empty(o.shape, dtype=o.dtype, device="meta") for o in outputs], call)
-        like, first = self._seen[key]
+            like = [torch.empty(o.shape, dtype=o.dtype, device="meta") for o in outputs]
+            self._seen[key] = like, call, len(self.kinds)
+            inputs = tuple((tuple(t.shape), t.dtype, t.requires_grad) for t in tensors)
+            self.kinds.append(Kind(layer, call, inputs, trains, differentiates))
+        like, first, self.kind_of[layer.point.module] = self._seen[key]
         call.output_spec, call.output_leaves = first.output_spec, first.output_leaves
         call.output_positions = first.output_positions
         call.side_door.counts = dict(first.side_door.counts)
@@ -212,56 +234,62 @@ class Probe:
         """Bytes of the largest of them."""
         return max((tensor.untyped_storage().nbytes() for tensor in self.kept.values()), default=0)
 
-    # -- running a block on zeros ----------------------------------------------------------------------------------
 
-    def _run(
-        self, layer: Layer, call: Call, tensors: Sequence[torch.Tensor], trains: bool, differentiates: bool
-    ) -> list[torch.Tensor]:
-        pieces = self.session.entry_pieces(layer.blocks)
-        most = max(piece.num_elements for piece in pieces) * self.session.dtype.itemsize
-        with mmap.mmap(-1, max(most, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory_of_zeros:
-            zeros = torch.frombuffer(memory_of_zeros, dtype=torch.uint8)
-            if self.session.torch_device.type != "cpu":
-                zeros = torch.zeros(most, dtype=torch.uint8, device=self.session.torch_device)
-            values = {
-                piece.parameter: zeros[: piece.num_elements * self.session.dtype.itemsize]
-                .view(self.session.dtype)
-                .view(piece.shape)
-                for piece in pieces
-                if piece.num_elements
-            }
-            try:
-                return self._run_on(layer, call, tensors, values, trains, differentiates)
-            finally:
-                values.clear()
-                del zeros
+def run_on_zeros(
+    session: Session,
+    layer: Layer,
+    call: Call,
+    tensors: Sequence[torch.Tensor],
+    trains: bool,
+    differentiates: bool,
+) -> list[torch.Tensor]:
+    """One visit of `layer` on weights that are zero, forward and, where it differentiates, backward."""
+    pieces = session.entry_pieces(layer.blocks)
+    most = max(piece.num_elements for piece in pieces) * session.dtype.itemsize
+    with mmap.mmap(-1, max(most, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory_of_zeros:
+        zeros = torch.frombuffer(memory_of_zeros, dtype=torch.uint8)
+        if session.torch_device.type != "cpu":
+            zeros = torch.zeros(most, dtype=torch.uint8, device=session.torch_device)
+        values = {
+            piece.parameter: zeros[: piece.num_elements * session.dtype.itemsize]
+            .view(session.dtype)
+            .view(piece.shape)
+            for piece in pieces
+            if piece.num_elements
+        }
+        try:
+            return _run_on(session, layer, call, tensors, values, trains, differentiates)
+        finally:
+            values.clear()
+            del zeros
 
-    def _run_on(
-        self,
-        layer: Layer,
-        call: Call,
-        tensors: Sequence[torch.Tensor],
-        values: dict[str, torch.Tensor],
-        trains: bool,
-        differentiates: bool,
-    ) -> list[torch.Tensor]:
-        module, bindings = self.session.module, layer.point.bindings
-        if not differentiates:
-            with installed(module, bindings, values), torch.no_grad():
-                return [output.detach().clone() for output in call.run(tensors)]
-        leaves = {name: value.detach().requires_grad_(trains) for name, value in values.items()}
-        if trains:
-            for leaf in leaves.values():
-                leaf.register_post_accumulate_grad_hook(_drop)
-        inputs = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in tensors]
-        with installed(module, bindings, leaves), torch.enable_grad():
-            outputs = call.run(inputs)
-        shapes = [torch.empty(output.shape, dtype=output.dtype, device="meta") for output in outputs]
-        roots = [output for output in outputs if output.requires_grad]
-        del outputs
-        if roots:
-            torch.autograd.backward(roots, [torch.zeros_like(root) for root in roots])
-        return shapes
+
+def _run_on(
+    session: Session,
+    layer: Layer,
+    call: Call,
+    tensors: Sequence[torch.Tensor],
+    values: dict[str, torch.Tensor],
+    trains: bool,
+    differentiates: bool,
+) -> list[torch.Tensor]:
+    module, bindings = session.module, layer.point.bindings
+    if not differentiates:
+        with installed(module, bindings, values), torch.no_grad():
+            return [output.detach().clone() for output in call.run(tensors)]
+    leaves = {name: value.detach().requires_grad_(trains) for name, value in values.items()}
+    if trains:
+        for leaf in leaves.values():
+            leaf.register_post_accumulate_grad_hook(_drop)
+    inputs = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in tensors]
+    with installed(module, bindings, leaves), torch.enable_grad():
+        outputs = call.run(inputs)
+    shapes = [torch.empty(output.shape, dtype=output.dtype, device="meta") for output in outputs]
+    roots = [output for output in outputs if output.requires_grad]
+    del outputs
+    if roots:
+        torch.autograd.backward(roots, [torch.zeros_like(root) for root in roots])
+    return shapes
 
 
 def _drop(leaf: torch.Tensor) -> None:
@@ -331,6 +359,9 @@ def rehearse(session: Session, args: tuple[Any, ...], kwargs: dict[str, Any], sh
         input_bytes=Linear.through({n: float(probe.largest_kept_bytes) for n, probe in probes.items()}),
         tile_bytes=Linear.through({n: float(probe.tile_bytes) for n, probe in probes.items()}),
         loss_bytes=Linear.through({n: float(probe.loss_bytes) for n, probe in probes.items()}),
+        kinds=tuple(first.kinds),
+        kind_of=first.kind_of,
+        rows=min(probes),
     )
 
 

@@ -1,0 +1,131 @@
+"""What computing costs: one block of each kind is timed at the real tile, on weights that are zero, before anything runs.
+
+Together with a profile of the machine this is what a plan is simulated with.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from outsize.block import Record
+from outsize.engine.batch import tiles
+from outsize.engine.head import Head, measured_tiles
+from outsize.engine.layer import Randomness
+from outsize.engine.probe import BatchShape, Kind, Rehearsal, run_on_zeros
+from outsize.plan import Direction
+from outsize.plan.profile import Profile
+from outsize.plan.simulate import Costs
+
+if TYPE_CHECKING:
+    from outsize.engine.session import Session
+
+REPEATS = 2
+"""Runs of which the fastest counts; one before them is not counted."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Seconds:
+    forward: float
+    backward: float
+
+
+def measure_costs(
+    session: Session,
+    rehearsal: Rehearsal,
+    shape: BatchShape,
+    tile_rows: int,
+    records: Sequence[Record],
+    profile: Profile,
+) -> Costs:
+    """Seconds of each block's visits in a call of `shape`, its tiles of `tile_rows`. Takes a few visits of one block."""
+    rows = shape.rows or rehearsal.rows
+    by_kind = [_time_kind(session, kind, rehearsal, tile_rows) for kind in rehearsal.kinds]
+    forward: dict[str, float] = {}
+    backward: dict[str, float] = {}
+    trainable = {record.name: record.num_trainable for record in records}
+    for module, index in rehearsal.kind_of.items():
+        kind, seconds = rehearsal.kinds[index], by_kind[index]
+        layer = session.points[module]
+        is_tiled = rehearsal.dims.get(module) is not None
+        parts = [tile.stop - tile.start for tile in tiles(rows, tile_rows)] if is_tiled else [rows]
+        full = tile_rows if is_tiled else rows
+        share = sum(parts) / full
+        block = layer.blocks[-1]
+        forward[block] = share * seconds.forward
+        backward[block] = share * seconds.backward
+        if kind.trains:
+            # Each tile's gradients are added to the block's sum: one read of each, one write.
+            size = session.dtype.itemsize + 8
+            backward[block] += (
+                len(parts) * sum(trainable[name] for name in layer.blocks) * size / profile.host_copy
+            )
+    for point in session.points.values():
+        if isinstance(point, Head):
+            _add_head(session, point, rows * shape.row_tokens, forward, backward)
+            # A tied table is visited by the embedding as well, which takes next to nothing.
+            visits = Counter((visit.block, visit.direction) for visit in rehearsal.visits)
+            for name in point.blocks:
+                forward[name] /= visits[name, Direction.FORWARD] or 1
+                backward[name] /= visits[name, Direction.BACKWARD] or 1
+    return Costs(forward, backward)
+
+
+def _time_kind(session: Session, kind: Kind, rehearsal: Rehearsal, tile_rows: int) -> _Seconds:
+    dims = rehearsal.dims.get(kind.layer.point.module)
+    tensors = []
+    for index, (shape, dtype, requires_grad) in enumerate(kind.inputs):
+        sizes = list(shape)
+        dim = dims.inputs[index] if dims is not None else None
+        if dim is not None:
+            sizes[dim] = sizes[dim] // rehearsal.rows * tile_rows
+        tensor = torch.zeros(sizes, dtype=dtype, device=session.torch_device)
+        tensors.append(tensor.requires_grad_(requires_grad))
+
+    def run(differentiates: bool) -> None:
+        run_on_zeros(session, kind.layer, kind.call, tensors, kind.trains and differentiates, differentiates)
+
+    with Randomness.current(session.device).restored():
+        forward = _fastest(lambda: run(False), session.torch_device)
+        backward = _fastest(lambda: run(True), session.torch_device) if kind.differentiates else 0.0
+    return _Seconds(forward, backward)
+
+
+def _add_head(
+    session: Session, head: Head, num_tokens: int, forward: dict[str, float], backward: dict[str, float]
+) -> None:
+    """The loss of `num_tokens`, row block by row block; those of one size are alike."""
+    known: dict[int, _Seconds] = {}
+    for name, start, stop in session.row_blocks(head.weight):
+        rows = stop - start
+        if rows not in known:
+            go_forward, go_back, tile_tokens = measured_tiles(head, rows, num_tokens, session)
+            share = num_tokens / tile_tokens
+            known[rows] = _Seconds(
+                share * _fastest(go_forward, session.torch_device),
+                share * _fastest(go_back, session.torch_device),
+            )
+        forward[name] = known[rows].forward
+        backward[name] = known[rows].backward
+
+
+def _fastest(run: Callable[[], object], device: torch.device) -> float:
+    run()
+    times = []
+    for _ in range(REPEATS):
+        _synchronize(device)
+        start = time.perf_counter()
+        run()
+        _synchronize(device)
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

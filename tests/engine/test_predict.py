@@ -1,0 +1,70 @@
+"""Predictions: what is timed, and that a plan's simulation follows the machine and the batch."""
+
+import dataclasses
+
+import pytest
+
+import outsize
+from outsize import Pins
+from outsize.plan import Direction
+from outsize.plan.profile import Resource
+from tests.plan.test_simulate import HOST
+from tests.zoo import ZOO
+
+SLOW = dataclasses.replace(HOST, name="a slow disk", disk_read=2e6, disk_write=2e6)
+
+
+def predicted(tmp_path, name="llama", profile=HOST, **options):
+    folder = tmp_path / name
+    if not folder.exists():
+        ZOO[name].build().config.save_pretrained(folder)
+    options = {"batch_size": 4, "seq_len": 16, "disk": tmp_path, "home": "disk", "dtype": "float32"} | options
+    return outsize.preview(folder, profile=profile, **options).prediction
+
+
+@pytest.mark.parametrize("name", ["llama", "llama_tied", "mixtral", "gpt2"])
+def test_every_layer_and_the_head_have_a_cost(name, tmp_path):
+    prediction = predicted(tmp_path, name)
+    layers = [block for block in prediction.costs.forward_s if block.startswith("L")]
+    assert len(layers) >= 2
+    for block in layers:
+        assert prediction.costs.backward_s[block] > prediction.costs.forward_s[block] > 0
+    assert any(not block.startswith("L") and cost > 0 for block, cost in prediction.costs.forward_s.items())
+    assert prediction.step_s >= sum(prediction.costs.backward_s.values())
+    assert prediction.num_tokens == 64
+
+
+def test_a_slow_disk_is_the_bottleneck_and_is_said(tmp_path):
+    fast, slow = predicted(tmp_path), predicted(tmp_path, profile=SLOW)
+    assert slow.simulation.bottleneck in (Resource.READ, Resource.WRITE)
+    moved = fast.simulation.bytes_moved
+    assert slow.simulation.bytes_moved[Resource.WRITE] == pytest.approx(moved[Resource.WRITE], rel=0.1)
+    assert slow.step_s > max(moved[Resource.READ], moved[Resource.WRITE]) / 2e6 * 0.9
+    assert "mostly for" in str(slow) and "disk" in str(slow)
+    assert "written to the disk" in str(slow)
+
+
+def test_what_stays_in_memory_is_not_moved(tmp_path):
+    prediction = predicted(tmp_path, home="host")
+    assert not prediction.simulation.bytes_moved.get(Resource.READ)
+    assert "waits for nothing" in str(prediction)
+
+
+def test_tiles_are_counted(tmp_path):
+    """A call of twice as many tiles computes about twice as long: exactly so, where what is timed is the same tile."""
+    one = predicted(tmp_path, batch_size=1, pins=Pins(tile_rows=1)).costs
+    four = predicted(tmp_path, batch_size=4, pins=Pins(tile_rows=1)).costs
+    assert set(one.forward_s) == set(four.forward_s)
+    assert sum(four.backward_s.values()) > 1.5 * sum(one.backward_s.values())
+
+
+def test_inference_is_predicted_without_backward(tmp_path):
+    prediction = predicted(tmp_path, train=False)
+    assert not any(prediction.costs.backward_s[b] for b in prediction.costs.backward_s if b.startswith("L"))
+    events = prediction.simulation.events
+    assert not any(event.task.label.startswith(str(Direction.BACKWARD)) for event in events)
+
+
+def test_the_life_of_a_drive_is_said_in_steps(tmp_path):
+    profile = dataclasses.replace(HOST, disk_endurance_bytes=1.2e15)
+    assert "the drive's life is" in str(predicted(tmp_path, profile=profile))
