@@ -68,3 +68,28 @@ def test_inference_is_predicted_without_backward(tmp_path):
 def test_the_life_of_a_drive_is_said_in_steps(tmp_path):
     profile = dataclasses.replace(HOST, disk_endurance_bytes=1.2e15)
     assert "the drive's life is" in str(predicted(tmp_path, profile=profile))
+
+
+def test_what_would_help_follows_what_limits(tmp_path):
+    slow = predicted(tmp_path, profile=SLOW)
+    assert slow.remedies[0].what == "a second disk" and slow.remedies[0].speedup == pytest.approx(
+        2.0, rel=0.1
+    )
+    assert "what would help: a second disk" in str(slow)
+    resident = predicted(tmp_path, home="host")
+    assert [remedy.what for remedy in resident.remedies] == ["a processor twice as fast"]
+
+
+def test_more_memory_helps_where_the_disk_limits(tmp_path):
+    """A budget that holds a part of the model: with a quarter more, the rest stays as well."""
+    folder = tmp_path / "wide"
+    config = ZOO["llama"].build().config
+    config.hidden_size, config.intermediate_size, config.num_hidden_layers = 256, 4096, 8
+    config.num_attention_heads = config.num_key_value_heads = 4
+    config.head_dim = 64
+    config.save_pretrained(folder)
+    options = {"batch_size": 1, "seq_len": 16, "disk": tmp_path, "dtype": "float32"}
+    least = outsize.preview(folder, home="disk", **options)
+    host = f"{(least.host_bytes >> 20) + 150}MiB"
+    prediction = outsize.preview(folder, host=host, profile=SLOW, **options).prediction
+    assert "more memory" in {remedy.what[-11:] for remedy in prediction.remedies}

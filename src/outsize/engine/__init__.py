@@ -2,6 +2,7 @@
 
 from outsize.engine.api import load, save, wrap
 from outsize.engine.optimizers import SGD, AdamW, AdamW8bit, Adan, Lion, SGDSaI, decay_groups
+from outsize.engine.predict import Prediction, predict
 from outsize.engine.preview import PlanSummary, preview
 from outsize.engine.report import Report, report
 
@@ -12,10 +13,12 @@ __all__ = [
     "Adan",
     "Lion",
     "PlanSummary",
+    "Prediction",
     "Report",
     "SGDSaI",
     "decay_groups",
     "load",
+    "predict",
     "preview",
     "report",
     "save",

@@ -109,6 +109,14 @@ class Budget:
         self.placement = self._largest_that_fits(records, rehearsal, shape)
         return self.placement
 
+    def place_with(self, records: Sequence[Record], more_bytes: int) -> Placement:
+        """The placement there would be with `more_bytes` of the host's memory; nothing is changed."""
+        settings = self._settings
+        room, home_room = self.room_bytes - self.activation_bytes, self._home_room_bytes - self.kept_bytes
+        if self._device.is_host:
+            return self._place(records, room + more_bytes, settings.home, settings.pins, home_room)
+        return self._place(records, room, settings.home, settings.pins, home_room + more_bytes)
+
     def begin_call(self, rehearsal: Rehearsal, shape: BatchShape) -> int:
         """The rows of the largest tile whose memory is within what is left beside the arenas.
 

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
 
 from outsize.block import Record
 from outsize.config import format_bytes
 from outsize.engine.probe import BatchShape, Rehearsal
+from outsize.engine.session import Session, session_of
 from outsize.engine.timing import measure_costs
+from outsize.errors import UsageError
 from outsize.plan import Placement
 from outsize.plan.profile import Profile, Resource
 from outsize.plan.simulate import Costs, Simulation, simulate
-
-if TYPE_CHECKING:
-    from outsize.engine.session import Session
 
 _WORDS = {
     Resource.COMPUTE: "computing",
@@ -27,15 +28,34 @@ _WORDS = {
 }
 
 
+WORTH_SAYING = 1.05
+"""A remedy that makes a step faster by less is not named."""
+
+
+@dataclass(frozen=True, slots=True)
+class Remedy:
+    """A change of the machine or its budget, and by what factor it would make a step faster."""
+
+    what: str
+    speedup: float
+
+    def __str__(self) -> str:
+        return f"{self.what}: {self.speedup:.1f}x"
+
+
 @dataclass(frozen=True)
 class Prediction:
     """A step as it is expected; seconds and bytes."""
 
     step_s: float
     num_tokens: int
+    host_bytes: int
+    """Of the process, at most."""
     simulation: Simulation
     costs: Costs
     disk_endurance_bytes: float | None
+    remedies: tuple[Remedy, ...] = ()
+    """What would make a step shorter, most first."""
 
     @property
     def tokens_per_s(self) -> float:
@@ -46,6 +66,16 @@ class Prediction:
     def stalled_s(self) -> float:
         """Seconds of a step in which computing waits."""
         return sum(self.simulation.stall_s.values())
+
+    @property
+    def bytes_read(self) -> int:
+        """From the disk, per step."""
+        return self.simulation.bytes_moved.get(Resource.READ, 0)
+
+    @property
+    def bytes_written(self) -> int:
+        """To the disk, per step."""
+        return self.simulation.bytes_moved.get(Resource.WRITE, 0)
 
     def __str__(self) -> str:
         busy = self.simulation.busy_s
@@ -65,15 +95,34 @@ class Prediction:
             lines.append(f"computing waits {self.stalled_s:.2f} s per step, mostly for {_WORDS[most]}")
         else:
             lines.append("computing waits for nothing: only a faster processor would make a step shorter")
-        written = self.simulation.bytes_moved.get(Resource.WRITE, 0)
-        if written:
+        if self.remedies:
+            lines.append("what would help: " + "; ".join(map(str, self.remedies)))
+        if self.bytes_written:
             life = self.disk_endurance_bytes
-            worn = f"; the drive's life is {life / written:,.0f} steps" if life else ""
-            lines.append(f"written to the disk: {format_bytes(written)} per step{worn}")
+            worn = f"; the drive's life is {life / self.bytes_written:,.0f} steps" if life else ""
+            lines.append(f"written to the disk: {format_bytes(self.bytes_written)} per step{worn}")
         return "\n".join(lines)
 
 
-def predict(
+def predict(model: nn.Module, profile: Profile) -> Prediction:
+    """Predict the steps of a model from its last training call. Takes a few visits of one block of each kind.
+
+    Raises UsageError where the model was not called with gradients on.
+    """
+    session = session_of(model)
+    call, executor, placement = session.last_training_call, session.executor, session.budget.placement
+    if call is None or executor is None or placement is None:
+        raise UsageError(
+            "a prediction needs the shape of a batch",
+            hint="call the model once with gradients on, then predict",
+        )
+    session.budget.make_room()
+    records = [state.record for state in executor.store]
+    with torch.enable_grad():
+        return predict_call(session, call.rehearsal, call.shape, call.tile_rows, records, placement, profile)
+
+
+def predict_call(
     session: Session,
     rehearsal: Rehearsal,
     shape: BatchShape,
@@ -87,4 +136,63 @@ def predict(
     by_name: Mapping[str, Record] = {record.name: record for record in records}
     simulation = simulate(rehearsal.visits, by_name, placement, profile, costs)
     num_tokens = (shape.rows or 1) * shape.row_tokens
-    return Prediction(simulation.step_s, num_tokens, simulation, costs, profile.disk_endurance_bytes)
+    return Prediction(
+        simulation.step_s,
+        num_tokens,
+        session.budget.host_bytes(),
+        simulation,
+        costs,
+        profile.disk_endurance_bytes,
+        _remedies(session, rehearsal, by_name, placement, profile, costs, simulation.step_s),
+    )
+
+
+def _remedies(
+    session: Session,
+    rehearsal: Rehearsal,
+    records: Mapping[str, Record],
+    placement: Placement,
+    profile: Profile,
+    costs: Costs,
+    step_s: float,
+) -> tuple[Remedy, ...]:
+    """Simulate the same steps with twice of each thing that could be bought."""
+
+    def step_with(other: Profile, place: Placement = placement, own: Costs = costs) -> float:
+        return simulate(rehearsal.visits, records, place, other, own).step_s
+
+    tried: dict[str, Callable[[], float]] = {
+        "a second disk": lambda: step_with(
+            replace(profile, disk_read=2 * profile.disk_read, disk_write=2 * profile.disk_write)
+        ),
+        "a processor twice as fast": lambda: (
+            step_with(
+                replace(profile, update=2 * profile.update, host_copy=2 * profile.host_copy),
+                own=_halved(costs),
+            )
+            if not profile.has_device
+            else step_with(profile, own=_halved(costs))
+        ),
+    }
+    if profile.up is not None and profile.down is not None:
+        up, down = profile.up, profile.down
+        tried["a link twice as fast"] = lambda: step_with(replace(profile, up=2 * up, down=2 * down))
+    if (
+        placement.disk_bytes
+        and session.settings.home is None
+        and session.settings.pins.resident_bytes is None
+    ):
+        more = max(1 << 30, session.budget.limit_bytes // 4)
+        larger = session.budget.place_with(list(records.values()), more)
+        tried[f"{format_bytes(more)} more memory"] = lambda: step_with(profile, larger)
+    found = [Remedy(what, step_s / simulated()) for what, simulated in tried.items()]
+    worth = [remedy for remedy in found if remedy.speedup >= WORTH_SAYING]
+    return tuple(sorted(worth, key=lambda remedy: -remedy.speedup))
+
+
+def _halved(costs: Costs) -> Costs:
+    return Costs(
+        {block: seconds / 2 for block, seconds in costs.forward_s.items()},
+        {block: seconds / 2 for block, seconds in costs.backward_s.items()},
+        costs.between_s / 2,
+    )

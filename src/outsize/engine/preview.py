@@ -11,7 +11,7 @@ from outsize.config import Pins, format_bytes
 from outsize.engine import api, memory
 from outsize.engine.blocks import DTYPES
 from outsize.engine.budget import disk_bytes
-from outsize.engine.predict import Prediction, predict
+from outsize.engine.predict import Prediction, predict_call
 from outsize.engine.probe import batch_shape
 from outsize.engine.report import Row, placement_rows
 from outsize.engine.session import Session
@@ -131,7 +131,7 @@ def preview(
     if profile is not None:
         tile_rows = session.budget.begin_call(rehearsal, shape)
         with torch.set_grad_enabled(train):
-            prediction = predict(session, rehearsal, shape, tile_rows, records, placement, profile)
+            prediction = predict_call(session, rehearsal, shape, tile_rows, records, placement, profile)
     return PlanSummary(
         fits=True,
         reason="",

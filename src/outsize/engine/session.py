@@ -107,6 +107,7 @@ class Session:
         self.identity = uuid.uuid4().hex
         self.budget = Budget(settings, _never_streamed(cut), self.device)
         self._call: _Call | None = None
+        self.last_training_call: _Call | None = None
         self._forward_order: list[Visit] = []
         self._rehearsals: dict[tuple[Any, ...], Rehearsal] = {}
         self._blocks = {block.name: block for block in cut.blocks}
@@ -237,6 +238,8 @@ class Session:
             self._settle(needed, shape)
         assert self.executor is not None
         self._call = _Call(rehearsal, shape, self.budget.begin_call(rehearsal, shape))
+        if torch.is_grad_enabled():
+            self.last_training_call = self._call
         self.executor.begin(rehearsal.visits)
         if self.keeper is not None:
             self.keeper.begin()

@@ -16,6 +16,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from outsize.config import Pins
+from outsize.plan.profile import Profile
 
 
 class Report(Protocol):
@@ -48,6 +49,30 @@ class Report(Protocol):
     @property
     def wait_s(self) -> Mapping[str, float]:
         """Seconds spent waiting so far, per link."""
+
+
+class Predicted(Protocol):
+    """A step as it was expected."""
+
+    @property
+    def step_s(self) -> float:
+        """Seconds of a step."""
+
+    @property
+    def host_bytes(self) -> int:
+        """Memory of the process, at most."""
+
+    @property
+    def stalled_s(self) -> float:
+        """Seconds of a step in which computing waits."""
+
+    @property
+    def bytes_read(self) -> int:
+        """From the disk, per step."""
+
+    @property
+    def bytes_written(self) -> int:
+        """To the disk, per step."""
 
 
 class ClippingOptimizer(Optimizer):
@@ -86,6 +111,9 @@ class Api(Protocol):
 
     def report(self, model: nn.Module) -> Report:
         """What `model` has used so far."""
+
+    def predict(self, model: nn.Module, profile: Profile) -> Predicted:
+        """What a step like the last one will take on a machine."""
 
 
 class MakeOptimizer(Protocol):

@@ -21,7 +21,9 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from outsize.errors import TrainingError
-from outsize.train.api import Api, ClippingOptimizer, Report, optimizer_of, public_api
+from outsize.plan.profile import Profile
+from outsize.train.api import Api, ClippingOptimizer, Predicted, Report, optimizer_of, public_api
+from outsize.train.compare import compare
 from outsize.train.data import Batch, DataOptions, Dataset, Position, check_files, open_dataset
 from outsize.train.evaluate import Evaluator, loss_of
 from outsize.train.interrupt import Interruption
@@ -60,10 +62,15 @@ class TrainResult:
 
 
 def train(
-    settings: TrainSettings, *, api: Api | None = None, watchers: Sequence[Watcher] = ()
+    settings: TrainSettings,
+    *,
+    api: Api | None = None,
+    watchers: Sequence[Watcher] = (),
+    profile: Profile | None = None,
 ) -> TrainResult:
     """Train as `settings` say, and leave the weights, the tokenizer, `metrics.jsonl` and `report.html` in `settings.out`.
 
+    With a `profile` of the machine the run is predicted after its first step, and the prediction compared at its end.
     Nothing is loaded before paths and sizes have been checked. Raises DataError, ConfigError, and whatever
     loading raises, with nothing left behind; raises TrainingError where the loss is not finite, after saving
     the weights as they were before that step.
@@ -77,13 +84,15 @@ def train(
     try:
         own: list[Watcher] = [MetricsFile(folder.metrics), ReportPage(folder.report)]
         own += trackers(settings.trackers, folder.partial)
-        return _train(settings, folder, api or public_api(), Watchers([*own, *watchers]))
+        return _train(settings, folder, api or public_api(), Watchers([*own, *watchers]), profile)
     except BaseException:
         folder.give_up()
         raise
 
 
-def _train(settings: TrainSettings, folder: OutputFolder, api: Api, watchers: Watcher) -> TrainResult:
+def _train(
+    settings: TrainSettings, folder: OutputFolder, api: Api, watchers: Watcher, profile: Profile | None
+) -> TrainResult:
     watchers.say(f"reading {', '.join(str(file) for file in settings.data)}")
     training, held_out = open_data(settings)
     watchers.say(f"loading {settings.model}")
@@ -97,6 +106,7 @@ def _train(settings: TrainSettings, folder: OutputFolder, api: Api, watchers: Wa
     if held_out is not None:
         evaluator = Evaluator(held_out, settings.batch_size, settings.evaluating.every, folder.best)
     started_s = time.monotonic()
+    predicted: Predicted | None = None
     save = _saver(settings, api, run.model)
     with Interruption(watchers.stopping) as interruption:
         try:
@@ -105,11 +115,15 @@ def _train(settings: TrainSettings, folder: OutputFolder, api: Api, watchers: Wa
                 while not (run.pace.is_over() or interruption.requested):
                     metrics = run.step()
                     watchers.stepped(metrics, run.report(), run.pace.num_steps())
+                    if profile is not None and predicted is None:
+                        predicted = api.predict(run.model, profile)
                     if evaluator is not None and evaluator.is_due(metrics.step, run.pace.num_steps()):
                         watchers.evaluated(evaluator.evaluate(run.model, metrics.step, save))
                 if evaluator is not None and run.losses and evaluator.last_step != len(run.losses):
                     watchers.evaluated(evaluator.evaluate(run.model, len(run.losses), None))
                 watchers.ended(run.report(), interruption.requested)
+                if predicted is not None:
+                    watchers.compared(compare(predicted, run.metrics))
         except _LossNotFinite as error:
             raise _save_and_explain(error, folder, save, run) from error
         interrupted = interruption.requested
@@ -175,6 +189,7 @@ class Run:
         self.model = model
         self.pace = pace
         self.losses: list[float] = []
+        self.metrics: list[StepMetrics] = []
         self._optimizer = optimizer
         self._scheduler = scheduler
         self._batches = batches
@@ -217,7 +232,9 @@ class Run:
         self._scheduler.step()
         self.losses.append(loss.item())
         self.pace.step_done()
-        return self._metrics(lr, batch["input_ids"].numel(), time.perf_counter() - started_s, before)
+        step_s = time.perf_counter() - started_s
+        self.metrics.append(self._metrics(lr, batch["input_ids"].numel(), step_s, before))
+        return self.metrics[-1]
 
     def report(self) -> Report:
         """What the model has used so far."""

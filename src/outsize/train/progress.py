@@ -15,6 +15,7 @@ from rich.text import Text
 
 from outsize.config import format_bytes
 from outsize.train.api import Report
+from outsize.train.compare import Figure
 from outsize.train.metrics import Evaluation, StepMetrics
 from outsize.train.watch import RunFacts, Watcher
 
@@ -77,6 +78,11 @@ class PlainProgress(Watcher):
         """Print the evaluation."""
         self._line(_evaluation(evaluation))
 
+    def compared(self, figures: Sequence[Figure]) -> None:
+        """Print them, a line each."""
+        for figure in figures:
+            self._line(str(figure))
+
     def stopping(self) -> None:
         """Say so, past all buffers: the signal may have interrupted a print."""
         os.write(2, f"\n{_STOPPING}\n".encode())
@@ -133,6 +139,11 @@ class LiveProgress(Watcher):
     def evaluated(self, evaluation: Evaluation) -> None:
         """Print the evaluation above the bar."""
         self.say(_evaluation(evaluation))
+
+    def compared(self, figures: Sequence[Figure]) -> None:
+        """Print them, a line each."""
+        for figure in figures:
+            self.say(str(figure))
 
     def stopping(self) -> None:
         """Let the next redrawing say so; text written in between would tear the lines apart."""

@@ -15,6 +15,7 @@ from types import TracebackType
 
 from outsize.config import format_bytes
 from outsize.train.api import Report
+from outsize.train.compare import Figure
 from outsize.train.metrics import Evaluation, StepMetrics
 from outsize.train.watch import RunFacts, Watcher
 
@@ -88,6 +89,7 @@ class ReportPage(Watcher):
         self._report: Report | None = None
         self._started_s = 0.0
         self._seconds = 0.0
+        self._compared: Sequence[Figure] = ()
         self._ending = "the run ended with an error"
 
     def started(self, facts: RunFacts) -> None:
@@ -109,6 +111,10 @@ class ReportPage(Watcher):
         """Keep how it ended."""
         self._report = report
         self._ending = "stopped early on request" if interrupted else "complete"
+
+    def compared(self, figures: Sequence[Figure]) -> None:
+        """Keep what was predicted."""
+        self._compared = figures
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -142,11 +148,18 @@ class ReportPage(Watcher):
                 f'<div class="charts">{"".join(self._charts(report))}</div>',
                 '<div class="charts">',
                 f"<section><h2>What lived where</h2><pre>{escape(str(report))}</pre></section>",
+                self._prediction(),
                 f"<section><h2>Data</h2><pre>{escape(chr(10).join(facts.data))}</pre></section>",
                 f"<section><h2>Settings</h2>{_table(settings)}</section>",
                 "</div></body></html>",
             ]
         )
+
+    def _prediction(self) -> str:
+        if not self._compared:
+            return ""
+        rows = [(figure.what, str(figure).partition(": ")[2]) for figure in self._compared]
+        return f"<section><h2>Predicted and measured</h2>{_table(rows)}</section>"
 
     def _figures(self, last: StepMetrics, report: Report) -> list[tuple[str, str]]:
         facts = self._facts

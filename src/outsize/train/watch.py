@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from types import TracebackType
 
 from outsize.train.api import Report
+from outsize.train.compare import Figure
 from outsize.train.metrics import Evaluation, StepMetrics
 
 
@@ -51,6 +52,9 @@ class Watcher(AbstractContextManager["Watcher"]):
 
     def ended(self, report: Report, interrupted: bool) -> None:
         """The last step is done; the weights are saved next."""
+
+    def compared(self, figures: Sequence[Figure]) -> None:
+        """What was predicted of the run, beside what was measured; after the last step."""
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -94,6 +98,11 @@ class Watchers(Watcher):
         """Tell all."""
         for watcher in self._watchers:
             watcher.ended(report, interrupted)
+
+    def compared(self, figures: Sequence[Figure]) -> None:
+        """Tell all."""
+        for watcher in self._watchers:
+            watcher.compared(figures)
 
     def __enter__(self) -> Watchers:
         with ExitStack() as stack:
