@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
+from typing import TypeAlias
 
 from outsize.errors import ConfigError
 
@@ -74,6 +75,11 @@ def format_bytes(num_bytes: float) -> str:
     return f"{int(num_bytes)} B"
 
 
+OneDisk: TypeAlias = str | Path | tuple[str | Path, str | int]
+Disk: TypeAlias = OneDisk | list[OneDisk]
+"""A folder, optionally with a size; or several on different drives, which are used side by side."""
+
+
 @dataclass(frozen=True, slots=True)
 class DiskBudget:
     """A folder that may hold state, and how much of it (`None`: what is free)."""
@@ -82,7 +88,7 @@ class DiskBudget:
     num_bytes: int | None = None
 
     @classmethod
-    def parse(cls, value: str | Path | tuple[str | Path, str | int]) -> DiskBudget:
+    def parse(cls, value: OneDisk) -> DiskBudget:
         """`"/nvme/scratch"`, `"/nvme/scratch:200GiB"` or `("/nvme/scratch", "200GiB")`."""
         if isinstance(value, tuple):
             return cls(Path(value[0]), parse_bytes(value[1], "disk"))
@@ -91,6 +97,21 @@ class DiskBudget:
         if colon and folder and re.fullmatch(r"\s*\d[\d.]*\s*[A-Za-z]*\s*", size):
             return cls(Path(folder), parse_bytes(size, "disk"))
         return cls(Path(text))
+
+    @classmethod
+    def parse_all(cls, value: Disk) -> tuple[DiskBudget, ...]:
+        """As `parse`, of a list or of `"/nvme0,/nvme1:200GiB"`. Raises ConfigError where a folder is named twice."""
+        if isinstance(value, str) and "," in value and not Path(value).is_dir():
+            value = list(value.split(","))
+        disks = tuple(cls.parse(each) for each in (value if isinstance(value, list) else [value]))
+        folders = [disk.folder.resolve() for disk in disks]
+        twice = next((folder for folder in folders if folders.count(folder) > 1), None)
+        if twice is not None or not disks:
+            raise ConfigError(
+                f"disk: {twice} is named twice" if twice else "disk: no folder is named",
+                hint='name folders on different drives, such as disk=["/nvme0", "/nvme1"]',
+            )
+        return disks
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,25 +150,28 @@ class Pins:
 
 @dataclass(frozen=True, slots=True)
 class Budgets:
-    """What a run may use: `host` is a ceiling on the whole process, `disk` a folder; `None` is measured."""
+    """What a run may use: `host` is a ceiling on the whole process, `disks` folders; `None` is measured."""
 
     host_bytes: int | None = None
     device_bytes: int | None = None
-    disk: DiskBudget | None = None
+    disks: tuple[DiskBudget, ...] = ()
 
     @classmethod
-    def parse(
-        cls,
-        device: str | int | None,
-        host: str | int | None,
-        disk: str | Path | tuple[str | Path, str | int] | None,
-    ) -> Budgets:
+    def parse(cls, device: str | int | None, host: str | int | None, disk: Disk | None) -> Budgets:
         """Read the three arguments of `outsize.load`; raises ConfigError naming the one that is malformed."""
         return cls(
             host_bytes=None if host is None else parse_bytes(host, "host"),
             device_bytes=None if device is None else parse_bytes(device, "device"),
-            disk=None if disk is None else DiskBudget.parse(disk),
+            disks=() if disk is None else DiskBudget.parse_all(disk),
         )
+
+    def check_folders(self) -> None:
+        """Raise ConfigError naming a folder that is not there."""
+        for disk in self.disks:
+            if not disk.folder.is_dir():
+                raise ConfigError(
+                    f"disk: no folder {disk.folder}", hint="create it on an SSD, or name another"
+                )
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,5 +1,5 @@
 import outsize.tier
-from outsize.tier import DiskTier, FaultyTier, MemoryTier, NullTier, SlowTier, Tier
+from outsize.tier import DiskTier, FaultyTier, MemoryTier, NullTier, SlowTier, StripedTier, Tier
 
 
 def test_public_names_are_pinned():
@@ -23,6 +23,7 @@ def test_public_names_are_pinned():
         "Slot",
         "SlotPool",
         "SlowTier",
+        "StripedTier",
         "Tier",
         "TierStats",
         "Transfer",
@@ -34,6 +35,6 @@ def test_public_names_are_pinned():
 
 
 def test_every_tier_is_a_tier():
-    kinds: list[type[Tier]] = [DiskTier, FaultyTier, MemoryTier, NullTier, SlowTier]
+    kinds: list[type[Tier]] = [DiskTier, FaultyTier, MemoryTier, NullTier, SlowTier, StripedTier]
     for kind in kinds:
         assert all(callable(getattr(kind, name)) for name in ("start_read", "start_write", "close"))

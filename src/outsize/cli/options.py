@@ -42,7 +42,9 @@ def add_place(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--device", metavar="SIZE", help="memory of the accelerator, such as 20GiB")
     group.add_argument("--host", metavar="SIZE", help="memory of the whole process, such as 3GiB")
     group.add_argument(
-        "--disk", metavar="DIR[:SIZE]", help="folder on a local disk, such as /nvme/scratch:200GiB"
+        "--disk",
+        metavar="DIR[:SIZE][,...]",
+        help="folder on a local disk, such as /nvme/scratch:200GiB; several on different drives are used side by side",
     )
     group.add_argument(
         "--home", choices=[str(home) for home in Home], help="where weights and state live at rest"

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from outsize.block import Block
-from outsize.config import Budgets, ComputeType, Home, Pins, Settings
+from outsize.config import Budgets, ComputeType, Disk, Home, Pins, Settings
 from outsize.engine import memory
 from outsize.engine.blocks import DTYPES
 from outsize.engine.placeholder import OffloadedParameter
@@ -33,7 +33,7 @@ def load(
     *,
     device: str | int | None = None,
     host: str | int | None = None,
-    disk: str | Path | tuple[str | Path, str | int] | None = None,
+    disk: Disk | None = None,
     home: str | None = None,
     dtype: str | torch.dtype | None = None,
     pins: Pins | None = None,
@@ -43,8 +43,9 @@ def load(
     """Open the Hugging Face model in folder `path` without reading its weights.
 
     `host` is a ceiling on the whole process, such as "3GiB"; `disk` a folder on an SSD, optionally with a size
-    ("/scratch:200GiB"); without budgets, what is free now is used. `home` pins where weights and state live, `dtype`
-    the compute type, `pins` anything else. A folder with a `config.json` and no weights is initialised from `seed`.
+    ("/scratch:200GiB"), or a list of folders on several drives, which are used side by side; without budgets, what is
+    free now is used. `home` pins where weights and state live, `dtype` the compute type, `pins` anything else. A
+    folder with a `config.json` and no weights is initialised from `seed`.
 
     Raises ModelError, WeightsError or ConfigError before anything is read.
     """
@@ -64,7 +65,7 @@ def wrap(
     *,
     device: str | int | None = None,
     host: str | int | None = None,
-    disk: str | Path | tuple[str | Path, str | int] | None = None,
+    disk: Disk | None = None,
     home: str | None = None,
     dtype: str | torch.dtype | None = None,
     pins: Pins | None = None,
@@ -104,7 +105,7 @@ def save(model: nn.Module, path: str | Path, *, tokenizer_from: str | Path | Non
 def resolve_settings(
     device: str | int | None,
     host: str | int | None,
-    disk: str | Path | tuple[str | Path, str | int] | None,
+    disk: Disk | None,
     home: str | None,
     dtype: str | torch.dtype | None,
     pins: Pins | None,
@@ -117,10 +118,7 @@ def resolve_settings(
     if home == Home.DISK and disk is None:
         raise ConfigError('home="disk" without a folder', hint='give one with disk="/path/on/an/ssd"')
     budgets = Budgets.parse(device, host, disk)
-    if budgets.disk is not None and not budgets.disk.folder.is_dir():
-        raise ConfigError(
-            f"disk: no folder {budgets.disk.folder}", hint="create it on an SSD, or name another"
-        )
+    budgets.check_folders()
     return Settings(budgets, Home(home) if home is not None else None, _compute_type(dtype), pins or Pins())
 
 

@@ -23,6 +23,7 @@ from outsize.engine.probe import BatchShape, Rehearsal
 from outsize.errors import BudgetError
 from outsize.plan import Placement, place, place_apart
 from outsize.tier import Device
+from outsize.tier.striped import part_bytes
 
 SLACK_BYTES = 128 << 20
 """Memory left for what is not planned: malloc's remains, Python objects, thread stacks."""
@@ -241,7 +242,7 @@ class Budget:
         self, records: Sequence[Record], room: int, home: Home | None, pins: Pins, home_room: int
     ) -> Placement:
         """A placement that leaves `room` for arenas where blocks compute, and `home_room` in a host that does not."""
-        has_disk = self._settings.budgets.disk is not None
+        has_disk = self._settings.budgets.disks != ()
         if self._device.is_host:
             return place(
                 records,
@@ -271,7 +272,7 @@ class Budget:
     def _least(self, records: Sequence[Record]) -> Placement:
         """The placement that takes the least memory."""
         pins = self._settings.pins
-        home = self._settings.home or (Home.DISK if self._settings.budgets.disk is not None else Home.HOST)
+        home = self._settings.home or (Home.DISK if self._settings.budgets.disks != () else Home.HOST)
         slots = Pins(
             weight_slots=pins.weight_slots or 1, gradient_slots=pins.gradient_slots or 1, resident_bytes=0
         )
@@ -282,7 +283,7 @@ class Budget:
         least = self._least(records)
         device = self.activation_bytes + least.compute_bytes + DEVICE_SLACK_BYTES + HINT_MARGIN_BYTES
         host = self.limit_bytes - self._home_room_bytes + least.home_bytes + HINT_MARGIN_BYTES
-        has_disk = self._settings.budgets.disk is not None
+        has_disk = self._settings.budgets.disks != ()
         hint = f'device="{-(-device // 2**20)}MiB" with host="{-(-host // 2**20)}MiB" works with this batch'
         return BudgetError(
             f"the model does not fit into {format_bytes(self.device_limit_bytes)} of the device and "
@@ -293,7 +294,7 @@ class Budget:
 
     def _hint(self, records: Sequence[Record], fixed_bytes: int) -> str:
         """The smallest budget that works."""
-        has_disk = self._settings.budgets.disk is not None
+        has_disk = self._settings.budgets.disks != ()
         least = self._least(records)
         needed = -(-(fixed_bytes + least.arena_bytes + HINT_MARGIN_BYTES) // (1 << 20))
         hint = f'host="{needed}MiB" works with this batch'
@@ -308,16 +309,19 @@ class Budget:
 
 def disk_bytes(placement: Placement, records: Sequence[Record], settings: Settings) -> int:
     """What the store takes on disk; 0 where nothing lives there. Raises BudgetError where that is not allowed."""
-    budget = settings.budgets.disk
-    if not placement.disk_bytes or budget is None:
+    disks = settings.budgets.disks
+    if not placement.disk_bytes or not disks:
         return 0
     num_bytes = sum(record.num_bytes for record in records)
-    if budget.num_bytes is not None and num_bytes > budget.num_bytes:
-        raise BudgetError(
-            f"the state takes {format_bytes(num_bytes)} on disk, "
-            f"{budget.folder} may hold {format_bytes(budget.num_bytes)}",
-            hint=f'disk="{budget.folder}:{-(-num_bytes // 2**20)}MiB" works',
-        )
+    share = num_bytes if len(disks) == 1 else part_bytes(num_bytes, len(disks))
+    for disk in disks:
+        if disk.num_bytes is not None and share > disk.num_bytes:
+            part = "" if len(disks) == 1 else f", {format_bytes(share)} on each of {len(disks)}"
+            raise BudgetError(
+                f"the state takes {format_bytes(num_bytes)} on disk{part}; "
+                f"{disk.folder} may hold {format_bytes(disk.num_bytes)}",
+                hint=f'disk="{disk.folder}:{-(-share // 2**20)}MiB" works',
+            )
     return num_bytes
 
 

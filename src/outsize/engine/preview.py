@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from outsize.config import Pins, format_bytes
+from outsize.config import Disk, Pins, format_bytes
 from outsize.engine import api, memory
 from outsize.engine.blocks import DTYPES
 from outsize.engine.budget import disk_bytes
@@ -69,7 +69,7 @@ def preview(
     *,
     device: str | int | None = None,
     host: str | int | None = None,
-    disk: str | Path | tuple[str | Path, str | int] | None = None,
+    disk: Disk | None = None,
     home: str | None = None,
     dtype: str | torch.dtype | None = None,
     pins: Pins | None = None,

@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
@@ -40,7 +41,8 @@ from outsize.errors import UsageError
 from outsize.model import Cut, InitSource, Point, PointKind, Source, TensorSource
 from outsize.optim import Kernel, Rule, split
 from outsize.plan import Direction, Placement, Visit
-from outsize.tier import Device, DiskTier, HostDevice, Tier
+from outsize.tier import Device, DiskTier, HostDevice, StripedTier, Tier
+from outsize.tier.striped import part_bytes
 
 if TYPE_CHECKING:
     AnyPoint = Layer | Loose | Embedding | Head
@@ -630,9 +632,25 @@ class Session:
         num_bytes = disk_bytes(placement, records, self.settings)
         if not num_bytes:
             return None
-        assert self.settings.budgets.disk is not None
-        folder, name = self.settings.budgets.disk.folder, f"outsize-{self.identity}.store"
-        return DiskTier(folder, num_bytes, name=name, verify=self.settings.pins.verify, anonymous=True)
+        folders = [disk.folder for disk in self.settings.budgets.disks]
+        verify = self.settings.pins.verify
+
+        def open_one(folder: Path, size: int) -> Tier:
+            return DiskTier(
+                folder, size, name=f"outsize-{self.identity}.store", verify=verify, anonymous=True
+            )
+
+        if len(folders) == 1:
+            return open_one(folders[0], num_bytes)
+        opened: list[Tier] = []
+        try:
+            for folder in folders:
+                opened.append(open_one(folder, part_bytes(num_bytes, len(folders))))
+        except BaseException:
+            for tier in opened:
+                tier.close()
+            raise
+        return StripedTier(opened, num_bytes)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
         raise UsageError(

@@ -22,6 +22,7 @@ from outsize.tier.null import LoggedTransfer, NullTier
 from outsize.tier.slots import Slot, SlotPool
 from outsize.tier.slow import SlowTier
 from outsize.tier.stats import TierStats
+from outsize.tier.striped import StripedTier
 from outsize.tier.transfer import DoneTransfer, Verb
 
 __all__ = [
@@ -44,6 +45,7 @@ __all__ = [
     "Slot",
     "SlotPool",
     "SlowTier",
+    "StripedTier",
     "Tier",
     "TierStats",
     "Transfer",

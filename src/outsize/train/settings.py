@@ -88,11 +88,7 @@ class Place:
 
     def check(self) -> None:
         """Raise ConfigError for a size that is none and a disk folder that is not there, before any text is read."""
-        budgets = Budgets.parse(self.device, self.host, self.disk)
-        if budgets.disk is not None and not budgets.disk.folder.is_dir():
-            raise ConfigError(
-                f"disk: no folder {budgets.disk.folder}", hint="create it on an SSD, or name another"
-            )
+        Budgets.parse(self.device, self.host, self.disk).check_folders()
 
 
 @dataclass(frozen=True, slots=True)
