@@ -49,7 +49,7 @@ def test_importing_the_command_imports_no_torch():
     assert done.stdout.strip() == "set()"
 
 
-@pytest.mark.parametrize("command", [[], ["plan"], ["train"], ["generate"], ["demo"]])
+@pytest.mark.parametrize("command", [[], ["plan"], ["profile"], ["train"], ["generate"], ["demo"]])
 def test_help_teaches_with_examples(command, capsys):
     with pytest.raises(SystemExit) as left:
         run(*command, "--help")

@@ -154,6 +154,10 @@ class Profile:
             raise ConfigError(
                 f"{path}: {error.strerror}", hint="name a file that outsize profile wrote"
             ) from error
+        except UnicodeDecodeError as error:
+            raise ConfigError(
+                f"{path}: not text: {error.reason}", hint="name a file that outsize profile wrote"
+            ) from error
         return cls.from_json(text, str(path))
 
 
