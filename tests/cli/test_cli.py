@@ -8,11 +8,19 @@ from dataclasses import dataclass
 import pytest
 from rich.console import Console
 
+from outsize import hardware
 from outsize.cli import demo, main, options, quiet
 from outsize.config import Pins
 from outsize.errors import ConfigError, OutsizeError
 from outsize.train.demo import DemoSize
+from tests.plan.test_simulate import HOST
 from tests.train.standin import WORDS, PlainApi, write_model
+
+
+@pytest.fixture(autouse=True)
+def unmeasured(monkeypatch):
+    """No profile of the machine that tests run on decides anything."""
+    monkeypatch.setattr(hardware, "kept", lambda folder: None)
 
 
 @pytest.fixture
@@ -204,9 +212,33 @@ def test_plan(plain, monkeypatch, capsys, fits):
 
     monkeypatch.setattr(outsize, "preview", plan, raising=False)
     assert run("plan", "M", "--host", "3GiB", "--pin", "weight_slots=2", "--generate") == (0 if fits else 1)
-    assert capsys.readouterr().out == f"fits: {fits}\n"
+    assert capsys.readouterr().out.startswith(
+        f"fits: {fits}\ntimes are not predicted: run `outsize profile` once"
+    )
     assert asked["path"] == "M" and asked["host"] == "3GiB" and asked["train"] is False
+    assert asked["profile"] is None
     assert asked["pins"] == Pins(weight_slots=2)
+
+
+def test_a_plan_is_predicted_where_the_machine_was_measured(plain, monkeypatch, capsys, tmp_path):
+    import outsize
+
+    asked, folders = {}, []
+
+    def kept(folder):
+        folders.append(folder)
+        return HOST
+
+    def preview(path, **settings):
+        asked.update(settings)
+        return Summary(True)
+
+    monkeypatch.setattr(outsize, "preview", preview, raising=False)
+    monkeypatch.setattr(hardware, "kept", kept)
+    assert run("plan", "M", "--disk", f"{tmp_path}:1GiB") == 0
+    assert asked["profile"] is HOST and folders == [tmp_path]
+    assert capsys.readouterr().out == "fits: True\n"
+    assert run("plan", "M", "--disk", str(tmp_path / "absent")) == 1
 
 
 def test_pins():

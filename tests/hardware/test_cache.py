@@ -3,7 +3,7 @@ import json
 import pytest
 
 from outsize.errors import ConfigError
-from outsize.hardware import cache, load_or_measure, profile_path
+from outsize.hardware import cache, kept, load_or_measure, profile_path
 from outsize.plan.profile import Profile
 
 
@@ -81,3 +81,9 @@ def test_a_missing_folder_is_refused(measured, tmp_path):
     with pytest.raises(ConfigError, match="nowhere"):
         load_or_measure(tmp_path / "nowhere", print)
     assert measured == []
+
+
+def test_what_is_kept_is_given_without_measuring(measured, tmp_path):
+    assert kept(tmp_path) is None and not measured
+    profile = load_or_measure(tmp_path, lambda text: None)
+    assert kept(tmp_path) == profile and len(measured) == 1

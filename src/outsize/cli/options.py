@@ -10,6 +10,7 @@ from outsize.config import ComputeType, Home, Pins
 from outsize.errors import ConfigError
 
 if TYPE_CHECKING:
+    from outsize.plan.profile import Profile
     from outsize.train.settings import Place
 
 Commands = argparse._SubParsersAction  # the type that add_subparsers returns has no public name
@@ -58,6 +59,22 @@ def add_place(parser: argparse.ArgumentParser) -> None:
         action="append",
         help=f"decide something the planner would: {', '.join(pin.name for pin in fields(Pins))}",
     )
+
+
+UNPREDICTED = "times are not predicted: run `outsize profile`{disk} once, it measures this machine in 20 s"
+
+
+def profile_of(disk: str | None) -> Profile | None:
+    """The profile of this machine with the disk that an option names, where `outsize profile` left one that holds.
+
+    Raises ConfigError for a folder that is not there.
+    """
+    from outsize.config import Budgets
+    from outsize.hardware import kept
+
+    budgets = Budgets.parse(None, None, disk)
+    budgets.check_folders()
+    return kept(budgets.disks[0].folder if budgets.disks else None)
 
 
 def place_of(options: argparse.Namespace) -> Place:

@@ -1,4 +1,4 @@
-"""`outsize plan`: what fits, and where it lives; loads nothing."""
+"""`outsize plan`: what fits, where it lives, how long a step takes, and what would make it shorter; loads nothing."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ examples:
   outsize plan Qwen3-8B --generate --host 8GiB
       for generating only: no gradients, no optimizer
 
+After `outsize profile`, which measures this machine once, a step's time is predicted too, with what limits it.
 Exit status 0 if it fits, 1 if not.
 """
 
@@ -44,6 +45,7 @@ def run(options: argparse.Namespace) -> int:
     """Print the plan."""
     outsize = importlib.import_module("outsize")
     quiet.after_imports()
+    profile = shared.profile_of(options.disk)
     summary = outsize.preview(
         options.model,
         device=options.device,
@@ -55,6 +57,9 @@ def run(options: argparse.Namespace) -> int:
         batch_size=options.batch_size,
         seq_len=options.seq_len,
         train=not options.generate,
+        profile=profile,
     )
     print(summary)
+    if profile is None:
+        print(shared.UNPREDICTED.format(disk=f" --disk {options.disk}" if options.disk else ""))
     return 0 if summary.fits else 1

@@ -137,7 +137,8 @@ def run(options: argparse.Namespace) -> int:
     from outsize.train.progress import progress_on
 
     console = Console()
-    result = train(settings, watchers=[progress_on(console)])
+    profile = shared.profile_of(settings.place.disk)
+    result = train(settings, watchers=[progress_on(console)], profile=profile)
     console.print(str(result.report), markup=False, highlight=False)
     stopped = "stopped early; " if result.interrupted else ""
     last = f", loss {result.losses[0]:.4f} -> {result.losses[-1]:.4f}" if result.losses else ""
@@ -233,6 +234,7 @@ def _dry_run(settings: TrainSettings, values: dict[str, Any]) -> int:
         pins=place.pins,
         batch_size=settings.batch_size,
         seq_len=settings.seq_len,
+        profile=shared.profile_of(place.disk),
     )
     print("\n".join(f"# {line}".rstrip() for line in str(summary).splitlines()))
     return 0 if summary.fits else 1

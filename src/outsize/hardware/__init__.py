@@ -4,8 +4,8 @@ The figures are a `Profile` (`outsize.plan.profile`). Everything measured goes t
 tier, the compiled update rule, torch's own products.
 """
 
-from outsize.hardware.cache import load_or_measure, profile_path
+from outsize.hardware.cache import kept, load_or_measure, profile_path
 from outsize.hardware.measure import measure
 from outsize.hardware.shipped import machine, machine_names
 
-__all__ = ["load_or_measure", "machine", "machine_names", "measure", "profile_path"]
+__all__ = ["kept", "load_or_measure", "machine", "machine_names", "measure", "profile_path"]

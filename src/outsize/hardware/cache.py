@@ -44,6 +44,11 @@ def load_or_measure(
     return profile
 
 
+def kept(folder: Path | None) -> Profile | None:
+    """The profile of this machine that an earlier measurement left, if it still holds; nothing is measured."""
+    return _known(profile_path(folder), identity(_folder(folder)), lambda text: None)
+
+
 def write(profile: Profile, path: Path) -> None:
     """Write `profile` to `path`, whole or not at all. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
