@@ -7,6 +7,7 @@ import tomllib
 import pytest
 
 from outsize.cli import main, quiet
+from outsize.hardware import cache
 from tests.documents import ROOT, SCRATCH, Runner, fences
 from tests.train.families import QWEN3, chat_tokenizer
 from tests.zoo import ZOO
@@ -21,6 +22,7 @@ def runner(tmp_path, monkeypatch, capsys):
     for name, value in {"OUTSIZE_CACHE": str(tmp_path / "cache"), "OUTSIZE_EAGER": "1"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(quiet, "before_imports", lambda: None)
+    monkeypatch.setattr(cache, "SECONDS", 0.01)
     monkeypatch.chdir(tmp_path)
     ZOO["qwen3"].build(vocab_size=512, max_position_embeddings=1024).save_pretrained("Qwen3-8B")
     chat_tokenizer(QWEN3).save_pretrained("Qwen3-8B")

@@ -28,7 +28,7 @@ from outsize.plan.profile import Profile, Resource
 from outsize.tier import CudaDevice, DiskTier, HostArena, Verb, Way
 
 SECONDS = 20.0
-ROUNDS = 3
+ROUNDS = 5
 
 _MOST_CHUNKS = 32
 """Chunks of each plane that is updated: half a GiB in all, more than caches hold."""

@@ -1,17 +1,19 @@
 """How fast a piece of work is done, alone and beside another: the clock of all that is measured.
 
-A rate is the median over units of one kind, so that a unit that something else held up does not count. The first unit is
-not counted: it brings caches, threads and queues into the state they have in the middle of a run.
+A rate is what was done in all, over the time it took in all. The median over units would be wrong for two at once: the
+system lets threads that share a core run in turns of some milliseconds, so that most units are as fast as alone, and a few
+wait for all the others. Medians are taken over repetitions (`outsize.hardware.measure`).
+
+The first unit is not counted: it brings caches, threads and queues into the state they have in the middle of a run.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from statistics import median
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,10 +33,6 @@ class _Unit:
     stop_s: float
     amount: float
 
-    @property
-    def rate(self) -> float:
-        return self.amount / max(self.stop_s - self.start_s, 1e-9)
-
 
 def rate(work: Work, seconds: float) -> float:
     """Amount per second of `work` alone, repeated for `seconds`, and at least once."""
@@ -44,7 +42,7 @@ def rate(work: Work, seconds: float) -> float:
     while time.perf_counter() < end_s:
         units.append(_timed(work))
     work.finish()
-    return median(unit.rate for unit in units)
+    return _rate(units)
 
 
 def rates_together(first: Work, second: Work, seconds: float) -> tuple[float, float]:
@@ -81,11 +79,15 @@ def rates_together(first: Work, second: Work, seconds: float) -> tuple[float, fl
         busy.result()
     first.finish()
     stop_s = own[-1].stop_s
-    inside = [unit.rate for unit in others if unit.start_s >= start_s and unit.stop_s <= stop_s]
-    return median(unit.rate for unit in own), median(inside or [others[-1].rate])
+    inside = [unit for unit in others if unit.start_s >= start_s and unit.stop_s <= stop_s]
+    return _rate(own), _rate(inside or others[-1:])
 
 
 def _timed(work: Work) -> _Unit:
     start_s = time.perf_counter()
     amount = work.run()
     return _Unit(start_s, time.perf_counter(), amount)
+
+
+def _rate(units: Sequence[_Unit]) -> float:
+    return sum(unit.amount for unit in units) / max(units[-1].stop_s - units[0].start_s, 1e-9)
