@@ -1,5 +1,7 @@
 """The promises of the device, on a CUDA device. Run with `pytest tests/gpu` where there is one; skipped elsewhere."""
 
+import gc
+
 import pytest
 import torch
 
@@ -121,6 +123,26 @@ def test_nothing_waits_for_the_device_inside_a_step(home, tmp_path):
         masking.is_tracing = plain
     optimizer.step()
     assert loss is not None and torch.isfinite(loss)
+
+
+def test_a_slot_is_zero_before_a_copy_fills_it():
+    device = CudaDevice()
+    source = torch.ones(1 << 20, dtype=torch.uint8).pin_memory()
+    torch.cuda._sleep(200_000_000)
+    place = device.zeros(1 << 20, "slot")
+    device.start_copy(Way.UP, place, source, label="slot").wait()
+    torch.cuda.synchronize()
+    assert bool(place.all())
+
+
+def test_memory_is_pinned_again_after_a_model_was_dropped(tmp_path):
+    """Registered pages that were unmapped could not be registered again at their address."""
+    for _ in range(3):
+        model = opened(ZOO["llama"].build().train(), disk=tmp_path, home="disk", dtype="bfloat16")
+        outsize.AdamW(model)
+        model(**ZOO["llama"].batch()).loss.backward()
+        del model
+        gc.collect()
 
 
 def test_memory_of_the_device_stays_within_its_budget(tmp_path):

@@ -4,6 +4,7 @@ The device is a twin of the host: a second memory, reached by copies on threads 
 or sent before it is computed, shows.
 """
 
+import gc
 import random
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,10 +18,13 @@ import outsize
 from outsize import Pins
 from outsize.block import Plane
 from outsize.engine import api, budget, keep
+from outsize.engine.blocks import BlockStore
+from outsize.engine.executor import Executor
 from outsize.engine.session import session_of
-from outsize.errors import BudgetError, DeviceError, UsageError
-from outsize.plan import place_apart
+from outsize.errors import BudgetError, DeviceError, UsageError, WeightsError
+from outsize.plan import Backward, Forward, place_apart
 from outsize.tier import SlowTier, TwinDevice, Way
+from outsize.tier.transfer import DoneTransfer
 from tests.promises.test_placement import RUNS, Run, assert_same_bits, small_chunks, trained
 from tests.running import abandon, close, executor_of, opened, wrapped_disk
 from tests.zoo import ZOO
@@ -179,6 +183,118 @@ def test_host_memory_that_copies_use_is_pinned(tmp_path, monkeypatch):
     assert not twins[0].pinned
 
 
+def test_a_model_that_is_dropped_unpins_its_memory(tmp_path, monkeypatch):
+    """Pages that are unmapped while CUDA has them registered cannot be registered again at their address."""
+    twins = with_twin(monkeypatch)
+    monkeypatch.setattr(keep, "LEAST_BYTES", 1)
+    model = opened(ZOO["llama"].build().train(), disk=tmp_path, home="disk", pins=Pins(inputs_on_host=True))
+    outsize.AdamW(model)
+    model(**ZOO["llama"].batch()).loss.backward()
+    assert any(name.startswith("input") for name in twins[0].pinned.values())
+    del model
+    for _ in range(2):  # first the session, which ends its threads, then what those held
+        gc.collect()
+    assert not twins[0].pinned
+
+
+def test_weights_that_cannot_be_read_are_not_computed_with(tmp_path, monkeypatch):
+    with_twin(monkeypatch)
+    ZOO["llama"].build().save_pretrained(tmp_path)
+    model = outsize.load(tmp_path, home="host", dtype="float32")
+
+    def fail(store, record, plane):
+        raise WeightsError("the file is gone")
+
+    monkeypatch.setattr(BlockStore, "_fill_from_source", fail)
+    with pytest.raises(WeightsError), torch.no_grad():
+        model(**ZOO["llama"].batch())
+    abandon(model)
+
+
+@pytest.mark.parametrize("home", ["device", "host", "disk"])
+def test_what_a_slot_remembers_does_not_grow(home, tmp_path, monkeypatch):
+    with_twin(monkeypatch)
+    model = opened(ZOO["llama"].build().train(), disk=tmp_path, home=home, dtype="bfloat16")
+    optimizer = outsize.AdamW(model)
+    for seed in range(4):
+        model(**ZOO["llama"].batch(seed=seed)).loss.backward()
+        optimizer.step()
+    store = executor_of(model).store
+    slots = [slot for pool in (*store._weight_pools, *store._gradient_pools) for slot in pool._slots]
+    assert slots and all(len(slot.after) <= 2 for slot in slots)
+    close(session_of(model))
+
+
+class _Mark(DoneTransfer):
+    def __init__(self, tick):
+        self.tick = tick
+
+
+class LateDevice(TwinDevice):
+    """As if nothing were computed before it has to be: copies must come after the last use of what they touch.
+
+    The twin computes at once, so a copy that overtakes computing does not show there.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.tick = 0
+        self.uses = {}
+        self.too_early = []
+
+    def mark(self):
+        return _Mark(self.tick)
+
+    def computed(self, tensor):
+        self.tick += 1
+        self.uses[tensor.data_ptr()] = (tensor.data_ptr() + tensor.nbytes, self.tick)
+
+    def start_copy(self, way, target, source, *, after=(), label):
+        place = target if way is Way.UP else source
+        start, stop = place.data_ptr(), place.data_ptr() + place.nbytes
+        last = max((tick for at, (end, tick) in self.uses.items() if at < stop and start < end), default=0)
+        if label == "input":
+            last = self.tick  # just made, or where something was until now
+        if max((each.tick for each in after if isinstance(each, _Mark)), default=0) < last:
+            self.too_early.append(f"{label} {way}")
+        return super().start_copy(way, target, source, after=after, label=label)
+
+
+@pytest.mark.parametrize("home", ["host", "disk"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("slots", [1, 3])
+def test_no_copy_overtakes_computing(home, dtype, slots, tmp_path, monkeypatch):
+    device = LateDevice()
+    monkeypatch.setattr(api, "open_device", lambda settings: device)
+    monkeypatch.setattr(keep, "LEAST_BYTES", 1)
+    proceed = Executor._proceed
+
+    def note(executor):
+        """What a visit that ends here computed with: the slots of its block."""
+        if executor.executed and isinstance(executor.executed[-1], Forward | Backward):
+            op = executor.executed[-1]
+            state = executor.store[op.block]
+            if state.slot is not None:
+                device.computed(executor.store.weights(state))
+            if state.gradient_slot is not None and isinstance(op, Backward):
+                device.computed(executor.store._sum(state))
+        proceed(executor)
+
+    monkeypatch.setattr(Executor, "_proceed", note)
+    pins = Pins(weight_slots=slots, gradient_slots=min(slots, 2), inputs_on_host=True)
+    model = opened(ZOO["llama_tied"].build().train(), disk=tmp_path, home=home, dtype=dtype, pins=pins)
+    optimizer = outsize.AdamW(model, lr=1e-3)
+    for seed in range(3):
+        for part in range(2):
+            model(**ZOO["llama_tied"].batch(seed=2 * seed + part)).loss.backward()
+        with torch.no_grad():  # blocks are held when it ends, computed with after their gradients went down
+            model(**ZOO["llama_tied"].batch(seed=seed))
+        optimizer.step()
+        optimizer.zero_grad()
+    assert device.tick > 0 and sorted(set(device.too_early)) == []
+    close(session_of(model))
+
+
 def test_gradients_go_down_while_the_next_block_computes(tmp_path, monkeypatch):
     """A gradient's copy down is over long after its slot was freed, and nobody waited."""
     with_twin(monkeypatch, lambda way, label: 0.05 if way is Way.DOWN else 0.0)
@@ -213,8 +329,8 @@ def test_a_device_that_is_too_small_names_one_that_works(tmp_path, monkeypatch):
 def test_a_failed_pin_is_named_and_nothing_is_kept(tmp_path, monkeypatch):
     twins = with_twin(monkeypatch)
 
-    def refuse(self, region):
-        raise DeviceError(f"{region.name} cannot be pinned", hint="ulimit -l unlimited")
+    def refuse(self, address, num_bytes, name):
+        raise DeviceError(f"{name} cannot be pinned", hint="ulimit -l unlimited")
 
     monkeypatch.setattr(TwinDevice, "pin", refuse)
     model = opened(ZOO["llama"].build().train(), home="host")
@@ -335,6 +451,48 @@ def _first_fits(spare):
         return place_apart(records, **options)
 
     return place
+
+
+@pytest.mark.parametrize("pins", [Pins(), Pins(inputs_on_host=True)])
+def test_budgets_that_are_named_hold_the_inputs_that_wait(pins, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        budget,
+        "_needs",
+        lambda rehearsal, shape, tile_rows, moves=False: budget._Needs(
+            *((1 << 20, 1 << 20, 300 << 20) if moves else (80 << 30, 1 << 20))
+        ),
+    )
+    with_twin(monkeypatch, limit_bytes=LIMIT)
+    monkeypatch.setattr(api.torch.cuda, "is_available", lambda: True)
+
+    def run(**budgets):
+        model = opened(ZOO["llama"].build().train(), disk=tmp_path, dtype="float32", pins=pins, **budgets)
+        outsize.AdamW(model)
+        model(**ZOO["llama"].batch()).loss.backward()
+        return model
+
+    with pytest.raises(BudgetError) as caught:
+        run()
+    hint = str(caught.value.hint)
+    named = {part.split("=")[0]: part.split('"')[1] for part in hint.split() if '="' in part}
+    with_twin(monkeypatch, limit_bytes=1 << 30)
+    close(session_of(run(device=named["device"], host=named["host"])))
+
+
+def test_smaller_tiles_do_where_the_host_has_no_room_for_inputs(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        budget,
+        "_needs",
+        lambda rehearsal, shape, tile_rows, moves=False: budget._Needs(
+            *((0, 0, 1 << 50) if moves else (0, tile_rows << 36 if tile_rows > 1 else 0))
+        ),
+    )
+    with_twin(monkeypatch, limit_bytes=1 << 30)
+    model = opened(ZOO["llama"].build().train(), home="host", dtype="float32")
+    outsize.AdamW(model)
+    model(**ZOO["llama"].batch(rows=4)).loss.backward()
+    assert session_of(model).keeper is None
+    close(session_of(model))
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])

@@ -13,9 +13,12 @@ from transformers import masking_utils
 
 import outsize
 from outsize import Pins
+from outsize.config import ComputeType
 from outsize.engine import api, keep, layer
 from outsize.engine.blocks import BlockStore
-from outsize.optim import Kernel
+from outsize.engine.session import session_of
+from outsize.optim import Kernel, gpu_kernel
+from outsize.optim.rules import RULES
 from outsize.tier import Device, LinkStats, Way
 from outsize.tier.transfer import DoneTransfer
 from tests.running import executor_of, opened
@@ -109,6 +112,28 @@ def test_a_step_reads_no_value_of_the_device(name, home, pins, paper, tmp_path, 
     # Streamed twice per step: forward, and backward but for what is held; gradients go down once.
     assert all(copies[Way.UP, f"{block}.weight"] >= 3 for block in moving)
     assert all(copies[Way.DOWN, f"{block}.gradient"] >= 3 for block in moving)
+
+
+def test_an_argument_that_the_model_changed_is_not_taken_from_the_host(paper, tmp_path):
+    session = session_of(opened(ZOO["llama"].build().train(), home="host"))
+    ids = torch.zeros(2, 3, dtype=torch.long)
+    (moved,), _ = session.moved((ids,), {})
+    assert session.known_on_host(moved.view(3, 2)).shape == (3, 2)
+    moved[:, 0] = 1
+    assert session.known_on_host(moved) is None
+
+
+def test_a_rule_is_tried_on_the_device_as_it_is_called(monkeypatch):
+    """torch.compile compiles once more for another grad mode: inside a step, where it holds everything up."""
+    modes = []
+
+    def compiled(function, **options):
+        return lambda *args: modes.append(torch.is_grad_enabled())
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    monkeypatch.delenv("OUTSIZE_EAGER", raising=False)
+    gpu_kernel(RULES["adamw"], ComputeType.BFLOAT16, torch.device("cpu"))
+    assert modes and not any(modes)
 
 
 def test_what_a_model_is_and_gives_is_on_the_device(paper, tmp_path):

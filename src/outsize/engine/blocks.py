@@ -344,7 +344,8 @@ class BlockStore:
     def _sender(self, state: BlockState) -> Callable[[int, int, torch.Tensor], Transfer]:
         """What copies updated elements `[start, stop)` of the weights to where the block computes."""
         place = self.weights(state)
-        after = state.slot.after if state.slot is not None else ()
+        # A slot that was held since an earlier visit was computed with after it was taken.
+        after = (*(state.slot.after if state.slot is not None else ()), self.device.mark())
         device, label = self.device, f"{state.name}.weight"
 
         def send_up(start: int, stop: int, source: torch.Tensor) -> Transfer:
@@ -404,6 +405,7 @@ class BlockStore:
         state.gradient_slot = pool.take(state.name)
         for transfer in state.gradient_slot.after:
             transfer.follow()
+        state.gradient_slot.after = (self.device.mark(),)  # which comes after all of them: they would add up
 
     def read_gradient(self, state: BlockState) -> None:
         """Claim a slot and start bringing what was summed so far into it."""
@@ -473,12 +475,12 @@ class BlockStore:
             self._norms = []
 
     def free_gradient(self, state: BlockState) -> None:
-        """Give the gradient slot back; whoever takes it next comes after what is written from it."""
+        """Give the gradient slot back; whoever claims it next comes after what is written from it and computed before."""
         assert state.gradient_slot is not None, f"{state.name} holds no gradient slot"
         slot, state.gradient_slot = state.gradient_slot, None
         pool = self._pool(self._gradient_pools, self.placement.gradient_classes, state)
         if not self.device.is_host:
-            pool.give(slot, (*slot.after, self.device.mark()))
+            pool.give(slot, slot.after)
             return
         try:
             _finish(state)
@@ -589,6 +591,7 @@ class BlockStore:
         if Plane.WEIGHT in state.hosted:
             self._load_hosted(state)
         state.weight_reads = [Job(self._reader.submit(self._send_source, state, place, after))]
+        state.home_reads = state.weight_reads
 
     def _load_hosted(self, state: BlockState) -> None:
         plane = self._hosted(state, Plane.WEIGHT)
@@ -601,6 +604,8 @@ class BlockStore:
         label = f"{state.name}.weight"
         hosted = self._hosted(state, Plane.WEIGHT)
         if hosted is not None:
+            assert state.loading is not None, state.name
+            state.loading.wait()  # a task of this thread, over by now; raises what went wrong
             self.device.start_copy(Way.UP, place, hosted, after=after, label=label).wait()
             return
         scratch = torch.empty(place.shape, dtype=place.dtype) if Plane.WEIGHT in state.resident else None

@@ -184,24 +184,26 @@ class Budget:
         cramped: tuple[Placement, _Needs] | None = None
         error: BudgetError | None = None
         for attempt in self._attempts(shape):
+            if cramped is not None and not attempt.moves_inputs:
+                break
             needs = _needs(rehearsal, shape, attempt.tile_rows, attempt.moves_inputs)
-            self.activation_bytes = needs.num_bytes
+            self.activation_bytes, self.kept_bytes = needs.num_bytes, needs.moved_bytes
             # Freed activations fit badly into one another; with room for a second visit nothing has to be given back.
             taken = needs.num_bytes + (needs.visit_bytes if attempt.is_roomy else 0)
             home_room = self._home_room_bytes - needs.moved_bytes
             try:
+                if needs.moved_bytes and home_room < 0:
+                    raise BudgetError(
+                        f"the inputs of blocks take {format_bytes(needs.moved_bytes)} of the host's memory, "
+                        f"the budget leaves {format_bytes(max(0, self._home_room_bytes))} for them"
+                    )
                 placement = self._place(
                     records, max(0, self.room_bytes - taken), settings.home, settings.pins, home_room
                 )
             except BudgetError as failure:
                 error = failure
                 continue
-            if (
-                attempt.moves_inputs
-                or cramped is not None
-                or not self._can_move_inputs()
-                or placement.is_roomy(settings.pins)
-            ):
+            if attempt.moves_inputs or not self._can_move_inputs() or placement.is_roomy(settings.pins):
                 return self._settle(placement, needs)
             cramped = placement, needs  # it fits, but too few slots are left for transfers beside computing
         if cramped is not None:
@@ -230,13 +232,13 @@ class Budget:
         moves = not self._device.is_host and bool(pins.inputs_on_host)
         if self._device.is_host:
             yield _Attempt(tile_rows, True, False)
-        yield _Attempt(tile_rows, False, moves)
-        if self._can_move_inputs():
-            moves = True
+        while True:
             yield _Attempt(tile_rows, False, moves)
-        while tile_rows > 1 and pins.tile_rows is None:
+            if self._can_move_inputs():
+                yield _Attempt(tile_rows, False, True)
+            if tile_rows == 1 or pins.tile_rows is not None:
+                return
             tile_rows = -(-tile_rows // 2)
-            yield _Attempt(tile_rows, False, moves)
 
     def _place(
         self, records: Sequence[Record], room: int, home: Home | None, pins: Pins, home_room: int
@@ -282,7 +284,9 @@ class Budget:
         """What is short, on the device or in the host's memory, and the smallest budgets that work."""
         least = self._least(records)
         device = self.activation_bytes + least.compute_bytes + DEVICE_SLACK_BYTES + HINT_MARGIN_BYTES
-        host = self.limit_bytes - self._home_room_bytes + least.home_bytes + HINT_MARGIN_BYTES
+        host = (
+            self.limit_bytes - self._home_room_bytes + self.kept_bytes + least.home_bytes + HINT_MARGIN_BYTES
+        )
         has_disk = self._settings.budgets.disks != ()
         hint = f'device="{-(-device // 2**20)}MiB" with host="{-(-host // 2**20)}MiB" works with this batch'
         return BudgetError(

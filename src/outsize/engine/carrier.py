@@ -141,10 +141,11 @@ class StagedCarrier(Carrier):
         """One copy, or a relay from the disk; neither before the slot's last use is over."""
         after = parcel.slot.after if parcel.slot is not None else ()
         if parcel.home is not None:
-            for transfer in ready:
-                transfer.wait()
-            copy = self._device.start_copy(Way.UP, parcel.place, parcel.home, after=after, label=parcel.label)
-            return [copy]
+            return [
+                self._device.start_copy(
+                    Way.UP, parcel.place, parcel.home, after=(*ready, *after), label=parcel.label
+                )
+            ]
         return [self._relays[Way.UP].start(parcel, after, ready)]
 
     def drain(self, parcel: Parcel) -> list[Transfer]:
@@ -247,9 +248,13 @@ class _Relay:
                 if not self._buffers:
                     self._second_leg(parcel, after, relayed, *under_way.popleft())
                 buffer, busy = self._buffers.popleft()
-                if busy is not None:
-                    busy.wait()
-                first = self._first_leg(parcel, after, buffer, begin, end)
+                try:
+                    if busy is not None:
+                        busy.wait()
+                    first = self._first_leg(parcel, after, buffer, begin, end)
+                except BaseException:
+                    self._buffers.append((buffer, None))
+                    raise
                 relayed.left.transfers.append(first)
                 under_way.append((buffer, (begin, end), first))
             while under_way:

@@ -375,7 +375,11 @@ def _hardest_rows(kwargs: dict[str, Any], rows: int) -> torch.Tensor:
 
 def _take(rows: int, index: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
     """The rows `index` of a tensor that has a batch of `rows`."""
-    return tensor.index_select(0, index) if tensor.dim() and tensor.shape[0] == rows else tensor
+    return (
+        tensor.index_select(0, index.to(tensor.device))
+        if tensor.dim() and tensor.shape[0] == rows
+        else tensor
+    )
 
 
 def _run(session: Session, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Probe:

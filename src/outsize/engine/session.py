@@ -307,6 +307,8 @@ class Session:
         moved, known = self._host_copies.get(id(own), (None, None))
         if known is None or moved is not own or known.shape.numel() != tensor.numel():
             return None
+        if not moved.is_inference() and moved._version:
+            return None  # the model changed its copy
         return known.view(tensor.shape) if tensor.is_contiguous() and known.is_contiguous() else None
 
     def _signature(self, args: tuple[Any, ...], kwargs: dict[str, Any], uses_cache: bool) -> tuple[Any, ...]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 
@@ -279,6 +280,11 @@ class UpdateLane:
             if chunk.buffer is not None:
                 self._idle.put((chunk.buffer, writes))
             if chunk.is_last:
+                for read in (
+                    job.weight_reads
+                ):  # after an error: what still fills the weights is over before the job is
+                    with suppress(BaseException):
+                        read.wait()
                 job.finish()
             del chunk, job, writes
 

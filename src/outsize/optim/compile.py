@@ -236,7 +236,8 @@ def gpu_kernel(rule: Rule, compute_type: ComputeType, device: torch.device) -> K
                 torch.zeros(int(num_elements * sizes[plane]) // dtype.itemsize, dtype=dtype, device=device)
                 for plane, dtype in dtypes.items()
             )
-            kernel._function([weight, *state, gradient], torch.ones(rule.num_scalars, device=device))
+            with torch.no_grad():  # as it is called; for another mode it would be compiled again
+                kernel._function([weight, *state, gradient], torch.ones(rule.num_scalars, device=device))
     except Exception as error:  # whatever a compiler raises
         _say_once(f"update rules run uncompiled on {device}, slower: {error}")
         return _eager(rule, compute_type)

@@ -28,7 +28,6 @@ from outsize.block import align
 from outsize.config import format_bytes
 from outsize.errors import BudgetError, DeviceError
 from outsize.tier.base import Transfer
-from outsize.tier.host import Region
 from outsize.tier.transfer import DoneTransfer
 
 
@@ -76,14 +75,17 @@ class Device(ABC):
 
     @abstractmethod
     def zeros(self, num_bytes: int, name: str) -> torch.Tensor:
-        """Memory beside the device, `[num_bytes]` uint8. Raises BudgetError where there is no such room."""
+        """Memory beside the device, `[num_bytes]` uint8, zero for all that comes after, copies too.
 
-    def pin(self, region: Region) -> None:
-        """Make a region of host memory fit for copies that nobody waits for; undone by `unpin` before it is freed."""
+        Raises BudgetError where there is no such room.
+        """
+
+    def pin(self, address: int, num_bytes: int, name: str) -> None:
+        """Make pages of host memory fit for copies that nobody waits for; undone by `unpin` before they are unmapped."""
         return None
 
-    def unpin(self, region: Region) -> None:
-        """Undo `pin`."""
+    def unpin(self, address: int) -> None:
+        """Undo `pin`, when no copy uses the pages any more."""
         return None
 
     def free_bytes(self) -> int:
@@ -204,6 +206,7 @@ class CudaDevice(Device):
             raise DeviceError(
                 f"the CUDA device cannot be used: {error}", hint="look at nvidia-smi, or leave device= out"
             ) from error
+        self._limit_bytes = limit_bytes
         self._moved = dict.fromkeys(Way, 0)
 
     def start_copy(
@@ -240,38 +243,38 @@ class CudaDevice(Device):
         return _CudaTransfer(event, "computing")
 
     def zeros(self, num_bytes: int, name: str) -> torch.Tensor:
-        """Memory of torch's allocator."""
+        """Memory of torch's allocator. Waits: copies on other streams would be overwritten with zeros."""
         try:
-            return torch.zeros(num_bytes, dtype=torch.uint8, device=self.torch_device)
+            contents = torch.zeros(num_bytes, dtype=torch.uint8, device=self.torch_device)
+            torch.cuda.current_stream(self.torch_device).synchronize()
+            return contents
         except torch.cuda.OutOfMemoryError as error:
             raise BudgetError(
                 f"device memory: {name} needs {format_bytes(num_bytes)}, {format_bytes(self.free_bytes())} are free",
                 hint="give less with device=, or end what else runs on the device",
             ) from error
 
-    def pin(self, region: Region) -> None:
+    def pin(self, address: int, num_bytes: int, name: str) -> None:
         """`cudaHostRegister`: exactly these pages, where torch's own pinning rounds up to powers of two."""
-        if region.num_bytes:
-            address = region.tensor(torch.uint8, region.num_bytes).data_ptr()
-            status = torch.cuda.cudart().cudaHostRegister(address, region.num_bytes, 0)
-            if int(status) != 0:
-                raise DeviceError(
-                    f"{region.name}: {format_bytes(region.num_bytes)} of host memory cannot be pinned "
-                    f"(CUDA error {int(status)})",
-                    hint="raise the limit of locked memory (ulimit -l unlimited), or give less with host=",
-                )
+        status = torch.cuda.cudart().cudaHostRegister(address, num_bytes, 0)
+        if int(status) != 0:
+            raise DeviceError(
+                f"{name}: {format_bytes(num_bytes)} of host memory cannot be pinned (CUDA error {int(status)})",
+                hint="raise the limit of locked memory (ulimit -l unlimited), or give less with host=",
+            )
 
-    def unpin(self, region: Region) -> None:
+    def unpin(self, address: int) -> None:
         """`cudaHostUnregister`."""
-        if region.num_bytes:
-            address = region.tensor(torch.uint8, region.num_bytes).data_ptr()
-            torch.cuda.cudart().cudaHostUnregister(address)
+        self.finish()
+        torch.cuda.cudart().cudaHostUnregister(address)
 
     def free_bytes(self) -> int:
-        """What the driver has free, and what torch's allocator keeps."""
+        """What the driver has free and torch's allocator keeps, within what the limit leaves beside other tensors."""
         free, _ = torch.cuda.mem_get_info(self.torch_device)
-        kept = torch.cuda.memory_reserved(self.torch_device) - torch.cuda.memory_allocated(self.torch_device)
-        return int(free + kept)
+        allocated = torch.cuda.memory_allocated(self.torch_device)
+        kept = torch.cuda.memory_reserved(self.torch_device) - allocated
+        within = free + kept if self._limit_bytes is None else self._limit_bytes - allocated
+        return int(max(0, min(free + kept, within)))
 
     def links(self) -> LinkStats:
         """What was copied so far."""
@@ -333,6 +336,7 @@ class TwinDevice(Device):
         self._moved = dict.fromkeys(Way, 0)
         self._lock = threading.Lock()
         self.pinned: dict[int, str] = {}
+        """Names of what is pinned, by address."""
 
     def start_copy(
         self,
@@ -366,13 +370,14 @@ class TwinDevice(Device):
         """Memory that nobody but the copies above brings anything into."""
         return torch.zeros(num_bytes, dtype=torch.uint8)
 
-    def pin(self, region: Region) -> None:
-        """Remember the region's name."""
-        self.pinned[id(region)] = region.name
+    def pin(self, address: int, num_bytes: int, name: str) -> None:
+        """Remember the name."""
+        assert address not in self.pinned, f"{name}: pinned already, as {self.pinned[address]}"
+        self.pinned[address] = name
 
-    def unpin(self, region: Region) -> None:
-        """Forget the region."""
-        del self.pinned[id(region)]
+    def unpin(self, address: int) -> None:
+        """Forget it."""
+        del self.pinned[address]
 
     def free_bytes(self) -> int:
         """The limit."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import mmap
 import threading
+import weakref
 from typing import Protocol
 
 import torch
@@ -27,11 +28,11 @@ _MADV_POPULATE_WRITE = 23
 class Pinner(Protocol):
     """What makes host memory fit for copies that nobody waits for (a device)."""
 
-    def pin(self, region: Region) -> None:
-        """Pin all pages of `region`."""
+    def pin(self, address: int, num_bytes: int, name: str) -> None:
+        """Pin these pages."""
 
-    def unpin(self, region: Region) -> None:
-        """Undo `pin`."""
+    def unpin(self, address: int) -> None:
+        """Undo `pin`, when nothing copies there any more."""
 
 
 class Region:
@@ -42,6 +43,17 @@ class Region:
         self.num_bytes = len(memory)
         self._arena = arena
         self._memory: mmap.mmap | None = memory
+        self._unpin: weakref.finalize[..., Region] | None = None
+
+    def pin(self, pinner: Pinner) -> None:
+        """Pin all pages; undone when the region is freed or, at the latest, when it is dropped.
+
+        Pages that are unmapped while they are pinned could never be pinned again under the same address.
+        """
+        address = self.tensor(torch.uint8, self.num_bytes).data_ptr()
+        pinner.pin(address, self.num_bytes, self.name)
+        self._unpin = weakref.finalize(self, _unpin, pinner, address, self._live())
+        self._unpin.atexit = False
 
     @property
     def is_free(self) -> bool:
@@ -74,8 +86,8 @@ class Region:
         Freeing twice is an AssertionError.
         """
         memory = self._live()
-        if self._arena.pinner is not None:
-            self._arena.pinner.unpin(self)
+        if self._unpin is not None:
+            self._unpin()
         self._memory = None
         # The mapping lives as long as a view of it does, and cannot be unmapped before. Its pages can go.
         memory.madvise(mmap.MADV_DONTNEED)
@@ -84,6 +96,11 @@ class Region:
     def _live(self) -> mmap.mmap:
         assert self._memory is not None, f"{self.name}: the region was freed"
         return self._memory
+
+
+def _unpin(pinner: Pinner, address: int, memory: mmap.mmap) -> None:
+    """Unpin pages that are still mapped: `memory` keeps them so until here."""
+    pinner.unpin(address)
 
 
 class HostArena:
@@ -140,7 +157,7 @@ class HostArena:
                 memory.madvise(_MADV_POPULATE_WRITE)
             region = Region(self, name, memory)
             if self.pinner is not None:
-                self.pinner.pin(region)
+                region.pin(self.pinner)
             self._regions[id(region)] = region
             self._in_use_bytes += size
             self._high_water_bytes = max(self._high_water_bytes, self._in_use_bytes)
