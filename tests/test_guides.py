@@ -2,6 +2,7 @@
 
 import importlib.util
 import re
+import sys
 import tomllib
 
 import pytest
@@ -23,6 +24,7 @@ def runner(tmp_path, monkeypatch, capsys):
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(quiet, "before_imports", lambda: None)
     monkeypatch.setattr(cache, "SECONDS", 0.01)
+    monkeypatch.setattr(sys.modules["outsize.hardware.measure"], "ROUNDS", 1)  # the function hides the module
     monkeypatch.chdir(tmp_path)
     ZOO["qwen3"].build(vocab_size=512, max_position_embeddings=1024).save_pretrained("Qwen3-8B")
     chat_tokenizer(QWEN3).save_pretrained("Qwen3-8B")

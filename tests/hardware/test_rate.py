@@ -2,7 +2,7 @@ import threading
 
 import pytest
 
-from outsize.hardware.rate import Work, rate, rates_together
+from outsize.hardware.rate import Rate, Work, _rate, _Unit, rate, rates_together
 
 
 class Counted:
@@ -25,13 +25,14 @@ class Counted:
 
 def test_a_rate_needs_a_first_unit_and_one_that_counts():
     counted = Counted()
-    assert rate(counted.work(), 0.0) > 0
+    found = rate(counted.work(), 0.0)
+    assert found.middle > 0 and found.mean > 0
     assert counted.num_runs == 2 and counted.num_finished == 1
 
 
 def test_both_run_until_each_has_a_unit_that_counts():
     first, second = Counted(), Counted()
-    assert all(found > 0 for found in rates_together(first.work(), second.work(), 0.0))
+    assert all(found.mean > 0 for found in rates_together(first.work(), second.work(), 0.0))
     assert first.num_runs >= 2 and second.num_runs >= 2
     assert first.num_finished == second.num_finished == 1
     assert first.threads.isdisjoint(second.threads)
@@ -54,3 +55,8 @@ def test_what_either_raises_ends_both(number):
         rates_together(fails_at(number), Counted().work(), 0.0 if number < 3 else 60.0)
     with pytest.raises(OSError, match="the disk is gone"):
         rates_together(Counted().work(), fails_at(number), 60.0)
+
+
+def test_a_unit_that_was_held_up_counts_in_the_mean_only():
+    units = [_Unit(0, 1, 4), _Unit(1, 2, 4), _Unit(2, 8, 4)]
+    assert _rate(units) == Rate(middle=4.0, mean=1.5)

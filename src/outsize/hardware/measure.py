@@ -22,7 +22,8 @@ from outsize.config import ComputeType, cache_folder
 from outsize.errors import ConfigError
 from outsize.hardware import device as on_device
 from outsize.hardware import disk, host, identity
-from outsize.hardware.rate import Work, rate, rates_together
+from outsize.hardware.others import OtherPrograms
+from outsize.hardware.rate import Rate, Work, rate, rates_together
 from outsize.optim import ADAMW, gpu_kernel, start_compile
 from outsize.plan.profile import Profile, Resource
 from outsize.tier import CudaDevice, DiskTier, HostArena, Verb, Way
@@ -37,6 +38,9 @@ _OVERHEAD = 0.7
 """Part of the time in which units count; the rest goes into first units, and units that take longer than they may."""
 
 _LEAST_KEPT = 0.01
+
+_MOST_OTHERS = 0.1
+"""Part of the processor that other programs may take before it is said."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,12 +57,13 @@ class Works:
 class Figures:
     """What was measured, one figure per round."""
 
-    rates: dict[str, list[float]] = field(default_factory=dict)
+    rates: dict[str, list[Rate]] = field(default_factory=dict)
     kept: dict[tuple[Resource, Resource], list[float]] = field(default_factory=dict)
 
-    def rate(self, key: str) -> float:
+    def rate(self, name: str) -> float:
         """The middle rate, to four digits."""
-        return float(f"{median(self.rates[key]):.4g}")
+        of_disk = name in (Resource.READ, Resource.WRITE)
+        return float(f"{median(each.mean if of_disk else each.middle for each in self.rates[name]):.4g}")
 
     def contention(self) -> dict[Resource, dict[Resource, float]]:
         """`[a][b]`: the speed that `a` keeps while `b` runs; the middle one, in (0, 1]."""
@@ -71,7 +76,7 @@ class Figures:
 def measure(folder: Path | None, *, seconds: float = SECONDS, say: Callable[[str], None]) -> Profile:
     """Measure this machine, with the disk of `folder` (None: of the cache folder), in about `seconds`.
 
-    Takes about 1.2 GiB of memory, fewer on small machines, and 540 MiB of disk, and writes as fast as the disk can for a
+    Takes about 1.2 GiB of memory, less on small machines, and 540 MiB of disk, and writes as fast as the disk can for a
     third of the time. The first time it compiles the update rule, half a minute more. Raises ConfigError where the folder
     cannot hold a store, StorageError where the disk fails.
     """
@@ -84,10 +89,16 @@ def measure(folder: Path | None, *, seconds: float = SECONDS, say: Callable[[str
     name = identity.identity(folder)
     with _opened(folder, has_device, seconds, say) as works:
         say(f"measuring for about {seconds:.0f} s; what else runs now counts against this machine")
+        others = OtherPrograms()
         figures = _measure(works, seconds)
+        part = others.part()
+    source = f"measured {date.today().isoformat()}, disk of {folder.resolve()}"
+    if part > _MOST_OTHERS:
+        source += f", while other programs took {part:.0%} of the processor"
+        say(f"other programs took {part:.0%} of the processor: measure again (--again) when they are done")
     return Profile(
         name=identity.machine_text(),
-        source=f"measured {date.today().isoformat()}, disk of {folder.resolve()}",
+        source=source,
         disk_read=figures.rate(Resource.READ),
         disk_write=figures.rate(Resource.WRITE),
         host_copy=figures.rate("host_copy"),
@@ -110,9 +121,8 @@ def measure(folder: Path | None, *, seconds: float = SECONDS, say: Callable[[str
 
 def _measure(works: Works, seconds: float) -> Figures:
     pairs = list(combinations(works.busy, 2))
-    alone: dict[str, Work] = {str(resource): work for resource, work in works.busy.items()} | dict(
-        works.alone
-    )
+    alone: dict[str, Work] = {str(resource): work for resource, work in works.busy.items()}
+    alone.update(works.alone)
     slice_s = _slice_s(seconds, len(alone) + len(pairs))
     figures = Figures()
     for _ in range(ROUNDS):
@@ -121,7 +131,7 @@ def _measure(works: Works, seconds: float) -> Figures:
         for first, second in pairs:
             together = rates_together(works.busy[first], works.busy[second], slice_s)
             for (one, other), beside in zip(((first, second), (second, first)), together, strict=True):
-                figures.kept.setdefault((one, other), []).append(beside / figures.rates[one][-1])
+                figures.kept.setdefault((one, other), []).append(beside.mean / figures.rates[one][-1].mean)
     return figures
 
 

@@ -1,8 +1,9 @@
 """How fast a piece of work is done, alone and beside another: the clock of all that is measured.
 
-A rate is what was done in all, over the time it took in all. The median over units would be wrong for two at once: the
+Two rates are taken of the same units. The one in the middle leaves out what something else held up, and says what a
+processor can do. The mean is what was done in all over the time it took in all, and the one to compare for two at once: the
 system lets threads that share a core run in turns of some milliseconds, so that most units are as fast as alone, and a few
-wait for all the others. Medians are taken over repetitions (`outsize.hardware.measure`).
+wait for all the others. Of a disk the mean counts as well: where it stalls, that is the disk's own.
 
 The first unit is not counted: it brings caches, threads and queues into the state they have in the middle of a run.
 """
@@ -14,6 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from statistics import median
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,14 +30,26 @@ class Work:
 
 
 @dataclass(frozen=True, slots=True)
+class Rate:
+    """Amount per second: of the unit in the middle, and over all units."""
+
+    middle: float
+    mean: float
+
+
+@dataclass(frozen=True, slots=True)
 class _Unit:
     start_s: float
     stop_s: float
     amount: float
 
+    @property
+    def rate(self) -> float:
+        return self.amount / max(self.stop_s - self.start_s, 1e-9)
 
-def rate(work: Work, seconds: float) -> float:
-    """Amount per second of `work` alone, repeated for `seconds`, and at least once."""
+
+def rate(work: Work, seconds: float) -> Rate:
+    """The rate of `work` alone, repeated for `seconds`, and at least once."""
     work.run()
     end_s = time.perf_counter() + seconds
     units = [_timed(work)]
@@ -45,8 +59,8 @@ def rate(work: Work, seconds: float) -> float:
     return _rate(units)
 
 
-def rates_together(first: Work, second: Work, seconds: float) -> tuple[float, float]:
-    """Amounts per second of both while both run, `second` in a thread of its own, for `seconds`, and at least once each.
+def rates_together(first: Work, second: Work, seconds: float) -> tuple[Rate, Rate]:
+    """The rates of both while both run, `second` in a thread of its own, for `seconds`, and at least once each.
 
     Only units that lie wholly inside the time in which both ran count, where there are such. Raises what either raises.
     """
@@ -89,5 +103,7 @@ def _timed(work: Work) -> _Unit:
     return _Unit(start_s, time.perf_counter(), amount)
 
 
-def _rate(units: Sequence[_Unit]) -> float:
-    return sum(unit.amount for unit in units) / max(units[-1].stop_s - units[0].start_s, 1e-9)
+def _rate(units: Sequence[_Unit]) -> Rate:
+    amount = sum(unit.amount for unit in units)
+    mean = amount / max(units[-1].stop_s - units[0].start_s, 1e-9)
+    return Rate(median(unit.rate for unit in units), mean)
