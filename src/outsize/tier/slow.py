@@ -26,6 +26,7 @@ class SlowTier:
         self._inner = inner
         self._delay = delay
         self._threads: list[threading.Thread] = []
+        self._lock = threading.Lock()
         self._is_open = True
 
     def start_read(self, offset: int, buffer: memoryview, label: str) -> PieceTransfer:
@@ -63,7 +64,8 @@ class SlowTier:
                 error = caught
             transfer.finish_piece(error)
 
-        self._threads = [thread for thread in self._threads if thread.is_alive()]
-        self._threads.append(threading.Thread(target=run, name=f"outsize-slow {label}"))
-        self._threads[-1].start()
+        thread = threading.Thread(target=run, name=f"outsize-slow {label}")
+        thread.start()
+        with self._lock:  # transfers are started from several threads
+            self._threads = [*(other for other in self._threads if other.is_alive()), thread]
         return transfer
