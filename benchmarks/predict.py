@@ -58,9 +58,9 @@ def one(run: Run, folder: Path, num_steps: int) -> dict[str, Any]:
     """Open, step, predict, step on."""
     import torch
     import transformers
-    from outsize.hardware import load_or_measure
 
     import outsize
+    from outsize.hardware import kept
 
     hidden, layers, mlp, vocabulary = WIDTHS[run.size]
     config = transformers.LlamaConfig(
@@ -76,7 +76,8 @@ def one(run: Run, folder: Path, num_steps: int) -> dict[str, Any]:
     )
     config.save_pretrained(folder / "model")
     num_parameters = 2 * vocabulary * hidden + layers * (4 * hidden**2 + 3 * hidden * mlp)
-    profile = load_or_measure(folder, lambda text: print(text, file=sys.stderr))
+    profile = kept(folder)
+    assert profile is not None  # measured once, before the grid
     pins = outsize.Pins(resident_bytes=int(run.resident * 16 * num_parameters))
     model = outsize.load(
         folder / "model",
@@ -128,10 +129,14 @@ def main() -> None:
             "RESULT " + json.dumps(one(Run(**json.loads(arguments.one)), arguments.folder, arguments.steps))
         )
         return
+    from outsize.hardware import load_or_measure
+
+    bench_dir = Path(os.environ.get("OUTSIZE_BENCH_DIR", "/var/tmp"))
+    print(load_or_measure(bench_dir, print).source)
     errors_s: list[float] = []
     errors_bytes: list[float] = []
     for run in grid()[: arguments.runs]:
-        with tempfile.TemporaryDirectory(dir=os.environ.get("OUTSIZE_BENCH_DIR", "/var/tmp")) as folder:
+        with tempfile.TemporaryDirectory(dir=bench_dir) as folder:
             command = [sys.executable, __file__, f"--one={json.dumps(asdict(run))}", f"--folder={folder}"]
             done = subprocess.run(
                 [*command, f"--steps={arguments.steps}"], stdout=subprocess.PIPE, text=True, check=True

@@ -87,6 +87,7 @@ class Budget:
         self._home_room_bytes = 0
         self._always_resident = always_resident
         self._visit_bytes = 0
+        self._kept_freed_bytes = 0
         self._ceiling: memory.Ceiling | None = None
 
     @property
@@ -152,6 +153,10 @@ class Budget:
             return self.base_bytes + self.activation_bytes + self.placement.arena_bytes
         return self.base_bytes + self.placement.home_bytes + self.kept_bytes
 
+    def expected_bytes(self) -> int:
+        """What the process will have had at most: beside what is placed, freed memory that is kept where there is room."""
+        return min(self.host_bytes() + self._kept_freed_bytes, self.limit_bytes)
+
     def device_bytes(self) -> int:
         """What is taken of a device with memory of its own, as placed; else 0."""
         assert self.placement is not None
@@ -204,6 +209,7 @@ class Budget:
                 error = failure
                 continue
             if attempt.moves_inputs or not self._can_move_inputs() or placement.is_roomy(settings.pins):
+                self._kept_freed_bytes = needs.visit_bytes if attempt.is_roomy else 0
                 return self._settle(placement, needs)
             cramped = placement, needs  # it fits, but too few slots are left for transfers beside computing
         if cramped is not None:

@@ -10,6 +10,7 @@ from torch import nn
 
 from outsize.block import Record
 from outsize.config import format_bytes
+from outsize.engine import memory
 from outsize.engine.probe import BatchShape, Rehearsal
 from outsize.engine.session import Session, session_of
 from outsize.engine.timing import measure_costs
@@ -116,10 +117,15 @@ def predict(model: nn.Module, profile: Profile) -> Prediction:
             "a prediction needs the shape of a batch",
             hint="call the model once with gradients on, then predict",
         )
-    session.budget.make_room()
     records = [state.record for state in executor.store]
-    with torch.enable_grad():
-        return predict_call(session, call.rehearsal, call.shape, call.tile_rows, records, placement, profile)
+    memory.give_back()  # what is timed takes a visit's memory, and leaves none behind
+    try:
+        with torch.enable_grad():
+            return predict_call(
+                session, call.rehearsal, call.shape, call.tile_rows, records, placement, profile
+            )
+    finally:
+        memory.give_back()
 
 
 def predict_call(
@@ -139,7 +145,7 @@ def predict_call(
     return Prediction(
         simulation.step_s,
         num_tokens,
-        session.budget.host_bytes(),
+        session.budget.expected_bytes(),
         simulation,
         costs,
         profile.disk_endurance_bytes,
