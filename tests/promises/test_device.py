@@ -149,6 +149,25 @@ def test_weights_that_stay_in_their_files_until_their_first_update(dtype, home, 
     assert torch.isfinite(first)
 
 
+def test_chunks_in_which_nothing_trains(tmp_path, monkeypatch):
+    """On a device, weights of frozen parameters pass through the update as well; they have no state."""
+    results = []
+    for home in ("host", "disk"):
+        with_twin(monkeypatch)
+        plain = ZOO["llama"].build().train()
+        for name, parameter in plain.named_parameters():
+            parameter.requires_grad_("down" in name)
+        model = opened(plain, disk=tmp_path, home=home, pins=Pins(weight_slots=1))
+        optimizer = outsize.AdamW(model, lr=3e-3)
+        for seed in range(3):
+            model(**ZOO["llama"].batch(seed=seed)).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        results.append({name: value.detach().clone() for name, value in model.named_parameters()})
+        close(session_of(model))
+    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+
+
 def test_a_whole_block_that_stays_on_the_device_moves_nothing(tmp_path, monkeypatch):
     labels = []
 
@@ -427,7 +446,7 @@ def test_a_long_sequence_moves_inputs_where_the_device_is_too_small(tmp_path, mo
     monkeypatch.setattr(
         budget,
         "_needs",
-        lambda rehearsal, shape, tile_rows, moves=False: budget._Needs(
+        lambda rehearsal, shape, tile_rows, moves=False, kept=frozenset(): budget._Needs(
             *((100, 50, 900) if moves else (1000, 50))
         ),
     )
@@ -458,7 +477,7 @@ def test_budgets_that_are_named_hold_the_inputs_that_wait(pins, tmp_path, monkey
     monkeypatch.setattr(
         budget,
         "_needs",
-        lambda rehearsal, shape, tile_rows, moves=False: budget._Needs(
+        lambda rehearsal, shape, tile_rows, moves=False, kept=frozenset(): budget._Needs(
             *((1 << 20, 1 << 20, 300 << 20) if moves else (80 << 30, 1 << 20))
         ),
     )
@@ -483,7 +502,7 @@ def test_smaller_tiles_do_where_the_host_has_no_room_for_inputs(tmp_path, monkey
     monkeypatch.setattr(
         budget,
         "_needs",
-        lambda rehearsal, shape, tile_rows, moves=False: budget._Needs(
+        lambda rehearsal, shape, tile_rows, moves=False, kept=frozenset(): budget._Needs(
             *((0, 0, 1 << 50) if moves else (0, tile_rows << 36 if tile_rows > 1 else 0))
         ),
     )
@@ -503,8 +522,11 @@ def test_running_out_of_the_devices_memory_is_named(direction, tmp_path, monkeyp
     batch = ZOO["llama"].batch()
     model(**batch).loss.backward()
 
+    visits = []
+
     def full(module, args):
-        if torch.is_grad_enabled() is (direction == "backward"):
+        visits.append(module)
+        if len(visits) == (1 if direction == "forward" else 2):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
 
     handle = model.model.layers[1].mlp.register_forward_pre_hook(full)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -86,6 +86,7 @@ class Budget:
         self._device = device
         self._home_room_bytes = 0
         self._always_resident = always_resident
+        self._kept: frozenset[str] = frozenset()
         self._visit_bytes = 0
         self._kept_freed_bytes = 0
         self._ceiling: memory.Ceiling | None = None
@@ -127,14 +128,14 @@ class Budget:
         assert self.placement is not None
         room = self.room_bytes - self._beside_activations(self.placement)
         tile_rows = self._wanted_tile_rows(shape)
-        moves = self.kept_bytes > 0
+        moves, kept = self.kept_bytes > 0, self.placement.kept
         if moves and (moved := _needs(rehearsal, shape, tile_rows, moves).moved_bytes) > self.kept_bytes:
             raise BudgetError(
                 f"the inputs of blocks take {format_bytes(moved)} for a batch of {shape.rows or 1} rows, "
                 f"{format_bytes(self.kept_bytes)} of the host's memory were set aside for them",
                 hint="make the first call with the largest batch",
             )
-        while (needs := _needs(rehearsal, shape, tile_rows, moves)).num_bytes > room:
+        while (needs := _needs(rehearsal, shape, tile_rows, moves, kept)).num_bytes > room:
             if tile_rows == 1 or self._settings.pins.tile_rows is not None:
                 raise BudgetError(
                     f"a batch of {shape.rows or 1} rows takes {format_bytes(needs.num_bytes)} of activations, "
@@ -186,12 +187,13 @@ class Budget:
     ) -> Placement:
         """Give memory to activations first, then to arenas; smaller tiles where that is what makes it fit."""
         settings = self._settings
+        self._kept = last_layers(rehearsal, settings.pins.kept_blocks or 0)
         cramped: tuple[Placement, _Needs] | None = None
         error: BudgetError | None = None
         for attempt in self._attempts(shape):
             if cramped is not None and not attempt.moves_inputs:
                 break
-            needs = _needs(rehearsal, shape, attempt.tile_rows, attempt.moves_inputs)
+            needs = _needs(rehearsal, shape, attempt.tile_rows, attempt.moves_inputs, self._kept)
             self.activation_bytes, self.kept_bytes = needs.num_bytes, needs.moved_bytes
             # Freed activations fit badly into one another; with room for a second visit nothing has to be given back.
             taken = needs.num_bytes + (needs.visit_bytes if attempt.is_roomy else 0)
@@ -252,23 +254,27 @@ class Budget:
         """A placement that leaves `room` for arenas where blocks compute, and `home_room` in a host that does not."""
         has_disk = self._settings.budgets.disks != ()
         if self._device.is_host:
-            return place(
+            placement = place(
                 records,
                 arena_bytes=room,
                 home=home,
                 has_disk=has_disk,
                 always_resident=self._always_resident,
+                kept=self._kept,
                 pins=pins,
             )
-        return place_apart(
-            records,
-            device_bytes=room,
-            host_bytes=home_room,
-            home=home,
-            has_disk=has_disk,
-            always_resident=self._always_resident,
-            pins=pins,
-        )
+        else:
+            placement = place_apart(
+                records,
+                device_bytes=room,
+                host_bytes=home_room,
+                home=home,
+                has_disk=has_disk,
+                always_resident=self._always_resident,
+                kept=self._kept,
+                pins=pins,
+            )
+        return replace(placement, kept=self._kept)
 
     @property
     def _computes_in(self) -> str:
@@ -335,12 +341,33 @@ def disk_bytes(placement: Placement, records: Sequence[Record], settings: Settin
     return num_bytes
 
 
-def _needs(rehearsal: Rehearsal, shape: BatchShape, tile_rows: int, moves_inputs: bool = False) -> _Needs:
+def last_layers(rehearsal: Rehearsal, count: int) -> frozenset[str]:
+    """The blocks of the `count` layers that a call visits last: what they keep is kept for the shortest time."""
+    layers = rehearsal.activations[max(0, len(rehearsal.activations) - count) :]
+    return frozenset(block for layer in layers for block in layer.blocks)
+
+
+def kept_bytes(rehearsal: Rehearsal, shape: BatchShape, tile_rows: int, kept: frozenset[str]) -> int:
+    """What the activations of the layers in `kept` take between forward and backward."""
+    return sum(
+        layer.bytes_at(shape.rows or 1, tile_rows)
+        for layer in rehearsal.activations
+        if kept.issuperset(layer.blocks)
+    )
+
+
+def _needs(
+    rehearsal: Rehearsal,
+    shape: BatchShape,
+    tile_rows: int,
+    moves_inputs: bool = False,
+    kept: frozenset[str] = frozenset(),
+) -> _Needs:
     rows = shape.rows or 1
     is_tiled = bool(rehearsal.dims) and all(dims is not None for dims in rehearsal.dims.values())
     tile = rehearsal.tile_bytes.at(tile_rows if is_tiled else rows)
     visit = max(tile, rehearsal.loss_bytes.at(rows))
-    boundary = rehearsal.boundary_bytes.at(rows)
+    boundary = rehearsal.boundary_bytes.at(rows) + kept_bytes(rehearsal, shape, tile_rows, kept)
     movable = rehearsal.movable_bytes.at(rows) if moves_inputs else 0
     if not movable:
         return _Needs(boundary, visit)

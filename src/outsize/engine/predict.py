@@ -201,4 +201,5 @@ def _halved(costs: Costs) -> Costs:
         {block: seconds / 2 for block, seconds in costs.forward_s.items()},
         {block: seconds / 2 for block, seconds in costs.backward_s.items()},
         costs.between_s / 2,
+        {block: seconds / 2 for block, seconds in costs.kept_backward_s.items()},
     )

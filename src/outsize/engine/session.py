@@ -363,11 +363,14 @@ class Session:
         return [(at.block, *(at.rows or (0, rows))) for at in self._locations[parameter]]
 
     @contextmanager
-    def visit(self, blocks: Sequence[str], direction: Direction) -> Iterator[dict[str, torch.Tensor]]:
-        """The parameters in `blocks`, as plain views, by name."""
+    def visit(
+        self, blocks: Sequence[str], direction: Direction, *, as_leaves: bool = False
+    ) -> Iterator[dict[str, torch.Tensor]]:
+        """The parameters in `blocks` by name: as plain views, or as leaves of a graph that outlives the visit."""
+        values_of = self._leaves if as_leaves else self._values
         visits = [Visit(name, direction, joins_next=name != blocks[-1]) for name in blocks]
         with self.budget.guarded(), self._running.visit(visits, self.budget.make_room) as states:
-            yield {name: value for state in states for name, value in self._values(state).items()}
+            yield {name: value for state in states for name, value in values_of(state).items()}
 
     @contextmanager
     def visit_backward(
@@ -391,9 +394,10 @@ class Session:
         for index, entry in enumerate(state.record.entries):
             if self._collects(entry):
 
-                def collect(leaf: torch.Tensor, index: int = index) -> None:
+                def collect(leaf: torch.Tensor, index: int = index, entry: Entry = entry) -> None:
                     assert leaf.grad is not None
-                    self._store.add_gradient(state, index, leaf.grad)
+                    if self._collects(entry):  # still: a kept graph is older than its backward
+                        self._store.add_gradient(state, index, leaf.grad)
                     leaf.grad = None
 
                 leaf = leaves[entry.piece.parameter].detach().requires_grad_()
@@ -427,6 +431,11 @@ class Session:
 
     def _collects(self, entry: Entry) -> bool:
         return entry.trainable and self.parameters[entry.piece.parameter].requires_grad
+
+    def keeps_graphs(self, blocks: Sequence[str]) -> bool:
+        """Whether a visit to `blocks` keeps its graph for the backward."""
+        placement = self.budget.placement
+        return placement is not None and placement.kept.issuperset(blocks)
 
     def tiles(
         self, layer: Layer, tensors: Sequence[torch.Tensor]
