@@ -122,7 +122,7 @@ class Pins:
     Pins(tile_rows=4)       rows of a batch that a block computes at once
     Pins(resident_bytes=0)  memory, where blocks compute, used to keep planes that would otherwise move
     Pins(gradient_slots=1)  how many blocks' fp32 gradients may be in memory at once
-    Pins(inputs_on_host=True)   let inputs of blocks wait for their backward in the host's memory (with a device only)
+    Pins(inputs="disk")     where inputs of blocks wait for their backward: "device" (where blocks compute), "host", "disk"
     Pins(kept_blocks=2)     how many layers, the last first, keep their activations, and their weights, for the backward
     Pins(verify=True)       check the checksum of every read from the disk tier
     """
@@ -131,11 +131,13 @@ class Pins:
     gradient_slots: int | None = None
     tile_rows: int | None = None
     resident_bytes: int | None = None
-    inputs_on_host: bool | None = None
+    inputs: str | None = None
     kept_blocks: int | None = None
     verify: bool = True
 
     def __post_init__(self) -> None:
+        if self.inputs is not None and self.inputs not in list(Home):
+            raise ConfigError(f"Pins(inputs={self.inputs!r})", hint=f"one of {', '.join(Home)}")
         for name, least in (
             ("weight_slots", 1),
             ("gradient_slots", 1),

@@ -15,13 +15,12 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from outsize.block import ALIGNMENT, Record
+from outsize.block import ALIGNMENT, Record, align
 from outsize.config import Home, Pins, Settings, format_bytes
-from outsize.engine import memory
-from outsize.engine.keep import COPIES_ON_DEVICE
+from outsize.engine import keep, memory
 from outsize.engine.probe import BatchShape, Rehearsal
 from outsize.errors import BudgetError
-from outsize.plan import Placement, place, place_apart
+from outsize.plan import Direction, Placement, place, place_apart
 from outsize.tier import Device
 from outsize.tier.striped import part_bytes
 
@@ -41,6 +40,9 @@ TILE_TOKENS = 2048
 TILE_TOKENS_ON_DEVICE = 8192
 """The same on an accelerator: its products need more rows for full speed."""
 
+FEWEST_TILE_TOKENS = 512
+"""Before tiles become smaller than this, inputs of blocks go to the disk, where there is one."""
+
 
 @dataclass(frozen=True, slots=True)
 class _Needs:
@@ -49,7 +51,14 @@ class _Needs:
     boundary_bytes: int
     visit_bytes: int
     moved_bytes: int = 0
-    """Of the boundary, what waits in the host's memory instead; `boundary_bytes` counts the rest."""
+    """Of the boundary, what waits elsewhere; `boundary_bytes` counts the rest."""
+    inputs: Home | None = None
+    """Where it waits."""
+
+    @property
+    def host_bytes(self) -> int:
+        """Memory of the host that it takes: its own or, on the way to the disk, that of buffers."""
+        return keep.BUFFERS_BYTES if self.inputs is Home.DISK else self.moved_bytes
 
     @property
     def num_bytes(self) -> int:
@@ -59,11 +68,11 @@ class _Needs:
 
 @dataclass(frozen=True, slots=True)
 class _Attempt:
-    """A way to make it fit: tiles of so many rows; with room for a second visit; inputs in the host's memory."""
+    """A way to make it fit: tiles of so many rows; with room for a second visit; inputs elsewhere than blocks compute."""
 
     tile_rows: int
     is_roomy: bool
-    moves_inputs: bool
+    inputs: Home | None
 
 
 class Budget:
@@ -79,8 +88,8 @@ class Budget:
         self.activation_bytes = 0
         self.room_bytes = 0
         """What is left for activations and, beside them, arenas: of the device where that has memory of its own."""
-        self.kept_bytes = 0
-        """Memory of the host for inputs of blocks that wait for their backward there; 0 where they stay."""
+        self.host_inputs_bytes = 0
+        """Memory of the host for inputs of blocks that wait for their backward there, or pass through to the disk."""
         self.placement: Placement | None = None
         self._settings = settings
         self._device = device
@@ -115,7 +124,10 @@ class Budget:
     def place_with(self, records: Sequence[Record], more_bytes: int) -> Placement:
         """The placement there would be with `more_bytes` of the host's memory; nothing is changed."""
         settings = self._settings
-        room, home_room = self.room_bytes - self.activation_bytes, self._home_room_bytes - self.kept_bytes
+        room, home_room = (
+            self._room_beside_inputs - self.activation_bytes,
+            self._home_room_bytes - self.host_inputs_bytes,
+        )
         if self._device.is_host:
             return self._place(records, room + more_bytes, settings.home, settings.pins, home_room)
         return self._place(records, room, settings.home, settings.pins, home_room + more_bytes)
@@ -126,16 +138,17 @@ class Budget:
         Raises BudgetError where not even the smallest is.
         """
         assert self.placement is not None
-        room = self.room_bytes - self._beside_activations(self.placement)
+        room = self._room_beside_inputs - self._beside_activations(self.placement)
         tile_rows = self._wanted_tile_rows(shape)
-        moves, kept = self.kept_bytes > 0, self.placement.kept
-        if moves and (moved := _needs(rehearsal, shape, tile_rows, moves).moved_bytes) > self.kept_bytes:
+        inputs, kept = self.placement.inputs, self.placement.kept
+        moved = _needs(rehearsal, shape, tile_rows, inputs).moved_bytes
+        if inputs is not None and moved > self.placement.inputs_bytes:
             raise BudgetError(
                 f"the inputs of blocks take {format_bytes(moved)} for a batch of {shape.rows or 1} rows, "
-                f"{format_bytes(self.kept_bytes)} of the host's memory were set aside for them",
+                f"{format_bytes(self.placement.inputs_bytes)} of the {inputs} were set aside for them",
                 hint="make the first call with the largest batch",
             )
-        while (needs := _needs(rehearsal, shape, tile_rows, moves, kept)).num_bytes > room:
+        while (needs := _needs(rehearsal, shape, tile_rows, inputs, kept)).num_bytes > room:
             if tile_rows == 1 or self._settings.pins.tile_rows is not None:
                 raise BudgetError(
                     f"a batch of {shape.rows or 1} rows takes {format_bytes(needs.num_bytes)} of activations, "
@@ -151,8 +164,9 @@ class Budget:
         """What the process takes of the host's memory, as placed."""
         assert self.placement is not None
         if self._device.is_host:
-            return self.base_bytes + self.activation_bytes + self.placement.arena_bytes
-        return self.base_bytes + self.placement.home_bytes + self.kept_bytes
+            arenas = self.placement.arena_bytes + self.host_inputs_bytes
+            return self.base_bytes + self.activation_bytes + arenas
+        return self.base_bytes + self.placement.home_bytes + self.host_inputs_bytes
 
     def expected_bytes(self) -> int:
         """What the process will have had at most: beside what is placed, freed memory that is kept where there is room."""
@@ -188,35 +202,45 @@ class Budget:
         """Give memory to activations first, then to arenas; smaller tiles where that is what makes it fit."""
         settings = self._settings
         self._kept = last_layers(rehearsal, settings.pins.kept_blocks or 0)
+        moves_for_slots = not self._device.is_host and settings.pins.inputs is None
         cramped: tuple[Placement, _Needs] | None = None
+        least: _Needs | None = None
         error: BudgetError | None = None
         for attempt in self._attempts(shape):
-            if cramped is not None and not attempt.moves_inputs:
+            if cramped is not None and attempt.inputs is None:
                 break
-            needs = _needs(rehearsal, shape, attempt.tile_rows, attempt.moves_inputs, self._kept)
-            self.activation_bytes, self.kept_bytes = needs.num_bytes, needs.moved_bytes
+            needs = _needs(rehearsal, shape, attempt.tile_rows, attempt.inputs, self._kept)
+            if least is None or needs.num_bytes + needs.host_bytes <= least.num_bytes + least.host_bytes:
+                least = needs
             # Freed activations fit badly into one another; with room for a second visit nothing has to be given back.
             taken = needs.num_bytes + (needs.visit_bytes if attempt.is_roomy else 0)
-            home_room = self._home_room_bytes - needs.moved_bytes
+            home_room = self._home_room_bytes - needs.host_bytes
+            if self._device.is_host:
+                taken += needs.host_bytes
             try:
-                if needs.moved_bytes and home_room < 0:
+                if needs.host_bytes and home_room < 0:
                     raise BudgetError(
-                        f"the inputs of blocks take {format_bytes(needs.moved_bytes)} of the host's memory, "
+                        f"the inputs of blocks take {format_bytes(needs.host_bytes)} of the host's memory, "
                         f"the budget leaves {format_bytes(max(0, self._home_room_bytes))} for them"
                     )
                 placement = self._place(
                     records, max(0, self.room_bytes - taken), settings.home, settings.pins, home_room
                 )
+                if needs.moved_bytes:
+                    placement = replace(placement, inputs=needs.inputs, inputs_bytes=needs.moved_bytes)
+                if needs.inputs is Home.DISK and settings.pins.inputs is None:
+                    disk_bytes(placement, records, settings)  # another way may do without
             except BudgetError as failure:
                 error = failure
                 continue
-            if attempt.moves_inputs or not self._can_move_inputs() or placement.is_roomy(settings.pins):
+            if attempt.inputs or not moves_for_slots or placement.is_roomy(settings.pins):
                 self._kept_freed_bytes = needs.visit_bytes if attempt.is_roomy else 0
                 return self._settle(placement, needs)
             cramped = placement, needs  # it fits, but too few slots are left for transfers beside computing
         if cramped is not None:
             return self._settle(*cramped)
-        assert error is not None
+        assert error is not None and least is not None
+        self.activation_bytes, self.host_inputs_bytes = least.num_bytes, least.host_bytes
         if not self._device.is_host:
             raise self._too_large_for_device(records, error) from error
         raise BudgetError(
@@ -224,29 +248,34 @@ class Budget:
             f"the process itself has {format_bytes(self.base_bytes)}, "
             f"activations take {format_bytes(self.activation_bytes)}, "
             f"{format_bytes(SLACK_BYTES + _source_bytes(records))} are kept free",
-            hint=self._hint(records, self.limit_bytes - self.room_bytes + self.activation_bytes),
+            hint=self._hint(records, self.limit_bytes - self._room_beside_inputs + self.activation_bytes),
         ) from error
 
     def _settle(self, placement: Placement, needs: _Needs) -> Placement:
-        self.activation_bytes, self.kept_bytes = needs.num_bytes, needs.moved_bytes
+        self.activation_bytes, self.host_inputs_bytes = needs.num_bytes, needs.host_bytes
         return placement
 
-    def _can_move_inputs(self) -> bool:
-        return not self._device.is_host and self._settings.pins.inputs_on_host is None
+    @property
+    def _room_beside_inputs(self) -> int:
+        """What is left where blocks compute, beside the memory in which inputs wait or through which they pass."""
+        return self.room_bytes - (self.host_inputs_bytes if self._device.is_host else 0)
 
     def _attempts(self, shape: BatchShape) -> Iterator[_Attempt]:
-        """What is tried, the fastest first."""
-        tile_rows, pins = self._wanted_tile_rows(shape), self._settings.pins
-        moves = not self._device.is_host and bool(pins.inputs_on_host)
-        if self._device.is_host:
-            yield _Attempt(tile_rows, True, False)
-        while True:
-            yield _Attempt(tile_rows, False, moves)
-            if self._can_move_inputs():
-                yield _Attempt(tile_rows, False, True)
-            if tile_rows == 1 or pins.tile_rows is not None:
-                return
-            tile_rows = -(-tile_rows // 2)
+        """What is tried, the fastest first: inputs go to the disk only where tiles would become too small otherwise."""
+        pins, is_host = self._settings.pins, self._device.is_host
+        sizes = [self._wanted_tile_rows(shape)]
+        while sizes[-1] > 1 and pins.tile_rows is None:
+            sizes.append(-(-sizes[-1] // 2))
+        near: list[Home | None] = [None] if is_host else [None, Home.HOST]
+        far: list[Home | None] = [Home.DISK] if self._settings.budgets.disks else []
+        if pins.inputs is not None:
+            stays = pins.inputs == Home.DEVICE or (is_host and pins.inputs == Home.HOST)
+            near, far = [None if stays else Home(pins.inputs)], []
+        if is_host:
+            yield _Attempt(sizes[0], True, near[0])
+        enough = [rows for rows in sizes if rows == sizes[0] or rows * shape.row_tokens >= FEWEST_TILE_TOKENS]
+        for some, homes in ((enough, near), (sizes, far), (sizes[len(enough) :], near)):
+            yield from (_Attempt(rows, False, home) for rows in some for home in homes)
 
     def _place(
         self, records: Sequence[Record], room: int, home: Home | None, pins: Pins, home_room: int
@@ -297,7 +326,11 @@ class Budget:
         least = self._least(records)
         device = self.activation_bytes + least.compute_bytes + DEVICE_SLACK_BYTES + HINT_MARGIN_BYTES
         host = (
-            self.limit_bytes - self._home_room_bytes + self.kept_bytes + least.home_bytes + HINT_MARGIN_BYTES
+            self.limit_bytes
+            - self._home_room_bytes
+            + self.host_inputs_bytes
+            + least.home_bytes
+            + HINT_MARGIN_BYTES
         )
         has_disk = self._settings.budgets.disks != ()
         hint = f'device="{-(-device // 2**20)}MiB" with host="{-(-host // 2**20)}MiB" works with this batch'
@@ -323,18 +356,26 @@ class Budget:
         return max(1, min(rows, wanted))
 
 
-def disk_bytes(placement: Placement, records: Sequence[Record], settings: Settings) -> int:
-    """What the store takes on disk; 0 where nothing lives there. Raises BudgetError where that is not allowed."""
-    disks = settings.budgets.disks
-    if not placement.disk_bytes or not disks:
+def store_bytes(placement: Placement, records: Sequence[Record], settings: Settings) -> int:
+    """What records take on disk; 0 where none lives there."""
+    if not placement.disk_bytes or not settings.budgets.disks:
         return 0
-    num_bytes = sum(record.num_bytes for record in records)
-    share = num_bytes if len(disks) == 1 else part_bytes(num_bytes, len(disks))
+    return sum(record.num_bytes for record in records)
+
+
+def disk_bytes(placement: Placement, records: Sequence[Record], settings: Settings) -> int:
+    """What records and inputs of blocks take on disk. Raises BudgetError where that is not allowed."""
+    disks = settings.budgets.disks
+    store = store_bytes(placement, records, settings)
+    inputs = placement.inputs_bytes if placement.inputs is Home.DISK else 0
+    num_bytes = store + inputs
+    share = num_bytes if len(disks) < 2 else sum(part_bytes(each, len(disks)) for each in (store, inputs))
     for disk in disks:
         if disk.num_bytes is not None and share > disk.num_bytes:
             part = "" if len(disks) == 1 else f", {format_bytes(share)} on each of {len(disks)}"
+            what = "the state" if not inputs else "the state and the inputs of blocks"
             raise BudgetError(
-                f"the state takes {format_bytes(num_bytes)} on disk{part}; "
+                f"{what} {'takes' if not inputs else 'take'} {format_bytes(num_bytes)} on disk{part}; "
                 f"{disk.folder} may hold {format_bytes(disk.num_bytes)}",
                 hint=f'disk="{disk.folder}:{-(-share // 2**20)}MiB" works',
             )
@@ -360,7 +401,7 @@ def _needs(
     rehearsal: Rehearsal,
     shape: BatchShape,
     tile_rows: int,
-    moves_inputs: bool = False,
+    inputs: Home | None = None,
     kept: frozenset[str] = frozenset(),
 ) -> _Needs:
     rows = shape.rows or 1
@@ -368,13 +409,14 @@ def _needs(
     tile = rehearsal.tile_bytes.at(tile_rows if is_tiled else rows)
     visit = max(tile, rehearsal.loss_bytes.at(rows))
     boundary = rehearsal.boundary_bytes.at(rows) + kept_bytes(rehearsal, shape, tile_rows, kept)
-    movable = rehearsal.movable_bytes.at(rows) if moves_inputs else 0
-    if not movable:
+    each = rehearsal.input_bytes.at(rows)
+    if inputs is None or each < keep.LEAST_BYTES:
         return _Needs(boundary, visit)
-    here = COPIES_ON_DEVICE * rehearsal.input_bytes.at(rows)
-    # Each input is a region of whole pages.
-    moved = movable + ALIGNMENT * len(rehearsal.visits)
-    return _Needs(boundary - movable + here, visit, moved)
+    movable = rehearsal.movable_bytes.at(rows)
+    num_kept = sum(v.block in kept and v.direction is Direction.FORWARD for v in rehearsal.visits)
+    # Each input takes whole pages.
+    moved = align(movable + ALIGNMENT * len(rehearsal.visits))
+    return _Needs(boundary - movable + (keep.COPIES + num_kept) * each, visit, moved, inputs)
 
 
 def _source_bytes(records: Sequence[Record]) -> int:

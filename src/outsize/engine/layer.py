@@ -215,7 +215,9 @@ class Layer:
                 hint="pass use_cache=False",
             )
         keeper = self.session.keeper
-        with keeper.keep(tensors) if keeper is not None else nullcontext():
+        if call.keeps_graphs:
+            keeper = None  # its graph holds the inputs anyway
+        with keeper.keep(tensors, self.blocks[-1]) if keeper is not None else nullcontext():
             outputs = _Visit.apply(call, self.session.anchor if trains else None, *tensors)  # type: ignore[no-untyped-call]
         return call.result(outputs)
 

@@ -104,7 +104,7 @@ class Rehearsal:
     movable_bytes: Linear
     """Of these, what could wait in the memory of another tier: tensors that take a gradient."""
     input_bytes: Linear
-    """The largest tensor of the boundary."""
+    """The most of these that one visit has."""
     tile_bytes: Linear
     loss_bytes: Linear
     kinds: tuple[Kind, ...]
@@ -126,6 +126,7 @@ class Probe:
     inconsistent: set[str] = field(default_factory=set)
     kept: dict[int, torch.Tensor] = field(default_factory=dict)
     movable: set[int] = field(default_factory=set)
+    input_bytes: int = 0
     tile_bytes: int = 0
     loss_bytes: int = 0
     kinds: list[Kind] = field(default_factory=list)
@@ -222,12 +223,15 @@ class Probe:
         ]
         if not differentiates:
             return outputs
+        own: dict[int, int] = {}
         for tensor in inputs:
             # Without its graph, which holds this probe: autograd nodes are not seen by the garbage collector.
             key = tensor.untyped_storage().data_ptr() if not tensor.is_meta else id(tensor)
             self.kept[key] = tensor.detach()
             if tensor.requires_grad:
                 self.movable.add(key)
+                own[key] = tensor.untyped_storage().nbytes()
+        self.input_bytes = max(self.input_bytes, sum(own.values()))
         backward = backward_visits(self.session, blocks, weights_in_backward)
         if is_table:
             backward = [replace(visit, joins_next=False) for visit in reversed(backward)]
@@ -254,11 +258,6 @@ class Probe:
     def movable_bytes(self) -> int:
         """Bytes of those among them that take a gradient."""
         return sum(self.kept[key].untyped_storage().nbytes() for key in self.movable)
-
-    @property
-    def largest_kept_bytes(self) -> int:
-        """Bytes of the largest of them."""
-        return max((tensor.untyped_storage().nbytes() for tensor in self.kept.values()), default=0)
 
 
 def run_on_zeros(
@@ -413,7 +412,7 @@ def rehearse(session: Session, args: tuple[Any, ...], kwargs: dict[str, Any], sh
         dims=dims,
         boundary_bytes=Linear.through({n: float(probe.kept_bytes) for n, probe in probes.items()}),
         movable_bytes=Linear.through({n: float(probe.movable_bytes) for n, probe in probes.items()}),
-        input_bytes=Linear.through({n: float(probe.largest_kept_bytes) for n, probe in probes.items()}),
+        input_bytes=Linear.through({n: float(probe.input_bytes) for n, probe in probes.items()}),
         tile_bytes=Linear.through({n: float(probe.tile_bytes) for n, probe in probes.items()}),
         loss_bytes=Linear.through({n: float(probe.loss_bytes) for n, probe in probes.items()}),
         kinds=tuple(first.kinds),

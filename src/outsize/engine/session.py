@@ -25,10 +25,10 @@ from transformers import Cache, PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from outsize.block import Block, Entry, Piece, Plane, Record
-from outsize.config import Settings
+from outsize.config import Home, Settings
 from outsize.engine.batch import BatchDims, Tile, tiles
 from outsize.engine.blocks import DTYPES, BlockState, BlockStore, close_workers
-from outsize.engine.budget import Budget, disk_bytes
+from outsize.engine.budget import Budget, disk_bytes, store_bytes
 from outsize.engine.embedding import Embedding
 from outsize.engine.executor import Executor
 from outsize.engine.guard import Guard
@@ -599,7 +599,8 @@ class Session:
         if self.device_kernel is not None and updates_there and not self.device.is_host:
             self.device_kernel()
         assert self.source is not None
-        disk = self._open_disk(placement, records)
+        disk_bytes(placement, records, self.settings)
+        disk = self._open_disk("store", store_bytes(placement, records, self.settings))
         try:
             store = BlockStore(
                 records,
@@ -617,12 +618,14 @@ class Session:
                 disk.close()
             raise
         self.executor = Executor(store)
-        if self.budget.kept_bytes:
-            self.keeper = Keeper(self.device, self.budget.kept_bytes)
         self._finalizer = weakref.finalize(self, close_workers, *store.workers())
         self._locate({r.name: [entry.piece for entry in r.entries] for r in records})
         self._blocks = {r.name: Block(r.name, tuple(entry.piece for entry in r.entries)) for r in records}
         try:
+            if placement.inputs is not None:
+                is_disk = placement.inputs is Home.DISK
+                inputs = self._open_disk("inputs", placement.inputs_bytes) if is_disk else None
+                self.keeper = Keeper(self.device, placement.inputs_bytes, inputs)
             if self.rule is not None and isinstance(self.source, InitSource | TensorSource):
                 store.import_all(self._touch)
                 self.source = None
@@ -639,8 +642,7 @@ class Session:
         with self.executor.touch(state.name):
             pass
 
-    def _open_disk(self, placement: Placement, records: Sequence[Record]) -> Tier | None:
-        num_bytes = disk_bytes(placement, records, self.settings)
+    def _open_disk(self, what: str, num_bytes: int) -> Tier | None:
         if not num_bytes:
             return None
         folders = [disk.folder for disk in self.settings.budgets.disks]
@@ -648,7 +650,7 @@ class Session:
 
         def open_one(folder: Path, size: int) -> Tier:
             return DiskTier(
-                folder, size, name=f"outsize-{self.identity}.store", verify=verify, anonymous=True
+                folder, size, name=f"outsize-{self.identity}.{what}", verify=verify, anonymous=True
             )
 
         if len(folders) == 1:

@@ -49,7 +49,8 @@ class Placement:
     where blocks compute. Where that is a device with memory of its own, `hosted` holds what stays in the host's memory
     instead, and everything that moves passes through pinned buffers: chunks, `relay_buffers` between disk and device,
     and `staging_buffers` for whole weight planes that come from a checkpoint. `kept` holds layers whose activations wait
-    for the backward, which then does not compute them again; their weights are resident.
+    for the backward, which then does not compute them again; their weights are resident. `inputs` is where the inputs of
+    blocks wait, at most `inputs_bytes` there; None where they stay where blocks compute.
     """
 
     resident: frozenset[tuple[str, Plane]]
@@ -66,6 +67,8 @@ class Placement:
     staging_buffers: int = 0
     staging_bytes: int = 0
     kept: frozenset[str] = frozenset()
+    inputs: Home | None = None
+    inputs_bytes: int = 0
 
     def is_roomy(self, pins: Pins) -> bool:
         """Whether there are as many slots as transfers beside computing can use, or as were pinned."""
