@@ -282,23 +282,27 @@ def test_bits_that_flip_on_the_disk_are_found(tmp_path):
 
 
 class Careless(nn.Module):
-    """Changes an input of a layer after the layer has run."""
+    """Changes the input of one layer after the layer has run."""
 
-    def __init__(self):
+    def __init__(self, changes):
         super().__init__()
         self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(6))
+        self.changes = changes
 
     def forward(self, x):
-        for layer in self.layers:
+        for index, layer in enumerate(self.layers):
             before = x * 1.0
             x = layer(before)
-            before += 1.0
+            if index == self.changes:
+                before += 1.0
         return x.square().mean()
 
 
-def test_an_input_that_is_changed_in_place_is_a_named_error(tmp_path):
-    model = opened(Careless(), disk=tmp_path, home="host", pins=ON_DISK)
-    with pytest.raises(UsageError, match="changed in place"):
+@pytest.mark.parametrize("layer", [1, 5])
+def test_an_input_that_is_changed_in_place_is_a_named_error(layer, tmp_path):
+    """Whether it is in memory still when it is needed, or not."""
+    model = opened(Careless(layer), disk=tmp_path, home="host", pins=ON_DISK)
+    with pytest.raises(UsageError, match=rf"L0{layer}\.input.*changed in place"):
         model(torch.ones(2, 8)).backward()
 
 
@@ -407,6 +411,46 @@ def test_tensors_come_back_as_they_were(device):
     assert keeper.in_use_bytes == 0
     keeper.close()
     keeper.close()
+
+
+def test_a_place_is_used_again_when_its_last_owner_is_off_it():
+    """A write that is late would overwrite what the next input leaves there."""
+    delays = iter([0.1])
+    disk = SlowTier(MemoryTier(1 << 20), lambda verb, label: next(delays, 0.0))
+    keeper = keep.Keeper(HostDevice(), 1 << 20, disk)
+    saved = []
+    for value in (1.0, 2.0):
+        tensor = torch.full((1000,), value, requires_grad=True)
+        with keeper.keep([tensor], "L00"):
+            saved.append(tensor.square())
+        if value == 1.0:
+            saved.clear()  # nobody wants it
+    del tensor
+    assert keeper.high_water_bytes == 4096
+    keeper.begin()
+    (output,) = saved
+    assert torch.equal(output.grad_fn._saved_self, torch.full((1000,), 2.0))
+    del output, saved
+    keeper.close()
+
+
+def test_buffers_of_inputs_are_taken_from_what_is_left_for_arenas(tmp_path, monkeypatch):
+    rooms = []
+    place = budget.place
+
+    def note(records, **options):
+        rooms.append(options["arena_bytes"])
+        return place(records, **options)
+
+    monkeypatch.setattr(budget, "place", note)
+    model = llama(tmp_path, home="host")
+    own = session_of(model).budget
+    if not session_of(model).device.is_host:
+        pytest.skip("a device has a budget of its own")
+    model(**ZOO["llama"].batch())
+    freed = own._kept_freed_bytes
+    assert rooms[-1] == own.room_bytes - own.activation_bytes - own.host_inputs_bytes - freed
+    assert own.host_bytes() >= own.base_bytes + own.placement.arena_bytes + keep.BUFFERS_BYTES
 
 
 def test_places_are_used_again_and_merged():

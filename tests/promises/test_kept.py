@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from outsize import Pins
 from outsize.block import Plane
@@ -112,6 +113,19 @@ def test_the_last_layers_run_once(count, expected, tmp_path):
         assert model(**ZOO["llama"].batch()).loss.grad_fn is None
 
 
+def test_a_forward_that_keeps_nothing_saves_nothing(tmp_path):
+    """Though it runs as with a graph: what a product is given goes when the product is there."""
+    model = opened(ZOO["llama"].build().train(), home="host")
+    train(model, [ZOO["llama"].batch()])
+    mlp, given, gone = model.model.layers[1].mlp, [], []
+    mlp.down_proj.register_forward_pre_hook(
+        lambda module, args: given.append(StorageWeakRef(args[0].untyped_storage()))
+    )
+    mlp.register_forward_hook(lambda *_: gone.append(given[-1].expired()))
+    model(**ZOO["llama"].batch()).loss.backward()
+    assert gone == [True, False]  # the backward needs it
+
+
 def test_no_layer_is_kept_unless_it_is_asked_for(tmp_path):
     model = opened(ZOO["llama"].build().train(), home="host")
     train(model, [ZOO["llama"].batch()])
@@ -131,6 +145,21 @@ def test_parts_that_are_frozen(tmp_path):
         train(model, [ZOO["llama"].batch(seed=seed) for seed in range(3)])
         results.append(values_of(model))
     assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+
+
+def test_what_is_frozen_after_the_forward_gets_no_gradient(tmp_path):
+    """As where it is computed again: what counts is what trains when the gradient comes."""
+    for count in (0, ALL):
+        model = llama(tmp_path, count)
+        optimizer = adamw(model)
+        loss = model(**ZOO["llama"].batch()).loss
+        frozen = model.model.layers[1]
+        for parameter in frozen.parameters():
+            parameter.requires_grad_(False)
+        loss.backward()
+        assert all(parameter.grad is None for parameter in frozen.parameters())
+        assert model.model.layers[0].mlp.up_proj.weight.grad.any()
+        optimizer.zero_grad()
 
 
 def test_autocast_is_that_of_the_forward(tmp_path):

@@ -143,16 +143,19 @@ class Keeper:
         return kept
 
     def _let_go(self, num_visits: int) -> None:
-        """Let go of inputs that are on their way, but for those of the last `num_visits`."""
+        """Let go of inputs that are on their way, but for those of the last `num_visits`; raise the first error met."""
+        error: OutsizeError | None = None
         while len(self._leaving) > num_visits:
             for tensor, each, down in self._leaving.popleft():
                 try:
                     down.follow()
-                except BaseException:
+                except OutsizeError as failure:
+                    error = error or failure
                     each.is_lost = True
                     each.forget()
-                    raise
-                each.was_changed = tensor._version != each.version and each.arrived is None
+                each.was_changed = tensor._version != each.version
+        if error is not None:
+            raise error
 
     def _take_back(self) -> None:
         """Take the places back of inputs that no graph needs any more, and let go of those that came back in vain."""
@@ -206,7 +209,8 @@ class Keeper:
         if each.is_lost:
             raise StorageError(f"{each.label} could not be stored", hint="an earlier error says why")
         target = torch.empty(each.shape, dtype=each.dtype, device=self._device.torch_device)
-        (up,) = self._carrier.fill(self._parcel(each, target.view(-1)), (each.last,))
+        # It is where it waits: while it was on its way, it was here.
+        (up,) = self._carrier.fill(self._parcel(each, target.view(-1)))
         each.last = each.arrived = up
         each.here, each.version = weakref.ref(target), target._version
         return target, up

@@ -157,6 +157,8 @@ def _slots(placement: Placement) -> tuple[str, ...]:
 
     lines = [describe("weight", group) for group in placement.weight_classes]
     lines += [describe("gradient", group) for group in placement.gradient_classes]
+    if placement.kept:
+        lines.append(f"{len(placement.kept)} blocks keep their activations, and compute them once")
     if placement.chunk_buffers:
         lines.append(f"{placement.chunk_buffers} chunk buffers of {format_bytes(placement.chunk_bytes)}")
     if placement.relay_buffers:
