@@ -149,15 +149,16 @@ def test_weights_that_stay_in_their_files_until_their_first_update(dtype, home, 
     assert torch.isfinite(first)
 
 
-def test_chunks_in_which_nothing_trains(tmp_path, monkeypatch):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_chunks_and_blocks_in_which_nothing_trains(dtype, tmp_path, monkeypatch):
     """On a device, weights of frozen parameters pass through the update as well; they have no state."""
     results = []
-    for home in ("host", "disk"):
+    for home in ("host", "disk", "device"):
         with_twin(monkeypatch)
         plain = ZOO["llama"].build().train()
         for name, parameter in plain.named_parameters():
-            parameter.requires_grad_("down" in name)
-        model = opened(plain, disk=tmp_path, home=home, pins=Pins(weight_slots=1))
+            parameter.requires_grad_("down" in name and "layers.0" not in name)
+        model = opened(plain, disk=tmp_path, home=home, dtype=dtype, pins=Pins(weight_slots=1))
         optimizer = outsize.AdamW(model, lr=3e-3)
         for seed in range(3):
             model(**ZOO["llama"].batch(seed=seed)).loss.backward()
@@ -165,7 +166,8 @@ def test_chunks_in_which_nothing_trains(tmp_path, monkeypatch):
             optimizer.zero_grad()
         results.append({name: value.detach().clone() for name, value in model.named_parameters()})
         close(session_of(model))
-    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+    for result in results[1:]:
+        assert all(torch.equal(results[0][name], result[name]) for name in result)
 
 
 def test_a_whole_block_that_stays_on_the_device_moves_nothing(tmp_path, monkeypatch):

@@ -261,8 +261,8 @@ def test_an_input_that_cannot_be_written_is_a_named_error(tmp_path, monkeypatch)
     fault = Fault(FaultKind.ENOSPC, Verb.WRITE, label="L01.input", nth=1)
     with wrapped_disk(monkeypatch, lambda disk: FaultyTier(disk, [fault])):
         model = llama(tmp_path, home="host")
-        with pytest.raises(StorageError, match=r"L01\.input"):
-            model(**ZOO["llama"].batch()).loss.backward()
+        with pytest.raises(StorageError, match=r"L01\.input.*No space left"):
+            model(**ZOO["llama"].batch())
         gc.collect()
         model.zero_grad()
         model(**ZOO["llama"].batch()).loss.backward()

@@ -362,7 +362,8 @@ class BlockStore:
         state.weight_reads = []
         planes = [self._resident(state, plane) for plane in record.state]
         gradient = self._resident(state, Plane.GRADIENT)
-        remainder = self._read_remainder(state) if not state.is_stored else None
+        is_new = record.num_trainable and not state.is_stored
+        remainder = self._read_remainder(state) if is_new else None
         if remainder is not None:
             target = planes[record.state.index(Plane.REMAINDER)]
             assert target is not None

@@ -199,9 +199,9 @@ class Keeper:
         if each.on_way is not None:
             return each.on_way
         here = each.here()
-        if here is not None and here._version == each.version:
+        if here is not None and (each.arrived is not None or here._version == each.version):
             return here, each.arrived or DoneTransfer()
-        if each.was_changed or (here is not None and each.arrived is None):
+        if each.was_changed or here is not None:
             raise UsageError(
                 f"{each.label}: an input of a block was changed in place after its forward",
                 hint="let the model make a new tensor, or let inputs stay where they are: Pins(inputs=...)",
@@ -212,7 +212,7 @@ class Keeper:
         # It is where it waits: while it was on its way, it was here.
         (up,) = self._carrier.fill(self._parcel(each, target.view(-1)))
         each.last = each.arrived = up
-        each.here, each.version = weakref.ref(target), target._version
+        each.here = weakref.ref(target)
         return target, up
 
     def _parcel(self, each: _Input, place: torch.Tensor) -> Parcel:
@@ -232,8 +232,8 @@ class Keeper:
 class _Input:
     """One tensor that was sent away: where it waits, and what last used that place.
 
-    `here` is the tensor where blocks compute, as long as somebody has it, and `version` its version: the one that was sent
-    or, once it came back, which `arrived` says, that. `on_way` is where it is being brought to ahead of its use.
+    `here` is the tensor where blocks compute, as long as somebody has it: the one that was sent, at `version`, or, once it came
+    back, which `arrived` says, that. `on_way` is where it is being brought to ahead of its use.
     """
 
     label: str
