@@ -383,10 +383,11 @@ def test_inputs_are_brought_up_one_block_ahead(tmp_path, monkeypatch):
     model = opened(ZOO["llama"].build().train(), home="host", pins=Pins(inputs_on_host=True))
     outsize.AdamW(model)
     loss = model(**ZOO["llama"].batch()).loss
+    session = session_of(model)
+    session.device.finish()
     num_kept = order.count((Way.DOWN, "input"))
     order.clear()
     loss.backward()
-    session = session_of(model)
     session.device.finish()
     ups = [label for way, label in order if way is Way.UP]
     assert ups.count("input") == num_kept > 2

@@ -19,6 +19,7 @@ def test_public_names_are_pinned():
         "LoggedTransfer",
         "MemoryTier",
         "NullTier",
+        "PaperDevice",
         "Region",
         "Slot",
         "SlotPool",

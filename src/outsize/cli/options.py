@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
@@ -100,11 +101,15 @@ def pins_of(texts: list[str]) -> Pins | None:
         name, equals, value = text.partition("=")
         if name not in known or not equals:
             raise ConfigError(f"--pin {text}: no such pin", hint=f"known are {', '.join(sorted(known))}")
-        if name in switches and value in ("true", "false"):
+        if name == "resident" and re.fullmatch(r"\d+,\d+,\d+", value):
+            numbers[name] = tuple(map(int, value.split(",")))
+        elif name in switches and value in ("true", "false"):
             numbers[name] = value == "true"
-        elif name not in switches and value.isdecimal():
+        elif name not in {*switches, "resident"} and value.isdecimal():
             numbers[name] = int(value)
         else:
             expected, example = ("true or false", "false") if name in switches else ("a whole number", "2")
+            if name == "resident":
+                expected, example = "three whole numbers of blocks", "12,24,0"
             raise ConfigError(f"--pin {text}: expected {expected}", hint=f"pass --pin {name}={example}")
     return Pins(**numbers) if texts else None

@@ -3,8 +3,9 @@
 from outsize.engine.api import load, save, wrap
 from outsize.engine.optimizers import SGD, AdamW, AdamW8bit, Adan, Lion, SGDSaI, decay_groups
 from outsize.engine.predict import Prediction, predict
-from outsize.engine.preview import PlanSummary, preview
+from outsize.engine.preview import preview
 from outsize.engine.report import Report, report
+from outsize.engine.summary import PlanSummary
 
 __all__ = [
     "SGD",

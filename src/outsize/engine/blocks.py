@@ -142,7 +142,8 @@ class BlockStore:
             }
             gradients = [GradientState() for _ in record.entries]
             self.states[record.name] = BlockState(record, offset, resident, hosted, gradients)
-            offset += record.num_bytes
+            if len(resident) + len(hosted) < len(planes):
+                offset += record.num_bytes
         self._weight_pools = self._pools("weights", placement.weight_classes)
         self._gradient_pools = self._pools("gradients", placement.gradient_classes)
         self._chunks = self._buffers("chunk", placement.chunk_buffers, placement.chunk_bytes)

@@ -9,9 +9,10 @@ then for what is hosted and for the buffers that planes pass through.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
@@ -22,6 +23,9 @@ from outsize.engine.keep import COPIES_ON_DEVICE
 from outsize.engine.probe import BatchShape, Rehearsal
 from outsize.errors import BudgetError
 from outsize.plan import Placement, place, place_apart
+from outsize.plan.planner import Choice, choose
+from outsize.plan.profile import Profile
+from outsize.plan.simulate import Costs
 from outsize.tier import Device
 from outsize.tier.striped import part_bytes
 
@@ -37,6 +41,9 @@ DEVICE_SLACK_BYTES = 64 << 20
 TILE_TOKENS = 2048
 """Tokens that a tile aims at: enough for full matmul speed; fewer where memory is short. Adding up the gradients of
 512 instead costs 8 % of a step, of 2,048 less than 2."""
+
+LEAST_TILE_TOKENS = 512
+"""Smaller tiles are taken where nothing else fits, and never to make room for planes."""
 
 TILE_TOKENS_ON_DEVICE = 8192
 """The same on an accelerator: its products need more rows for full speed."""
@@ -66,13 +73,43 @@ class _Attempt:
     moves_inputs: bool
 
 
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """An attempt that fits: `room` bytes are left for planes where blocks compute, `home_room` in a host that does not."""
+
+    attempt: _Attempt
+    needs: _Needs
+    room: int
+    home_room: int
+    placement: Placement
+
+    @property
+    def tile_rows(self) -> int:
+        """Rows that a block computes at once."""
+        return self.attempt.tile_rows
+
+
+@dataclass(frozen=True, slots=True)
+class Foresight:
+    """What the fastest of several placements is found with: the machine, and what computing costs by rows of a tile."""
+
+    profile: Profile
+    costs: Callable[[int], Costs]
+
+
 class Budget:
     """A limit on the whole process, and what it is divided into; fixed by `place`.
 
     `always_resident`: blocks that cannot be streamed. A limit is the user's, or what is free when memory is placed.
     """
 
-    def __init__(self, settings: Settings, always_resident: frozenset[str], device: Device) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        always_resident: frozenset[str],
+        device: Device,
+        free_host_bytes: Callable[[], int] = memory.available_bytes,
+    ) -> None:
         self.limit_bytes = 0
         self.device_limit_bytes = 0
         self.base_bytes = 0
@@ -84,10 +121,13 @@ class Budget:
         self.placement: Placement | None = None
         self._settings = settings
         self._device = device
+        self._free_host_bytes = free_host_bytes
         self._home_room_bytes = 0
         self._always_resident = always_resident
         self._visit_bytes = 0
-        self._kept_freed_bytes = 0
+        self._fit: Fit | None = None
+        self.choices: list[Choice[Fit]] = []
+        """What was simulated, the fastest first; empty where nothing is known of the machine."""
         self._ceiling: memory.Ceiling | None = None
 
     @property
@@ -95,29 +135,56 @@ class Budget:
         """How often freed memory went back to the system before a visit."""
         return self._ceiling.num_times if self._ceiling is not None else 0
 
-    def place(self, records: Sequence[Record], rehearsal: Rehearsal, shape: BatchShape) -> Placement:
-        """Place `records` for calls of this shape. Raises BudgetError where they do not fit, naming what does."""
+    def place(
+        self,
+        records: Sequence[Record],
+        rehearsal: Rehearsal,
+        shape: BatchShape,
+        foresight: Foresight | None = None,
+    ) -> Placement:
+        """Place `records` for calls of this shape; the fastest way that fits, as foreseen, else the largest tiles.
+
+        Raises BudgetError where they do not fit, naming what does.
+        """
         memory.give_back()
         self.base_bytes = memory.resident_bytes()
         limit = self._settings.budgets.host_bytes
-        self.limit_bytes = limit or self.base_bytes + int(0.9 * memory.available_bytes())
+        self.limit_bytes = limit or self.base_bytes + int(0.9 * self._free_host_bytes())
         self._home_room_bytes = self.limit_bytes - self.base_bytes - SLACK_BYTES - _source_bytes(records)
         self.room_bytes = self._home_room_bytes
         if not self._device.is_host:
             free = self._device.free_bytes()
             self.device_limit_bytes = self._settings.budgets.device_bytes or int(0.95 * free)
             self.room_bytes = min(self.device_limit_bytes, free) - DEVICE_SLACK_BYTES
-        self._ceiling = memory.Ceiling(self.limit_bytes - SLACK_BYTES // 2)
-        self.placement = self._largest_that_fits(records, rehearsal, shape)
+        fits = self._fitting(records, rehearsal, shape)
+        self.choices = []
+        fit = self._simplest(fits)
+        if foresight is not None:
+            self.choices = self._fastest(
+                [fit, *self._smaller(fit, fits, shape)], records, rehearsal, foresight
+            )
+            fit = replace(self.choices[0].way, placement=self.choices[0].placement)
+        self.activation_bytes, self.kept_bytes = fit.needs.num_bytes, fit.needs.moved_bytes
+        self._fit = fit
+        self.placement = fit.placement
+        is_roomy = self._device.is_host and fit.attempt.is_roomy
+        self._ceiling = memory.Ceiling(
+            self.limit_bytes - SLACK_BYTES // 2, self.expected_bytes() if is_roomy else None
+        )
         return self.placement
 
-    def place_with(self, records: Sequence[Record], more_bytes: int) -> Placement:
-        """The placement there would be with `more_bytes` of the host's memory; nothing is changed."""
-        settings = self._settings
-        room, home_room = self.room_bytes - self.activation_bytes, self._home_room_bytes - self.kept_bytes
+    def choices_with(
+        self, more_bytes: int, records: Sequence[Record], rehearsal: Rehearsal, foresight: Foresight
+    ) -> list[Choice[Fit]]:
+        """What could be chosen with `more_bytes` of the host's memory, the fastest first; nothing is changed."""
+        assert self._fit is not None
+        fit = self._fit
+        room, home_room = fit.room, fit.home_room
         if self._device.is_host:
-            return self._place(records, room + more_bytes, settings.home, settings.pins, home_room)
-        return self._place(records, room, settings.home, settings.pins, home_room + more_bytes)
+            larger = replace(fit, room=room + more_bytes, home_room=home_room + more_bytes)
+        else:
+            larger = replace(fit, home_room=home_room + more_bytes)
+        return self._fastest([larger], records, rehearsal, foresight)
 
     def begin_call(self, rehearsal: Rehearsal, shape: BatchShape) -> int:
         """The rows of the largest tile whose memory is within what is left beside the arenas.
@@ -155,7 +222,9 @@ class Budget:
 
     def expected_bytes(self) -> int:
         """What the process will have had at most: beside what is placed, freed memory that is kept where there is room."""
-        return min(self.host_bytes() + self._kept_freed_bytes, self.limit_bytes)
+        assert self._fit is not None
+        kept = self._fit.needs.visit_bytes if self._device.is_host and self._fit.attempt.is_roomy else 0
+        return min(self.host_bytes() + kept, self.limit_bytes)
 
     def device_bytes(self) -> int:
         """What is taken of a device with memory of its own, as placed; else 0."""
@@ -181,39 +250,30 @@ class Budget:
         assert self._ceiling is not None
         self._ceiling.make_room(self._visit_bytes)
 
-    def _largest_that_fits(
-        self, records: Sequence[Record], rehearsal: Rehearsal, shape: BatchShape
-    ) -> Placement:
-        """Give memory to activations first, then to arenas; smaller tiles where that is what makes it fit."""
-        settings = self._settings
-        cramped: tuple[Placement, _Needs] | None = None
+    def _fitting(self, records: Sequence[Record], rehearsal: Rehearsal, shape: BatchShape) -> Iterator[Fit]:
+        """What fits: activations get memory first, then arenas. Raises BudgetError where nothing does."""
         error: BudgetError | None = None
+        any_fits = False
         for attempt in self._attempts(shape):
-            if cramped is not None and not attempt.moves_inputs:
-                break
             needs = _needs(rehearsal, shape, attempt.tile_rows, attempt.moves_inputs)
             self.activation_bytes, self.kept_bytes = needs.num_bytes, needs.moved_bytes
             # Freed activations fit badly into one another; with room for a second visit nothing has to be given back.
             taken = needs.num_bytes + (needs.visit_bytes if attempt.is_roomy else 0)
-            home_room = self._home_room_bytes - needs.moved_bytes
+            room, home_room = max(0, self.room_bytes - taken), self._home_room_bytes - needs.moved_bytes
             try:
                 if needs.moved_bytes and home_room < 0:
                     raise BudgetError(
                         f"the inputs of blocks take {format_bytes(needs.moved_bytes)} of the host's memory, "
                         f"the budget leaves {format_bytes(max(0, self._home_room_bytes))} for them"
                     )
-                placement = self._place(
-                    records, max(0, self.room_bytes - taken), settings.home, settings.pins, home_room
-                )
+                placement = self._place(records, room, home_room, self._settings.pins)
             except BudgetError as failure:
                 error = failure
                 continue
-            if attempt.moves_inputs or not self._can_move_inputs() or placement.is_roomy(settings.pins):
-                self._kept_freed_bytes = needs.visit_bytes if attempt.is_roomy else 0
-                return self._settle(placement, needs)
-            cramped = placement, needs  # it fits, but too few slots are left for transfers beside computing
-        if cramped is not None:
-            return self._settle(*cramped)
+            any_fits = True
+            yield Fit(attempt, needs, room, home_room, placement)
+        if any_fits:
+            return
         assert error is not None
         if not self._device.is_host:
             raise self._too_large_for_device(records, error) from error
@@ -225,9 +285,38 @@ class Budget:
             hint=self._hint(records, self.limit_bytes - self.room_bytes + self.activation_bytes),
         ) from error
 
-    def _settle(self, placement: Placement, needs: _Needs) -> Placement:
-        self.activation_bytes, self.kept_bytes = needs.num_bytes, needs.moved_bytes
-        return placement
+    def _simplest(self, fits: Iterator[Fit]) -> Fit:
+        """The largest tiles that fit, unless too few slots are then left for transfers beside computing."""
+        cramped: Fit | None = None
+        for fit in fits:
+            if cramped is not None and not fit.attempt.moves_inputs:
+                break
+            is_free = fit.attempt.moves_inputs or not self._can_move_inputs()
+            if is_free or fit.placement.is_roomy(self._settings.pins):
+                return fit
+            cramped = fit
+        assert cramped is not None
+        return cramped
+
+    def _smaller(self, fit: Fit, fits: Iterator[Fit], shape: BatchShape) -> Iterator[Fit]:
+        """Other ways beside `fit` whose tiles are not so small that they slow computing down a lot."""
+        for other in fits:
+            if min(fit.tile_rows, other.tile_rows) * shape.row_tokens >= LEAST_TILE_TOKENS:
+                yield other
+
+    def _fastest(
+        self, fits: Iterable[Fit], records: Sequence[Record], rehearsal: Rehearsal, foresight: Foresight
+    ) -> list[Choice[Fit]]:
+        ways = (
+            (
+                fit,
+                partial(self._place, records, fit.room, fit.home_room),
+                partial(foresight.costs, fit.tile_rows),
+            )
+            for fit in fits
+        )
+        by_name = {record.name: record for record in records}
+        return choose(ways, rehearsal.visits, by_name, foresight.profile, self._settings.pins)
 
     def _can_move_inputs(self) -> bool:
         return not self._device.is_host and self._settings.pins.inputs_on_host is None
@@ -247,10 +336,11 @@ class Budget:
             tile_rows = -(-tile_rows // 2)
 
     def _place(
-        self, records: Sequence[Record], room: int, home: Home | None, pins: Pins, home_room: int
+        self, records: Sequence[Record], room: int, home_room: int, pins: Pins, home: Home | None = None
     ) -> Placement:
-        """A placement that leaves `room` for arenas where blocks compute, and `home_room` in a host that does not."""
+        """A placement that leaves `room` for planes where blocks compute, and `home_room` in a host that does not."""
         has_disk = self._settings.budgets.disks != ()
+        home = home or self._settings.home
         if self._device.is_host:
             return place(
                 records,
@@ -284,7 +374,7 @@ class Budget:
         slots = Pins(
             weight_slots=pins.weight_slots or 1, gradient_slots=pins.gradient_slots or 1, resident_bytes=0
         )
-        return self._place(records, 1 << 60, home, slots, 1 << 60)
+        return self._place(records, 1 << 60, 1 << 60, slots, home)
 
     def _too_large_for_device(self, records: Sequence[Record], error: BudgetError) -> BudgetError:
         """What is short, on the device or in the host's memory, and the smallest budgets that work."""
@@ -317,12 +407,12 @@ class Budget:
         return max(1, min(rows, wanted))
 
 
-def disk_bytes(placement: Placement, records: Sequence[Record], settings: Settings) -> int:
+def disk_bytes(placement: Placement, settings: Settings) -> int:
     """What the store takes on disk; 0 where nothing lives there. Raises BudgetError where that is not allowed."""
     disks = settings.budgets.disks
     if not placement.disk_bytes or not disks:
         return 0
-    num_bytes = sum(record.num_bytes for record in records)
+    num_bytes = placement.disk_bytes
     share = num_bytes if len(disks) == 1 else part_bytes(num_bytes, len(disks))
     for disk in disks:
         if disk.num_bytes is not None and share > disk.num_bytes:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,7 +13,6 @@ from outsize.config import format_bytes
 from outsize.engine import memory
 from outsize.engine.probe import BatchShape, Rehearsal
 from outsize.engine.session import Session, session_of
-from outsize.engine.timing import measure_costs
 from outsize.errors import UsageError
 from outsize.plan import Placement
 from outsize.plan.profile import Profile, Resource
@@ -28,6 +27,9 @@ _WORDS = {
     Resource.DOWN: "copying from the device",
 }
 
+
+SPREAD = 0.1
+"""Part of a step by which predictions are off, as a rule (benchmarks/results)."""
 
 WORTH_SAYING = 1.05
 """A remedy that makes a step faster by less is not named."""
@@ -64,6 +66,12 @@ class Prediction:
         return self.num_tokens / self.step_s
 
     @property
+    def endurance_steps(self) -> float | None:
+        """Steps in the life of the disk; None where it is not written to, or nobody knows its life."""
+        life = self.disk_endurance_bytes
+        return life / self.bytes_written if life and self.bytes_written else None
+
+    @property
     def stalled_s(self) -> float:
         """Seconds of a step in which computing waits."""
         return sum(self.simulation.stall_s.values())
@@ -81,8 +89,10 @@ class Prediction:
     def __str__(self) -> str:
         busy = self.simulation.busy_s
         parts = sorted(busy, key=lambda resource: -busy[resource])
+        least, most = self.step_s * (1 - SPREAD), self.step_s * (1 + SPREAD)
         lines = [
-            f"predicted: {self.step_s:.2f} s per step of {self.num_tokens:,} tokens, {self.tokens_per_s:,.0f} tokens/s",
+            f"predicted: {self.step_s:.2f} s per step of {self.num_tokens:,} tokens ({least:.2f} to {most:.2f}), "
+            f"{self.tokens_per_s:,.4g} tokens/s",
             "busy: "
             + ", ".join(
                 f"{_WORDS[resource]} {busy[resource] / self.step_s:.0%}"
@@ -92,16 +102,19 @@ class Prediction:
         ]
         stalls = self.simulation.stall_s
         if self.stalled_s > 0.01 * self.step_s:
-            most = max(stalls, key=lambda resource: stalls[resource])
-            lines.append(f"computing waits {self.stalled_s:.2f} s per step, mostly for {_WORDS[most]}")
+            cause = max(stalls, key=lambda resource: stalls[resource])
+            lines.append(f"computing waits {self.stalled_s:.2f} s per step, mostly for {_WORDS[cause]}")
         else:
             lines.append("computing waits for nothing: only a faster processor would make a step shorter")
         if self.remedies:
             lines.append("what would help: " + "; ".join(map(str, self.remedies)))
         if self.bytes_written:
-            life = self.disk_endurance_bytes
-            worn = f"; the drive's life is {life / self.bytes_written:,.0f} steps" if life else ""
-            lines.append(f"written to the disk: {format_bytes(self.bytes_written)} per step{worn}")
+            worn = self.endurance_steps
+            lines.append(
+                f"written to the disk: {format_bytes(self.bytes_written)} per step, "
+                f"{format_bytes(1000 * self.bytes_written)} in 1,000 steps"
+                + (f"; the drive's life is {worn:,.0f} steps" if worn else "")
+            )
         return "\n".join(lines)
 
 
@@ -137,68 +150,47 @@ def predict_call(
     placement: Placement,
     profile: Profile,
 ) -> Prediction:
-    """Time blocks and simulate steps of such calls."""
-    costs = measure_costs(session, rehearsal, shape, tile_rows, records, profile)
-    by_name: Mapping[str, Record] = {record.name: record for record in records}
+    """Simulate steps of such calls, with blocks timed where they were not yet."""
+    foresight = session.foresight(profile, rehearsal, shape, records)
+    costs = foresight.costs(tile_rows)
+    by_name = {record.name: record for record in records}
     simulation = simulate(rehearsal.visits, by_name, placement, profile, costs)
     num_tokens = (shape.rows or 1) * shape.row_tokens
+
+    def step_with(other: Profile, own: Costs = costs) -> float:
+        return simulate(rehearsal.visits, by_name, placement, other, own).step_s
+
+    remedies = _remedies(profile, costs, step_with)
+    budget = session.budget
+    if placement.disk_bytes and session.settings.home is None:
+        more = max(1 << 30, budget.limit_bytes // 4)
+        larger = budget.choices_with(more, records, rehearsal, foresight)
+        remedies[f"{format_bytes(more)} more memory"] = larger[0].step_s
+    found = [Remedy(what, simulation.step_s / step_s) for what, step_s in remedies.items()]
     return Prediction(
         simulation.step_s,
         num_tokens,
-        session.budget.expected_bytes(),
+        budget.expected_bytes(),
         simulation,
         costs,
         profile.disk_endurance_bytes,
-        _remedies(session, rehearsal, by_name, placement, profile, costs, simulation.step_s),
+        tuple(sorted((r for r in found if r.speedup >= WORTH_SAYING), key=lambda r: -r.speedup)),
     )
 
 
-def _remedies(
-    session: Session,
-    rehearsal: Rehearsal,
-    records: Mapping[str, Record],
-    placement: Placement,
-    profile: Profile,
-    costs: Costs,
-    step_s: float,
-) -> tuple[Remedy, ...]:
-    """Simulate the same steps with twice of each thing that could be bought."""
-
-    def step_with(other: Profile, place: Placement = placement, own: Costs = costs) -> float:
-        return simulate(rehearsal.visits, records, place, other, own).step_s
-
-    tried: dict[str, Callable[[], float]] = {
-        "a second disk": lambda: step_with(
-            replace(profile, disk_read=2 * profile.disk_read, disk_write=2 * profile.disk_write)
-        ),
-        "a processor twice as fast": lambda: (
-            step_with(
-                replace(profile, update=2 * profile.update, host_copy=2 * profile.host_copy),
-                own=_halved(costs),
-            )
-            if not profile.has_device
-            else step_with(profile, own=_halved(costs))
-        ),
-    }
-    if profile.up is not None and profile.down is not None:
-        up, down = profile.up, profile.down
-        tried["a link twice as fast"] = lambda: step_with(replace(profile, up=2 * up, down=2 * down))
-    if (
-        placement.disk_bytes
-        and session.settings.home is None
-        and session.settings.pins.resident_bytes is None
-    ):
-        more = max(1 << 30, session.budget.limit_bytes // 4)
-        larger = session.budget.place_with(list(records.values()), more)
-        tried[f"{format_bytes(more)} more memory"] = lambda: step_with(profile, larger)
-    found = [Remedy(what, step_s / simulated()) for what, simulated in tried.items()]
-    worth = [remedy for remedy in found if remedy.speedup >= WORTH_SAYING]
-    return tuple(sorted(worth, key=lambda remedy: -remedy.speedup))
-
-
-def _halved(costs: Costs) -> Costs:
-    return Costs(
+def _remedies(profile: Profile, costs: Costs, step_with: Callable[..., float]) -> dict[str, float]:
+    """Steps with twice of each thing that could be bought, in seconds."""
+    halved = Costs(
         {block: seconds / 2 for block, seconds in costs.forward_s.items()},
         {block: seconds / 2 for block, seconds in costs.backward_s.items()},
         costs.between_s / 2,
     )
+    disks = replace(profile, disk_read=2 * profile.disk_read, disk_write=2 * profile.disk_write)
+    found = {"a second disk": step_with(disks)}
+    if profile.up is None or profile.down is None:
+        faster = replace(profile, update=2 * profile.update, host_copy=2 * profile.host_copy)
+        found["a processor twice as fast"] = step_with(faster, halved)
+    else:
+        found["a device twice as fast"] = step_with(profile, halved)
+        found["a link twice as fast"] = step_with(replace(profile, up=2 * profile.up, down=2 * profile.down))
+    return found

@@ -11,6 +11,7 @@ from outsize.tier.device import (
     DeviceRegion,
     HostDevice,
     LinkStats,
+    PaperDevice,
     TwinDevice,
     Way,
 )
@@ -41,6 +42,7 @@ __all__ = [
     "LoggedTransfer",
     "MemoryTier",
     "NullTier",
+    "PaperDevice",
     "Region",
     "Slot",
     "SlotPool",

@@ -136,6 +136,41 @@ class HostDevice(Device):
         raise AssertionError(f"{name}: the host's memory is the device's")
 
 
+class PaperDevice(Device):
+    """A device that is not there: its tensors have shapes and no values (torch's meta device), to plan with."""
+
+    torch_device = torch.device("meta")
+
+    def __init__(self, num_bytes: int | None) -> None:
+        """A device with `num_bytes` of its own, or a host (None)."""
+        self.is_host = num_bytes is None
+        self._num_bytes = num_bytes or 0
+
+    def start_copy(
+        self,
+        way: Way,
+        target: torch.Tensor,
+        source: torch.Tensor,
+        *,
+        after: Sequence[Transfer] = (),
+        label: str,
+    ) -> Transfer:
+        """Never called: there is nothing to copy."""
+        raise AssertionError(f"{label}: nothing is copied on paper")
+
+    def mark(self) -> Transfer:
+        """Over already: nothing is computed."""
+        return DoneTransfer()
+
+    def zeros(self, num_bytes: int, name: str) -> torch.Tensor:
+        """Never called: nothing is placed."""
+        raise AssertionError(f"{name}: nothing is placed on paper")
+
+    def free_bytes(self) -> int:
+        """All of it."""
+        return self._num_bytes
+
+
 class DeviceRegion:
     """Memory of a device; made by `DeviceArena.allocate`, reads as zero at first."""
 

@@ -99,6 +99,7 @@ class Api(Protocol):
         home: str | None = None,
         dtype: str | None = None,
         pins: Pins | None = None,
+        profile: Profile | None = None,
         seed: int = 0,
     ) -> nn.Module:
         """A model whose blocks live in tiers."""

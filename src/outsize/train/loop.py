@@ -70,7 +70,8 @@ def train(
 ) -> TrainResult:
     """Train as `settings` say, and leave the weights, the tokenizer, `metrics.jsonl` and `report.html` in `settings.out`.
 
-    With a `profile` of the machine the run is predicted after its first step, and the prediction compared at its end.
+    With a `profile` of the machine the fastest of the plans that fit is taken, the run is predicted after its first step,
+    and the prediction is compared with what was measured at its end.
     Nothing is loaded before paths and sizes have been checked. Raises DataError, ConfigError, and whatever
     loading raises, with nothing left behind; raises TrainingError where the loss is not finite, after saving
     the weights as they were before that step.
@@ -96,7 +97,7 @@ def _train(
     watchers.say(f"reading {', '.join(str(file) for file in settings.data)}")
     training, held_out = open_data(settings)
     watchers.say(f"loading {settings.model}")
-    run = Run.start(settings, api, training)
+    run = Run.start(settings, api, training, profile)
     num_steps, warmup_steps = run.pace.num_steps(), settings.learning.warmup_steps
     if num_steps is not None and (shorter := warmup_within(warmup_steps, num_steps)) < warmup_steps:
         watchers.say(
@@ -196,7 +197,9 @@ class Run:
         self._api = api
 
     @classmethod
-    def start(cls, settings: TrainSettings, api: Api, dataset: Dataset) -> Run:
+    def start(
+        cls, settings: TrainSettings, api: Api, dataset: Dataset, profile: Profile | None = None
+    ) -> Run:
         """Load the model, lay out its state, and stand before the first step."""
         place, learning = settings.place, settings.learning
         model = api.load(
@@ -207,6 +210,7 @@ class Run:
             home=place.home,
             dtype=place.dtype,
             pins=place.pins,
+            profile=profile,
             seed=settings.seed,
         )
         model.train()
