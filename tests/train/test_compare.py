@@ -31,6 +31,9 @@ class PredictingApi(PlainApi):
         super().__init__()
         self.predicted = []
 
+    def advise(self, model, profile, step_s, stalled_s):
+        return None
+
     def predict(self, model, profile):
         self.predicted.append((self.calls, profile))
         return Expected()

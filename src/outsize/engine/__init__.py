@@ -2,7 +2,7 @@
 
 from outsize.engine.api import load, save, wrap
 from outsize.engine.optimizers import SGD, AdamW, AdamW8bit, Adan, Lion, SGDSaI, decay_groups
-from outsize.engine.predict import Prediction, predict
+from outsize.engine.predict import Advice, Prediction, advise, predict
 from outsize.engine.preview import preview
 from outsize.engine.report import Report, report
 from outsize.engine.summary import PlanSummary
@@ -12,11 +12,13 @@ __all__ = [
     "AdamW",
     "AdamW8bit",
     "Adan",
+    "Advice",
     "Lion",
     "PlanSummary",
     "Prediction",
     "Report",
     "SGDSaI",
+    "advise",
     "decay_groups",
     "load",
     "predict",

@@ -10,7 +10,7 @@ then for what is hosted and for the buffers that planes pass through.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -255,35 +255,63 @@ class Budget:
         error: BudgetError | None = None
         any_fits = False
         for attempt in self._attempts(shape):
-            needs = _needs(rehearsal, shape, attempt.tile_rows, attempt.moves_inputs)
-            self.activation_bytes, self.kept_bytes = needs.num_bytes, needs.moved_bytes
-            # Freed activations fit badly into one another; with room for a second visit nothing has to be given back.
-            taken = needs.num_bytes + (needs.visit_bytes if attempt.is_roomy else 0)
-            room, home_room = max(0, self.room_bytes - taken), self._home_room_bytes - needs.moved_bytes
             try:
-                if needs.moved_bytes and home_room < 0:
-                    raise BudgetError(
-                        f"the inputs of blocks take {format_bytes(needs.moved_bytes)} of the host's memory, "
-                        f"the budget leaves {format_bytes(max(0, self._home_room_bytes))} for them"
-                    )
-                placement = self._place(records, room, home_room, self._settings.pins)
+                fit = self._fit_for(attempt, records, rehearsal, shape)
             except BudgetError as failure:
                 error = failure
                 continue
             any_fits = True
-            yield Fit(attempt, needs, room, home_room, placement)
+            yield fit
         if any_fits:
             return
         assert error is not None
+        needs = _needs(rehearsal, shape, attempt.tile_rows, attempt.moves_inputs)
+        self.activation_bytes, self.kept_bytes = needs.num_bytes, needs.moved_bytes
+        fewer = self._most_rows(records, rehearsal, shape)
+        smaller = f"; or a batch of {fewer} instead of {shape.rows}" if fewer else ""
         if not self._device.is_host:
-            raise self._too_large_for_device(records, error) from error
+            raise self._too_large_for_device(records, error, smaller) from error
         raise BudgetError(
             f"the model does not fit into {format_bytes(self.limit_bytes)}: {error.message}; "
             f"the process itself has {format_bytes(self.base_bytes)}, "
             f"activations take {format_bytes(self.activation_bytes)}, "
             f"{format_bytes(SLACK_BYTES + _source_bytes(records))} are kept free",
-            hint=self._hint(records, self.limit_bytes - self.room_bytes + self.activation_bytes),
+            hint=self._hint(records, self.limit_bytes - self.room_bytes + self.activation_bytes, smaller),
         ) from error
+
+    def _fit_for(
+        self, attempt: _Attempt, records: Sequence[Record], rehearsal: Rehearsal, shape: BatchShape
+    ) -> Fit:
+        """Raises BudgetError where it does not fit in this way."""
+        needs = _needs(rehearsal, shape, attempt.tile_rows, attempt.moves_inputs)
+        # Freed activations fit badly into one another; with room for a second visit nothing has to be given back.
+        taken = needs.num_bytes + (needs.visit_bytes if attempt.is_roomy else 0)
+        room, home_room = max(0, self.room_bytes - taken), self._home_room_bytes - needs.moved_bytes
+        if needs.moved_bytes and home_room < 0:
+            raise BudgetError(
+                f"the inputs of blocks take {format_bytes(needs.moved_bytes)} of the host's memory, "
+                f"the budget leaves {format_bytes(max(0, self._home_room_bytes))} for them"
+            )
+        placement = self._place(records, room, home_room, self._settings.pins)
+        return Fit(attempt, needs, room, home_room, placement)
+
+    def _most_rows(self, records: Sequence[Record], rehearsal: Rehearsal, shape: BatchShape) -> int:
+        """The largest batch that fits, of fewer rows than `shape` has; 0 where none does."""
+        most, too_many = 0, shape.rows or 1
+        while too_many - most > 1:
+            rows = (most + too_many) // 2
+            if self._any_fits(records, rehearsal, replace(shape, rows=rows)):
+                most = rows
+            else:
+                too_many = rows
+        return most
+
+    def _any_fits(self, records: Sequence[Record], rehearsal: Rehearsal, shape: BatchShape) -> bool:
+        for attempt in self._attempts(shape):
+            with suppress(BudgetError):
+                self._fit_for(attempt, records, rehearsal, shape)
+                return True
+        return False
 
     def _simplest(self, fits: Iterator[Fit]) -> Fit:
         """The largest tiles that fit, unless too few slots are then left for transfers beside computing."""
@@ -376,7 +404,9 @@ class Budget:
         )
         return self._place(records, 1 << 60, 1 << 60, slots, home)
 
-    def _too_large_for_device(self, records: Sequence[Record], error: BudgetError) -> BudgetError:
+    def _too_large_for_device(
+        self, records: Sequence[Record], error: BudgetError, smaller: str
+    ) -> BudgetError:
         """What is short, on the device or in the host's memory, and the smallest budgets that work."""
         least = self._least(records)
         device = self.activation_bytes + least.compute_bytes + DEVICE_SLACK_BYTES + HINT_MARGIN_BYTES
@@ -384,7 +414,7 @@ class Budget:
             self.limit_bytes - self._home_room_bytes + self.kept_bytes + least.home_bytes + HINT_MARGIN_BYTES
         )
         has_disk = self._settings.budgets.disks != ()
-        hint = f'device="{-(-device // 2**20)}MiB" with host="{-(-host // 2**20)}MiB" works with this batch'
+        hint = f'device="{-(-device // 2**20)}MiB" with host="{-(-host // 2**20)}MiB" works with this batch{smaller}'
         return BudgetError(
             f"the model does not fit into {format_bytes(self.device_limit_bytes)} of the device and "
             f"{format_bytes(self.limit_bytes)} of the host: {error.message}; activations take "
@@ -392,12 +422,12 @@ class Budget:
             hint=hint if has_disk else f'{hint}; or give a folder on an SSD with disk="..."',
         )
 
-    def _hint(self, records: Sequence[Record], fixed_bytes: int) -> str:
+    def _hint(self, records: Sequence[Record], fixed_bytes: int, smaller: str) -> str:
         """The smallest budget that works."""
         has_disk = self._settings.budgets.disks != ()
         least = self._least(records)
         needed = -(-(fixed_bytes + least.arena_bytes + HINT_MARGIN_BYTES) // (1 << 20))
-        hint = f'host="{needed}MiB" works with this batch'
+        hint = f'host="{needed}MiB" works with this batch{smaller}'
         return hint if has_disk else f'{hint}; or give a folder on an SSD with disk="..."'
 
     def _wanted_tile_rows(self, shape: BatchShape) -> int:

@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 from transformers import masking_utils
 
 from outsize.config import ComputeType
-from outsize.errors import ConfigError
+from outsize.errors import ConfigError, ModelError
 from outsize.plan.profile import Profile
 
 
@@ -59,13 +59,17 @@ class LiveBytes(TorchDispatchMode):
         self.peak = max(self.peak, self._live)
 
 
-class FusedAttention(TorchFunctionMode):
-    """Inside, attention without values is that of a fused kernel, as on a device; by itself torch takes it apart there."""
+class _WithoutValues(TorchFunctionMode):
+    """Inside, attention is that of a fused kernel, as on a device (torch takes it apart on meta), and nothing is found in a
+    tensor.
+    """
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Run `func`, or the fused kernel in the place of attention."""
+        """Run `func`, or what stands for it."""
+        if func is torch.Tensor.__contains__:
+            return False
         if func is F.scaled_dot_product_attention:
             return _fused_attention(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
@@ -96,10 +100,18 @@ def _fused_attention(
 
 @contextmanager
 def on_paper() -> Iterator[None]:
-    """Inside, models run on tensors without values."""
+    """Inside, models run on tensors without values. Raises ModelError where a model asks for one."""
     # Where a mask is made, transformers asks for values: whether sequences are packed.
-    with FusedAttention(), mock.patch.object(masking_utils, "is_tracing", lambda *values: True):
-        yield
+    try:
+        with _WithoutValues(), mock.patch.object(masking_utils, "is_tracing", lambda *values: True):
+            yield
+    except (RuntimeError, NotImplementedError) as error:
+        if "meta" not in str(error):
+            raise
+        raise ModelError(
+            f"the model's forward depends on values of its tensors, which another machine's plan has none of: {error}",
+            hint="plan on that machine itself, without hardware=",
+        ) from error
 
 
 class _Traffic(TorchDispatchMode):

@@ -9,12 +9,14 @@ import torch
 from torch import nn
 
 from outsize.block import Record
-from outsize.config import format_bytes
+from outsize.config import Pins, format_bytes
 from outsize.engine import memory
+from outsize.engine.budget import Fit
 from outsize.engine.probe import BatchShape, Rehearsal
 from outsize.engine.session import Session, session_of
 from outsize.errors import UsageError
 from outsize.plan import Placement
+from outsize.plan.planner import Choice
 from outsize.plan.profile import Profile, Resource
 from outsize.plan.simulate import Costs, Simulation, simulate
 
@@ -30,6 +32,12 @@ _WORDS = {
 
 SPREAD = 0.1
 """Part of a step by which predictions are off, as a rule (benchmarks/results)."""
+
+WORTH_A_RESTART = 1.1
+"""Another plan is named when it makes a step faster by more."""
+
+SLOWEST = 16.0
+"""By which factor a disk is at most taken to be slower than it was measured."""
 
 WORTH_SAYING = 1.05
 """A remedy that makes a step faster by less is not named."""
@@ -178,13 +186,68 @@ def predict_call(
     )
 
 
+@dataclass(frozen=True, slots=True)
+class Advice:
+    """Another plan that would be faster than the one that runs, as far as has been measured; seconds of a step."""
+
+    step_s: float
+    other_step_s: float
+    pins: str
+
+    def __str__(self) -> str:
+        return f"a step takes {self.step_s:.2f} s; with {self.pins} it would take about {self.other_step_s:.2f} s"
+
+
+def advise(model: nn.Module, profile: Profile, step_s: float, stalled_s: float) -> Advice | None:
+    """A plan that is faster by more than a tenth, when figures are corrected by a step that was measured; else None.
+
+    `stalled_s` of the step's `step_s` seconds computing waited. What computing costs is corrected first, and then, where
+    that does not explain the step, the rates of the disk. Plans are those that were compared when memory was laid out:
+    none where the model was opened without a profile.
+    """
+    session = session_of(model)
+    call, choices = session.last_training_call, session.budget.choices
+    if call is None or len(choices) < 2 or session.executor is None:
+        return None
+    records = session.executor.store.records
+    taken = choices[0]
+    busy_s = taken.simulation.busy_s.get(Resource.COMPUTE, 0.0)
+    factor = (step_s - stalled_s) / busy_s if busy_s else 1.0
+
+    def simulated_s(choice: Choice[Fit], slower: float) -> float:
+        own = replace(
+            profile,
+            disk_read=profile.disk_read / slower,
+            disk_write=profile.disk_write / slower,
+        )
+        costs = choice.costs.scaled(factor)
+        return simulate(call.rehearsal.visits, records, choice.placement, own, costs).step_s
+
+    slower = 1.0
+    while simulated_s(taken, slower) < step_s * 0.95 and slower < SLOWEST:
+        slower *= 1.1
+    now_s = simulated_s(taken, slower)
+    best_s, best = min(((simulated_s(each, slower), each) for each in choices[1:]), key=lambda pair: pair[0])
+    if best_s * WORTH_A_RESTART > now_s:
+        return None
+    return Advice(step_s, step_s * best_s / now_s, pins_text(best.pins, best.way.tile_rows))
+
+
+def pins_text(pins: Pins, tile_rows: int) -> str:
+    """The options of the command line that choose a plan."""
+    values = {
+        "tile_rows": tile_rows,
+        "weight_slots": pins.weight_slots,
+        "gradient_slots": pins.gradient_slots,
+        "resident": None if pins.resident is None else ",".join(map(str, pins.resident)),
+        "resident_bytes": pins.resident_bytes,
+    }
+    return " ".join(f"--pin {name}={value}" for name, value in values.items() if value is not None)
+
+
 def _remedies(profile: Profile, costs: Costs, step_with: Callable[..., float]) -> dict[str, float]:
     """Steps with twice of each thing that could be bought, in seconds."""
-    halved = Costs(
-        {block: seconds / 2 for block, seconds in costs.forward_s.items()},
-        {block: seconds / 2 for block, seconds in costs.backward_s.items()},
-        costs.between_s / 2,
-    )
+    halved = costs.scaled(0.5)
     disks = replace(profile, disk_read=2 * profile.disk_read, disk_write=2 * profile.disk_write)
     found = {"a second disk": step_with(disks)}
     if profile.up is None or profile.down is None:

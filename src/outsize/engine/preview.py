@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,11 +14,11 @@ from outsize.engine import api, memory
 from outsize.engine.blocks import DTYPES
 from outsize.engine.budget import Fit, disk_bytes
 from outsize.engine.counting import on_paper
-from outsize.engine.predict import predict_call
+from outsize.engine.predict import pins_text, predict_call
 from outsize.engine.probe import BatchShape, Rehearsal, batch_shape
 from outsize.engine.report import placement_rows
 from outsize.engine.session import Session
-from outsize.engine.summary import Alternative, PlanSummary, pins_text
+from outsize.engine.summary import Alternative, PlanSummary
 from outsize.errors import BudgetError, ConfigError, ModelError
 from outsize.model import TensorSource, cut, longest_sequence, open_skeleton, resolve_folder
 from outsize.optim import ADAMW
@@ -30,6 +30,9 @@ from outsize.tier import PaperDevice
 _PREFERRED = (ComputeType.BFLOAT16, ComputeType.FLOAT32)
 
 NUM_ALTERNATIVES = 3
+
+LEAST_LENGTH = 16
+"""Shorter sequences are not suggested."""
 
 TELLING = 1.01
 """A plan is named beside others where it is slower by this factor."""
@@ -101,7 +104,7 @@ def _summary(session: Session, batch_size: int, seq_len: int) -> PlanSummary:
     except BudgetError as error:
         return PlanSummary(
             fits=False,
-            reason=str(error),
+            reason=f"{error}{_shorter(session, batch_size, seq_len)}",
             rows=(),
             slots=(),
             num_parameters=num_parameters,
@@ -135,6 +138,19 @@ def _summary(session: Session, batch_size: int, seq_len: int) -> PlanSummary:
         alternatives=_alternatives(budget.choices),
         pins=_pins(budget.choices[0]) if budget.choices else "",
     )
+
+
+def _shorter(session: Session, batch_size: int, seq_len: int) -> str:
+    """The longest of some shorter sequences that fits, as a part of a hint."""
+    session.profile = None  # whether it fits is all that is asked
+    for length in (seq_len * 3 // 4, seq_len // 2, seq_len // 4, seq_len // 8):
+        if length < LEAST_LENGTH:
+            break
+        with suppress(BudgetError):
+            _, placement = session.decide(*_rehearse(session, batch_size, length))
+            disk_bytes(placement, session.settings)
+            return f"; or sequences of {length}"
+    return ""
 
 
 def _rehearse(session: Session, rows: int, seq_len: int) -> tuple[Rehearsal, BatchShape]:

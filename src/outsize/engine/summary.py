@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from outsize.config import Pins, format_bytes
+from outsize.config import format_bytes
 from outsize.engine.predict import SPREAD, Prediction
 from outsize.engine.report import Row
 
@@ -128,15 +128,3 @@ def bar(parts: Sequence[int], whole: int) -> str:
 
 def _shades(count: int) -> str:
     return "".join(SHADES[index % len(SHADES)] for index in range(count))
-
-
-def pins_text(pins: Pins, tile_rows: int) -> str:
-    """The options of the command line that choose a plan."""
-    values = {
-        "tile_rows": tile_rows,
-        "weight_slots": pins.weight_slots,
-        "gradient_slots": pins.gradient_slots,
-        "resident": None if pins.resident is None else ",".join(map(str, pins.resident)),
-        "resident_bytes": pins.resident_bytes,
-    }
-    return " ".join(f"--pin {name}={value}" for name, value in values.items() if value is not None)

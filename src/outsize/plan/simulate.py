@@ -40,6 +40,14 @@ class Costs:
     backward_s: Mapping[str, float]
     between_s: float = 0.0
 
+    def scaled(self, factor: float) -> Costs:
+        """The same on a machine that takes `factor` times as long."""
+        return Costs(
+            {block: factor * seconds for block, seconds in self.forward_s.items()},
+            {block: factor * seconds for block, seconds in self.backward_s.items()},
+            factor * self.between_s,
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Task:

@@ -116,6 +116,9 @@ class Api(Protocol):
     def predict(self, model: nn.Module, profile: Profile) -> Predicted:
         """What a step like the last one will take on a machine."""
 
+    def advise(self, model: nn.Module, profile: Profile, step_s: float, stalled_s: float) -> object | None:
+        """A plan that would be faster, as far as a measured step shows; `str` of it says which."""
+
 
 class MakeOptimizer(Protocol):
     """One of the package's optimizers."""

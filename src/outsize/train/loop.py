@@ -23,7 +23,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from outsize.errors import TrainingError
 from outsize.plan.profile import Profile
 from outsize.train.api import Api, ClippingOptimizer, Predicted, Report, optimizer_of, public_api
-from outsize.train.compare import compare
+from outsize.train.compare import FIRST_STEADY_STEP, compare
 from outsize.train.data import Batch, DataOptions, Dataset, Position, check_files, open_dataset
 from outsize.train.evaluate import Evaluator, loss_of
 from outsize.train.interrupt import Interruption
@@ -118,6 +118,10 @@ def _train(
                     watchers.stepped(metrics, run.report(), run.pace.num_steps())
                     if profile is not None and predicted is None:
                         predicted = api.predict(run.model, profile)
+                    if profile is not None and metrics.step == FIRST_STEADY_STEP:
+                        advice = api.advise(run.model, profile, metrics.step_s, sum(metrics.wait_s.values()))
+                        if advice is not None:
+                            watchers.say(f"another plan would be faster: {advice}")
                     if evaluator is not None and evaluator.is_due(metrics.step, run.pace.num_steps()):
                         watchers.evaluated(evaluator.evaluate(run.model, metrics.step, save))
                 if evaluator is not None and run.losses and evaluator.last_step != len(run.losses):
