@@ -14,7 +14,7 @@ from outsize.engine.report import Row
 WIDTH = 40
 """Characters of a bar."""
 
-SHADES = "█▓▒░▚"
+SHADES = "█▓▒░▚▞"
 """Of the parts of a bar, in order; what is free is blank."""
 
 
