@@ -169,7 +169,8 @@ class Budget:
         self.placement = fit.placement
         is_roomy = self._device.is_host and fit.attempt.is_roomy
         self._ceiling = memory.Ceiling(
-            self.limit_bytes - SLACK_BYTES // 2, self.expected_bytes() if is_roomy else None
+            self.limit_bytes - SLACK_BYTES // 2,
+            self.expected_bytes() + SLACK_BYTES // 2 if is_roomy else None,
         )
         return self.placement
 
@@ -269,6 +270,7 @@ class Budget:
         self.activation_bytes, self.kept_bytes = needs.num_bytes, needs.moved_bytes
         fewer = self._most_rows(records, rehearsal, shape)
         smaller = f"; or a batch of {fewer} instead of {shape.rows}" if fewer else ""
+        smaller += _pinned(self._settings.pins)
         if not self._device.is_host:
             raise self._too_large_for_device(records, error, smaller) from error
         raise BudgetError(
@@ -399,8 +401,11 @@ class Budget:
         """The placement that takes the least memory."""
         pins = self._settings.pins
         home = self._settings.home or (Home.DISK if self._settings.budgets.disks != () else Home.HOST)
-        slots = Pins(
-            weight_slots=pins.weight_slots or 1, gradient_slots=pins.gradient_slots or 1, resident_bytes=0
+        slots = replace(
+            pins,
+            weight_slots=pins.weight_slots or 1,
+            gradient_slots=pins.gradient_slots or 1,
+            resident_bytes=0,
         )
         return self._place(records, 1 << 60, 1 << 60, slots, home)
 
@@ -435,6 +440,17 @@ class Budget:
         tokens = TILE_TOKENS if self._device.is_host else TILE_TOKENS_ON_DEVICE
         wanted = self._settings.pins.tile_rows or -(-tokens // shape.row_tokens)
         return max(1, min(rows, wanted))
+
+
+def _pinned(pins: Pins) -> str:
+    """The pins that take memory, as the end of a hint."""
+    taken = {
+        "weight_slots": pins.weight_slots,
+        "gradient_slots": pins.gradient_slots,
+        "resident": pins.resident,
+    }
+    named = [f"{name}={value}" for name, value in taken.items() if value is not None]
+    return f"; or pin less than {', '.join(named)}" if named else ""
 
 
 def disk_bytes(placement: Placement, settings: Settings) -> int:
