@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import pytest
 from rich.console import Console
 
+from outsize.plan.profile import Resource
+from outsize.plan.timeline import Span, Timeline
 from outsize.train.compare import Figure, compare
 from outsize.train.loop import train
 from outsize.train.progress import PlainProgress
@@ -24,6 +26,9 @@ class Expected:
     stalled_s: float = 0.5
     bytes_read: int = 1000
     bytes_written: int = 0
+
+    def timeline(self):
+        return Timeline(self.step_s, (Span(Resource.COMPUTE, 0.0, 1.5, "forward L00"),), (), {})
 
 
 class PredictingApi(PlainApi):

@@ -4,6 +4,7 @@ from outsize.engine.api import load, save, wrap
 from outsize.engine.optimizers import SGD, AdamW, AdamW8bit, Adan, Lion, SGDSaI, decay_groups
 from outsize.engine.predict import Advice, Prediction, advise, predict
 from outsize.engine.preview import preview
+from outsize.engine.record import Recording, record
 from outsize.engine.report import Report, report
 from outsize.engine.summary import PlanSummary
 
@@ -16,6 +17,7 @@ __all__ = [
     "Lion",
     "PlanSummary",
     "Prediction",
+    "Recording",
     "Report",
     "SGDSaI",
     "advise",
@@ -23,6 +25,7 @@ __all__ = [
     "load",
     "predict",
     "preview",
+    "record",
     "report",
     "save",
     "wrap",

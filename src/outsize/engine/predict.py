@@ -17,18 +17,9 @@ from outsize.engine.session import Session, session_of
 from outsize.errors import UsageError
 from outsize.plan import Placement
 from outsize.plan.planner import Choice
-from outsize.plan.profile import Profile, Resource
+from outsize.plan.profile import WORDS, Profile, Resource
 from outsize.plan.simulate import Costs, Simulation, simulate
-
-_WORDS = {
-    Resource.COMPUTE: "computing",
-    Resource.UPDATE: "updating weights",
-    Resource.READ: "reading the disk",
-    Resource.WRITE: "writing the disk",
-    Resource.UP: "copying to the device",
-    Resource.DOWN: "copying from the device",
-}
-
+from outsize.plan.timeline import Timeline
 
 SPREAD = 0.1
 """Part of a step by which predictions are off, as a rule (benchmarks/results)."""
@@ -67,6 +58,8 @@ class Prediction:
     disk_endurance_bytes: float | None
     remedies: tuple[Remedy, ...] = ()
     """What would make a step shorter, most first."""
+    device_bytes: int = 0
+    """Of a device with memory of its own."""
 
     @property
     def tokens_per_s(self) -> float:
@@ -94,6 +87,13 @@ class Prediction:
         """To the disk, per step."""
         return self.simulation.bytes_moved.get(Resource.WRITE, 0)
 
+    def timeline(self) -> Timeline:
+        """The step in time; memory is what each tier has at most."""
+        memory_bytes = {"host": self.host_bytes} | (
+            {"device": self.device_bytes} if self.device_bytes else {}
+        )
+        return Timeline.simulated(self.simulation, memory_bytes)
+
     def __str__(self) -> str:
         busy = self.simulation.busy_s
         parts = sorted(busy, key=lambda resource: -busy[resource])
@@ -103,7 +103,7 @@ class Prediction:
             f"{self.tokens_per_s:,.4g} tokens/s",
             "busy: "
             + ", ".join(
-                f"{_WORDS[resource]} {busy[resource] / self.step_s:.0%}"
+                f"{WORDS[resource]} {busy[resource] / self.step_s:.0%}"
                 for resource in parts
                 if busy[resource] > 0.005 * self.step_s
             ),
@@ -111,7 +111,7 @@ class Prediction:
         stalls = self.simulation.stall_s
         if self.stalled_s > 0.01 * self.step_s:
             cause = max(stalls, key=lambda resource: stalls[resource])
-            lines.append(f"computing waits {self.stalled_s:.2f} s per step, mostly for {_WORDS[cause]}")
+            lines.append(f"computing waits {self.stalled_s:.2f} s per step, mostly for {WORDS[cause]}")
         else:
             lines.append("computing waits for nothing: only a faster processor would make a step shorter")
         if self.remedies:
@@ -183,6 +183,7 @@ def predict_call(
         costs,
         profile.disk_endurance_bytes,
         tuple(sorted((r for r in found if r.speedup >= WORTH_SAYING), key=lambda r: -r.speedup)),
+        budget.device_bytes(),
     )
 
 

@@ -72,15 +72,27 @@ class Event:
     """The index of the last of those."""
 
 
+@dataclass(frozen=True, slots=True)
+class Stall:
+    """Computing waits from `start_s` to `end_s`, for `cause`."""
+
+    start_s: float
+    end_s: float
+    cause: Resource
+
+
 @dataclass(frozen=True)
 class Simulation:
     """A training step, or a forward, in its steady state.
 
-    `busy_s`: seconds that each resource works within it. `stall_s`: seconds in which computing waits, by what for.
+    `start_s`: when it begins, on the clock of `events` and `stalls`. `busy_s`: seconds that each resource works within it.
+    `stall_s`: seconds in which computing waits, by what for.
     """
 
     step_s: float
+    start_s: float
     events: tuple[Event, ...]
+    stalls: tuple[Stall, ...]
     busy_s: Mapping[Resource, float]
     stall_s: Mapping[Resource, float]
     bytes_moved: Mapping[Resource, int]
@@ -170,7 +182,8 @@ def run(tasks: Sequence[Task], profile: Profile) -> list[Event]:
 
 def _summary(events: Sequence[Event], first_s: float, last_s: float) -> Simulation:
     busy: Counter[Resource] = Counter()
-    stalls: Counter[Resource] = Counter()
+    stall_s: Counter[Resource] = Counter()
+    stalls: list[Stall] = []
     moved: Counter[Resource] = Counter()
     within = [event for event in events if event.end_s > first_s and event.start_s < last_s]
     for event in within:
@@ -181,19 +194,22 @@ def _summary(events: Sequence[Event], first_s: float, last_s: float) -> Simulati
     free_s = first_s
     computing = (event for event in within if event.task.resource is Resource.COMPUTE)
     for event in sorted(computing, key=lambda event: event.start_s):
-        for resource, seconds in _what_for(events, event, free_s):
-            stalls[resource] += seconds  # type: ignore[assignment]
+        stalls += _what_for(events, event, free_s)
         free_s = max(free_s, event.end_s)
-    return Simulation(last_s - first_s, tuple(within), dict(busy), dict(stalls), dict(moved))
+    for stall in stalls:
+        stall_s[stall.cause] += stall.end_s - stall.start_s  # type: ignore[assignment]
+    return Simulation(
+        last_s - first_s, first_s, tuple(within), tuple(stalls), dict(busy), dict(stall_s), dict(moved)
+    )
 
 
-def _what_for(events: Sequence[Event], event: Event, since_s: float) -> Iterator[tuple[Resource, float]]:
+def _what_for(events: Sequence[Event], event: Event, since_s: float) -> Iterator[Stall]:
     """What computing waited for from `since_s` to `event`: the chain of what held each other up, backwards in time."""
     until_s, cause = event.start_s, event.held_up_by
     while cause is not None and until_s > since_s:
         held = events[cause]
         begin_s = max(since_s, min(held.ready_s, until_s))
-        yield held.task.resource, until_s - begin_s
+        yield Stall(begin_s, until_s, held.task.resource)
         until_s, cause = begin_s, held.held_up_by
 
 

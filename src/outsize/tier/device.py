@@ -28,7 +28,7 @@ from outsize.block import align
 from outsize.config import format_bytes
 from outsize.errors import BudgetError, DeviceError
 from outsize.tier.base import Transfer
-from outsize.tier.transfer import DoneTransfer
+from outsize.tier.transfer import DoneTransfer, Listener, Moment, at
 
 
 class Way(StrEnum):
@@ -95,6 +95,14 @@ class Device(ABC):
     def links(self) -> LinkStats:
         """What was copied so far."""
         return LinkStats()
+
+    def listen(self, listener: Listener | None) -> None:
+        """Tell `listener` of each copy from now on; None: nobody. Waits for the device; not to be called inside a step."""
+        return None
+
+    def moment(self) -> Moment:
+        """When what this thread has given to the device so far is computed. Only while there is a listener."""
+        return at(time.perf_counter())
 
     def rng_state(self) -> torch.Tensor | None:
         """The state of the device's own random numbers; None where the host's serve."""
@@ -243,6 +251,9 @@ class CudaDevice(Device):
             ) from error
         self._limit_bytes = limit_bytes
         self._moved = dict.fromkeys(Way, 0)
+        self._listener: Listener | None = None
+        self._clock: tuple[torch.cuda.Event, float] | None = None
+        """An event, and when on the host's clock it was."""
 
     def start_copy(
         self,
@@ -254,11 +265,12 @@ class CudaDevice(Device):
         label: str,
     ) -> Transfer:
         """A copy on the stream of its way."""
-        stream = self._streams[way]
+        stream, listener = self._streams[way], self._listener
         try:
             with torch.cuda.stream(stream):
                 for transfer in after:
                     transfer.follow()
+                begun = self._moment_on(stream) if listener is not None else None
                 target.copy_(source, non_blocking=True)
                 # What lives in torch's allocator may be dropped at once: it is not given away before the copy is over.
                 (target if way is Way.UP else source).record_stream(stream)
@@ -269,6 +281,8 @@ class CudaDevice(Device):
                 f"{label} cannot be copied {way}: {error}", hint="the device may be lost: see nvidia-smi"
             ) from error
         self._moved[way] += target.nbytes
+        if listener is not None and begun is not None:
+            listener(way, label, target.nbytes, begun, self._moment_on(stream))
         return _CudaTransfer(event, label)
 
     def mark(self) -> Transfer:
@@ -314,6 +328,32 @@ class CudaDevice(Device):
     def links(self) -> LinkStats:
         """What was copied so far."""
         return LinkStats(self._moved[Way.UP], self._moved[Way.DOWN])
+
+    def listen(self, listener: Listener | None) -> None:
+        """Tell `listener` of each copy when it is given to the device; its times are those of the device."""
+        if listener is not None:
+            torch.cuda.synchronize(self.torch_device)
+            event = torch.cuda.Event(enable_timing=True)
+            event.record(torch.cuda.current_stream(self.torch_device))
+            event.synchronize()
+            self._clock = event, time.perf_counter()
+        self._listener = listener
+
+    def moment(self) -> Moment:
+        """When the stream that computes has come this far."""
+        return self._moment_on(torch.cuda.current_stream(self.torch_device))
+
+    def _moment_on(self, stream: torch.cuda.Stream) -> Moment:
+        assert self._clock is not None, "nobody listens"
+        first, first_s = self._clock
+        event = torch.cuda.Event(enable_timing=True, blocking=True)
+        event.record(stream)
+
+        def seconds() -> float:
+            event.synchronize()
+            return first_s + float(first.elapsed_time(event)) / 1e3
+
+        return seconds
 
     def rng_state(self) -> torch.Tensor | None:
         """The state of CUDA's generator; kept by the host, so that nothing is waited for."""
@@ -369,6 +409,7 @@ class TwinDevice(Device):
         self._limit_bytes = limit_bytes or 1 << 40
         self._threads = {way: ThreadPoolExecutor(1, thread_name_prefix=f"outsize-{way}") for way in Way}
         self._moved = dict.fromkeys(Way, 0)
+        self._listener: Listener | None = None
         self._lock = threading.Lock()
         self.pinned: dict[int, str] = {}
         """Names of what is pinned, by address."""
@@ -393,9 +434,12 @@ class TwinDevice(Device):
     ) -> None:
         for transfer in after:
             transfer.wait()
+        listener, start_s = self._listener, time.perf_counter()
         if delay := self._delay_s(way, label):
             time.sleep(delay)
         target.copy_(source)
+        if listener is not None:
+            listener(way, label, target.nbytes, at(start_s), at(time.perf_counter()))
 
     def mark(self) -> Transfer:
         """Over already."""
@@ -421,6 +465,10 @@ class TwinDevice(Device):
     def links(self) -> LinkStats:
         """What was copied so far."""
         return LinkStats(self._moved[Way.UP], self._moved[Way.DOWN])
+
+    def listen(self, listener: Listener | None) -> None:
+        """Tell `listener` of each copy that is over."""
+        self._listener = listener
 
     def finish(self) -> None:
         """Wait for both threads."""

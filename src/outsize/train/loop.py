@@ -34,6 +34,7 @@ from outsize.train.pace import CountedPace, Pace, TimedPace
 from outsize.train.report_page import ReportPage
 from outsize.train.schedule import scheduler_for, warmup_within
 from outsize.train.settings import TrainSettings, flat
+from outsize.train.tracing import Tracing
 from outsize.train.trackers import trackers
 from outsize.train.watch import RunFacts, Watcher, Watchers
 
@@ -68,7 +69,8 @@ def train(
     watchers: Sequence[Watcher] = (),
     profile: Profile | None = None,
 ) -> TrainResult:
-    """Train as `settings` say, and leave the weights, the tokenizer, `metrics.jsonl` and `report.html` in `settings.out`.
+    """Train as `settings` say, and leave the weights, the tokenizer, `metrics.jsonl`, `report.html` and
+    `timeline.json` in `settings.out`.
 
     With a `profile` of the machine the fastest of the plans that fit is taken, the run is predicted after its first step,
     and the prediction is compared with what was measured at its end.
@@ -109,12 +111,14 @@ def _train(
     started_s = time.monotonic()
     predicted: Predicted | None = None
     save = _saver(settings, api, run.model)
+    tracing = Tracing(api, run.model, settings.trace_step, folder.timeline)
     with Interruption(watchers.stopping) as interruption:
         try:
             with watchers:
                 watchers.started(_facts(settings, training, held_out, run.pace))
                 while not (run.pace.is_over() or interruption.requested):
-                    metrics = run.step()
+                    with tracing.step(len(run.losses) + 1, predicted):
+                        metrics = run.step()
                     watchers.stepped(metrics, run.report(), run.pace.num_steps())
                     if profile is not None and predicted is None:
                         predicted = api.predict(run.model, profile)
@@ -124,6 +128,7 @@ def _train(
                             watchers.say(f"another plan would be faster: {advice}")
                     if evaluator is not None and evaluator.is_due(metrics.step, run.pace.num_steps()):
                         watchers.evaluated(evaluator.evaluate(run.model, metrics.step, save))
+                        tracing.evaluated()
                 if evaluator is not None and run.losses and evaluator.last_step != len(run.losses):
                     watchers.evaluated(evaluator.evaluate(run.model, len(run.losses), None))
                 watchers.ended(run.report(), interruption.requested)
