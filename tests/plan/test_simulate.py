@@ -121,8 +121,8 @@ def test_a_forward_that_streams_is_its_bytes_over_the_bandwidth():
 def test_training_13b_on_one_card_by_number_of_disks(num_disks, published):
     """LoHan on an RTX 4090, in TFLOP/s as published (https://arxiv.org/abs/2403.06504, figure of throughput by disks).
 
-    Its schedule, not ours: updates run in the backward, right after each block. Stated there: the card, Intel P5510 disks, a
-    GPT of 13 B parameters, fp16 with fp32 state. Assumed: 40 blocks, batches of 32 sequences of 1,024 tokens, 8 operations
+    Its schedule, not ours: updates run in the backward, right after each block. Stated there: the card, Intel P5510
+    disks, a GPT of 13 B parameters, fp16 with fp32 state. Assumed: 40 blocks, batches of 32 sequences of 1,024 tokens, 8 operations
     per parameter and token (with recomputation), a rate of 156 TFLOP/s (their best), 6.5 GB/s read and 4.2 GB/s
     written (data sheet), a link of 25 GB/s, and an update that nothing waits for.
     """
