@@ -123,7 +123,8 @@ class Pins:
     Pins(resident_bytes=0)  memory, where blocks compute, used to keep planes that would otherwise move
     Pins(resident=(12, 24, 0))  of how many blocks weights, gradients and state stay in memory (without a device)
     Pins(gradient_slots=1)  how many blocks' fp32 gradients may be in memory at once
-    Pins(inputs_on_host=True)   let inputs of blocks wait for their backward in the host's memory (with a device only)
+    Pins(inputs="disk")     where inputs of blocks wait for their backward: "device" (where blocks compute), "host", "disk"
+    Pins(kept_blocks=2)     how many layers, the last first, keep their activations, and their weights, for the backward
     Pins(verify=True)       check the checksum of every read from the disk tier
     """
 
@@ -132,10 +133,13 @@ class Pins:
     tile_rows: int | None = None
     resident_bytes: int | None = None
     resident: tuple[int, int, int] | None = None
-    inputs_on_host: bool | None = None
+    inputs: str | None = None
+    kept_blocks: int | None = None
     verify: bool = True
 
     def __post_init__(self) -> None:
+        if self.inputs is not None and self.inputs not in list(Home):
+            raise ConfigError(f"Pins(inputs={self.inputs!r})", hint=f"one of {', '.join(Home)}")
         resident = self.resident
         if resident is not None and not (
             isinstance(resident, tuple)
@@ -151,6 +155,7 @@ class Pins:
             ("gradient_slots", 1),
             ("tile_rows", 1),
             ("resident_bytes", 0),
+            ("kept_blocks", 0),
         ):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < least):

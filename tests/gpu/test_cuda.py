@@ -74,7 +74,7 @@ def test_training_is_that_of_plain_pytorch(name, home, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("options", [{"weight_slots": 1}, {"weight_slots": 3}, {"inputs_on_host": True}])
+@pytest.mark.parametrize("options", [{"weight_slots": 1}, {"weight_slots": 3}, {"inputs": "host"}])
 @pytest.mark.parametrize("home", ["host", "disk"])
 def test_placement_changes_no_bit(dtype, options, home, tmp_path, monkeypatch):
     monkeypatch.setattr(keep, "LEAST_BYTES", 1)
@@ -89,7 +89,7 @@ def test_placement_changes_no_bit(dtype, options, home, tmp_path, monkeypatch):
 @pytest.mark.parametrize("way", list(Way))
 def test_late_copies_are_waited_for(way, part, home, tmp_path, monkeypatch):
     monkeypatch.setattr(keep, "LEAST_BYTES", 1)
-    pins = Pins(weight_slots=2, gradient_slots=1, inputs_on_host=True)
+    pins = Pins(weight_slots=2, gradient_slots=1, inputs="host")
     expected = trained(home="host", pins=pins)
     slowed(monkeypatch, way, part)
     losses, values = trained(disk=tmp_path, home=home, pins=pins)

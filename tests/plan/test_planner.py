@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-from functools import partial
 
 import pytest
 from hypothesis import given, settings
@@ -13,7 +12,7 @@ from outsize.config import Home, Pins
 from outsize.errors import BudgetError
 from outsize.plan import Direction, Occupancy, Visit, build, check, place, place_apart
 from outsize.plan.place import _placed
-from outsize.plan.planner import SLOTS, choose
+from outsize.plan.planner import SLOTS, choose, prefer, waits
 from outsize.plan.profile import Resource
 from outsize.plan.simulate import simulate
 from tests.plan.test_plan import call, make_records
@@ -141,28 +140,27 @@ def test_pins_that_cannot_be_met_leave_nothing_to_choose():
     assert chosen(records, HOST, costs(list(records)), least(records), Pins(weight_slots=4)) == []
 
 
-def test_smaller_tiles_are_tried_only_where_computing_waits():
+def test_another_way_is_preferred_where_it_is_more_than_a_little_faster():
     records = blocks(6)
     names = list(records)
-    tried = []
 
-    def way(tile_rows, room, forward_s):
-        def own():
-            tried.append(tile_rows)
-            return costs(names, forward_s, 3 * forward_s)
+    def by(room, forward_s):
+        def fit(pins):
+            return on_host(records, room, pins)
 
-        return tile_rows, partial(lambda pins: on_host(records, room, pins)), own
+        ways = [(room, fit, lambda: costs(names, forward_s, 3 * forward_s))]
+        return choose(ways, call(names), records, HOST, NONE)
 
-    visits, arena_bytes = call(names), 2 * least(records)
-    free = choose([way(8, arena_bytes, 10.0), way(4, 1 << 50, 10.0)], visits, records, HOST, Pins())
-    assert tried == [8] and free[0].way == 8
-    tried.clear()
-    waits = choose([way(8, arena_bytes, 0.001), way(4, 1 << 50, 0.001)], visits, records, HOST, Pins())
-    assert tried == [8, 4] and waits[0].way == 4
+    small, large = 2 * least(records), 1 << 50
+    own, more = by(small, 0.001), by(large, 0.001)
+    assert waits(own[0].simulation) and not waits(by(small, 10.0)[0].simulation)
+    assert prefer(own, more)[0] is more[0] and len(prefer(own, more)) == len(own) + len(more)
     # A little is not worth it: costs are timed, and not exact.
-    tried.clear()
-    equal = choose([way(8, arena_bytes, 0.001), way(4, arena_bytes, 0.00099)], visits, records, HOST, Pins())
-    assert tried == [8, 4] and equal[0].way == 8
+    hardly = by(small, 0.00099)
+    assert hardly[0].step_s < own[0].step_s
+    both = prefer(own, hardly)
+    assert both[0] is own[0] and both[1] is hardly[0]
+    assert prefer(own, []) == own
 
 
 def test_a_way_that_does_not_fit_costs_nothing_to_find_out():

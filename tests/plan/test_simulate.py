@@ -66,6 +66,39 @@ def test_what_disturbs_each_other_slows_down_while_both_run():
     assert events[0].end_s == pytest.approx(2.5)  # half speed for a second
 
 
+def test_kept_activations_are_not_computed_again():
+    records = blocks(4)
+    names = list(records)
+    placement = place(
+        list(records.values()), arena_bytes=1 << 50, home=Home.HOST, has_disk=False, pins=Pins()
+    )
+    both = dataclasses.replace(costs(names, 10.0, 30.0), kept_backward_s=dict.fromkeys(names, 20.0))
+    steps = [
+        simulate(call(names), records, dataclasses.replace(placement, kept=kept), HOST, both).step_s
+        for kept in (frozenset(), frozenset(names[2:]))
+    ]
+    assert steps[0] - steps[1] == pytest.approx(20.0, abs=0.5)
+
+
+def test_weights_of_kept_blocks_stay_in_memory():
+    records = list(blocks(4).values())
+    kept = frozenset({"L02", "L03"})
+    placement = place(
+        records, arena_bytes=1 << 50, home=Home.DISK, has_disk=True, kept=kept, pins=Pins(weight_slots=1)
+    )
+    assert placement.resident == {("L02", Plane.WEIGHT), ("L03", Plane.WEIGHT)}
+    apart = place_apart(
+        records,
+        device_bytes=1 << 50,
+        host_bytes=1 << 50,
+        home=Home.DISK,
+        has_disk=True,
+        kept=kept,
+        pins=Pins(weight_slots=1),
+    )
+    assert {block for block, _ in apart.resident} == kept and len(apart.resident) == 6
+
+
 def test_a_model_in_memory_takes_its_computing_and_its_updates():
     records = blocks(4)
     names = list(records)
@@ -119,11 +152,11 @@ def test_a_forward_that_streams_is_its_bytes_over_the_bandwidth():
 
 @pytest.mark.parametrize(("num_disks", "published"), [(1, 70), (2, 112), (3, 136), (6, 152)])
 def test_training_13b_on_one_card_by_number_of_disks(num_disks, published):
-    """LoHan on an RTX 4090, in TFLOP/s as published (https://arxiv.org/abs/2403.06504, figure of throughput by disks).
+    """LoHan on an RTX 4090, in TFLOP/s (https://arxiv.org/abs/2403.06504, by number of disks).
 
-    Its schedule, not ours: updates run in the backward, right after each block. Stated there: the card, Intel P5510
-    disks, a GPT of 13 B parameters, fp16 with fp32 state. Assumed: 40 blocks, batches of 32 sequences of 1,024 tokens, 8 operations
-    per parameter and token (with recomputation), a rate of 156 TFLOP/s (their best), 6.5 GB/s read and 4.2 GB/s
+    Its schedule, not ours: updates run in the backward, right after each block. Stated there: the card, Intel P5510 disks,
+    a GPT of 13 B parameters, fp16 with fp32 state. Assumed: 40 blocks, batches of 32 sequences of 1,024 tokens, 8
+    operations per parameter and token (with recomputation), a rate of 156 TFLOP/s (their best), 6.5 GB/s read and 4.2 GB/s
     written (data sheet), a link of 25 GB/s, and an update that nothing waits for.
     """
     num_blocks, parameters, tokens, rate = 40, 13e9, 32 * 1024, 156e12

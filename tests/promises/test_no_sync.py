@@ -92,7 +92,7 @@ NAMES = ["llama", "llama_tied", "qwen3", "gpt2", "mixtral"]
 
 @pytest.mark.parametrize("home", ["device", "host", "disk"])
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("pins", [Pins(), Pins(tile_rows=1, inputs_on_host=True)], ids=["whole", "tiled"])
+@pytest.mark.parametrize("pins", [Pins(), Pins(tile_rows=1, inputs="host")], ids=["whole", "tiled"])
 def test_a_step_reads_no_value_of_the_device(name, home, pins, paper, tmp_path, monkeypatch):
     monkeypatch.setattr(keep, "LEAST_BYTES", 1)
     model = opened(ZOO[name].build().train(), disk=tmp_path, home=home, dtype="bfloat16", pins=pins)

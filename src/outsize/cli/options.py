@@ -95,21 +95,27 @@ def place_of(options: argparse.Namespace) -> Place:
 def pins_of(texts: list[str]) -> Pins | None:
     """`["weight_slots=2"]` as Pins; None for no pins. Raises ConfigError naming the pin that is malformed."""
     known = {pin.name for pin in fields(Pins)}
-    switches = {"verify", "inputs_on_host"}
-    numbers: dict[str, Any] = {}
+    words: dict[str, dict[str, Any]] = {
+        "verify": {"true": True, "false": False},
+        "inputs": {str(home): str(home) for home in Home},
+    }
+    values: dict[str, Any] = {}
     for text in texts:
         name, equals, value = text.partition("=")
         if name not in known or not equals:
             raise ConfigError(f"--pin {text}: no such pin", hint=f"known are {', '.join(sorted(known))}")
         if name == "resident" and re.fullmatch(r"\d+,\d+,\d+", value):
-            numbers[name] = tuple(map(int, value.split(",")))
-        elif name in switches and value in ("true", "false"):
-            numbers[name] = value == "true"
-        elif name not in {*switches, "resident"} and value.isdecimal():
-            numbers[name] = int(value)
+            values[name] = tuple(map(int, value.split(",")))
+        elif name in words and value in words[name]:
+            values[name] = words[name][value]
+        elif name not in {*words, "resident"} and value.isdecimal():
+            values[name] = int(value)
         else:
-            expected, example = ("true or false", "false") if name in switches else ("a whole number", "2")
+            known_words = list(words.get(name, ()))
+            expected, example = (
+                (" or ".join(known_words), known_words[-1]) if known_words else ("a whole number", "2")
+            )
             if name == "resident":
                 expected, example = "three whole numbers of blocks", "12,24,0"
             raise ConfigError(f"--pin {text}: expected {expected}", hint=f"pass --pin {name}={example}")
-    return Pins(**numbers) if texts else None
+    return Pins(**values) if texts else None

@@ -122,6 +122,8 @@ def resolve_settings(
         raise ConfigError(f"home={home!r}", hint=f"one of {', '.join(Home)}")
     if home == Home.DISK and disk is None:
         raise ConfigError('home="disk" without a folder', hint='give one with disk="/path/on/an/ssd"')
+    if pins is not None and pins.inputs == Home.DISK and disk is None:
+        raise ConfigError('Pins(inputs="disk") without a folder', hint='give one with disk="/path/on/an/ssd"')
     budgets = Budgets.parse(device, host, disk)
     budgets.check_folders()
     return Settings(budgets, Home(home) if home is not None else None, _compute_type(dtype), pins or Pins())

@@ -15,10 +15,10 @@ from functools import partial
 
 import torch
 
-from outsize.block import CHUNK, Block, Entry, Plane, Record
+from outsize.block import CHUNK, Block, Entry, Extent, Plane, Record
 from outsize.config import ComputeType
 from outsize.engine import memory
-from outsize.engine.carrier import Carrier, DirectCarrier, Job, Parcel, StagedCarrier, Staging
+from outsize.engine.carrier import Carrier, DirectCarrier, Job, Parcel, Part, StagedCarrier, Staging
 from outsize.engine.update import CHUNKS_IN_MEMORY, Pending, UpdateJob, UpdateLane, runs
 from outsize.model import Source
 from outsize.optim import Kernel, Rule, part, split
@@ -567,7 +567,12 @@ class BlockStore:
         dtype = self._gradient_dtype(state) if plane is Plane.GRADIENT else self.dtype
         place = slot.tensor(dtype, state.record.plane_elements(plane), byte_offset)
         home = self._hosted(state, plane)
-        return Parcel(state.record, plane, state.disk_offset, home, slot, place, byte_offset)
+        parts = []
+        for start, stop in state.record.chunks(plane):
+            extent = state.record.chunk_extent(plane, start, stop)
+            extent = Extent(state.disk_offset + extent.offset, extent.num_bytes)
+            parts.append(Part(start, stop, extent))
+        return Parcel(f"{state.name}.{plane}", tuple(parts), home, slot, place, byte_offset)
 
     def _gradient_dtype(self, state: BlockState) -> torch.dtype:
         return torch.float32 if state.record.element_bytes[Plane.GRADIENT] == 4 else torch.bfloat16

@@ -16,14 +16,13 @@ from functools import partial
 
 import torch
 
-from outsize.block import ALIGNMENT, Record
+from outsize.block import ALIGNMENT, Record, align
 from outsize.config import Home, Pins, Settings, format_bytes
-from outsize.engine import memory
-from outsize.engine.keep import COPIES_ON_DEVICE
+from outsize.engine import keep, memory
 from outsize.engine.probe import BatchShape, Rehearsal
 from outsize.errors import BudgetError
-from outsize.plan import Placement, place, place_apart
-from outsize.plan.planner import Choice, choose
+from outsize.plan import Direction, Placement, place, place_apart
+from outsize.plan.planner import Choice, choose, prefer, waits
 from outsize.plan.profile import Profile
 from outsize.plan.simulate import Costs
 from outsize.tier import Device
@@ -42,11 +41,11 @@ TILE_TOKENS = 2048
 """Tokens that a tile aims at: enough for full matmul speed; fewer where memory is short. Adding up the gradients of
 512 instead costs 8 % of a step, of 2,048 less than 2."""
 
-LEAST_TILE_TOKENS = 512
-"""Smaller tiles are taken where nothing else fits, and never to make room for planes."""
-
 TILE_TOKENS_ON_DEVICE = 8192
 """The same on an accelerator: its products need more rows for full speed."""
+
+FEWEST_TILE_TOKENS = 512
+"""Before tiles become smaller than this, inputs of blocks go to the disk, where there is one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +55,16 @@ class _Needs:
     boundary_bytes: int
     visit_bytes: int
     moved_bytes: int = 0
-    """Of the boundary, what waits in the host's memory instead; `boundary_bytes` counts the rest."""
+    """Of the boundary, what waits elsewhere; `boundary_bytes` counts the rest."""
+    inputs: Home | None = None
+    """Where it waits."""
+    kept: frozenset[str] = frozenset()
+    """Blocks whose activations the boundary holds too."""
+
+    @property
+    def host_bytes(self) -> int:
+        """Memory of the host that it takes: its own or, on the way to the disk, that of buffers."""
+        return keep.BUFFERS_BYTES if self.inputs is Home.DISK else self.moved_bytes
 
     @property
     def num_bytes(self) -> int:
@@ -66,11 +74,13 @@ class _Needs:
 
 @dataclass(frozen=True, slots=True)
 class _Attempt:
-    """A way to make it fit: tiles of so many rows; with room for a second visit; inputs in the host's memory."""
+    """A way to make it fit: tiles of so many rows; with room for a second visit; inputs elsewhere than blocks compute."""
 
     tile_rows: int
     is_roomy: bool
-    moves_inputs: bool
+    inputs: Home | None
+    kept_blocks: int = 0
+    """Layers that keep their activations."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,8 +126,8 @@ class Budget:
         self.activation_bytes = 0
         self.room_bytes = 0
         """What is left for activations and, beside them, arenas: of the device where that has memory of its own."""
-        self.kept_bytes = 0
-        """Memory of the host for inputs of blocks that wait for their backward there; 0 where they stay."""
+        self.host_inputs_bytes = 0
+        """Memory of the host for inputs of blocks that wait for their backward there, or pass through to the disk."""
         self.placement: Placement | None = None
         self._settings = settings
         self._device = device
@@ -126,6 +136,7 @@ class Budget:
         self._always_resident = always_resident
         self._visit_bytes = 0
         self._fit: Fit | None = None
+        self._least_needs = _Needs(0, 0)
         self.choices: list[Choice[Fit]] = []
         """What was simulated, the fastest first; empty where nothing is known of the machine."""
         self._ceiling: memory.Ceiling | None = None
@@ -160,11 +171,9 @@ class Budget:
         self.choices = []
         fit = self._simplest(fits)
         if foresight is not None:
-            self.choices = self._fastest(
-                [fit, *self._smaller(fit, fits, shape)], records, rehearsal, foresight
-            )
+            self.choices = self._compared(fit, fits, records, rehearsal, shape, foresight)
             fit = replace(self.choices[0].way, placement=self.choices[0].placement)
-        self.activation_bytes, self.kept_bytes = fit.needs.num_bytes, fit.needs.moved_bytes
+        self.activation_bytes, self.host_inputs_bytes = fit.needs.num_bytes, fit.needs.host_bytes
         self._fit = fit
         self.placement = fit.placement
         is_roomy = self._device.is_host and fit.attempt.is_roomy
@@ -193,16 +202,17 @@ class Budget:
         Raises BudgetError where not even the smallest is.
         """
         assert self.placement is not None
-        room = self.room_bytes - self._beside_activations(self.placement)
+        room = self._room_beside_inputs - self._beside_activations(self.placement)
         tile_rows = self._wanted_tile_rows(shape)
-        moves = self.kept_bytes > 0
-        if moves and (moved := _needs(rehearsal, shape, tile_rows, moves).moved_bytes) > self.kept_bytes:
+        inputs, kept = self.placement.inputs, self.placement.kept
+        moved = _needs(rehearsal, shape, tile_rows, inputs).moved_bytes
+        if inputs is not None and moved > self.placement.inputs_bytes:
             raise BudgetError(
                 f"the inputs of blocks take {format_bytes(moved)} for a batch of {shape.rows or 1} rows, "
-                f"{format_bytes(self.kept_bytes)} of the host's memory were set aside for them",
+                f"{format_bytes(self.placement.inputs_bytes)} of the {inputs} were set aside for them",
                 hint="make the first call with the largest batch",
             )
-        while (needs := _needs(rehearsal, shape, tile_rows, moves)).num_bytes > room:
+        while (needs := _needs(rehearsal, shape, tile_rows, inputs, kept)).num_bytes > room:
             if tile_rows == 1 or self._settings.pins.tile_rows is not None:
                 raise BudgetError(
                     f"a batch of {shape.rows or 1} rows takes {format_bytes(needs.num_bytes)} of activations, "
@@ -218,8 +228,9 @@ class Budget:
         """What the process takes of the host's memory, as placed."""
         assert self.placement is not None
         if self._device.is_host:
-            return self.base_bytes + self.activation_bytes + self.placement.arena_bytes
-        return self.base_bytes + self.placement.home_bytes + self.kept_bytes
+            arenas = self.placement.arena_bytes + self.host_inputs_bytes
+            return self.base_bytes + self.activation_bytes + arenas
+        return self.base_bytes + self.placement.home_bytes + self.host_inputs_bytes
 
     def expected_bytes(self) -> int:
         """What the process will have had at most: beside what is placed, freed memory that is kept where there is room."""
@@ -253,6 +264,7 @@ class Budget:
 
     def _fitting(self, records: Sequence[Record], rehearsal: Rehearsal, shape: BatchShape) -> Iterator[Fit]:
         """What fits: activations get memory first, then arenas. Raises BudgetError where nothing does."""
+        least: _Needs | None = None
         error: BudgetError | None = None
         any_fits = False
         for attempt in self._attempts(shape):
@@ -260,14 +272,17 @@ class Budget:
                 fit = self._fit_for(attempt, records, rehearsal, shape)
             except BudgetError as failure:
                 error = failure
+                needs = _needs_of(attempt, rehearsal, shape)
+                if least is None or needs.num_bytes + needs.host_bytes <= least.num_bytes + least.host_bytes:
+                    least = needs
                 continue
             any_fits = True
             yield fit
         if any_fits:
             return
-        assert error is not None
-        needs = _needs(rehearsal, shape, attempt.tile_rows, attempt.moves_inputs)
-        self.activation_bytes, self.kept_bytes = needs.num_bytes, needs.moved_bytes
+        assert error is not None and least is not None
+        self._least_needs = least
+        self.activation_bytes, self.host_inputs_bytes = least.num_bytes, least.host_bytes
         fewer = self._most_rows(records, rehearsal, shape)
         smaller = f"; or a batch of {fewer} instead of {shape.rows}" if fewer else ""
         smaller += _pinned(self._settings.pins)
@@ -278,23 +293,30 @@ class Budget:
             f"the process itself has {format_bytes(self.base_bytes)}, "
             f"activations take {format_bytes(self.activation_bytes)}, "
             f"{format_bytes(SLACK_BYTES + _source_bytes(records))} are kept free",
-            hint=self._hint(records, self.limit_bytes - self.room_bytes + self.activation_bytes, smaller),
+            hint=self._hint(
+                records, self.limit_bytes - self._room_beside_inputs + self.activation_bytes, smaller
+            ),
         ) from error
 
     def _fit_for(
         self, attempt: _Attempt, records: Sequence[Record], rehearsal: Rehearsal, shape: BatchShape
     ) -> Fit:
         """Raises BudgetError where it does not fit in this way."""
-        needs = _needs(rehearsal, shape, attempt.tile_rows, attempt.moves_inputs)
+        needs = _needs_of(attempt, rehearsal, shape)
         # Freed activations fit badly into one another; with room for a second visit nothing has to be given back.
         taken = needs.num_bytes + (needs.visit_bytes if attempt.is_roomy else 0)
-        room, home_room = max(0, self.room_bytes - taken), self._home_room_bytes - needs.moved_bytes
-        if needs.moved_bytes and home_room < 0:
+        home_room = self._home_room_bytes - needs.host_bytes
+        if self._device.is_host:
+            taken += needs.host_bytes
+        if needs.host_bytes and home_room < 0:
             raise BudgetError(
-                f"the inputs of blocks take {format_bytes(needs.moved_bytes)} of the host's memory, "
+                f"the inputs of blocks take {format_bytes(needs.host_bytes)} of the host's memory, "
                 f"the budget leaves {format_bytes(max(0, self._home_room_bytes))} for them"
             )
-        placement = self._place(records, room, home_room, self._settings.pins)
+        room = max(0, self.room_bytes - taken)
+        placement = self._place(records, needs, room, home_room, self._settings.pins)
+        if needs.inputs is Home.DISK and self._settings.pins.inputs is None:
+            disk_bytes(placement, self._settings)  # another way may do without
         return Fit(attempt, needs, room, home_room, placement)
 
     def _most_rows(self, records: Sequence[Record], rehearsal: Rehearsal, shape: BatchShape) -> int:
@@ -317,22 +339,43 @@ class Budget:
 
     def _simplest(self, fits: Iterator[Fit]) -> Fit:
         """The largest tiles that fit, unless too few slots are then left for transfers beside computing."""
+        moves_for_slots = not self._device.is_host and self._settings.pins.inputs is None
         cramped: Fit | None = None
         for fit in fits:
-            if cramped is not None and not fit.attempt.moves_inputs:
+            if cramped is not None and fit.attempt.inputs is None:
                 break
-            is_free = fit.attempt.moves_inputs or not self._can_move_inputs()
-            if is_free or fit.placement.is_roomy(self._settings.pins):
+            if fit.attempt.inputs or not moves_for_slots or fit.placement.is_roomy(self._settings.pins):
                 return fit
             cramped = fit
         assert cramped is not None
         return cramped
 
-    def _smaller(self, fit: Fit, fits: Iterator[Fit], shape: BatchShape) -> Iterator[Fit]:
-        """Other ways beside `fit` whose tiles are not so small that they slow computing down a lot."""
-        for other in fits:
-            if min(fit.tile_rows, other.tile_rows) * shape.row_tokens >= LEAST_TILE_TOKENS:
-                yield other
+    def _compared(
+        self,
+        fit: Fit,
+        others: Iterator[Fit],
+        records: Sequence[Record],
+        rehearsal: Rehearsal,
+        shape: BatchShape,
+        foresight: Foresight,
+    ) -> list[Choice[Fit]]:
+        """All plans that are worth simulating, the fastest first: with more activations kept, and with smaller tiles."""
+        keeping = []
+        if self._settings.pins.kept_blocks is None:
+            count = len(rehearsal.activations)
+            for part in (count, 3 * count // 4, count // 2, count // 4):
+                with suppress(BudgetError):
+                    attempt = replace(fit.attempt, kept_blocks=part)
+                    keeping.append(self._fit_for(attempt, records, rehearsal, shape))
+        best = self._fastest([fit, *keeping], records, rehearsal, foresight)
+        if waits(best[0].simulation):
+            smaller = [
+                other
+                for other in others
+                if min(fit.tile_rows, other.tile_rows) * shape.row_tokens >= FEWEST_TILE_TOKENS
+            ]
+            best = prefer(best, self._fastest(smaller, records, rehearsal, foresight))
+        return best
 
     def _fastest(
         self, fits: Iterable[Fit], records: Sequence[Record], rehearsal: Rehearsal, foresight: Foresight
@@ -340,7 +383,7 @@ class Budget:
         ways = (
             (
                 fit,
-                partial(self._place, records, fit.room, fit.home_room),
+                partial(self._place, records, fit.needs, fit.room, fit.home_room),
                 partial(foresight.costs, fit.tile_rows),
             )
             for fit in fits
@@ -348,47 +391,64 @@ class Budget:
         by_name = {record.name: record for record in records}
         return choose(ways, rehearsal.visits, by_name, foresight.profile, self._settings.pins)
 
-    def _can_move_inputs(self) -> bool:
-        return not self._device.is_host and self._settings.pins.inputs_on_host is None
+    @property
+    def _room_beside_inputs(self) -> int:
+        """What is left where blocks compute, beside the memory in which inputs wait or through which they pass."""
+        return self.room_bytes - (self.host_inputs_bytes if self._device.is_host else 0)
 
     def _attempts(self, shape: BatchShape) -> Iterator[_Attempt]:
-        """What is tried, the fastest first."""
-        tile_rows, pins = self._wanted_tile_rows(shape), self._settings.pins
-        moves = not self._device.is_host and bool(pins.inputs_on_host)
-        if self._device.is_host:
-            yield _Attempt(tile_rows, True, False)
-        while True:
-            yield _Attempt(tile_rows, False, moves)
-            if self._can_move_inputs():
-                yield _Attempt(tile_rows, False, True)
-            if tile_rows == 1 or pins.tile_rows is not None:
-                return
-            tile_rows = -(-tile_rows // 2)
+        """What is tried, the fastest first: inputs go to the disk only where tiles would become too small otherwise."""
+        pins, is_host = self._settings.pins, self._device.is_host
+        kept = pins.kept_blocks or 0
+        sizes = [self._wanted_tile_rows(shape)]
+        while sizes[-1] > 1 and pins.tile_rows is None:
+            sizes.append(-(-sizes[-1] // 2))
+        near: list[Home | None] = [None] if is_host else [None, Home.HOST]
+        far: list[Home | None] = [Home.DISK] if self._settings.budgets.disks else []
+        if pins.inputs is not None:
+            stays = pins.inputs == Home.DEVICE or (is_host and pins.inputs == Home.HOST)
+            near, far = [None if stays else Home(pins.inputs)], []
+        if is_host:
+            yield _Attempt(sizes[0], True, near[0], kept)
+        enough = [rows for rows in sizes if rows == sizes[0] or rows * shape.row_tokens >= FEWEST_TILE_TOKENS]
+        for some, homes in ((enough, near), (sizes, far), (sizes[len(enough) :], near)):
+            yield from (_Attempt(rows, False, home, kept) for rows in some for home in homes)
 
     def _place(
-        self, records: Sequence[Record], room: int, home_room: int, pins: Pins, home: Home | None = None
+        self,
+        records: Sequence[Record],
+        needs: _Needs,
+        room: int,
+        home_room: int,
+        pins: Pins,
+        home: Home | None = None,
     ) -> Placement:
         """A placement that leaves `room` for planes where blocks compute, and `home_room` in a host that does not."""
         has_disk = self._settings.budgets.disks != ()
         home = home or self._settings.home
         if self._device.is_host:
-            return place(
+            placement = place(
                 records,
                 arena_bytes=room,
                 home=home,
                 has_disk=has_disk,
                 always_resident=self._always_resident,
+                kept=needs.kept,
                 pins=pins,
             )
-        return place_apart(
-            records,
-            device_bytes=room,
-            host_bytes=home_room,
-            home=home,
-            has_disk=has_disk,
-            always_resident=self._always_resident,
-            pins=pins,
-        )
+        else:
+            placement = place_apart(
+                records,
+                device_bytes=room,
+                host_bytes=home_room,
+                home=home,
+                has_disk=has_disk,
+                always_resident=self._always_resident,
+                kept=needs.kept,
+                pins=pins,
+            )
+        inputs = needs.inputs if needs.moved_bytes else None
+        return replace(placement, kept=needs.kept, inputs=inputs, inputs_bytes=needs.moved_bytes)
 
     @property
     def _computes_in(self) -> str:
@@ -407,7 +467,7 @@ class Budget:
             gradient_slots=pins.gradient_slots or 1,
             resident_bytes=0,
         )
-        return self._place(records, 1 << 60, 1 << 60, slots, home)
+        return self._place(records, self._least_needs, 1 << 60, 1 << 60, slots, home)
 
     def _too_large_for_device(
         self, records: Sequence[Record], error: BudgetError, smaller: str
@@ -416,7 +476,11 @@ class Budget:
         least = self._least(records)
         device = self.activation_bytes + least.compute_bytes + DEVICE_SLACK_BYTES + HINT_MARGIN_BYTES
         host = (
-            self.limit_bytes - self._home_room_bytes + self.kept_bytes + least.home_bytes + HINT_MARGIN_BYTES
+            self.limit_bytes
+            - self._home_room_bytes
+            + self.host_inputs_bytes
+            + least.home_bytes
+            + HINT_MARGIN_BYTES
         )
         has_disk = self._settings.budgets.disks != ()
         hint = f'device="{-(-device // 2**20)}MiB" with host="{-(-host // 2**20)}MiB" works with this batch{smaller}'
@@ -454,36 +518,64 @@ def _pinned(pins: Pins) -> str:
 
 
 def disk_bytes(placement: Placement, settings: Settings) -> int:
-    """What the store takes on disk; 0 where nothing lives there. Raises BudgetError where that is not allowed."""
+    """What records and inputs of blocks take on disk. Raises BudgetError where that is not allowed."""
     disks = settings.budgets.disks
-    if not placement.disk_bytes or not disks:
-        return 0
-    num_bytes = placement.disk_bytes
-    share = num_bytes if len(disks) == 1 else part_bytes(num_bytes, len(disks))
+    inputs = placement.inputs_bytes if placement.inputs is Home.DISK else 0
+    store = placement.disk_bytes if disks else 0
+    num_bytes = store + inputs
+    share = num_bytes if len(disks) < 2 else sum(part_bytes(each, len(disks)) for each in (store, inputs))
     for disk in disks:
         if disk.num_bytes is not None and share > disk.num_bytes:
             part = "" if len(disks) == 1 else f", {format_bytes(share)} on each of {len(disks)}"
+            what = "the state" if not inputs else "the state and the inputs of blocks"
             raise BudgetError(
-                f"the state takes {format_bytes(num_bytes)} on disk{part}; "
+                f"{what} {'takes' if not inputs else 'take'} {format_bytes(num_bytes)} on disk{part}; "
                 f"{disk.folder} may hold {format_bytes(disk.num_bytes)}",
                 hint=f'disk="{disk.folder}:{-(-share // 2**20)}MiB" works',
             )
     return num_bytes
 
 
-def _needs(rehearsal: Rehearsal, shape: BatchShape, tile_rows: int, moves_inputs: bool = False) -> _Needs:
+def last_layers(rehearsal: Rehearsal, count: int) -> frozenset[str]:
+    """The blocks of the `count` layers that a call visits last: what they keep is kept for the shortest time."""
+    layers = rehearsal.activations[max(0, len(rehearsal.activations) - count) :]
+    return frozenset(block for layer in layers for block in layer.blocks)
+
+
+def kept_bytes(rehearsal: Rehearsal, shape: BatchShape, tile_rows: int, kept: frozenset[str]) -> int:
+    """What the activations of the layers in `kept` take between forward and backward."""
+    return sum(
+        layer.bytes_at(shape.rows or 1, tile_rows)
+        for layer in rehearsal.activations
+        if kept.issuperset(layer.blocks)
+    )
+
+
+def _needs(
+    rehearsal: Rehearsal,
+    shape: BatchShape,
+    tile_rows: int,
+    inputs: Home | None = None,
+    kept: frozenset[str] = frozenset(),
+) -> _Needs:
     rows = shape.rows or 1
     is_tiled = bool(rehearsal.dims) and all(dims is not None for dims in rehearsal.dims.values())
     tile = rehearsal.tile_bytes.at(tile_rows if is_tiled else rows)
     visit = max(tile, rehearsal.loss_bytes.at(rows))
-    boundary = rehearsal.boundary_bytes.at(rows)
-    movable = rehearsal.movable_bytes.at(rows) if moves_inputs else 0
-    if not movable:
-        return _Needs(boundary, visit)
-    here = COPIES_ON_DEVICE * rehearsal.input_bytes.at(rows)
-    # Each input is a region of whole pages.
-    moved = movable + ALIGNMENT * len(rehearsal.visits)
-    return _Needs(boundary - movable + here, visit, moved)
+    boundary = rehearsal.boundary_bytes.at(rows) + kept_bytes(rehearsal, shape, tile_rows, kept)
+    each = rehearsal.input_bytes.at(rows)
+    if inputs is None or each < keep.LEAST_BYTES:
+        return _Needs(boundary, visit, kept=kept)
+    movable = rehearsal.movable_bytes.at(rows)
+    num_kept = sum(v.block in kept and v.direction is Direction.FORWARD for v in rehearsal.visits)
+    # Each input takes whole pages.
+    moved = align(movable + ALIGNMENT * len(rehearsal.visits))
+    return _Needs(boundary - movable + (keep.COPIES + num_kept) * each, visit, moved, inputs, kept)
+
+
+def _needs_of(attempt: _Attempt, rehearsal: Rehearsal, shape: BatchShape) -> _Needs:
+    kept = last_layers(rehearsal, attempt.kept_blocks)
+    return _needs(rehearsal, shape, attempt.tile_rows, attempt.inputs, kept)
 
 
 def _source_bytes(records: Sequence[Record]) -> int:

@@ -13,35 +13,40 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 
 import torch
 
-from outsize.block import CHUNK, Plane, Record
+from outsize.block import Extent
+from outsize.errors import OutsizeError
 from outsize.tier import Device, Region, Slot, Tier, Transfer, Way
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Elements `[start, stop)` of a parcel, and where they are on the disk; at most what a relay's buffer holds."""
+
+    start: int
+    stop: int
+    extent: Extent
 
 
 @dataclass(eq=False)
 class Parcel:
-    """One plane of one record on its way.
+    """A plane of a record on its way, or an input of a block; `label` names it in the plan's words.
 
-    `home` is its memory in the host, where it has any; otherwise it is at `disk_offset` plus the record's own extents.
-    `place` is where it is computed with: the first `tensor.nbytes` bytes from `byte_offset` of `slot`.
+    `home` is its memory in the host, where it has any; otherwise it is on the disk, in `parts`. `place` is where it is
+    computed with, `[num_elements]`: the first `place.nbytes` bytes from `byte_offset` of `slot`, or new memory.
     """
 
-    record: Record
-    plane: Plane
-    disk_offset: int
+    label: str
+    parts: tuple[Part, ...]
     home: torch.Tensor | None
     slot: Slot | None
     place: torch.Tensor
     byte_offset: int = 0
-
-    @property
-    def label(self) -> str:
-        """What moves, in the plan's words."""
-        return f"{self.record.name}.{self.plane}"
 
 
 class Job:
@@ -105,24 +110,20 @@ class DirectCarrier(Carrier):
         """Nothing to do: transfers are the disk's."""
 
     def _chunks(self, parcel: Parcel, *, write: bool) -> list[Transfer]:
-        record, plane = parcel.record, parcel.plane
         assert self._disk is not None and parcel.slot is not None, f"{parcel.label} has no home on disk"
-        first = record.chunk_extent(plane, 0, min(CHUNK, record.plane_elements(plane))).offset
         start = self._disk.start_write if write else self._disk.start_read
         transfers = []
-        for begin, end in record.chunks(plane):
-            extent = record.chunk_extent(plane, begin, end)
-            offset = parcel.byte_offset + extent.offset - first
-            label = f"{parcel.label}[{begin // CHUNK}]"
-            part = parcel.slot.buffer[offset : offset + extent.num_bytes]
-            transfers.append(start(parcel.disk_offset + extent.offset, part, label))
+        for index, part in enumerate(parcel.parts):
+            offset = parcel.byte_offset + part.extent.offset - parcel.parts[0].extent.offset
+            buffer = parcel.slot.buffer[offset : offset + part.extent.num_bytes]
+            transfers.append(start(part.extent.offset, buffer, f"{parcel.label}[{index}]"))
         return transfers
 
 
 class StagedCarrier(Carrier):
-    """Between the host's memory, or the disk by way of it, and a device.
+    """Between the host's memory, or the disk by way of it, and a device, or memory of the host that the disk cannot reach.
 
-    `buffers` are pinned, at least two for each way, each of a chunk of the widest plane.
+    `buffers` are pinned, at least two for each way, each of the largest part.
     """
 
     def __init__(self, device: Device, disk: Tier | None, buffers: Sequence[Region]) -> None:
@@ -138,8 +139,11 @@ class StagedCarrier(Carrier):
         )
 
     def fill(self, parcel: Parcel, ready: Sequence[Transfer] = ()) -> list[Transfer]:
-        """One copy, or a relay from the disk; neither before the slot's last use is over."""
-        after = parcel.slot.after if parcel.slot is not None else ()
+        """One copy, or a relay from the disk; neither before the slot's last use is over.
+
+        New memory may have been given back by what is still to be computed.
+        """
+        after = parcel.slot.after if parcel.slot is not None else (self._device.mark(),)
         if parcel.home is not None:
             return [
                 self._device.start_copy(
@@ -240,23 +244,24 @@ class _Relay:
         relayed: _Relayed,
     ) -> None:
         error: BaseException | None = None
-        under_way: deque[tuple[Region, tuple[int, int], Transfer]] = deque()
+        under_way: deque[tuple[Region, int, Transfer]] = deque()
         try:
             for transfer in ready:
                 transfer.wait()
-            for begin, end in parcel.record.chunks(parcel.plane):
+            for index in range(len(parcel.parts)):
                 if not self._buffers:
                     self._second_leg(parcel, after, relayed, *under_way.popleft())
                 buffer, busy = self._buffers.popleft()
                 try:
                     if busy is not None:
-                        busy.wait()
-                    first = self._first_leg(parcel, after, buffer, begin, end)
+                        with suppress(OutsizeError):  # its own parcel was told
+                            busy.wait()
+                    first = self._first_leg(parcel, after, buffer, index)
                 except BaseException:
                     self._buffers.append((buffer, None))
                     raise
                 relayed.left.transfers.append(first)
-                under_way.append((buffer, (begin, end), first))
+                under_way.append((buffer, index, first))
             while under_way:
                 self._second_leg(parcel, after, relayed, *under_way.popleft())
         except BaseException as failure:
@@ -265,16 +270,13 @@ class _Relay:
             self._buffers.append((buffer, first))
         relayed.finish(error)
 
-    def _first_leg(
-        self, parcel: Parcel, after: tuple[Transfer, ...], buffer: Region, begin: int, end: int
-    ) -> Transfer:
+    def _first_leg(self, parcel: Parcel, after: tuple[Transfer, ...], buffer: Region, index: int) -> Transfer:
         if self._way is Way.DOWN:
-            part = parcel.place[begin:end]
-            target = buffer.tensor(part.dtype, part.numel())
+            source, target = self._both(parcel, buffer, index)
             return self._device.start_copy(
-                Way.DOWN, target, part, after=after, label=f"{parcel.label}[{begin // CHUNK}]"
+                Way.DOWN, target, source, after=after, label=f"{parcel.label}[{index}]"
             )
-        return self._disk_leg(parcel, buffer, begin, end)
+        return self._disk_leg(parcel, buffer, index)
 
     def _second_leg(
         self,
@@ -282,33 +284,33 @@ class _Relay:
         after: tuple[Transfer, ...],
         relayed: _Relayed,
         buffer: Region,
-        bounds: tuple[int, int],
+        index: int,
         first: Transfer,
     ) -> None:
-        begin, end = bounds
-        busy: Transfer = first
+        busy: Transfer | None = None  # after an error too the first leg is over
         try:
             first.wait()
             if self._way is Way.DOWN:
-                busy = self._disk_leg(parcel, buffer, begin, end)
+                busy = self._disk_leg(parcel, buffer, index)
             else:
-                part = parcel.place[begin:end]
-                source = buffer.tensor(part.dtype, part.numel())
-                label = f"{parcel.label}[{begin // CHUNK}]"
-                busy = self._device.start_copy(Way.UP, part, source, after=after, label=label)
+                target, source = self._both(parcel, buffer, index)
+                label = f"{parcel.label}[{index}]"
+                busy = self._device.start_copy(Way.UP, target, source, after=after, label=label)
             relayed.transfers.append(busy)
         finally:
             self._buffers.append((buffer, busy))
 
-    def _disk_leg(self, parcel: Parcel, buffer: Region, begin: int, end: int) -> Transfer:
+    @staticmethod
+    def _both(parcel: Parcel, buffer: Region, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """A part where it is computed with, and in the buffer."""
+        part = parcel.place[parcel.parts[index].start : parcel.parts[index].stop]
+        return part, buffer.tensor(part.dtype, part.numel())
+
+    def _disk_leg(self, parcel: Parcel, buffer: Region, index: int) -> Transfer:
         assert self._disk is not None, f"{parcel.label} has no home"
-        extent = parcel.record.chunk_extent(parcel.plane, begin, end)
+        extent = parcel.parts[index].extent
         start = self._disk.start_write if self._way is Way.DOWN else self._disk.start_read
-        return start(
-            parcel.disk_offset + extent.offset,
-            buffer.buffer[: extent.num_bytes],
-            f"{parcel.label}[{begin // CHUNK}]",
-        )
+        return start(extent.offset, buffer.buffer[: extent.num_bytes], f"{parcel.label}[{index}]")
 
 
 class Staging:

@@ -1,9 +1,12 @@
-"""Inputs of blocks that wait in the host's memory for their backward.
+"""Inputs of blocks that wait in a slower tier for their backward.
 
-A block's backward needs nothing of its forward but its inputs. Where a device has no room for those of all blocks, each
-is copied down as soon as its block is through, and up again one block ahead of its backward; copies run beside
-computing. The device then holds a few blocks' inputs, whatever the depth of the model, and the length of a sequence is
-bounded by the host's memory. What many blocks share (masks, position embeddings) stays: it takes no gradient.
+A block's backward needs nothing of its forward but its inputs. Where there is no room for those of all blocks, each is
+sent away as soon as its block is through, and brought back one block ahead of its backward, beside computing: from a
+device to the host's memory, or from either to the disk. A few blocks' inputs are then where blocks compute, whatever the
+depth of the model. What many blocks share (masks, position embeddings) stays: it takes no gradient.
+
+Nothing that is on its way is let go before what computes comes after the copy, so that memory is bounded whatever the
+order in which streams get on.
 
 Source: activation offloading as in ZeRO-Infinity (Rajbhandari et al., 2021), https://arxiv.org/abs/2104.07857.
 """
@@ -11,144 +14,327 @@ Source: activation offloading as in ZeRO-Infinity (Rajbhandari et al., 2021), ht
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, suppress
+from dataclasses import dataclass, field
 
 import torch
 
-from outsize.block import align
-from outsize.errors import UsageError
-from outsize.tier import Device, DoneTransfer, HostArena, Region, Transfer, Way
+from outsize.block import Extent, align
+from outsize.config import format_bytes
+from outsize.engine.carrier import Carrier, Parcel, Part, StagedCarrier
+from outsize.errors import BudgetError, OutsizeError, StorageError, UsageError
+from outsize.tier import Device, DoneTransfer, HostArena, Tier, TierStats, Transfer
 
 LEAST_BYTES = 1 << 20
-"""Smaller tensors stay beside the device."""
+"""Smaller tensors stay where they are."""
 
-COPIES_ON_DEVICE = 4
-"""Inputs beside the device at once: in use, on their way down, on their way up, and just made."""
+COPIES = 4
+"""Visits whose inputs are where blocks compute at once: in use, just made, and those on their way down or up."""
+
+PART_BYTES = 4 << 20
+BUFFERS = 8
+"""Parts that are between memory and the disk at once, half of them each way."""
+
+BUFFERS_BYTES = BUFFERS * PART_BYTES
+"""Memory that inputs pass through on their way to the disk and back."""
+
+_LEAVING = 2
+"""Of the copies, visits whose inputs may still be needed on their way down."""
 
 
 class Keeper:
-    """Keeps inputs in at most `limit_bytes` of pinned host memory; regions are used again from step to step."""
+    """Keeps inputs in at most `num_bytes` of the host's memory or, with a `disk`, there; places are used again."""
 
-    def __init__(self, device: Device, limit_bytes: int) -> None:
-        self.arena = HostArena(limit_bytes, pinner=device)
+    def __init__(self, device: Device, num_bytes: int, disk: Tier | None = None) -> None:
+        num_bytes = align(num_bytes)
+        self._places = Places(num_bytes)
         self._device = device
-        self._idle: dict[int, list[tuple[Region, Transfer]]] = {}
-        self._in_use: set[Region] = set()
+        self._disk = disk
+        pinner = None if device.is_host else device
+        self.arena = HostArena(num_bytes if disk is None else BUFFERS_BYTES, pinner)
+        self._home = self.arena.allocate(num_bytes, "inputs") if disk is None else None
+        self._buffers = [
+            self.arena.allocate(PART_BYTES, f"inputs[{index}]")
+            for index in range(BUFFERS if disk is not None else 0)
+        ]
+        self._carrier: Carrier = StagedCarrier(device, disk, self._buffers)
         self._visits: list[list[weakref.ref[_Kept]]] = []
         self._known: dict[int, tuple[weakref.ref[torch.Tensor], weakref.ref[_Kept]]] = {}
+        self._leaving: deque[list[tuple[torch.Tensor, _Input, Transfer]]] = deque()
+        self._dropped: deque[_Input] = deque()
+        self._is_closed = False
+        self._finalizer = weakref.finalize(self, _close_workers, self._carrier, device, disk)
+
+    @property
+    def in_use_bytes(self) -> int:
+        """Bytes of the inputs that some graph still needs."""
+        self._take_back()
+        return self._places.in_use_bytes
+
+    @property
+    def high_water_bytes(self) -> int:
+        """The most bytes that were ever in use at once."""
+        return self._places.high_water_bytes
+
+    def stats(self) -> TierStats:
+        """What was moved to the disk and back."""
+        return self._disk.stats() if self._disk is not None else TierStats()
 
     def begin(self) -> None:
         """A call begins: what earlier ones kept belongs to their graphs."""
+        self._let_go(0)
         self._visits = []
         self._known.clear()
 
-    def keep(self, tensors: Sequence[torch.Tensor]) -> AbstractContextManager[object]:
-        """Start the inputs of a visit on their way down, if they are large and take a gradient.
+    def keep(self, tensors: Sequence[torch.Tensor], owner: str) -> AbstractContextManager[object]:
+        """Start the inputs of a visit to block `owner` on their way, if they are large and take a gradient.
 
         Inside the context they are what autograd saves in the place of `tensors`, saved in this order; it lets go of them
-        as it does of tensors.
+        as it does of tensors. Raises StorageError where an earlier input could not be stored, BudgetError where there is
+        no room for these.
         """
-        kept = [self._keep(tensor) for tensor in tensors]
+        self._let_go(_LEAVING - 1)
+        self._take_back()
+        self._leaving.append([])
+        kept = [self._keep(tensor, owner) for tensor in tensors]
+        index = len(self._visits)
         self._visits.append([weakref.ref(each) for each in kept if each is not None])
         order = iter(kept)
 
-        def pack(tensor: torch.Tensor) -> torch.Tensor | _Kept:
+        def pack(tensor: torch.Tensor) -> torch.Tensor | tuple[_Kept, int]:
             each = next(order)
-            return tensor if each is None else each
+            return tensor if each is None else (each, index)
 
         return torch.autograd.graph.saved_tensors_hooks(pack, self._unpack)
 
-    def _keep(self, tensor: torch.Tensor) -> _Kept | None:
+    def close(self) -> None:
+        """Give everything back, what graphs that are still alive need too. Closing twice is allowed."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        self._finalizer()
+        for waiting in (self._leaving, self._dropped, self._visits, self._known):
+            waiting.clear()
+        for region in ([] if self._home is None else [self._home]) + self._buffers:
+            region.free()
+        self.arena.check_books()
+
+    # -- down ------------------------------------------------------------------------------------------------------
+
+    def _keep(self, tensor: torch.Tensor, owner: str) -> _Kept | None:
         if not (tensor.requires_grad and tensor.is_contiguous() and tensor.nbytes >= LEAST_BYTES):
             return None
         own, known = self._known.get(id(tensor), (None, None))
         if own is not None and known is not None and own() is tensor and (same := known()) is not None:
             return same
-        region, before = self._take(tensor.nbytes)
-        plane = region.tensor(tensor.dtype, tensor.numel())
-        after = (before, self._device.mark())
-        down = self._device.start_copy(Way.DOWN, plane, tensor.detach().view(-1), after=after, label="input")
-        kept = _Kept(region, tensor.shape, tensor.dtype, len(self._visits), [down])
-        weakref.finalize(kept, self._give, region, kept.last)
+        label = f"{owner}.input"
+        extent = self._places.take(tensor.nbytes, label)
+        sent = tensor.detach()  # without its graph, which holds whoever holds this keeper
+        each = _Input(label, extent, sent.shape, sent.dtype, weakref.ref(sent), sent._version)
+        kept = _Kept(each)
+        weakref.finalize(
+            kept, self._dropped.append, each
+        )  # at any time, on any thread: the rest is done later
+        (each.last,) = self._carrier.drain(self._parcel(each, sent.view(-1)))
+        self._leaving[-1].append((sent, each, each.last))
         self._known[id(tensor)] = weakref.ref(tensor), weakref.ref(kept)
         return kept
 
-    def _unpack(self, each: torch.Tensor | _Kept) -> torch.Tensor:
-        """The input on the device; those of the visit whose backward comes next are started on their way."""
-        if isinstance(each, torch.Tensor):
-            return each
-        target, up = each.on_way or self._bring_up(each)
-        each.on_way = None
-        for visit in reversed(self._visits[: each.visit]):
-            ahead = [kept for reference in visit if (kept := reference()) is not None]
-            for kept in ahead:
-                kept.on_way = kept.on_way or self._bring_up(kept)
+    def _let_go(self, num_visits: int) -> None:
+        """Let go of inputs that are on their way, but for those of the last `num_visits`; raise the first error met."""
+        error: OutsizeError | None = None
+        while len(self._leaving) > num_visits:
+            for tensor, each, down in self._leaving.popleft():
+                try:
+                    down.follow()
+                except OutsizeError as failure:
+                    error = error or failure
+                    each.is_lost = True
+                    each.forget()
+                each.was_changed = tensor._version != each.version
+        if error is not None:
+            raise error
+
+    def _take_back(self) -> None:
+        """Take the places back of inputs that no graph needs any more, and let go of those that came back in vain."""
+        while self._dropped:
+            each = self._dropped.popleft()
+            if each.on_way is not None:
+                with suppress(OutsizeError):  # nobody needs them
+                    each.on_way[1].follow()
+                each.on_way = None
+            self._places.give(each.extent, each.last)
+
+    # -- up --------------------------------------------------------------------------------------------------------
+
+    def _unpack(self, saved: torch.Tensor | tuple[_Kept, int]) -> torch.Tensor:
+        """The input where blocks compute; those of the visit whose backward comes next are started on their way."""
+        if isinstance(saved, torch.Tensor):
+            return saved
+        kept, index = saved
+        target, up = self._bring(kept.input)
+        kept.input.on_way = None
+        for visit in reversed(self._visits[:index]):
+            ahead = [other.input for reference in visit if (other := reference()) is not None]
+            for each in ahead:
+                each.on_way = self._bring(each)
             if ahead:
                 break
-        up.follow()
+        try:
+            up.follow()
+        except BaseException:
+            kept.input.forget()
+            raise
         return target
 
-    def _bring_up(self, kept: _Kept) -> tuple[torch.Tensor, Transfer]:
-        """A new tensor on the device, and the copy into it. Raises UsageError where the session was closed meanwhile."""
-        if kept.region.is_free:
+    def _bring(self, each: _Input) -> tuple[torch.Tensor, Transfer]:
+        """The tensor itself where it is still there, else a new one and what fills it."""
+        if self._is_closed:
             raise UsageError(
                 "backward() of a call whose model was closed",
                 hint="call backward() before the model is closed",
             )
-        target = torch.empty(kept.shape, dtype=kept.dtype, device=self._device.torch_device)
-        plane = kept.region.tensor(kept.dtype, target.numel())
-        after = (kept.last[0], self._device.mark())
-        up = self._device.start_copy(Way.UP, target.view(-1), plane, after=after, label="input")
-        kept.last[0] = up
+        if each.on_way is not None:
+            return each.on_way
+        here = each.here()
+        if here is not None and here._version == each.version:
+            return here, each.arrived or DoneTransfer()
+        if each.was_changed or (here is not None and each.arrived is None):
+            raise UsageError(
+                f"{each.label}: an input of a block was changed in place after its forward",
+                hint="let the model make a new tensor, or let inputs stay where they are: Pins(inputs=...)",
+            )
+        if each.is_lost:
+            raise StorageError(f"{each.label} could not be stored", hint="an earlier error says why")
+        target = torch.empty(each.shape, dtype=each.dtype, device=self._device.torch_device)
+        # It is where it waits: while it was on its way, it was here.
+        (up,) = self._carrier.fill(self._parcel(each, target.view(-1)))
+        each.last = each.arrived = up
+        each.here, each.version = weakref.ref(target), target._version
         return target, up
 
-    def _take(self, num_bytes: int) -> tuple[Region, Transfer]:
-        """A region, and what last used it."""
-        idle = self._idle.get(align(num_bytes))
-        if idle:
-            region, before = idle.pop()
-        else:
-            self._make_room(align(num_bytes))
-            region, before = self.arena.allocate(num_bytes, "input"), DoneTransfer()
-        self._in_use.add(region)
-        return region, before
+    def _parcel(self, each: _Input, place: torch.Tensor) -> Parcel:
+        """An input between `place`, `[num_elements]`, and where it waits."""
+        offset, size = each.extent.offset, place.element_size()
+        home = self._home.tensor(each.dtype, place.numel(), offset) if self._home is not None else None
+        step = PART_BYTES // size
+        parts = tuple(
+            Part(start, stop, Extent(offset + start * size, align((stop - start) * size)))
+            for start in range(0, place.numel(), step)
+            for stop in [min(start + step, place.numel())]
+        )
+        return Parcel(each.label, parts, home, None, place)
 
-    def _make_room(self, num_bytes: int) -> None:
-        """Give idle regions of other lengths back, where the arena would be too small."""
-        for regions in self._idle.values():
-            while regions and self.arena.in_use_bytes + num_bytes > self.arena.limit_bytes:
-                region, before = regions.pop()
-                before.wait()
-                region.free()
 
-    def _give(self, region: Region, last: list[Transfer]) -> None:
-        if region in self._in_use:
-            self._in_use.remove(region)
-            self._idle.setdefault(region.num_bytes, []).append((region, last[0]))
+@dataclass(eq=False)
+class _Input:
+    """One tensor that was sent away: where it waits, and what last used that place.
 
-    def close(self) -> None:
-        """Give all memory back, that of graphs which are still alive too."""
-        self._device.finish()
-        self.begin()
-        for region in (*self._in_use, *(region for idle in self._idle.values() for region, _ in idle)):
-            region.free()
-        self._in_use.clear()
-        self._idle.clear()
-        self.arena.check_books()
+    `here` is the tensor where blocks compute, as long as somebody has it, and `version` its version: the one that was sent
+    or, once it came back, which `arrived` says, that. `on_way` is where it is being brought to ahead of its use.
+    """
+
+    label: str
+    extent: Extent
+    shape: torch.Size
+    dtype: torch.dtype
+    here: Callable[[], torch.Tensor | None]
+    version: int
+    last: Transfer = field(default_factory=DoneTransfer)
+    arrived: Transfer | None = None
+    on_way: tuple[torch.Tensor, Transfer] | None = None
+    was_changed: bool = False
+    """In place, after it was sent: nobody knows which values arrived."""
+    is_lost: bool = False
+    """It never arrived where it was to wait."""
+
+    def forget(self) -> None:
+        """Forget a transfer that failed: its error knows the frames it passed, and they what holds this."""
+        self.last = self.arrived = DoneTransfer()
+        self.here = _nowhere
+
+
+def _nowhere() -> None:
+    return None
 
 
 @dataclass(eq=False)
 class _Kept:
-    """One tensor in the host's memory, an input of the `visit`-th visit.
+    """What autograd saves: its place is taken back when the last graph has let go of it."""
 
-    `last[0]` is what last used its region, which goes back with it; `on_way` is where it is being brought up to.
-    """
+    input: _Input
 
-    region: Region
-    shape: torch.Size
-    dtype: torch.dtype
-    visit: int
-    last: list[Transfer]
-    on_way: tuple[torch.Tensor, Transfer] | None = None
+
+class Places:
+    """`num_bytes` of a tier, given out in whole pages; a place of the same length is used again before others."""
+
+    def __init__(self, num_bytes: int) -> None:
+        self.num_bytes = num_bytes
+        self.high_water_bytes = 0
+        self._in_use: set[Extent] = set()
+        self._idle: dict[int, list[tuple[Extent, Transfer]]] = {}
+        self._gaps = [Extent(0, num_bytes)]
+
+    @property
+    def in_use_bytes(self) -> int:
+        """Bytes given out."""
+        return sum(extent.num_bytes for extent in self._in_use)
+
+    def take(self, num_bytes: int, name: str) -> Extent:
+        """A place; what computes from here on comes after what last used it. Raises BudgetError where there is no room."""
+        size = align(num_bytes)
+        extent = self._again(size) or self._cut(size)
+        if extent is None:
+            self._merge()
+            extent = self._cut(size)
+        if extent is None:
+            raise BudgetError(
+                f"{name} needs {format_bytes(size)}; of the {format_bytes(self.num_bytes)} set aside for inputs of blocks "
+                f"{format_bytes(self.in_use_bytes)} are in use",
+                hint="call backward() before the next forward, or make the first call with the largest batch",
+            )
+        self._in_use.add(extent)
+        self.high_water_bytes = max(self.high_water_bytes, self.in_use_bytes)
+        return extent
+
+    def give(self, extent: Extent, last: Transfer) -> None:
+        """Take a place back that is used until `last` is over."""
+        self._in_use.remove(extent)
+        self._idle.setdefault(extent.num_bytes, []).append((extent, last))
+
+    def _again(self, size: int) -> Extent | None:
+        if not (idle := self._idle.get(size)):
+            return None
+        extent, last = idle.pop()
+        with suppress(OutsizeError):  # who needed those bytes was told
+            last.follow()
+        return extent
+
+    def _cut(self, size: int) -> Extent | None:
+        for index, gap in enumerate(self._gaps):
+            if gap.num_bytes >= size:
+                self._gaps[index] = Extent(gap.offset + size, gap.num_bytes - size)
+                return Extent(gap.offset, size)
+        return None
+
+    def _merge(self) -> None:
+        """Make all that is idle one with what lies beside it."""
+        for idle in self._idle.values():
+            for _, last in idle:
+                with suppress(OutsizeError):
+                    last.wait()
+        self._idle.clear()
+        self._gaps, start = [], 0
+        for extent in sorted(self._in_use, key=lambda extent: extent.offset):
+            self._gaps.append(Extent(start, extent.offset - start))
+            start = extent.offset + extent.num_bytes
+        self._gaps.append(Extent(start, self.num_bytes - start))
+
+
+def _close_workers(carrier: Carrier, device: Device, disk: Tier | None) -> None:
+    carrier.close()
+    device.finish()
+    if disk is not None:
+        disk.close()

@@ -1,15 +1,18 @@
-"""A visit of a layer: forward without a graph, backward by computing again with one.
+"""A visit of a layer: forward without keeping a graph, backward by computing again with one.
 
 One `torch.autograd.Function` per visit keeps the block's inputs and nothing else. Its backward fetches the block again,
 runs it tile by tile with a graph, and adds each parameter's gradient to the block's sum as soon as autograd has it.
 RNG and autocast are those of the forward. Source: Chen et al., "Training deep nets with sublinear memory cost" (2016);
 the block as the unit of transfer is ours.
+
+Where the placement says so, the graph of a block whose weights stay waits for the backward: more memory, and a third less
+computing. It is the graph that the backward would make, so no number changes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -117,6 +120,7 @@ class Call:
     dims: BatchDims | None = None
     tiles: tuple[Tile, ...] = ()
     training: tuple[bool, ...] = ()
+    keeps_graphs: bool = False
     output_spec: TreeSpec | None = None
     output_leaves: list[Any] | None = None
     output_positions: list[int] | None = None
@@ -151,6 +155,20 @@ class Call:
         for position, output in zip(self.output_positions, outputs[:count], strict=True):
             leaves[position] = output
         return tree_unflatten(leaves, self.output_spec)
+
+
+@dataclass(eq=False, slots=True)
+class Graph:
+    """A tile's inputs and outputs, with the graph between them; `versions` are those of the outputs when it was made."""
+
+    inputs: list[torch.Tensor]
+    outputs: Outputs
+    versions: list[int]
+
+    @property
+    def is_current(self) -> bool:
+        """Whether no output was changed in place since: the graph may have saved it."""
+        return self.versions == [output._version for output in self.outputs]
 
 
 class Layer:
@@ -189,6 +207,7 @@ class Layer:
             return call.result(self.session.probe.layer(self, call, tensors, trains, differentiates))
         call.dims, call.tiles = self.session.tiles(self, tensors)
         call.training = tuple(module.training for module in self.module.modules())
+        call.keeps_graphs = self.session.keeps_graphs(self.blocks)
         if not differentiates:
             return call.result(self.forward(call, tensors))
         if any(isinstance(leaf, Cache) for leaf in leaves):
@@ -197,26 +216,33 @@ class Layer:
                 hint="pass use_cache=False",
             )
         keeper = self.session.keeper
-        with keeper.keep(tensors) if keeper is not None else nullcontext():
+        if call.keeps_graphs:
+            keeper = None  # its graph holds the inputs anyway
+        with keeper.keep(tensors, self.blocks[-1]) if keeper is not None else nullcontext():
             outputs = _Visit.apply(call, self.session.anchor if trains else None, *tensors)  # type: ignore[no-untyped-call]
         return call.result(outputs)
 
     # -- the two directions ----------------------------------------------------------------------------------------
 
-    def forward(self, call: Call, tensors: Sequence[torch.Tensor]) -> Outputs:
-        """Run all tiles without a graph; the whole batch at once where an output turns out to depend on all of it."""
+    def forward(
+        self, call: Call, tensors: Sequence[torch.Tensor], graphs: list[Graph] | None = None
+    ) -> Outputs:
+        """Run all tiles; the whole batch at once where an output turns out to depend on all of it.
+
+        With `graphs`, which are added there where they are to be kept, it computes as its backward will.
+        """
         with (
-            self.session.visit(self.blocks, Direction.FORWARD) as values,
+            self.session.visit(self.blocks, Direction.FORWARD, as_leaves=graphs is not None) as values,
             installed(self.session.module, self.point.bindings, values),
             torch.no_grad(),
         ):
             versions = {name: value._version for name, value in values.items()}
             try:
-                outputs = self._run_tiles(call, tensors)
+                outputs = self._run_tiles(call, tensors, graphs)
             except UnevenTiles:
                 call.dims, call.tiles = None, self.session.keep_whole(self.point)
                 call.randomness.put_back()
-                outputs = self._run_tiles(call, tensors)
+                outputs = self._run_tiles(call, tensors, graphs)
             for name, value in values.items():
                 if value._version != versions[name]:
                     raise UsageError(
@@ -225,17 +251,44 @@ class Layer:
                     )
             return [self._own(output, values) for output in outputs]
 
-    def _run_tiles(self, call: Call, tensors: Sequence[torch.Tensor]) -> Outputs:
+    def _run_tiles(self, call: Call, tensors: Sequence[torch.Tensor], graphs: list[Graph] | None) -> Outputs:
         dims = call.dims
         outputs = TiledOutput(dims.outputs if dims else None)
+        if graphs is None:
+            for tile in call.tiles:
+                outputs.add(tile, call.run(_cut(tensors, tile, dims.inputs if dims else None)))
+            return outputs.tensors
+        graphs.clear()
         for tile in call.tiles:
-            outputs.add(tile, call.run(_cut(tensors, tile, dims.inputs if dims else None)))
+            with nullcontext() if call.keeps_graphs else _saving_nothing():
+                graph = self._run_with_graph(call, tensors, tile)
+            if call.keeps_graphs:
+                graphs.append(graph)
+            outputs.add(tile, [output.detach() for output in graph.outputs])
         return outputs.tensors
 
+    def _run_with_graph(self, call: Call, tensors: Sequence[torch.Tensor], tile: Tile) -> Graph:
+        """Run one tile with a graph that begins at its inputs and at the parameters."""
+        parts = _cut(tensors, tile, call.dims.inputs if call.dims else None)
+        inputs = [
+            part.detach().requires_grad_(whole.requires_grad)
+            for part, whole in zip(parts, tensors, strict=True)
+        ]
+        with call.autocast.restore(), torch.enable_grad():
+            outputs = call.run(inputs)
+        return Graph(inputs, outputs, [output._version for output in outputs])
+
     def backward(
-        self, call: Call, tensors: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor | None]
+        self,
+        call: Call,
+        tensors: Sequence[torch.Tensor],
+        gradients: Sequence[torch.Tensor | None],
+        graphs: list[Graph],
     ) -> list[torch.Tensor | None]:
-        """Run all tiles again with a graph, add to the blocks' gradients, and return the inputs' gradients."""
+        """Go back through all tiles, add to the blocks' gradients, and return the inputs' gradients.
+
+        `graphs` are those that the forward kept, and are taken from the list; where it is empty all tiles are run again.
+        """
         call.guard.check(self.session.num_steps(self.blocks))
         dims, tiles = call.dims, call.tiles
         input_dims = dims.inputs if dims else None
@@ -248,12 +301,8 @@ class Layer:
             torch.enable_grad(),
         ):
             for tile in tiles:
-                inputs = [
-                    part.detach().requires_grad_(whole.requires_grad)
-                    for part, whole in zip(_cut(tensors, tile, input_dims), tensors, strict=True)
-                ]
-                with call.autocast.restore():
-                    outputs = call.run(inputs)
+                graph = graphs.pop(0) if graphs else self._run_with_graph(call, tensors, tile)
+                inputs, outputs = graph.inputs, graph.outputs
                 # Every tile computes an output without a batch again; its gradient belongs to one of them.
                 output_dims = dims.outputs if dims and not tile.is_whole else (0,) * len(outputs)
                 pairs = [
@@ -271,6 +320,20 @@ class Layer:
         storage = output.untyped_storage().data_ptr()
         is_view = any(value.untyped_storage().data_ptr() == storage for value in values.values())
         return output.clone() if is_view else output
+
+
+def _saving_nothing() -> AbstractContextManager[object]:
+    """Inside, a graph saves no tensor: it cannot be gone back through, and takes no memory.
+
+    Kernels are chosen by whether a gradient is wanted (attention with a bias that is learned, products that fold their
+    batch). A forward that computed without a graph would differ from its own recomputation, and from a kept graph, in the
+    last bits.
+    """
+    return torch.autograd.graph.saved_tensors_hooks(_nothing, _nothing)
+
+
+def _nothing(saved: Any) -> Any:
+    return None
 
 
 @contextmanager
@@ -328,7 +391,8 @@ class _Visit(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors)
         versions = [tensor._version for tensor in tensors]
-        outputs = call.layer.forward(call, tensors)
+        ctx.graphs = []
+        outputs = call.layer.forward(call, tensors, ctx.graphs)
         if versions != [tensor._version for tensor in tensors]:
             raise UsageError(
                 f"{call.layer.point.module} changes its input in place: its recomputation would start from the change",
@@ -345,7 +409,11 @@ class _Visit(torch.autograd.Function):
             tensor.detach().requires_grad_(need)
             for tensor, need in zip(ctx.saved_tensors, needed, strict=True)
         ]
-        return (None, None, *ctx.call.layer.backward(ctx.call, inputs, gradients))
+        # Nothing but this node holds the graphs, and a second backward computes again.
+        graphs, ctx.graphs = ctx.graphs, []
+        if not all(graph.is_current for graph in graphs):
+            graphs = []
+        return (None, None, *ctx.call.layer.backward(ctx.call, inputs, gradients, graphs))
 
 
 class Loose:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from outsize.block import Record
-from outsize.config import Pins, format_bytes
+from outsize.config import format_bytes
 from outsize.engine import memory
 from outsize.engine.budget import Fit
 from outsize.engine.probe import BatchShape, Rehearsal
@@ -231,13 +231,16 @@ def advise(model: nn.Module, profile: Profile, step_s: float, stalled_s: float) 
     best_s, best = min(((simulated_s(each, slower), each) for each in choices[1:]), key=lambda pair: pair[0])
     if best_s * WORTH_A_RESTART > now_s:
         return None
-    return Advice(step_s, step_s * best_s / now_s, pins_text(best.pins, best.way.tile_rows))
+    return Advice(step_s, step_s * best_s / now_s, pins_text(best))
 
 
-def pins_text(pins: Pins, tile_rows: int) -> str:
+def pins_text(choice: Choice[Fit]) -> str:
     """The options of the command line that choose a plan."""
+    pins, attempt = choice.pins, choice.way.attempt
     values = {
-        "tile_rows": tile_rows,
+        "tile_rows": attempt.tile_rows,
+        "kept_blocks": attempt.kept_blocks,
+        "inputs": attempt.inputs,
         "weight_slots": pins.weight_slots,
         "gradient_slots": pins.gradient_slots,
         "resident": None if pins.resident is None else ",".join(map(str, pins.resident)),

@@ -136,7 +136,7 @@ def _summary(session: Session, batch_size: int, seq_len: int) -> PlanSummary:
         device_bytes=budget.device_bytes(),
         prediction=prediction,
         alternatives=_alternatives(budget.choices),
-        pins=_pins(budget.choices[0]) if budget.choices else "",
+        pins=pins_text(budget.choices[0]) if budget.choices else "",
     )
 
 
@@ -187,13 +187,9 @@ def _alternatives(choices: Sequence[Choice[Fit]]) -> tuple[Alternative, ...]:
     slowest = choices[0].step_s if choices else 0.0
     for choice in choices[1:]:
         if choice.step_s > slowest * TELLING and len(found) < NUM_ALTERNATIVES:
-            found.append(Alternative(choice.step_s, _pins(choice)))
+            found.append(Alternative(choice.step_s, pins_text(choice)))
             slowest = choice.step_s
     return tuple(found)
-
-
-def _pins(choice: Choice[Fit]) -> str:
-    return pins_text(choice.pins, choice.way.tile_rows)
 
 
 def _slots(placement: Placement) -> tuple[str, ...]:
@@ -205,6 +201,8 @@ def _slots(placement: Placement) -> tuple[str, ...]:
 
     lines = [describe("weight", group) for group in placement.weight_classes]
     lines += [describe("gradient", group) for group in placement.gradient_classes]
+    if placement.kept:
+        lines.append(f"{len(placement.kept)} blocks keep their activations, and compute them once")
     if placement.chunk_buffers:
         lines.append(f"{placement.chunk_buffers} chunk buffers of {format_bytes(placement.chunk_bytes)}")
     if placement.relay_buffers:

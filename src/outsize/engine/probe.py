@@ -18,7 +18,7 @@ import torch
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 from outsize.engine import memory
-from outsize.engine.batch import BatchDims, Shape, find_dims
+from outsize.engine.batch import BatchDims, Shape, find_dims, tiles
 from outsize.engine.layer import Call, Layer, Loose, Randomness, installed
 from outsize.plan import Direction, Visit
 
@@ -76,6 +76,20 @@ class Kind:
 
 
 @dataclass(frozen=True, slots=True)
+class Activations:
+    """What a layer's forward computes that its backward needs, in all its visits: bytes by rows of a tile."""
+
+    blocks: tuple[str, ...]
+    is_tiled: bool
+    tile_bytes: Linear
+
+    def bytes_at(self, rows: int, tile_rows: int) -> int:
+        """What it takes to keep them, in a batch of `rows`."""
+        parts = [tile.stop - tile.start for tile in tiles(rows, tile_rows)] if self.is_tiled else [rows]
+        return sum(self.tile_bytes.at(part) for part in parts)
+
+
+@dataclass(frozen=True, slots=True)
 class Rehearsal:
     """What a call will do, and calls of the same kind with rows of at most `row_elements`.
 
@@ -90,7 +104,7 @@ class Rehearsal:
     movable_bytes: Linear
     """Of these, what could wait in the memory of another tier: tensors that take a gradient."""
     input_bytes: Linear
-    """The largest tensor of the boundary."""
+    """The most of these that one visit has."""
     tile_bytes: Linear
     loss_bytes: Linear
     kinds: tuple[Kind, ...]
@@ -98,6 +112,8 @@ class Rehearsal:
     """The kind of each layer, by the name of its module."""
     rows: int
     """Of the inputs in `kinds`."""
+    activations: tuple[Activations, ...] = ()
+    """Of the layers that a backward reaches, in the order of their last forward visits; a norm alone is none."""
 
 
 @dataclass
@@ -110,10 +126,13 @@ class Probe:
     inconsistent: set[str] = field(default_factory=set)
     kept: dict[int, torch.Tensor] = field(default_factory=dict)
     movable: set[int] = field(default_factory=set)
+    input_bytes: int = 0
     tile_bytes: int = 0
     loss_bytes: int = 0
     kinds: list[Kind] = field(default_factory=list)
     kind_of: dict[str, int] = field(default_factory=dict)
+    activations: dict[str, tuple[tuple[str, ...], int]] = field(default_factory=dict)
+    _kept_bytes: list[int] = field(default_factory=list)
     _seen: dict[_Key, tuple[list[torch.Tensor], Call, int]] = field(default_factory=dict)
 
     # -- what points call ------------------------------------------------------------------------------------------
@@ -127,10 +146,11 @@ class Probe:
             tuple(tuple(t.shape) for t in tensors),
         )
         if key not in self._seen:
-            outputs, num_bytes = memory.watched(
+            (outputs, kept_bytes), num_bytes = memory.watched(
                 lambda: run_on_zeros(self.session, layer, call, tensors, trains, differentiates),
                 self.session.torch_device,
             )
+            self._kept_bytes.append(kept_bytes)
             self.tile_bytes = max(self.tile_bytes, num_bytes)
             like = [torch.empty(o.shape, dtype=o.dtype, device="meta") for o in outputs]
             self._seen[key] = like, call, len(self.kinds)
@@ -141,6 +161,8 @@ class Probe:
         call.output_positions = first.output_positions
         call.side_door.counts = dict(first.side_door.counts)
         self._record_shapes(layer.point.module, tensors, like)
+        if differentiates and any(len(p.shape) > 1 for p in self.session.entry_pieces(layer.blocks)):
+            self._record_activations(layer)
         return self._visit(
             layer.blocks,
             tensors,
@@ -201,12 +223,15 @@ class Probe:
         ]
         if not differentiates:
             return outputs
+        own: dict[int, int] = {}
         for tensor in inputs:
             # Without its graph, which holds this probe: autograd nodes are not seen by the garbage collector.
             key = tensor.untyped_storage().data_ptr() if not tensor.is_meta else id(tensor)
             self.kept[key] = tensor.detach()
             if tensor.requires_grad:
                 self.movable.add(key)
+                own[key] = tensor.untyped_storage().nbytes()
+        self.input_bytes = max(self.input_bytes, sum(own.values()))
         backward = backward_visits(self.session, blocks, weights_in_backward)
         if is_table:
             backward = [replace(visit, joins_next=False) for visit in reversed(backward)]
@@ -219,6 +244,11 @@ class Probe:
         if self.shapes.setdefault(module, shapes) != shapes:
             self.inconsistent.add(module)
 
+    def _record_activations(self, layer: Layer) -> None:
+        module = layer.point.module
+        _, num_bytes = self.activations.pop(module, ((), 0))  # the order is that of last visits
+        self.activations[module] = layer.blocks, num_bytes + self._kept_bytes[self.kind_of[module]]
+
     @property
     def kept_bytes(self) -> int:
         """Bytes of all tensors that backward needs, each storage once."""
@@ -229,11 +259,6 @@ class Probe:
         """Bytes of those among them that take a gradient."""
         return sum(self.kept[key].untyped_storage().nbytes() for key in self.movable)
 
-    @property
-    def largest_kept_bytes(self) -> int:
-        """Bytes of the largest of them."""
-        return max((tensor.untyped_storage().nbytes() for tensor in self.kept.values()), default=0)
-
 
 def run_on_zeros(
     session: Session,
@@ -242,8 +267,11 @@ def run_on_zeros(
     tensors: Sequence[torch.Tensor],
     trains: bool,
     differentiates: bool,
-) -> list[torch.Tensor]:
-    """One visit of `layer` on weights that are zero, forward and, where it differentiates, backward."""
+) -> tuple[list[torch.Tensor], int]:
+    """One visit of `layer` on weights that are zero, forward and, where it differentiates, backward.
+
+    The outputs (of a backward: their shapes), and the bytes of what the forward keeps for the backward beside its inputs.
+    """
     pieces = session.entry_pieces(layer.blocks)
     most = max(piece.num_elements for piece in pieces) * session.dtype.itemsize
     with mmap.mmap(-1, max(most, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory_of_zeros:
@@ -272,24 +300,43 @@ def _run_on(
     values: dict[str, torch.Tensor],
     trains: bool,
     differentiates: bool,
-) -> list[torch.Tensor]:
+) -> tuple[list[torch.Tensor], int]:
     module, bindings = session.module, layer.point.bindings
     if not differentiates:
         with installed(module, bindings, values), torch.no_grad():
-            return [output.detach().clone() for output in call.run(tensors)]
+            return [output.detach().clone() for output in call.run(tensors)], 0
     leaves = {name: value.detach().requires_grad_(trains) for name, value in values.items()}
     if trains:
         for leaf in leaves.values():
             leaf.register_post_accumulate_grad_hook(_drop)
     inputs = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in tensors]
-    with installed(module, bindings, leaves), torch.enable_grad():
+    saved: dict[int, int] = {}
+
+    def save(tensor: torch.Tensor) -> torch.Tensor:
+        saved[_storage_key(tensor)] = tensor.untyped_storage().nbytes()
+        return tensor.detach()
+
+    with (
+        installed(module, bindings, leaves),
+        torch.enable_grad(),
+        torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor),
+    ):
         outputs = call.run(inputs)
+    for output in outputs:
+        save(output)
+    for tensor in (*inputs, *leaves.values()):
+        saved.pop(_storage_key(tensor), None)
+    kept_bytes = sum(saved.values())
     shapes = [torch.empty(output.shape, dtype=output.dtype, device="meta") for output in outputs]
     roots = [output for output in outputs if output.requires_grad]
     del outputs
     if roots:
         torch.autograd.backward(roots, [torch.zeros_like(root) for root in roots])
-    return shapes
+    return shapes, kept_bytes
+
+
+def _storage_key(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr() if not tensor.is_meta else tensor.untyped_storage()._cdata
 
 
 def _drop(leaf: torch.Tensor) -> None:
@@ -350,18 +397,28 @@ def rehearse(session: Session, args: tuple[Any, ...], kwargs: dict[str, Any], sh
             outs = find_dims(outputs, others[1], *SMALL_ROWS)
             known = ins is not None and outs is not None and module not in unclear
             dims[module] = BatchDims(ins, outs) if known and ins is not None and outs is not None else None
+    activations = tuple(
+        Activations(
+            blocks,
+            dims.get(module) is not None,
+            Linear.through({n: float(probe.activations[module][1]) for n, probe in probes.items()}),
+        )
+        for module, (blocks, _) in first.activations.items()
+        if module in last.activations
+    )
     return Rehearsal(
         visits=tuple(first.visits),
         row_elements=shape.row_elements,
         dims=dims,
         boundary_bytes=Linear.through({n: float(probe.kept_bytes) for n, probe in probes.items()}),
         movable_bytes=Linear.through({n: float(probe.movable_bytes) for n, probe in probes.items()}),
-        input_bytes=Linear.through({n: float(probe.largest_kept_bytes) for n, probe in probes.items()}),
+        input_bytes=Linear.through({n: float(probe.input_bytes) for n, probe in probes.items()}),
         tile_bytes=Linear.through({n: float(probe.tile_bytes) for n, probe in probes.items()}),
         loss_bytes=Linear.through({n: float(probe.loss_bytes) for n, probe in probes.items()}),
         kinds=tuple(first.kinds),
         kind_of=first.kind_of,
         rows=min(probes),
+        activations=activations,
     )
 
 

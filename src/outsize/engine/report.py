@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from outsize.block import Plane, Record
-from outsize.config import format_bytes
+from outsize.config import Home, format_bytes
 from outsize.engine import memory
 from outsize.engine.session import Session, session_of
 from outsize.plan import Placement
@@ -78,15 +78,15 @@ def report(model: nn.Module) -> Report:
         return Report((), num_parameters, 0, budget.limit_bytes, memory.peak_bytes(), 0, 0)
     records = [state.record for state in executor.store]
     rows = placement_rows(session, records, placement)
-    stats = executor.store.disk.stats() if executor.store.disk is not None else None
+    stats = [tier.stats() for tier in (executor.store.disk, session.keeper) if tier is not None]
     return Report(
         rows=rows,
         num_parameters=num_parameters,
         state_bytes=sum(num_bytes for record in records for num_bytes in _planes(record).values()),
         host_budget_bytes=budget.limit_bytes,
         host_peak_bytes=memory.peak_bytes(),
-        bytes_read=stats.bytes_read if stats else 0,
-        bytes_written=stats.bytes_written if stats else 0,
+        bytes_read=sum(each.bytes_read for each in stats),
+        bytes_written=sum(each.bytes_written for each in stats),
         wait_s=dict(executor.wait_s),
         off_plan=tuple(f"{visit} x{count}" for visit, count in executor.off_plan.items()),
         device_budget_bytes=budget.device_limit_bytes,
@@ -114,8 +114,10 @@ def placement_rows(session: Session, records: Sequence[Record], placement: Place
     else:
         rows.append(Row("device", "slots", placement.slots_bytes))
         rows.append(Row("host", "buffers", placement.passage_bytes))
-        if session.budget.kept_bytes:
-            rows.append(Row("host", "inputs of blocks", session.budget.kept_bytes))
+    if placement.inputs is not None:
+        rows.append(Row(str(placement.inputs), "inputs of blocks", placement.inputs_bytes))
+        if placement.inputs is Home.DISK:
+            rows.append(Row("host", "buffers of inputs", session.budget.host_inputs_bytes))
     rows.append(Row(computes_in, "activations (most)", session.budget.activation_bytes))
     rows.append(Row("host", "Python and libraries", session.budget.base_bytes))
     return tuple(rows)

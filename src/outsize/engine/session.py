@@ -25,7 +25,7 @@ from transformers import Cache, PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from outsize.block import Block, Entry, Piece, Plane, Record
-from outsize.config import Settings
+from outsize.config import Home, Settings
 from outsize.engine import memory
 from outsize.engine.batch import BatchDims, Tile, tiles
 from outsize.engine.blocks import DTYPES, BlockState, BlockStore, close_workers
@@ -379,11 +379,14 @@ class Session:
         return [(at.block, *(at.rows or (0, rows))) for at in self._locations[parameter]]
 
     @contextmanager
-    def visit(self, blocks: Sequence[str], direction: Direction) -> Iterator[dict[str, torch.Tensor]]:
-        """The parameters in `blocks`, as plain views, by name."""
+    def visit(
+        self, blocks: Sequence[str], direction: Direction, *, as_leaves: bool = False
+    ) -> Iterator[dict[str, torch.Tensor]]:
+        """The parameters in `blocks` by name: as plain views, or as leaves of a graph that outlives the visit."""
+        values_of = self._leaves if as_leaves else self._values
         visits = [Visit(name, direction, joins_next=name != blocks[-1]) for name in blocks]
         with self.budget.guarded(), self._running.visit(visits, self.budget.make_room) as states:
-            yield {name: value for state in states for name, value in self._values(state).items()}
+            yield {name: value for state in states for name, value in values_of(state).items()}
 
     @contextmanager
     def visit_backward(
@@ -407,9 +410,10 @@ class Session:
         for index, entry in enumerate(state.record.entries):
             if self._collects(entry):
 
-                def collect(leaf: torch.Tensor, index: int = index) -> None:
+                def collect(leaf: torch.Tensor, index: int = index, entry: Entry = entry) -> None:
                     assert leaf.grad is not None
-                    self._store.add_gradient(state, index, leaf.grad)
+                    if self._collects(entry):  # still: a kept graph is older than its backward
+                        self._store.add_gradient(state, index, leaf.grad)
                     leaf.grad = None
 
                 leaf = leaves[entry.piece.parameter].detach().requires_grad_()
@@ -443,6 +447,11 @@ class Session:
 
     def _collects(self, entry: Entry) -> bool:
         return entry.trainable and self.parameters[entry.piece.parameter].requires_grad
+
+    def keeps_graphs(self, blocks: Sequence[str]) -> bool:
+        """Whether a visit to `blocks` keeps its graph for the backward."""
+        placement = self.budget.placement
+        return placement is not None and placement.kept.issuperset(blocks)
 
     def tiles(
         self, layer: Layer, tensors: Sequence[torch.Tensor]
@@ -620,7 +629,8 @@ class Session:
         if self.device_kernel is not None and updates_there and not self.device.is_host:
             self.device_kernel()
         assert self.source is not None
-        disk = self._open_disk(placement)
+        disk_bytes(placement, self.settings)
+        disk = self._open_disk("store", placement.disk_bytes)
         try:
             store = BlockStore(
                 records,
@@ -638,12 +648,14 @@ class Session:
                 disk.close()
             raise
         self.executor = Executor(store)
-        if self.budget.kept_bytes:
-            self.keeper = Keeper(self.device, self.budget.kept_bytes)
         self._finalizer = weakref.finalize(self, close_workers, *store.workers())
         self._locate({r.name: [entry.piece for entry in r.entries] for r in records})
         self._blocks = {r.name: Block(r.name, tuple(entry.piece for entry in r.entries)) for r in records}
         try:
+            if placement.inputs is not None:
+                is_disk = placement.inputs is Home.DISK
+                inputs = self._open_disk("inputs", placement.inputs_bytes) if is_disk else None
+                self.keeper = Keeper(self.device, placement.inputs_bytes, inputs)
             if self.rule is not None and isinstance(self.source, InitSource | TensorSource):
                 store.import_all(self._touch)
                 self.source = None
@@ -660,8 +672,7 @@ class Session:
         with self.executor.touch(state.name):
             pass
 
-    def _open_disk(self, placement: Placement) -> Tier | None:
-        num_bytes = disk_bytes(placement, self.settings)
+    def _open_disk(self, what: str, num_bytes: int) -> Tier | None:
         if not num_bytes:
             return None
         folders = [disk.folder for disk in self.settings.budgets.disks]
@@ -669,7 +680,7 @@ class Session:
 
         def open_one(folder: Path, size: int) -> Tier:
             return DiskTier(
-                folder, size, name=f"outsize-{self.identity}.store", verify=verify, anonymous=True
+                folder, size, name=f"outsize-{self.identity}.{what}", verify=verify, anonymous=True
             )
 
         if len(folders) == 1:

@@ -58,6 +58,7 @@ def measure_costs(
     by_kind = [_time_kind(session, kind, rehearsal, tile_rows, seconds_of) for kind in rehearsal.kinds]
     forward: dict[str, float] = {}
     backward: dict[str, float] = {}
+    kept_backward: dict[str, float] = {}
     trainable = {record.name: record.num_trainable for record in records}
     for module, index in rehearsal.kind_of.items():
         kind, seconds = rehearsal.kinds[index], by_kind[index]
@@ -75,6 +76,7 @@ def measure_costs(
             backward[block] += (
                 len(parts) * sum(trainable[name] for name in layer.blocks) * size / profile.host_copy
             )
+        kept_backward[block] = max(0.0, backward[block] - forward[block])  # without computing again
     for point in session.points.values():
         if isinstance(point, Head):
             _add_head(session, point, rows * shape.row_tokens, forward, backward, seconds_of)
@@ -83,7 +85,7 @@ def measure_costs(
             for name in point.blocks:
                 forward[name] /= visits[name, Direction.FORWARD] or 1
                 backward[name] /= visits[name, Direction.BACKWARD] or 1
-    return Costs(forward, backward)
+    return Costs(forward, backward, kept_backward_s=kept_backward)
 
 
 def _time_kind(

@@ -326,7 +326,8 @@ class UpdateLane:
                 data = chunk.buffer.buffer[chunk.weight_offset :]
             job.weight_writes.append(self._disk.start_write(job.disk_offset + extent.offset, data, label))
             writes.append(job.weight_writes[-1])
-        if record.state and job.state_planes is None and chunk.buffer is not None:
+        has_state = record.state and chunk.trainable_stop > chunk.start
+        if has_state and job.state_planes is None and chunk.buffer is not None:
             assert self._disk is not None
             extent = record.state_extent(chunk.start, chunk.trainable_stop)
             label = f"{record.name}.state[{chunk.start // CHUNK}]"

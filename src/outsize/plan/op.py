@@ -96,14 +96,14 @@ class Claim(Op):
 
 @dataclass(frozen=True, slots=True)
 class Forward(Op):
-    """Run the block, all its tiles, without a graph."""
+    """Run the block, all its tiles."""
 
     verb: ClassVar[str] = "forward"
 
 
 @dataclass(frozen=True, slots=True)
 class Backward(Op):
-    """Run the block again with a graph and add to its gradient."""
+    """Go back through the block, which is run again unless its activations were kept, and add to its gradient."""
 
     verb: ClassVar[str] = "backward"
 

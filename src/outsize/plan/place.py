@@ -51,7 +51,9 @@ class Placement:
     `resident` holds `(block, plane)`, for WEIGHT, GRADIENT and, standing for all state planes, MOMENT1, of what stays
     where blocks compute. Where that is a device with memory of its own, `hosted` holds what stays in the host's memory
     instead, and everything that moves passes through pinned buffers: chunks, `relay_buffers` between disk and device,
-    and `staging_buffers` for whole weight planes that come from a checkpoint.
+    and `staging_buffers` for whole weight planes that come from a checkpoint. `kept` holds layers whose activations wait
+    for the backward, which then does not compute them again; their weights are resident. `inputs` is where the inputs of
+    blocks wait, at most `inputs_bytes` there; None where they stay where blocks compute.
     """
 
     resident: frozenset[tuple[str, Plane]]
@@ -67,6 +69,9 @@ class Placement:
     relay_bytes: int = 0
     staging_buffers: int = 0
     staging_bytes: int = 0
+    kept: frozenset[str] = frozenset()
+    inputs: Home | None = None
+    inputs_bytes: int = 0
 
     def is_roomy(self, pins: Pins) -> bool:
         """Whether there are as many slots as transfers beside computing can use, or as were pinned."""
@@ -135,9 +140,10 @@ def place(
     home: Home | None,
     has_disk: bool,
     always_resident: frozenset[str] = frozenset(),
+    kept: frozenset[str] = frozenset(),
     pins: Pins,
 ) -> Placement:
-    """The placement that uses `arena_bytes` best.
+    """The placement that uses `arena_bytes` best; the weights of blocks in `kept` stay in memory whatever else does.
 
     `home` pins where planes live (`HOST`: all resident, `DISK`: none but `always_resident`); without it memory that is
     left after the slots holds planes. Raises BudgetError, naming the least arena that works, where nothing fits.
@@ -157,7 +163,11 @@ def place(
     if limit is None and pins.resident is None and whole.arena_bytes <= arena_bytes:
         return whole
 
-    resident = frozenset(key for key in everything if key[0] in always_resident)
+    resident = frozenset(
+        (name, group)
+        for name, group in everything
+        if name in always_resident or (group is Plane.WEIGHT and name in kept)
+    )
     if pins.resident is not None:
         if home is Home.DISK:
             raise BudgetError(
@@ -215,14 +225,16 @@ def place_apart(
     home: Home | None,
     has_disk: bool,
     always_resident: frozenset[str] = frozenset(),
+    kept: frozenset[str] = frozenset(),
     pins: Pins,
 ) -> Placement:
     """The placement that uses `device_bytes` beside a device and `host_bytes` of the host's memory best.
 
-    On the device, slots come first, then whole blocks with gradient and state: such a block moves nothing and is updated
-    there. They are spread evenly over the model, so that what still moves has time beside them (in the manner of the
-    k-th block of Deep Optimizer States, https://arxiv.org/abs/2410.21316). The host's memory holds weights first, then
-    gradients, then state, as far as it goes; the disk holds the rest. `home` pins all three: DEVICE, HOST or DISK.
+    On the device, slots come first and the blocks in `kept`, then other whole blocks with gradient and state: such a
+    block moves nothing and is updated there. They are spread evenly over the model, so that what still moves has time
+    beside them (in the manner of the k-th block of Deep Optimizer States, https://arxiv.org/abs/2410.21316). The host's
+    memory holds weights first, then gradients, then state, as far as it goes; the disk holds the rest. `home` pins all
+    three: DEVICE, HOST or DISK.
     Raises BudgetError, naming what is short, where nothing fits.
     """
     groups = _ordered(records)
@@ -243,7 +255,7 @@ def place_apart(
                 hint="leave home= out: weights and state then live in the host's memory or on disk",
             )
         return whole
-    resident = frozenset(key for key in everything if key[0] in always_resident)
+    resident = frozenset(key for key in everything if key[0] in always_resident | kept)
     weight_slots = pins.weight_slots or WANTED_WEIGHT_SLOTS
     gradient_slots = pins.gradient_slots or WANTED_GRADIENT_SLOTS
     while (

@@ -58,31 +58,29 @@ def choose(
     """All that fits, the fastest first; of equals, what was tried first. What is pinned is left as it is.
 
     Each way comes with a function that places planes beside it, which raises BudgetError where they do not fit, and one
-    that gives what computing costs. Empty where nothing fits.
+    that gives what computing costs, asked only where something fits. Empty where nothing does.
     """
-    best: list[Choice[Way]] = []
+    found: list[Choice[Way]] = []
     for way, place, costs_of in ways:
-        if best and not _waits(best[0].simulation):
-            break
-        found = list(_placements(place, len(records), pins))
-        if not found:
-            continue
-        costs = costs_of()
-        here = [
-            Choice(way, own, placement, costs, simulate(visits, records, placement, profile, costs))
-            for own, placement in found
-        ]
-        here.sort(key=lambda choice: choice.step_s)
-        if best and here[0].step_s > best[0].step_s * (1 - WORTH_A_CHANGE):
-            best = [*best, *here]
-            best[1:] = sorted(best[1:], key=lambda choice: choice.step_s)
-        else:
-            best = sorted([*here, *best], key=lambda choice: choice.step_s)
-    return best
+        for own, placement in _placements(place, len(records), pins):
+            costs = costs_of()
+            found.append(
+                Choice(way, own, placement, costs, simulate(visits, records, placement, profile, costs))
+            )
+    return sorted(found, key=lambda choice: choice.step_s)
 
 
-def _waits(simulation: Simulation) -> bool:
+def waits(simulation: Simulation) -> bool:
+    """Whether computing waits so long that computing less at once may pay."""
     return sum(simulation.stall_s.values()) > WORTH_A_CHANGE * simulation.step_s
+
+
+def prefer(own: list[Choice[Way]], others: list[Choice[Way]]) -> list[Choice[Way]]:
+    """All, the fastest first, but `own` first where the others are hardly faster."""
+    both = sorted([*own, *others], key=lambda choice: choice.step_s)
+    if others and others[0].step_s < own[0].step_s * (1 - WORTH_A_CHANGE):
+        return both
+    return [own[0], *(choice for choice in both if choice is not own[0])]
 
 
 def _placements(

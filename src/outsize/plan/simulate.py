@@ -31,7 +31,8 @@ NUM_STEPS = 3
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """Seconds that computing takes with nothing beside it, per visit of a block; `backward_s` includes recomputation.
+    """Seconds that computing takes with nothing beside it, per visit of a block; `backward_s` includes recomputation,
+    which a block that keeps its activations leaves out (`kept_backward_s`).
 
     `between_s`: per step, outside of all blocks.
     """
@@ -39,6 +40,7 @@ class Costs:
     forward_s: Mapping[str, float]
     backward_s: Mapping[str, float]
     between_s: float = 0.0
+    kept_backward_s: Mapping[str, float] = field(default_factory=dict)
 
     def scaled(self, factor: float) -> Costs:
         """The same on a machine that takes `factor` times as long."""
@@ -46,6 +48,7 @@ class Costs:
             {block: factor * seconds for block, seconds in self.forward_s.items()},
             {block: factor * seconds for block, seconds in self.backward_s.items()},
             factor * self.between_s,
+            {block: factor * seconds for block, seconds in self.kept_backward_s.items()},
         )
 
 
@@ -291,7 +294,9 @@ class _Unrolled:
             case Forward(block):
                 self._compute(self._costs.forward_s.get(block, 0.0), str(op))
             case Backward(block):
-                self._compute(self._costs.backward_s.get(block, 0.0), str(op))
+                is_kept = block in self._placement.kept
+                seconds = self._costs.kept_backward_s if is_kept else self._costs.backward_s
+                self._compute(seconds.get(block, 0.0), str(op))
             case Write(block, Plane.GRADIENT):
                 self._send_gradient(block)
             case Free(block, Plane.WEIGHT):

@@ -22,6 +22,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from enum import StrEnum
 
+import numpy as np
 import torch
 
 from outsize.block import align
@@ -66,7 +67,8 @@ class Device(ABC):
     ) -> Transfer:
         """Start copying `source` into `target` (alike in type and size, one of them in the host's memory).
 
-        The copy waits for `after` and for earlier copies of the same way; both tensors must be left alone until it is over.
+        The copy waits for `after` and for earlier copies of the same way. Both tensors must be left alone until it is over,
+        and be kept until what computes follows it: their memory is given away in the order of computing.
         """
 
     @abstractmethod
@@ -132,8 +134,11 @@ class HostDevice(Device):
         after: Sequence[Transfer] = (),
         label: str,
     ) -> Transfer:
-        """Never called: a copy between device and host is an alias."""
-        raise AssertionError(f"{label}: the host's memory is the device's")
+        """Within one memory: done at once, by the thread that asks and no other."""
+        for transfer in after:
+            transfer.wait()
+        np.copyto(target.view(torch.uint8).numpy(), source.view(torch.uint8).numpy())
+        return DoneTransfer()
 
     def mark(self) -> Transfer:
         """Over already: the processor computes as it is told."""
@@ -272,8 +277,6 @@ class CudaDevice(Device):
                     transfer.follow()
                 begun = self._moment_on(stream) if listener is not None else None
                 target.copy_(source, non_blocking=True)
-                # What lives in torch's allocator may be dropped at once: it is not given away before the copy is over.
-                (target if way is Way.UP else source).record_stream(stream)
                 event = torch.cuda.Event(blocking=True)  # threads that wait leave their core to updates
                 event.record(stream)
         except RuntimeError as error:
