@@ -121,6 +121,7 @@ class Pins:
     Pins(weight_slots=2)    how many blocks' weights may be in memory at once, beside the resident ones
     Pins(tile_rows=4)       rows of a batch that a block computes at once
     Pins(resident_bytes=0)  memory, where blocks compute, used to keep planes that would otherwise move
+    Pins(resident=(12, 24, 0))  of how many blocks weights, gradients and state stay in memory (without a device)
     Pins(gradient_slots=1)  how many blocks' fp32 gradients may be in memory at once
     Pins(inputs="disk")     where inputs of blocks wait for their backward: "device" (where blocks compute), "host", "disk"
     Pins(kept_blocks=2)     how many layers, the last first, keep their activations, and their weights, for the backward
@@ -131,6 +132,7 @@ class Pins:
     gradient_slots: int | None = None
     tile_rows: int | None = None
     resident_bytes: int | None = None
+    resident: tuple[int, int, int] | None = None
     inputs: str | None = None
     kept_blocks: int | None = None
     verify: bool = True
@@ -138,6 +140,16 @@ class Pins:
     def __post_init__(self) -> None:
         if self.inputs is not None and self.inputs not in list(Home):
             raise ConfigError(f"Pins(inputs={self.inputs!r})", hint=f"one of {', '.join(Home)}")
+        resident = self.resident
+        if resident is not None and not (
+            isinstance(resident, tuple)
+            and len(resident) == 3
+            and all(isinstance(each, int) and each >= 0 for each in resident)
+        ):
+            raise ConfigError(
+                f"Pins(resident={resident!r}): expected three numbers of blocks",
+                hint="resident=(12, 24, 0): weights of 12 blocks and gradients of 24, or leave it to the planner",
+            )
         for name, least in (
             ("weight_slots", 1),
             ("gradient_slots", 1),

@@ -41,7 +41,7 @@ def plain(monkeypatch):
     import outsize
 
     api = PlainApi()
-    for name in ("load", "AdamW", "save", "report"):
+    for name in ("load", "AdamW", "save", "report", "record"):
         monkeypatch.setattr(outsize, name, getattr(api, name), raising=False)
     monkeypatch.setattr(quiet, "before_imports", lambda: None)
     return api
@@ -57,7 +57,7 @@ def test_importing_the_command_imports_no_torch():
     assert done.stdout.strip() == "set()"
 
 
-@pytest.mark.parametrize("command", [[], ["plan"], ["profile"], ["train"], ["generate"], ["demo"]])
+@pytest.mark.parametrize("command", [[], ["plan"], ["profile"], ["train"], ["trace"], ["generate"], ["demo"]])
 def test_help_teaches_with_examples(command, capsys):
     with pytest.raises(SystemExit) as left:
         run(*command, "--help")

@@ -118,3 +118,24 @@ def test_a_preview_compares_with_the_size_of_the_disk(tmp_path):
         summary = outsize.preview(tmp_path / "model", disk=f"{tmp_path}:{size}", home="disk", seq_len=64)
         assert summary.fits is fits, summary
     assert "on disk" in summary.reason and "may hold 8.00 KiB" in summary.reason
+
+
+@pytest.mark.parametrize(
+    ("pins", "named"),
+    [
+        (Pins(weight_slots=40), "weight_slots=40"),
+        (Pins(resident=(40, 40, 40)), "resident=(40, 40, 40)"),
+    ],
+)
+def test_a_pin_that_cannot_be_met_is_named(pins, named, tmp_path):
+    config = ZOO["llama"].build().config
+    config.hidden_size, config.intermediate_size, config.num_hidden_layers = 256, 4096, 40
+    config.num_attention_heads = config.num_key_value_heads = 4
+    config.head_dim = 64
+    config.save_pretrained(tmp_path / "wide")
+    options = {"disk": tmp_path, "dtype": "float32", "seq_len": 16}
+    least = outsize.preview(tmp_path / "wide", home="disk", **options)
+    host = f"{(least.host_bytes >> 20) + 200}MiB"
+    refused = outsize.preview(tmp_path / "wide", host=host, pins=pins, **options)
+    assert not refused.fits and named in refused.reason
+    assert outsize.preview(tmp_path / "wide", host=host, **options).fits

@@ -3,9 +3,12 @@
 import dataclasses
 
 import pytest
+import torch
 
 import outsize
 from outsize import Pins
+from outsize.engine.predict import pins_text
+from outsize.engine.session import session_of
 from outsize.plan import Direction
 from outsize.plan.profile import Resource
 from tests.plan.test_simulate import HOST
@@ -20,6 +23,16 @@ def predicted(tmp_path, name="llama", profile=HOST, **options):
         ZOO[name].build().config.save_pretrained(folder)
     options = {"batch_size": 4, "seq_len": 16, "disk": tmp_path, "home": "disk", "dtype": "float32"} | options
     return outsize.preview(folder, profile=profile, **options).prediction
+
+
+def wide(tmp_path):
+    """The folder of a model whose planes are large beside what else a process takes."""
+    config = ZOO["llama"].build().config
+    config.hidden_size, config.intermediate_size, config.num_hidden_layers = 256, 4096, 8
+    config.num_attention_heads = config.num_key_value_heads = 4
+    config.head_dim = 64
+    config.save_pretrained(tmp_path / "wide")
+    return tmp_path / "wide"
 
 
 @pytest.mark.parametrize("name", ["llama", "llama_tied", "mixtral", "gpt2"])
@@ -82,14 +95,59 @@ def test_what_would_help_follows_what_limits(tmp_path):
 
 def test_more_memory_helps_where_the_disk_limits(tmp_path):
     """A budget that holds a part of the model: with a quarter more, the rest stays as well."""
-    folder = tmp_path / "wide"
-    config = ZOO["llama"].build().config
-    config.hidden_size, config.intermediate_size, config.num_hidden_layers = 256, 4096, 8
-    config.num_attention_heads = config.num_key_value_heads = 4
-    config.head_dim = 64
-    config.save_pretrained(folder)
+    folder = wide(tmp_path)
     options = {"batch_size": 1, "seq_len": 16, "disk": tmp_path, "dtype": "float32"}
     least = outsize.preview(folder, home="disk", **options)
     host = f"{(least.host_bytes >> 20) + 150}MiB"
     prediction = outsize.preview(folder, host=host, profile=SLOW, **options).prediction
     assert "more memory" in {remedy.what[-11:] for remedy in prediction.remedies}
+
+
+def trained_with_choices(tmp_path):
+    """A model that was opened with a profile, one step, and what could have been chosen."""
+    folder = wide(tmp_path)
+    host = f"{(outsize.preview(folder, disk=tmp_path, home='disk', dtype='float32', seq_len=16).host_bytes >> 20) + 150}MiB"
+    model = outsize.load(folder, disk=tmp_path, dtype="float32", host=host, profile=SLOW).train()
+    outsize.AdamW(model)
+    ids = torch.zeros(1, 16, dtype=torch.long)
+    model(input_ids=ids, labels=ids).loss.backward()
+    return model, session_of(model).budget
+
+
+def test_a_model_opened_with_a_profile_runs_the_fastest_plan(tmp_path):
+    _, budget = trained_with_choices(tmp_path)
+    assert len(budget.choices) > 3
+    assert budget.placement == budget.choices[0].placement
+    assert budget.choices[0].step_s == min(choice.step_s for choice in budget.choices)
+
+
+def test_a_faster_plan_is_named_when_what_was_measured_shows_one(tmp_path):
+    model, budget = trained_with_choices(tmp_path)
+    best = budget.choices[0]
+    stalled_s = best.step_s - best.simulation.busy_s[Resource.COMPUTE]
+    assert outsize.advise(model, SLOW, best.step_s, stalled_s) is None
+    budget.choices.reverse()
+    slow = budget.choices[0]
+    stalled_s = slow.step_s - slow.simulation.busy_s[Resource.COMPUTE]
+    advice = outsize.advise(model, SLOW, slow.step_s, stalled_s)
+    assert advice.pins in {pins_text(c) for c in budget.choices[1:]}
+    assert advice.other_step_s < slow.step_s / 1.1 and advice.pins in str(advice)
+
+
+def test_no_plan_is_named_where_none_were_compared(tmp_path):
+    model = outsize.load(wide(tmp_path), disk=tmp_path, dtype="float32", home="disk").train()
+    outsize.AdamW(model)
+    ids = torch.zeros(1, 16, dtype=torch.long)
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert outsize.advise(model, SLOW, 1.0, 0.5) is None
+
+
+def test_where_memory_allows_activations_are_kept_instead_of_computed_again(tmp_path):
+    folder, options = wide(tmp_path), {"disk": tmp_path, "dtype": "float32", "batch_size": 4, "seq_len": 64}
+    free = outsize.preview(folder, profile=HOST, **options)
+    assert "kept_blocks=8" in free.pins
+    none = outsize.preview(folder, profile=HOST, pins=Pins(kept_blocks=0), **options)
+    assert free.prediction.step_s < 0.9 * none.prediction.step_s
+    assert free.host_bytes > none.host_bytes
+    tight = f"{(outsize.preview(folder, home='disk', **options).host_bytes >> 20) + 2}MiB"
+    assert "kept_blocks=8" not in outsize.preview(folder, host=tight, profile=HOST, **options).pins

@@ -93,6 +93,25 @@ def test_a_preview_of_what_does_not_fit_says_why_and_what_would(folder):
     assert "does not fit" in str(preview)
 
 
+def test_each_setting_that_is_named_instead_really_fits(folder):
+    options = {"disk": folder / "disk", "dtype": "float32", "home": "disk"}
+    batch = {"batch_size": 1024, "seq_len": 64}
+    needed = outsize.preview(folder / "model", **options, **batch).host_bytes
+    refused = outsize.preview(folder / "model", **options, **batch, host=f"{(needed >> 20) - 8}MiB")
+    if refused.fits:  # smaller tiles made it fit
+        refused = outsize.preview(folder / "model", **options, **batch, host=f"{(needed >> 20) - 60}MiB")
+    assert not refused.fits
+    hint = refused.reason.rpartition("hint: ")[2]
+    host = re.search(r'host="(\d+MiB)" works', hint)[1]
+    rows = int(re.search(r"a batch of (\d+) instead of 1024", hint)[1])
+    length = int(re.search(r"sequences of (\d+)", hint)[1])
+    short = f"{refused.host_budget_bytes >> 20}MiB"
+    assert outsize.preview(folder / "model", **options, **batch, host=host).fits
+    assert outsize.preview(folder / "model", **options, batch_size=rows, seq_len=64, host=short).fits
+    assert outsize.preview(folder / "model", **options, batch_size=1024, seq_len=length, host=short).fits
+    assert 0 < rows < 1024 and 16 <= length < 64
+
+
 def test_a_preview_of_inference_has_no_state(folder):
     training = outsize.preview(folder / "model", dtype="float32", seq_len=64)
     serving = outsize.preview(folder / "model", dtype="float32", seq_len=64, train=False)

@@ -1,6 +1,7 @@
 """The promises of the device, on a CUDA device. Run with `pytest tests/gpu` where there is one; skipped elsewhere."""
 
 import gc
+import itertools
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from outsize import Pins
 from outsize.engine import keep
 from outsize.engine.session import session_of
 from outsize.errors import BudgetError
+from outsize.plan.profile import Resource
 from outsize.tier import CudaDevice, Way
 from tests.running import adamw, assert_same_losses, assert_same_weights, close, executor_of, opened, train
 from tests.zoo import ZOO
@@ -123,6 +125,36 @@ def test_nothing_waits_for_the_device_inside_a_step(home, tmp_path):
         masking.is_tracing = plain
     optimizer.step()
     assert loss is not None and torch.isfinite(loss)
+
+
+@pytest.mark.parametrize("home", HOMES)
+def test_a_step_is_recorded_on_the_clock_of_the_device(home, tmp_path):
+    model = opened(ZOO["llama"].build().train(), disk=tmp_path, home=home, dtype="bfloat16")
+    optimizer = outsize.AdamW(model)
+
+    def step(seed):
+        loss = model(**ZOO["llama"].batch(seed=seed)).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return float(loss.detach())
+
+    for seed in range(3):
+        step(seed)
+    before = outsize.report(model)
+    with outsize.record(model) as recording:
+        step(3)
+        executor_of(model).store.flush()
+        torch.cuda.synchronize()
+    timeline, after = recording.timeline, outsize.report(model)
+    computing = [span for span in timeline.spans if span.resource is Resource.COMPUTE]
+    visits = [span.label for span in computing if span.label.split()[0] in ("forward", "backward")]
+    assert len(visits) == len(set(visits)) > 6
+    assert all(a.end_s <= b.start_s + 1e-4 for a, b in itertools.pairwise(computing))
+    assert all(-1e-3 <= span.start_s <= span.end_s <= timeline.step_s + 1e-3 for span in timeline.spans)
+    moved = sum(span.num_bytes for span in timeline.spans if span.resource is Resource.UP)
+    assert moved == after.bytes_up - before.bytes_up and (moved > 0) is (home != "device")
+    assert max(size for _, size in timeline.memory["device"]) > 0
 
 
 def test_a_slot_is_zero_before_a_copy_fills_it():

@@ -150,6 +150,39 @@ def test_a_forward_that_streams_is_its_bytes_over_the_bandwidth():
         assert batch / result.step_s == pytest.approx(published, rel=0.15)
 
 
+@pytest.mark.parametrize(("num_disks", "published"), [(1, 70), (2, 112), (3, 136), (6, 152)])
+def test_training_13b_on_one_card_by_number_of_disks(num_disks, published):
+    """LoHan on an RTX 4090, in TFLOP/s (https://arxiv.org/abs/2403.06504, by number of disks).
+
+    Its schedule, not ours: updates run in the backward, right after each block. Stated there: the card, Intel P5510 disks,
+    a GPT of 13 B parameters, fp16 with fp32 state. Assumed: 40 blocks, batches of 32 sequences of 1,024 tokens, 8
+    operations per parameter and token (with recomputation), a rate of 156 TFLOP/s (their best), 6.5 GB/s read and 4.2 GB/s
+    written (data sheet), a link of 25 GB/s, and an update that nothing waits for.
+    """
+    num_blocks, parameters, tokens, rate = 40, 13e9, 32 * 1024, 156e12
+    block = parameters / num_blocks
+    operations = 8 * block * tokens
+    read, write, link = num_disks * 6.5e9, num_disks * 4.2e9, 25e9
+    tasks: list[Task] = []
+
+    def task(resource, seconds, *after):
+        tasks.append(Task(resource, seconds, tuple(index for index in after if index is not None), "task"))
+        return len(tasks) - 1
+
+    last = None
+    for _ in range(num_blocks):
+        here = task(Resource.UP, 2 * block / link, task(Resource.READ, 2 * block / read))
+        last = task(Resource.COMPUTE, operations / 4 / rate, here, last)
+    for _ in range(num_blocks):
+        here = task(Resource.UP, 2 * block / link, task(Resource.READ, 2 * block / read))
+        last = task(Resource.COMPUTE, 3 * operations / 4 / rate, here, last)
+        gradient = task(Resource.DOWN, 2 * block / link, last)
+        state = task(Resource.READ, 12 * block / read)
+        task(Resource.WRITE, 14 * block / write, task(Resource.UPDATE, 0.0, gradient, state))
+    step_s = max(event.end_s for event in run(tasks, DEVICE))
+    assert 8 * parameters * tokens / step_s / 1e12 == pytest.approx(published, rel=0.15)
+
+
 @pytest.mark.parametrize("home", [Home.HOST, Home.DISK])
 def test_a_device_computes_while_the_link_moves(home):
     records = blocks(8)
@@ -187,7 +220,7 @@ def test_more_bandwidth_is_never_slower_where_nothing_disturbs(sizes, slots, res
     slow = simulate(call(names), records, placement, HOST, own)
     rate = data.draw(st.sampled_from(["disk_read", "disk_write", "update", "host_copy"]))
     faster = dataclasses.replace(HOST, **{rate: 2 * getattr(HOST, rate)})
-    assert simulate(call(names), records, placement, faster, own).step_s <= slow.step_s * 1.02
+    assert simulate(call(names), records, placement, faster, own).step_s <= slow.step_s * (1 + 1e-9)
     assert slow.step_s >= len(names) * 4 * forward_s * 0.999
     assert all(busy <= slow.step_s * 1.0001 for busy in slow.busy_s.values())
 

@@ -407,10 +407,11 @@ def test_inputs_are_brought_up_one_block_ahead(tmp_path, monkeypatch):
     model = opened(ZOO["llama"].build().train(), home="host", pins=Pins(inputs="host"))
     outsize.AdamW(model)
     loss = model(**ZOO["llama"].batch()).loss
+    session = session_of(model)
+    session.device.finish()
     kept = [label for way, label in order if way is Way.DOWN and label.endswith(".input")]
     order.clear()
     loss.backward()
-    session = session_of(model)
     session.device.finish()
     ups = [label for way, label in order if way is Way.UP]
     brought = [label for label in ups if label.endswith(".input")]

@@ -16,9 +16,12 @@ def test_public_names_are_pinned():
         "HostArena",
         "HostDevice",
         "LinkStats",
+        "Listener",
         "LoggedTransfer",
         "MemoryTier",
+        "Moment",
         "NullTier",
+        "PaperDevice",
         "Region",
         "Slot",
         "SlotPool",
@@ -30,6 +33,7 @@ def test_public_names_are_pinned():
         "TwinDevice",
         "Verb",
         "Way",
+        "at",
     ]
     assert all(hasattr(outsize.tier, name) for name in outsize.tier.__all__)
 
@@ -37,4 +41,4 @@ def test_public_names_are_pinned():
 def test_every_tier_is_a_tier():
     kinds: list[type[Tier]] = [DiskTier, FaultyTier, MemoryTier, NullTier, SlowTier, StripedTier]
     for kind in kinds:
-        assert all(callable(getattr(kind, name)) for name in ("start_read", "start_write", "close"))
+        assert all(callable(getattr(kind, name)) for name in ("start_read", "start_write", "listen", "close"))

@@ -28,4 +28,14 @@ def test_time_is_the_union_of_what_overlaps_and_bytes_count_only_success(monkeyp
         raise OSError
     with meter.busy(Verb.READ, 1):
         clock.now_s = 102
-    assert meter.stats() == TierStats(bytes_read=31, bytes_written=0, read_busy_s=5, write_busy_s=1)
+    told = []
+    meter.listener = lambda verb, label, size, start, end: told.append((verb, label, size, start(), end()))
+    with meter.busy(Verb.WRITE, 7, "L00.weight"):
+        clock.now_s = 105
+    with pytest.raises(OSError), meter.busy(Verb.WRITE, 5, "L01.weight"):
+        raise OSError
+    meter.listener = None
+    with meter.busy(Verb.WRITE, 9, "L02.weight"):
+        pass
+    assert told == [(Verb.WRITE, "L00.weight", 7, 102, 105)]
+    assert meter.stats() == TierStats(bytes_read=31, bytes_written=16, read_busy_s=5, write_busy_s=4)

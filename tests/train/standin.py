@@ -3,6 +3,7 @@ tiers."""
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 
 import outsize
+from outsize.plan.profile import Resource
+from outsize.plan.timeline import Span, Timeline
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,11 @@ class PlainAdamW(torch.optim.AdamW):
         return super().step(closure)
 
 
+@dataclass(frozen=True)
+class PlainRecording:
+    timeline: Timeline
+
+
 class PlainApi:
     """Counts what is called; `spoil(step, model)` runs before each forward in training."""
 
@@ -51,6 +59,7 @@ class PlainApi:
         self.loaded = []
         self.saved = []
         self.calls = 0
+        self.recorded = []
         self.spoil = spoil
 
     def load(self, path, *, seed=0, **place):
@@ -80,6 +89,12 @@ class PlainApi:
 
     def report(self, model):
         return PlainReport(bytes_read=100 * self.calls, bytes_written=10 * self.calls, wait_s={"disk": 0.5})
+
+    @contextmanager
+    def record(self, model):
+        before = self.calls
+        yield PlainRecording(Timeline(1.0, (Span(Resource.COMPUTE, 0.0, 1.0, "forward L00"),), (), {}))
+        self.recorded.append((before + 1, self.calls))
 
 
 WORDS = [f"w{number}" for number in range(60)]

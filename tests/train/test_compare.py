@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import pytest
 from rich.console import Console
 
+from outsize.plan.profile import Resource
+from outsize.plan.timeline import Span, Timeline
 from outsize.train.compare import Figure, compare
 from outsize.train.loop import train
 from outsize.train.progress import PlainProgress
@@ -25,11 +27,17 @@ class Expected:
     bytes_read: int = 1000
     bytes_written: int = 0
 
+    def timeline(self):
+        return Timeline(self.step_s, (Span(Resource.COMPUTE, 0.0, 1.5, "forward L00"),), (), {})
+
 
 class PredictingApi(PlainApi):
     def __init__(self):
         super().__init__()
         self.predicted = []
+
+    def advise(self, model, profile, step_s, stalled_s):
+        return None
 
     def predict(self, model, profile):
         self.predicted.append((self.calls, profile))

@@ -52,7 +52,7 @@ def test_run_leaves_a_folder_that_loads_and_metrics(model, data, tmp_path):
     assert result.num_steps == 6 and not result.interrupted
     assert result.losses[-1] < result.losses[0]
     assert result.num_tokens == 6 * 4 * 16
-    assert api.loaded == [(model, dataclasses.asdict(place) | {"pins": place.pins})]
+    assert api.loaded == [(model, dataclasses.asdict(place) | {"pins": place.pins, "profile": None})]
     weights(out)
     assert AutoTokenizer.from_pretrained(out).eos_token == "<eos>"
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]

@@ -21,7 +21,8 @@ from outsize.errors import ConfigError
 _LISTS = frozenset({"data", "eval", "pin", "tracker"})
 _TYPES: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(
-        ("steps", "batch_size", "batch_tokens", "seq_len", "eval_every", "warmup", "seed"), (int,)
+        ("steps", "batch_size", "batch_tokens", "seq_len", "eval_every", "warmup", "seed", "trace_step"),
+        (int,),
     ),
     **dict.fromkeys(("epochs", "minutes", "lr", "weight_decay", "eval_split"), (int, float)),
     "max_grad_norm": (int, float, str),

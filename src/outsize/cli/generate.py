@@ -65,6 +65,7 @@ def run(options: argparse.Namespace) -> int:
         dtype=place.dtype,
         pins=place.pins,
     )
+    model.requires_grad_(False)  # no memory for gradients
     sampling = Sampling(options.max_new_tokens, options.temperature, options.top_p, options.seed)
     stream_text(model, options.model, prompt, sampling, sys.stdout)
     return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
@@ -103,14 +104,18 @@ def pins_of(texts: list[str]) -> Pins | None:
         name, equals, value = text.partition("=")
         if name not in known or not equals:
             raise ConfigError(f"--pin {text}: no such pin", hint=f"known are {', '.join(sorted(known))}")
-        if name in words and value in words[name]:
+        if name == "resident" and re.fullmatch(r"\d+,\d+,\d+", value):
+            values[name] = tuple(map(int, value.split(",")))
+        elif name in words and value in words[name]:
             values[name] = words[name][value]
-        elif name not in words and value.isdecimal():
+        elif name not in {*words, "resident"} and value.isdecimal():
             values[name] = int(value)
         else:
             known_words = list(words.get(name, ()))
             expected, example = (
                 (" or ".join(known_words), known_words[-1]) if known_words else ("a whole number", "2")
             )
+            if name == "resident":
+                expected, example = "three whole numbers of blocks", "12,24,0"
             raise ConfigError(f"--pin {text}: expected {expected}", hint=f"pass --pin {name}={example}")
     return Pins(**values) if texts else None

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import importlib.resources
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from outsize.cli import options as shared
 from outsize.cli import quiet
+
+if TYPE_CHECKING:
+    from outsize.plan.profile import Profile
 
 _EXAMPLES = """\
 examples:
@@ -16,6 +22,8 @@ examples:
       within hard limits
   outsize plan Qwen3-8B --generate --host 8GiB
       for generating only: no gradients, no optimizer
+  outsize plan Qwen3-8B --hardware rtx4090-1ssd --batch-size 16 --seq-len 1024
+      on a machine that you may want to buy: a name that is known, or a file that `outsize profile --out` wrote there
 
 After `outsize profile`, which measures this machine once, a step's time is predicted too, with what limits it.
 Exit status 0 if it fits, 1 if not.
@@ -37,6 +45,12 @@ def add_parser(commands: shared.Commands[argparse.ArgumentParser]) -> None:
     parser.add_argument(
         "--generate", action="store_true", help="plan for generating text instead of training"
     )
+    parser.add_argument(
+        "--hardware",
+        metavar="NAME|FILE",
+        help=f"plan for another machine: {', '.join(_known())}, or a profile that was measured there",
+    )
+    parser.add_argument("--json", action="store_true", help="print the plan as JSON")
     shared.add_place(parser)
     parser.set_defaults(run=run)
 
@@ -45,7 +59,8 @@ def run(options: argparse.Namespace) -> int:
     """Print the plan."""
     outsize = importlib.import_module("outsize")
     quiet.after_imports()
-    profile = shared.profile_of(options.disk)
+    hardware = _machine(options.hardware) if options.hardware is not None else None
+    profile = shared.profile_of(options.disk) if hardware is None else None
     summary = outsize.preview(
         options.model,
         device=options.device,
@@ -58,8 +73,24 @@ def run(options: argparse.Namespace) -> int:
         seq_len=options.seq_len,
         train=not options.generate,
         profile=profile,
+        hardware=hardware,
     )
-    print(summary)
-    if profile is None:
+    print(summary.to_json() if options.json else summary)
+    if profile is None and hardware is None and not options.json:
         print(shared.UNPREDICTED.format(disk=f" --disk {options.disk}" if options.disk else ""))
     return 0 if summary.fits else 1
+
+
+def _known() -> list[str]:
+    """Names of machines whose profiles are shipped; found without importing what would measure them."""
+    folder = importlib.resources.files("outsize") / "hardware" / "machines"
+    return sorted(entry.name.removesuffix(".json") for entry in folder.iterdir())
+
+
+def _machine(text: str) -> Profile:
+    """A shipped machine by name, or a profile by file. Raises ConfigError."""
+    from outsize.hardware import machine
+    from outsize.plan.profile import Profile
+
+    path = Path(text)
+    return Profile.read(path) if path.suffix or path.exists() else machine(text)

@@ -29,8 +29,8 @@ DATA: a text file, JSON lines, Parquet, or a folder that datasets saved. A recor
 of which the completion is learned; or "messages" (and "tools"), of which the assistant's are learned.
 
 OUT becomes an ordinary Hugging Face folder with metrics.jsonl and report.html beside the weights, and the weights that were
-best in an evaluation in OUT/best; until it is complete, the run lives in OUT.partial. Ctrl-C finishes the step and
-saves; twice stops at once.
+best in an evaluation in OUT/best; outsize trace OUT draws one step in time. Until it is complete, the run lives in
+OUT.partial. Ctrl-C finishes the step and saves; twice stops at once.
 """
 
 _DEFAULTS: dict[str, Any] = {
@@ -48,6 +48,7 @@ _DEFAULTS: dict[str, Any] = {
     "seed": 0,
     "pin": [],
     "tracker": [],
+    "trace_step": 4,
 }
 
 
@@ -119,6 +120,7 @@ def add_parser(commands: shared.Commands[argparse.ArgumentParser]) -> None:
         metavar="NAME",
         help="also report to tensorboard, or to a tracker of transformers such as wandb, mlflow",
     )
+    _add(parser, "--trace-step", type=int, metavar="N", help="step to record for outsize trace, 0 for none")
     shared.add_place(parser)
     parser.set_defaults(run=run)
 
@@ -215,6 +217,7 @@ def settings_of(values: dict[str, Any]) -> TrainSettings:
         seed=values["seed"],
         overwrite=values["overwrite"],
         trackers=tuple(values["tracker"]),
+        trace_step=values["trace_step"],
     )
 
 

@@ -25,6 +25,7 @@ from outsize.model import (
     resolve_folder,
     write_folder,
 )
+from outsize.plan.profile import Profile
 from outsize.tier import CudaDevice, Device, HostDevice
 
 
@@ -37,6 +38,7 @@ def load(
     home: str | None = None,
     dtype: str | torch.dtype | None = None,
     pins: Pins | None = None,
+    profile: Profile | None = None,
     seed: int = 0,
     trust_remote_code: bool = False,
 ) -> nn.Module:
@@ -44,8 +46,9 @@ def load(
 
     `host` is a ceiling on the whole process, such as "3GiB"; `disk` a folder on an SSD, optionally with a size
     ("/scratch:200GiB"), or a list of folders on several drives, which are used side by side; without budgets, what is
-    free now is used. `home` pins where weights and state live, `dtype` the compute type, `pins` anything else. A
-    folder with a `config.json` and no weights is initialised from `seed`.
+    free now is used. `home` pins where weights and state live, `dtype` the compute type, `pins` anything else. With a
+    `profile` of the machine (`outsize.hardware.kept`) the fastest of the plans that fit is taken, which takes a few
+    seconds at the first call. A folder with a `config.json` and no weights is initialised from `seed`.
 
     Raises ModelError, WeightsError or ConfigError before anything is read.
     """
@@ -57,7 +60,7 @@ def load(
         source = SafetensorsSource(folder, module)
     else:
         source = InitSource(module, seed)
-    return _take_over(module, source, settings)
+    return _take_over(module, source, settings, profile)
 
 
 def wrap(
@@ -69,6 +72,7 @@ def wrap(
     home: str | None = None,
     dtype: str | torch.dtype | None = None,
     pins: Pins | None = None,
+    profile: Profile | None = None,
     seed: int = 0,
 ) -> nn.Module:
     """Put any module with repeated blocks under Outsize, in place, and return it.
@@ -88,8 +92,9 @@ def wrap(
             hint="give all parameters values, or none",
         )
     if any(parameter.is_meta for parameter in parameters.values()):
-        return _take_over(module, InitSource(module, seed), settings)
-    return _take_over(module, TensorSource({n: p.detach() for n, p in parameters.items()}), settings)
+        return _take_over(module, InitSource(module, seed), settings, profile)
+    values = {name: parameter.detach() for name, parameter in parameters.items()}
+    return _take_over(module, TensorSource(values), settings, profile)
 
 
 def save(model: nn.Module, path: str | Path, *, tokenizer_from: str | Path | None = None) -> None:
@@ -142,10 +147,10 @@ def native_compute_type() -> ComputeType:
     return ComputeType.BFLOAT16 if has_bfloat16 else ComputeType.FLOAT32
 
 
-def _take_over(module: nn.Module, source: Source, settings: Settings) -> nn.Module:
+def _take_over(module: nn.Module, source: Source, settings: Settings, profile: Profile | None) -> nn.Module:
     memory.keep_freed_memory()
     memory.bound_kernel_caches()
-    Session(module, cut(module), source, settings, open_device(settings))
+    Session(module, cut(module), source, settings, open_device(settings), profile)
     module.load_state_dict = _refuse_state_dict  # type: ignore[method-assign]
     if hasattr(module, "save_pretrained"):
         module.save_pretrained = lambda path, **_: save(module, path)  # type: ignore[assignment]

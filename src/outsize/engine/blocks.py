@@ -142,7 +142,8 @@ class BlockStore:
             }
             gradients = [GradientState() for _ in record.entries]
             self.states[record.name] = BlockState(record, offset, resident, hosted, gradients)
-            offset += record.num_bytes
+            if len(resident) + len(hosted) < len(planes):
+                offset += record.num_bytes
         self._weight_pools = self._pools("weights", placement.weight_classes)
         self._gradient_pools = self._pools("gradients", placement.gradient_classes)
         self._chunks = self._buffers("chunk", placement.chunk_buffers, placement.chunk_bytes)
@@ -286,11 +287,15 @@ class BlockStore:
         elif Plane.WEIGHT in state.hosted:
             self._load_hosted(state)
 
+    def updates_in_place(self, state: BlockState) -> bool:
+        """Whether the whole block is on a device, which updates it there."""
+        return not self.device.is_host and Plane.WEIGHT in state.resident
+
     def start_update(self, state: BlockState) -> None:
         """Hand the pending update to the update lane, or to the device where the whole block is there."""
         assert self.lane is not None and state.pending is not None, state.name
         self.load_resident(state)
-        if not self.device.is_host and Plane.WEIGHT in state.resident:
+        if self.updates_in_place(state):
             self._update_on_device(state)
             return
         planes = [self._in_memory(state, plane) for plane in state.record.state]

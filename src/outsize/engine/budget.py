@@ -9,9 +9,10 @@ then for what is hosted and for the buffers that planes pass through.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
@@ -21,6 +22,9 @@ from outsize.engine import keep, memory
 from outsize.engine.probe import BatchShape, Rehearsal
 from outsize.errors import BudgetError
 from outsize.plan import Direction, Placement, place, place_apart
+from outsize.plan.planner import Choice, choose, prefer, waits
+from outsize.plan.profile import Profile
+from outsize.plan.simulate import Costs
 from outsize.tier import Device
 from outsize.tier.striped import part_bytes
 
@@ -54,6 +58,8 @@ class _Needs:
     """Of the boundary, what waits elsewhere; `boundary_bytes` counts the rest."""
     inputs: Home | None = None
     """Where it waits."""
+    kept: frozenset[str] = frozenset()
+    """Blocks whose activations the boundary holds too."""
 
     @property
     def host_bytes(self) -> int:
@@ -73,6 +79,32 @@ class _Attempt:
     tile_rows: int
     is_roomy: bool
     inputs: Home | None
+    kept_blocks: int = 0
+    """Layers that keep their activations."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """An attempt that fits: `room` bytes are left for planes where blocks compute, `home_room` in a host that does not."""
+
+    attempt: _Attempt
+    needs: _Needs
+    room: int
+    home_room: int
+    placement: Placement
+
+    @property
+    def tile_rows(self) -> int:
+        """Rows that a block computes at once."""
+        return self.attempt.tile_rows
+
+
+@dataclass(frozen=True, slots=True)
+class Foresight:
+    """What the fastest of several placements is found with: the machine, and what computing costs by rows of a tile."""
+
+    profile: Profile
+    costs: Callable[[int], Costs]
 
 
 class Budget:
@@ -81,7 +113,13 @@ class Budget:
     `always_resident`: blocks that cannot be streamed. A limit is the user's, or what is free when memory is placed.
     """
 
-    def __init__(self, settings: Settings, always_resident: frozenset[str], device: Device) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        always_resident: frozenset[str],
+        device: Device,
+        free_host_bytes: Callable[[], int] = memory.available_bytes,
+    ) -> None:
         self.limit_bytes = 0
         self.device_limit_bytes = 0
         self.base_bytes = 0
@@ -93,11 +131,14 @@ class Budget:
         self.placement: Placement | None = None
         self._settings = settings
         self._device = device
+        self._free_host_bytes = free_host_bytes
         self._home_room_bytes = 0
         self._always_resident = always_resident
-        self._kept: frozenset[str] = frozenset()
         self._visit_bytes = 0
-        self._kept_freed_bytes = 0
+        self._fit: Fit | None = None
+        self._least_needs = _Needs(0, 0)
+        self.choices: list[Choice[Fit]] = []
+        """What was simulated, the fastest first; empty where nothing is known of the machine."""
         self._ceiling: memory.Ceiling | None = None
 
     @property
@@ -105,32 +146,55 @@ class Budget:
         """How often freed memory went back to the system before a visit."""
         return self._ceiling.num_times if self._ceiling is not None else 0
 
-    def place(self, records: Sequence[Record], rehearsal: Rehearsal, shape: BatchShape) -> Placement:
-        """Place `records` for calls of this shape. Raises BudgetError where they do not fit, naming what does."""
+    def place(
+        self,
+        records: Sequence[Record],
+        rehearsal: Rehearsal,
+        shape: BatchShape,
+        foresight: Foresight | None = None,
+    ) -> Placement:
+        """Place `records` for calls of this shape; the fastest way that fits, as foreseen, else the largest tiles.
+
+        Raises BudgetError where they do not fit, naming what does.
+        """
         memory.give_back()
         self.base_bytes = memory.resident_bytes()
         limit = self._settings.budgets.host_bytes
-        self.limit_bytes = limit or self.base_bytes + int(0.9 * memory.available_bytes())
+        self.limit_bytes = limit or self.base_bytes + int(0.9 * self._free_host_bytes())
         self._home_room_bytes = self.limit_bytes - self.base_bytes - SLACK_BYTES - _source_bytes(records)
         self.room_bytes = self._home_room_bytes
         if not self._device.is_host:
             free = self._device.free_bytes()
             self.device_limit_bytes = self._settings.budgets.device_bytes or int(0.95 * free)
             self.room_bytes = min(self.device_limit_bytes, free) - DEVICE_SLACK_BYTES
-        self._ceiling = memory.Ceiling(self.limit_bytes - SLACK_BYTES // 2)
-        self.placement = self._largest_that_fits(records, rehearsal, shape)
+        fits = self._fitting(records, rehearsal, shape)
+        self.choices = []
+        fit = self._simplest(fits)
+        if foresight is not None:
+            self.choices = self._compared(fit, fits, records, rehearsal, shape, foresight)
+            fit = replace(self.choices[0].way, placement=self.choices[0].placement)
+        self.activation_bytes, self.host_inputs_bytes = fit.needs.num_bytes, fit.needs.host_bytes
+        self._fit = fit
+        self.placement = fit.placement
+        is_roomy = self._device.is_host and fit.attempt.is_roomy
+        self._ceiling = memory.Ceiling(
+            self.limit_bytes - SLACK_BYTES // 2,
+            self.expected_bytes() + SLACK_BYTES // 2 if is_roomy else None,
+        )
         return self.placement
 
-    def place_with(self, records: Sequence[Record], more_bytes: int) -> Placement:
-        """The placement there would be with `more_bytes` of the host's memory; nothing is changed."""
-        settings = self._settings
-        room, home_room = (
-            self._room_beside_inputs - self.activation_bytes,
-            self._home_room_bytes - self.host_inputs_bytes,
-        )
+    def choices_with(
+        self, more_bytes: int, records: Sequence[Record], rehearsal: Rehearsal, foresight: Foresight
+    ) -> list[Choice[Fit]]:
+        """What could be chosen with `more_bytes` of the host's memory, the fastest first; nothing is changed."""
+        assert self._fit is not None
+        fit = self._fit
+        room, home_room = fit.room, fit.home_room
         if self._device.is_host:
-            return self._place(records, room + more_bytes, settings.home, settings.pins, home_room)
-        return self._place(records, room, settings.home, settings.pins, home_room + more_bytes)
+            larger = replace(fit, room=room + more_bytes, home_room=home_room + more_bytes)
+        else:
+            larger = replace(fit, home_room=home_room + more_bytes)
+        return self._fastest([larger], records, rehearsal, foresight)
 
     def begin_call(self, rehearsal: Rehearsal, shape: BatchShape) -> int:
         """The rows of the largest tile whose memory is within what is left beside the arenas.
@@ -170,7 +234,9 @@ class Budget:
 
     def expected_bytes(self) -> int:
         """What the process will have had at most: beside what is placed, freed memory that is kept where there is room."""
-        return min(self.host_bytes() + self._kept_freed_bytes, self.limit_bytes)
+        assert self._fit is not None
+        kept = self._fit.needs.visit_bytes if self._device.is_host and self._fit.attempt.is_roomy else 0
+        return min(self.host_bytes() + kept, self.limit_bytes)
 
     def device_bytes(self) -> int:
         """What is taken of a device with memory of its own, as placed; else 0."""
@@ -196,64 +262,134 @@ class Budget:
         assert self._ceiling is not None
         self._ceiling.make_room(self._visit_bytes)
 
-    def _largest_that_fits(
-        self, records: Sequence[Record], rehearsal: Rehearsal, shape: BatchShape
-    ) -> Placement:
-        """Give memory to activations first, then to arenas; smaller tiles where that is what makes it fit."""
-        settings = self._settings
-        self._kept = last_layers(rehearsal, settings.pins.kept_blocks or 0)
-        moves_for_slots = not self._device.is_host and settings.pins.inputs is None
-        cramped: tuple[Placement, _Needs] | None = None
+    def _fitting(self, records: Sequence[Record], rehearsal: Rehearsal, shape: BatchShape) -> Iterator[Fit]:
+        """What fits: activations get memory first, then arenas. Raises BudgetError where nothing does."""
         least: _Needs | None = None
         error: BudgetError | None = None
+        any_fits = False
         for attempt in self._attempts(shape):
-            if cramped is not None and attempt.inputs is None:
-                break
-            needs = _needs(rehearsal, shape, attempt.tile_rows, attempt.inputs, self._kept)
-            if least is None or needs.num_bytes + needs.host_bytes <= least.num_bytes + least.host_bytes:
-                least = needs
-            # Freed activations fit badly into one another; with room for a second visit nothing has to be given back.
-            taken = needs.num_bytes + (needs.visit_bytes if attempt.is_roomy else 0)
-            home_room = self._home_room_bytes - needs.host_bytes
-            if self._device.is_host:
-                taken += needs.host_bytes
             try:
-                if needs.host_bytes and home_room < 0:
-                    raise BudgetError(
-                        f"the inputs of blocks take {format_bytes(needs.host_bytes)} of the host's memory, "
-                        f"the budget leaves {format_bytes(max(0, self._home_room_bytes))} for them"
-                    )
-                placement = self._place(
-                    records, max(0, self.room_bytes - taken), settings.home, settings.pins, home_room
-                )
-                if needs.moved_bytes:
-                    placement = replace(placement, inputs=needs.inputs, inputs_bytes=needs.moved_bytes)
-                if needs.inputs is Home.DISK and settings.pins.inputs is None:
-                    disk_bytes(placement, records, settings)  # another way may do without
+                fit = self._fit_for(attempt, records, rehearsal, shape)
             except BudgetError as failure:
                 error = failure
+                needs = _needs_of(attempt, rehearsal, shape)
+                if least is None or needs.num_bytes + needs.host_bytes <= least.num_bytes + least.host_bytes:
+                    least = needs
                 continue
-            if attempt.inputs or not moves_for_slots or placement.is_roomy(settings.pins):
-                self._kept_freed_bytes = needs.visit_bytes if attempt.is_roomy else 0
-                return self._settle(placement, needs)
-            cramped = placement, needs  # it fits, but too few slots are left for transfers beside computing
-        if cramped is not None:
-            return self._settle(*cramped)
+            any_fits = True
+            yield fit
+        if any_fits:
+            return
         assert error is not None and least is not None
+        self._least_needs = least
         self.activation_bytes, self.host_inputs_bytes = least.num_bytes, least.host_bytes
+        fewer = self._most_rows(records, rehearsal, shape)
+        smaller = f"; or a batch of {fewer} instead of {shape.rows}" if fewer else ""
+        smaller += _pinned(self._settings.pins)
         if not self._device.is_host:
-            raise self._too_large_for_device(records, error) from error
+            raise self._too_large_for_device(records, error, smaller) from error
         raise BudgetError(
             f"the model does not fit into {format_bytes(self.limit_bytes)}: {error.message}; "
             f"the process itself has {format_bytes(self.base_bytes)}, "
             f"activations take {format_bytes(self.activation_bytes)}, "
             f"{format_bytes(SLACK_BYTES + _source_bytes(records))} are kept free",
-            hint=self._hint(records, self.limit_bytes - self._room_beside_inputs + self.activation_bytes),
+            hint=self._hint(
+                records, self.limit_bytes - self._room_beside_inputs + self.activation_bytes, smaller
+            ),
         ) from error
 
-    def _settle(self, placement: Placement, needs: _Needs) -> Placement:
-        self.activation_bytes, self.host_inputs_bytes = needs.num_bytes, needs.host_bytes
-        return placement
+    def _fit_for(
+        self, attempt: _Attempt, records: Sequence[Record], rehearsal: Rehearsal, shape: BatchShape
+    ) -> Fit:
+        """Raises BudgetError where it does not fit in this way."""
+        needs = _needs_of(attempt, rehearsal, shape)
+        # Freed activations fit badly into one another; with room for a second visit nothing has to be given back.
+        taken = needs.num_bytes + (needs.visit_bytes if attempt.is_roomy else 0)
+        home_room = self._home_room_bytes - needs.host_bytes
+        if self._device.is_host:
+            taken += needs.host_bytes
+        if needs.host_bytes and home_room < 0:
+            raise BudgetError(
+                f"the inputs of blocks take {format_bytes(needs.host_bytes)} of the host's memory, "
+                f"the budget leaves {format_bytes(max(0, self._home_room_bytes))} for them"
+            )
+        room = max(0, self.room_bytes - taken)
+        placement = self._place(records, needs, room, home_room, self._settings.pins)
+        if needs.inputs is Home.DISK and self._settings.pins.inputs is None:
+            disk_bytes(placement, self._settings)  # another way may do without
+        return Fit(attempt, needs, room, home_room, placement)
+
+    def _most_rows(self, records: Sequence[Record], rehearsal: Rehearsal, shape: BatchShape) -> int:
+        """The largest batch that fits, of fewer rows than `shape` has; 0 where none does."""
+        most, too_many = 0, shape.rows or 1
+        while too_many - most > 1:
+            rows = (most + too_many) // 2
+            if self._any_fits(records, rehearsal, replace(shape, rows=rows)):
+                most = rows
+            else:
+                too_many = rows
+        return most
+
+    def _any_fits(self, records: Sequence[Record], rehearsal: Rehearsal, shape: BatchShape) -> bool:
+        for attempt in self._attempts(shape):
+            with suppress(BudgetError):
+                self._fit_for(attempt, records, rehearsal, shape)
+                return True
+        return False
+
+    def _simplest(self, fits: Iterator[Fit]) -> Fit:
+        """The largest tiles that fit, unless too few slots are then left for transfers beside computing."""
+        moves_for_slots = not self._device.is_host and self._settings.pins.inputs is None
+        cramped: Fit | None = None
+        for fit in fits:
+            if cramped is not None and fit.attempt.inputs is None:
+                break
+            if fit.attempt.inputs or not moves_for_slots or fit.placement.is_roomy(self._settings.pins):
+                return fit
+            cramped = fit
+        assert cramped is not None
+        return cramped
+
+    def _compared(
+        self,
+        fit: Fit,
+        others: Iterator[Fit],
+        records: Sequence[Record],
+        rehearsal: Rehearsal,
+        shape: BatchShape,
+        foresight: Foresight,
+    ) -> list[Choice[Fit]]:
+        """All plans that are worth simulating, the fastest first: with more activations kept, and with smaller tiles."""
+        keeping = []
+        if self._settings.pins.kept_blocks is None:
+            count = len(rehearsal.activations)
+            for part in (count, 3 * count // 4, count // 2, count // 4):
+                with suppress(BudgetError):
+                    attempt = replace(fit.attempt, kept_blocks=part)
+                    keeping.append(self._fit_for(attempt, records, rehearsal, shape))
+        best = self._fastest([fit, *keeping], records, rehearsal, foresight)
+        if waits(best[0].simulation):
+            smaller = [
+                other
+                for other in others
+                if min(fit.tile_rows, other.tile_rows) * shape.row_tokens >= FEWEST_TILE_TOKENS
+            ]
+            best = prefer(best, self._fastest(smaller, records, rehearsal, foresight))
+        return best
+
+    def _fastest(
+        self, fits: Iterable[Fit], records: Sequence[Record], rehearsal: Rehearsal, foresight: Foresight
+    ) -> list[Choice[Fit]]:
+        ways = (
+            (
+                fit,
+                partial(self._place, records, fit.needs, fit.room, fit.home_room),
+                partial(foresight.costs, fit.tile_rows),
+            )
+            for fit in fits
+        )
+        by_name = {record.name: record for record in records}
+        return choose(ways, rehearsal.visits, by_name, foresight.profile, self._settings.pins)
 
     @property
     def _room_beside_inputs(self) -> int:
@@ -263,6 +399,7 @@ class Budget:
     def _attempts(self, shape: BatchShape) -> Iterator[_Attempt]:
         """What is tried, the fastest first: inputs go to the disk only where tiles would become too small otherwise."""
         pins, is_host = self._settings.pins, self._device.is_host
+        kept = pins.kept_blocks or 0
         sizes = [self._wanted_tile_rows(shape)]
         while sizes[-1] > 1 and pins.tile_rows is None:
             sizes.append(-(-sizes[-1] // 2))
@@ -272,16 +409,23 @@ class Budget:
             stays = pins.inputs == Home.DEVICE or (is_host and pins.inputs == Home.HOST)
             near, far = [None if stays else Home(pins.inputs)], []
         if is_host:
-            yield _Attempt(sizes[0], True, near[0])
+            yield _Attempt(sizes[0], True, near[0], kept)
         enough = [rows for rows in sizes if rows == sizes[0] or rows * shape.row_tokens >= FEWEST_TILE_TOKENS]
         for some, homes in ((enough, near), (sizes, far), (sizes[len(enough) :], near)):
-            yield from (_Attempt(rows, False, home) for rows in some for home in homes)
+            yield from (_Attempt(rows, False, home, kept) for rows in some for home in homes)
 
     def _place(
-        self, records: Sequence[Record], room: int, home: Home | None, pins: Pins, home_room: int
+        self,
+        records: Sequence[Record],
+        needs: _Needs,
+        room: int,
+        home_room: int,
+        pins: Pins,
+        home: Home | None = None,
     ) -> Placement:
-        """A placement that leaves `room` for arenas where blocks compute, and `home_room` in a host that does not."""
+        """A placement that leaves `room` for planes where blocks compute, and `home_room` in a host that does not."""
         has_disk = self._settings.budgets.disks != ()
+        home = home or self._settings.home
         if self._device.is_host:
             placement = place(
                 records,
@@ -289,7 +433,7 @@ class Budget:
                 home=home,
                 has_disk=has_disk,
                 always_resident=self._always_resident,
-                kept=self._kept,
+                kept=needs.kept,
                 pins=pins,
             )
         else:
@@ -300,10 +444,11 @@ class Budget:
                 home=home,
                 has_disk=has_disk,
                 always_resident=self._always_resident,
-                kept=self._kept,
+                kept=needs.kept,
                 pins=pins,
             )
-        return replace(placement, kept=self._kept)
+        inputs = needs.inputs if needs.moved_bytes else None
+        return replace(placement, kept=needs.kept, inputs=inputs, inputs_bytes=needs.moved_bytes)
 
     @property
     def _computes_in(self) -> str:
@@ -316,12 +461,17 @@ class Budget:
         """The placement that takes the least memory."""
         pins = self._settings.pins
         home = self._settings.home or (Home.DISK if self._settings.budgets.disks != () else Home.HOST)
-        slots = Pins(
-            weight_slots=pins.weight_slots or 1, gradient_slots=pins.gradient_slots or 1, resident_bytes=0
+        slots = replace(
+            pins,
+            weight_slots=pins.weight_slots or 1,
+            gradient_slots=pins.gradient_slots or 1,
+            resident_bytes=0,
         )
-        return self._place(records, 1 << 60, home, slots, 1 << 60)
+        return self._place(records, self._least_needs, 1 << 60, 1 << 60, slots, home)
 
-    def _too_large_for_device(self, records: Sequence[Record], error: BudgetError) -> BudgetError:
+    def _too_large_for_device(
+        self, records: Sequence[Record], error: BudgetError, smaller: str
+    ) -> BudgetError:
         """What is short, on the device or in the host's memory, and the smallest budgets that work."""
         least = self._least(records)
         device = self.activation_bytes + least.compute_bytes + DEVICE_SLACK_BYTES + HINT_MARGIN_BYTES
@@ -333,7 +483,7 @@ class Budget:
             + HINT_MARGIN_BYTES
         )
         has_disk = self._settings.budgets.disks != ()
-        hint = f'device="{-(-device // 2**20)}MiB" with host="{-(-host // 2**20)}MiB" works with this batch'
+        hint = f'device="{-(-device // 2**20)}MiB" with host="{-(-host // 2**20)}MiB" works with this batch{smaller}'
         return BudgetError(
             f"the model does not fit into {format_bytes(self.device_limit_bytes)} of the device and "
             f"{format_bytes(self.limit_bytes)} of the host: {error.message}; activations take "
@@ -341,12 +491,12 @@ class Budget:
             hint=hint if has_disk else f'{hint}; or give a folder on an SSD with disk="..."',
         )
 
-    def _hint(self, records: Sequence[Record], fixed_bytes: int) -> str:
+    def _hint(self, records: Sequence[Record], fixed_bytes: int, smaller: str) -> str:
         """The smallest budget that works."""
         has_disk = self._settings.budgets.disks != ()
         least = self._least(records)
         needed = -(-(fixed_bytes + least.arena_bytes + HINT_MARGIN_BYTES) // (1 << 20))
-        hint = f'host="{needed}MiB" works with this batch'
+        hint = f'host="{needed}MiB" works with this batch{smaller}'
         return hint if has_disk else f'{hint}; or give a folder on an SSD with disk="..."'
 
     def _wanted_tile_rows(self, shape: BatchShape) -> int:
@@ -356,18 +506,22 @@ class Budget:
         return max(1, min(rows, wanted))
 
 
-def store_bytes(placement: Placement, records: Sequence[Record], settings: Settings) -> int:
-    """What records take on disk; 0 where none lives there."""
-    if not placement.disk_bytes or not settings.budgets.disks:
-        return 0
-    return sum(record.num_bytes for record in records)
+def _pinned(pins: Pins) -> str:
+    """The pins that take memory, as the end of a hint."""
+    taken = {
+        "weight_slots": pins.weight_slots,
+        "gradient_slots": pins.gradient_slots,
+        "resident": pins.resident,
+    }
+    named = [f"{name}={value}" for name, value in taken.items() if value is not None]
+    return f"; or pin less than {', '.join(named)}" if named else ""
 
 
-def disk_bytes(placement: Placement, records: Sequence[Record], settings: Settings) -> int:
+def disk_bytes(placement: Placement, settings: Settings) -> int:
     """What records and inputs of blocks take on disk. Raises BudgetError where that is not allowed."""
     disks = settings.budgets.disks
-    store = store_bytes(placement, records, settings)
     inputs = placement.inputs_bytes if placement.inputs is Home.DISK else 0
+    store = placement.disk_bytes if disks else 0
     num_bytes = store + inputs
     share = num_bytes if len(disks) < 2 else sum(part_bytes(each, len(disks)) for each in (store, inputs))
     for disk in disks:
@@ -411,12 +565,17 @@ def _needs(
     boundary = rehearsal.boundary_bytes.at(rows) + kept_bytes(rehearsal, shape, tile_rows, kept)
     each = rehearsal.input_bytes.at(rows)
     if inputs is None or each < keep.LEAST_BYTES:
-        return _Needs(boundary, visit)
+        return _Needs(boundary, visit, kept=kept)
     movable = rehearsal.movable_bytes.at(rows)
     num_kept = sum(v.block in kept and v.direction is Direction.FORWARD for v in rehearsal.visits)
     # Each input takes whole pages.
     moved = align(movable + ALIGNMENT * len(rehearsal.visits))
-    return _Needs(boundary - movable + (keep.COPIES + num_kept) * each, visit, moved, inputs)
+    return _Needs(boundary - movable + (keep.COPIES + num_kept) * each, visit, moved, inputs, kept)
+
+
+def _needs_of(attempt: _Attempt, rehearsal: Rehearsal, shape: BatchShape) -> _Needs:
+    kept = last_layers(rehearsal, attempt.kept_blocks)
+    return _needs(rehearsal, shape, attempt.tile_rows, attempt.inputs, kept)
 
 
 def _source_bytes(records: Sequence[Record]) -> int:

@@ -14,6 +14,7 @@ from contextlib import ExitStack, contextmanager, suppress
 
 from outsize.block import Plane
 from outsize.engine.blocks import BlockState, BlockStore
+from outsize.engine.recorder import Recorder
 from outsize.errors import UsageError
 from outsize.plan import (
     Backward,
@@ -46,6 +47,7 @@ class Executor:
         self.executed: list[Op] = []
         self.off_plan: Counter[str] = Counter()
         self.wait_s: defaultdict[str, float] = defaultdict(float)
+        self.recorder: Recorder | None = None
         self._index = 0
         self._expected: list[Visit] = []
         self._held: list[str] = []
@@ -82,6 +84,8 @@ class Executor:
         assert self._depth == 0, f"{visits[0].block} is visited inside another visit"
         for visit in visits:
             self._reach(visit)
+        recorder = self.recorder
+        began = recorder.moment() if recorder is not None else None
         states = [self.store[visit.block] for visit in visits]
         for visit, state in zip(visits, states, strict=True):
             if visit.trains and visit.direction is Direction.BACKWARD:
@@ -95,6 +99,8 @@ class Executor:
             raise
         finally:
             self._depth -= 1
+        if recorder is not None and began is not None:
+            recorder.visited(visits, began)
         self._proceed()
 
     @contextmanager
@@ -177,15 +183,19 @@ class Executor:
     def _run_next(self) -> None:
         op = self.plan.ops[self._index]
         plane: Plane | None = getattr(op, "plane", None)
+        recorder, state = self.recorder, self.store[op.block]
+        began = recorder.moment() if recorder is not None else None
         start = time.perf_counter()
         try:
-            self._runners[type(op), plane](self.store[op.block])
+            self._runners[type(op), plane](state)
         except BaseException:
             self._abandon()
             raise
         finally:
             if isinstance(op, Wait | Free):
                 self.wait_s[f"{op.verb} {plane}"] += time.perf_counter() - start
+        if recorder is not None and began is not None:
+            recorder.ran(op, began, in_place=self.store.updates_in_place(state))
         match op:
             case Read(block, Plane.WEIGHT):
                 self._held.append(block)

@@ -10,7 +10,7 @@ transforms them (Gemma 2) or computes a loss of its own (T5) is right as well, a
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -216,7 +216,7 @@ def measured_tiles(
     count = min(num_tokens, max(1, tile_elements(device) // rows))
     hidden = torch.zeros(count, width, dtype=session.dtype, device=device)
     values = {head.weight: torch.zeros(rows, width, dtype=session.dtype, device=device)}
-    autocast = Autocast(device.type, False, torch.bfloat16)
+    autocast = replace(Autocast.current(session.device), enabled=False)
     largest, total = torch.zeros(count, device=device), torch.ones(count, device=device)
     place = torch.zeros(count, 1, dtype=torch.long, device=device)
     gradient = torch.zeros(count, width, device=device)

@@ -49,6 +49,7 @@ class Autocast:
     def current(cls, device: Device) -> Autocast:
         """The state now."""
         kind = device.torch_device.type
+        kind = "cpu" if kind == "meta" else kind
         return cls(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
 
     def restore(self) -> torch.autocast:

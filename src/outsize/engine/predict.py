@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,23 +11,24 @@ from torch import nn
 from outsize.block import Record
 from outsize.config import format_bytes
 from outsize.engine import memory
+from outsize.engine.budget import Fit
 from outsize.engine.probe import BatchShape, Rehearsal
 from outsize.engine.session import Session, session_of
-from outsize.engine.timing import measure_costs
 from outsize.errors import UsageError
 from outsize.plan import Placement
-from outsize.plan.profile import Profile, Resource
+from outsize.plan.planner import Choice
+from outsize.plan.profile import WORDS, Profile, Resource
 from outsize.plan.simulate import Costs, Simulation, simulate
+from outsize.plan.timeline import Timeline
 
-_WORDS = {
-    Resource.COMPUTE: "computing",
-    Resource.UPDATE: "updating weights",
-    Resource.READ: "reading the disk",
-    Resource.WRITE: "writing the disk",
-    Resource.UP: "copying to the device",
-    Resource.DOWN: "copying from the device",
-}
+SPREAD = 0.1
+"""Part of a step by which predictions are off, as a rule (benchmarks/results)."""
 
+WORTH_A_RESTART = 1.1
+"""Another plan is named when it makes a step faster by more."""
+
+SLOWEST = 16.0
+"""By which factor a disk is at most taken to be slower than it was measured."""
 
 WORTH_SAYING = 1.05
 """A remedy that makes a step faster by less is not named."""
@@ -57,11 +58,19 @@ class Prediction:
     disk_endurance_bytes: float | None
     remedies: tuple[Remedy, ...] = ()
     """What would make a step shorter, most first."""
+    device_bytes: int = 0
+    """Of a device with memory of its own."""
 
     @property
     def tokens_per_s(self) -> float:
         """Tokens of a step over its time."""
         return self.num_tokens / self.step_s
+
+    @property
+    def endurance_steps(self) -> float | None:
+        """Steps in the life of the disk; None where it is not written to, or nobody knows its life."""
+        life = self.disk_endurance_bytes
+        return life / self.bytes_written if life and self.bytes_written else None
 
     @property
     def stalled_s(self) -> float:
@@ -78,30 +87,42 @@ class Prediction:
         """To the disk, per step."""
         return self.simulation.bytes_moved.get(Resource.WRITE, 0)
 
+    def timeline(self) -> Timeline:
+        """The step in time; memory is what each tier has at most."""
+        memory_bytes = {"host": self.host_bytes} | (
+            {"device": self.device_bytes} if self.device_bytes else {}
+        )
+        return Timeline.simulated(self.simulation, memory_bytes)
+
     def __str__(self) -> str:
         busy = self.simulation.busy_s
         parts = sorted(busy, key=lambda resource: -busy[resource])
+        least, most = self.step_s * (1 - SPREAD), self.step_s * (1 + SPREAD)
         lines = [
-            f"predicted: {self.step_s:.2f} s per step of {self.num_tokens:,} tokens, {self.tokens_per_s:,.0f} tokens/s",
+            f"predicted: {self.step_s:.2f} s per step of {self.num_tokens:,} tokens ({least:.2f} to {most:.2f}), "
+            f"{self.tokens_per_s:,.4g} tokens/s",
             "busy: "
             + ", ".join(
-                f"{_WORDS[resource]} {busy[resource] / self.step_s:.0%}"
+                f"{WORDS[resource]} {busy[resource] / self.step_s:.0%}"
                 for resource in parts
                 if busy[resource] > 0.005 * self.step_s
             ),
         ]
         stalls = self.simulation.stall_s
         if self.stalled_s > 0.01 * self.step_s:
-            most = max(stalls, key=lambda resource: stalls[resource])
-            lines.append(f"computing waits {self.stalled_s:.2f} s per step, mostly for {_WORDS[most]}")
+            cause = max(stalls, key=lambda resource: stalls[resource])
+            lines.append(f"computing waits {self.stalled_s:.2f} s per step, mostly for {WORDS[cause]}")
         else:
             lines.append("computing waits for nothing: only a faster processor would make a step shorter")
         if self.remedies:
             lines.append("what would help: " + "; ".join(map(str, self.remedies)))
         if self.bytes_written:
-            life = self.disk_endurance_bytes
-            worn = f"; the drive's life is {life / self.bytes_written:,.0f} steps" if life else ""
-            lines.append(f"written to the disk: {format_bytes(self.bytes_written)} per step{worn}")
+            worn = self.endurance_steps
+            lines.append(
+                f"written to the disk: {format_bytes(self.bytes_written)} per step, "
+                f"{format_bytes(1000 * self.bytes_written)} in 1,000 steps"
+                + (f"; the drive's life is {worn:,.0f} steps" if worn else "")
+            )
         return "\n".join(lines)
 
 
@@ -137,69 +158,106 @@ def predict_call(
     placement: Placement,
     profile: Profile,
 ) -> Prediction:
-    """Time blocks and simulate steps of such calls."""
-    costs = measure_costs(session, rehearsal, shape, tile_rows, records, profile)
-    by_name: Mapping[str, Record] = {record.name: record for record in records}
+    """Simulate steps of such calls, with blocks timed where they were not yet."""
+    foresight = session.foresight(profile, rehearsal, shape, records)
+    costs = foresight.costs(tile_rows)
+    by_name = {record.name: record for record in records}
     simulation = simulate(rehearsal.visits, by_name, placement, profile, costs)
     num_tokens = (shape.rows or 1) * shape.row_tokens
+
+    def step_with(other: Profile, own: Costs = costs) -> float:
+        return simulate(rehearsal.visits, by_name, placement, other, own).step_s
+
+    remedies = _remedies(profile, costs, step_with)
+    budget = session.budget
+    if placement.disk_bytes and session.settings.home is None:
+        more = max(1 << 30, budget.limit_bytes // 4)
+        larger = budget.choices_with(more, records, rehearsal, foresight)
+        remedies[f"{format_bytes(more)} more memory"] = larger[0].step_s
+    found = [Remedy(what, simulation.step_s / step_s) for what, step_s in remedies.items()]
     return Prediction(
         simulation.step_s,
         num_tokens,
-        session.budget.expected_bytes(),
+        budget.expected_bytes(),
         simulation,
         costs,
         profile.disk_endurance_bytes,
-        _remedies(session, rehearsal, by_name, placement, profile, costs, simulation.step_s),
+        tuple(sorted((r for r in found if r.speedup >= WORTH_SAYING), key=lambda r: -r.speedup)),
+        budget.device_bytes(),
     )
 
 
-def _remedies(
-    session: Session,
-    rehearsal: Rehearsal,
-    records: Mapping[str, Record],
-    placement: Placement,
-    profile: Profile,
-    costs: Costs,
-    step_s: float,
-) -> tuple[Remedy, ...]:
-    """Simulate the same steps with twice of each thing that could be bought."""
+@dataclass(frozen=True, slots=True)
+class Advice:
+    """Another plan that would be faster than the one that runs, as far as has been measured; seconds of a step."""
 
-    def step_with(other: Profile, place: Placement = placement, own: Costs = costs) -> float:
-        return simulate(rehearsal.visits, records, place, other, own).step_s
+    step_s: float
+    other_step_s: float
+    pins: str
 
-    tried: dict[str, Callable[[], float]] = {
-        "a second disk": lambda: step_with(
-            replace(profile, disk_read=2 * profile.disk_read, disk_write=2 * profile.disk_write)
-        ),
-        "a processor twice as fast": lambda: (
-            step_with(
-                replace(profile, update=2 * profile.update, host_copy=2 * profile.host_copy),
-                own=_halved(costs),
-            )
-            if not profile.has_device
-            else step_with(profile, own=_halved(costs))
-        ),
+    def __str__(self) -> str:
+        return f"a step takes {self.step_s:.2f} s; with {self.pins} it would take about {self.other_step_s:.2f} s"
+
+
+def advise(model: nn.Module, profile: Profile, step_s: float, stalled_s: float) -> Advice | None:
+    """A plan that is faster by more than a tenth, when figures are corrected by a step that was measured; else None.
+
+    `stalled_s` of the step's `step_s` seconds computing waited. What computing costs is corrected first, and then, where
+    that does not explain the step, the rates of the disk. Plans are those that were compared when memory was laid out:
+    none where the model was opened without a profile.
+    """
+    session = session_of(model)
+    call, choices = session.last_training_call, session.budget.choices
+    if call is None or len(choices) < 2 or session.executor is None:
+        return None
+    records = session.executor.store.records
+    taken = choices[0]
+    busy_s = taken.simulation.busy_s.get(Resource.COMPUTE, 0.0)
+    factor = (step_s - stalled_s) / busy_s if busy_s else 1.0
+
+    def simulated_s(choice: Choice[Fit], slower: float) -> float:
+        own = replace(
+            profile,
+            disk_read=profile.disk_read / slower,
+            disk_write=profile.disk_write / slower,
+        )
+        costs = choice.costs.scaled(factor)
+        return simulate(call.rehearsal.visits, records, choice.placement, own, costs).step_s
+
+    slower = 1.0
+    while simulated_s(taken, slower) < step_s * 0.95 and slower < SLOWEST:
+        slower *= 1.1
+    now_s = simulated_s(taken, slower)
+    best_s, best = min(((simulated_s(each, slower), each) for each in choices[1:]), key=lambda pair: pair[0])
+    if best_s * WORTH_A_RESTART > now_s:
+        return None
+    return Advice(step_s, step_s * best_s / now_s, pins_text(best))
+
+
+def pins_text(choice: Choice[Fit]) -> str:
+    """The options of the command line that choose a plan."""
+    pins, attempt = choice.pins, choice.way.attempt
+    values = {
+        "tile_rows": attempt.tile_rows,
+        "kept_blocks": attempt.kept_blocks,
+        "inputs": attempt.inputs,
+        "weight_slots": pins.weight_slots,
+        "gradient_slots": pins.gradient_slots,
+        "resident": None if pins.resident is None else ",".join(map(str, pins.resident)),
+        "resident_bytes": pins.resident_bytes,
     }
-    if profile.up is not None and profile.down is not None:
-        up, down = profile.up, profile.down
-        tried["a link twice as fast"] = lambda: step_with(replace(profile, up=2 * up, down=2 * down))
-    if (
-        placement.disk_bytes
-        and session.settings.home is None
-        and session.settings.pins.resident_bytes is None
-    ):
-        more = max(1 << 30, session.budget.limit_bytes // 4)
-        larger = session.budget.place_with(list(records.values()), more)
-        tried[f"{format_bytes(more)} more memory"] = lambda: step_with(profile, larger)
-    found = [Remedy(what, step_s / simulated()) for what, simulated in tried.items()]
-    worth = [remedy for remedy in found if remedy.speedup >= WORTH_SAYING]
-    return tuple(sorted(worth, key=lambda remedy: -remedy.speedup))
+    return " ".join(f"--pin {name}={value}" for name, value in values.items() if value is not None)
 
 
-def _halved(costs: Costs) -> Costs:
-    return Costs(
-        {block: seconds / 2 for block, seconds in costs.forward_s.items()},
-        {block: seconds / 2 for block, seconds in costs.backward_s.items()},
-        costs.between_s / 2,
-        {block: seconds / 2 for block, seconds in costs.kept_backward_s.items()},
-    )
+def _remedies(profile: Profile, costs: Costs, step_with: Callable[..., float]) -> dict[str, float]:
+    """Steps with twice of each thing that could be bought, in seconds."""
+    halved = costs.scaled(0.5)
+    disks = replace(profile, disk_read=2 * profile.disk_read, disk_write=2 * profile.disk_write)
+    found = {"a second disk": step_with(disks)}
+    if profile.up is None or profile.down is None:
+        faster = replace(profile, update=2 * profile.update, host_copy=2 * profile.host_copy)
+        found["a processor twice as fast"] = step_with(faster, halved)
+    else:
+        found["a device twice as fast"] = step_with(profile, halved)
+        found["a link twice as fast"] = step_with(replace(profile, up=2 * profile.up, down=2 * profile.down))
+    return found

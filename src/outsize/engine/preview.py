@@ -2,66 +2,40 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from contextlib import nullcontext, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from outsize.config import Disk, Pins, format_bytes
+from outsize.config import Budgets, ComputeType, Disk, Pins, Settings, format_bytes
 from outsize.engine import api, memory
 from outsize.engine.blocks import DTYPES
-from outsize.engine.budget import disk_bytes
-from outsize.engine.predict import Prediction, predict_call
-from outsize.engine.probe import batch_shape
-from outsize.engine.report import Row, placement_rows
+from outsize.engine.budget import Fit, disk_bytes
+from outsize.engine.counting import on_paper
+from outsize.engine.predict import pins_text, predict_call
+from outsize.engine.probe import BatchShape, Rehearsal, batch_shape
+from outsize.engine.report import placement_rows
 from outsize.engine.session import Session
+from outsize.engine.summary import Alternative, PlanSummary
 from outsize.errors import BudgetError, ConfigError, ModelError
 from outsize.model import TensorSource, cut, longest_sequence, open_skeleton, resolve_folder
 from outsize.optim import ADAMW
 from outsize.plan import Placement, SlotClass
+from outsize.plan.planner import Choice
 from outsize.plan.profile import Profile
+from outsize.tier import PaperDevice
 
+_PREFERRED = (ComputeType.BFLOAT16, ComputeType.FLOAT32)
 
-@dataclass(frozen=True)
-class PlanSummary:
-    """Where everything would live; `reason` says why it does not fit, with the nearest setting that does."""
+NUM_ALTERNATIVES = 3
 
-    fits: bool
-    reason: str
-    rows: tuple[Row, ...]
-    slots: tuple[str, ...]
-    num_parameters: int
-    num_blocks: int
-    host_budget_bytes: int
-    host_bytes: int
-    disk_bytes: int
-    device_budget_bytes: int = 0
-    device_bytes: int = 0
-    prediction: Prediction | None = None
-    """What a step takes; None where no profile was given."""
+LEAST_LENGTH = 16
+"""Shorter sequences are not suggested."""
 
-    def __str__(self) -> str:
-        lines = [f"{self.num_parameters / 1e6:.1f} M parameters in {self.num_blocks} blocks"]
-        if not self.fits:
-            return "\n".join([*lines, f"does not fit: {self.reason}"])
-        width = max(len(row.what) for row in self.rows)
-        lines += [
-            f"{row.tier:<5} {row.what:<{width}}  {format_bytes(row.num_bytes):>10}" for row in self.rows
-        ]
-        lines += list(self.slots)
-        lines.append(
-            "fits: "
-            + (
-                f"{format_bytes(self.device_bytes)} of {format_bytes(self.device_budget_bytes)} of the device, "
-                if self.device_bytes
-                else ""
-            )
-            + f"{format_bytes(self.host_bytes)} of {format_bytes(self.host_budget_bytes)} of memory"
-            + (f", {format_bytes(self.disk_bytes)} of disk" if self.disk_bytes else "")
-        )
-        if self.prediction is not None:
-            lines.append(str(self.prediction))
-        return "\n".join(lines)
+TELLING = 1.01
+"""A plan is named beside others where it is slower by this factor."""
 
 
 def preview(
@@ -77,20 +51,28 @@ def preview(
     seq_len: int = 512,
     train: bool = True,
     profile: Profile | None = None,
+    hardware: Profile | None = None,
 ) -> PlanSummary:
     """Say what lives where, and whether it fits, for batches of `[batch_size, seq_len]` tokens.
 
-    With a `profile` of the machine one block of each kind is timed, and a step is predicted. Reads no weights and stores
-    nothing. Raises ModelError or ConfigError for what cannot be opened at all.
+    With a `profile` of this machine one block of each kind is timed, plans are compared, and a step is predicted. With
+    `hardware`, the profile of another machine, that one is planned for: its memory is the budget where none is given, and
+    operations are counted instead of timed. Reads no weights and stores nothing. Raises ModelError or ConfigError for what
+    cannot be opened at all.
     """
     for name, value in (("batch_size", batch_size), ("seq_len", seq_len)):
         if value < 1:
             raise ConfigError(f"{name}: {value} is less than 1", hint=f"pass {name} 1 or more")
-    settings = api.resolve_settings(device, host, disk, home, dtype, pins)
+    if hardware is None:
+        settings = api.resolve_settings(device, host, disk, home, dtype, pins)
+        computes_on = api.open_device(settings)
+    else:
+        settings = _settings_elsewhere(hardware, device, host, disk, home, dtype, pins)
+        computes_on = PaperDevice(hardware.device_bytes if hardware.has_device else None)
     memory.keep_freed_memory()
     memory.bound_kernel_caches()
     module = open_skeleton(resolve_folder(path), DTYPES[settings.compute_type])
-    session = Session(module, cut(module), TensorSource({}), settings, api.open_device(settings))
+    session = Session(module, cut(module), TensorSource({}), settings, computes_on, hardware or profile)
     if getattr(module, "main_input_name", None) != "input_ids":
         raise ModelError(
             f"{type(module).__name__} does not take text",
@@ -105,33 +87,41 @@ def preview(
     module.train(train)
     if train:
         session.rule = ADAMW
+    else:
+        module.requires_grad_(False)
+    with on_paper() if hardware is not None else nullcontext(), torch.set_grad_enabled(train):
+        return _summary(session, batch_size, seq_len)
+
+
+def _summary(session: Session, batch_size: int, seq_len: int) -> PlanSummary:
+    """The plan for training, or, without gradients, for generating."""
+    budget, profile = session.budget, session.profile
     num_parameters = sum(parameter.numel() for parameter in session.parameters.values())
-    ids = torch.zeros(batch_size, seq_len, dtype=torch.long)
-    kwargs = {"input_ids": ids, "labels": ids, "use_cache": False}
-    shape = batch_shape(module, (), kwargs)
-    with torch.set_grad_enabled(train):
-        rehearsal = session.rehearse_with_labels(kwargs, shape)
+    rehearsal, shape = _rehearse(session, batch_size, seq_len)
     try:
         records, placement = session.decide(rehearsal, shape)
-        num_disk_bytes = disk_bytes(placement, records, settings)
+        num_disk_bytes = disk_bytes(placement, session.settings)
     except BudgetError as error:
         return PlanSummary(
-            False,
-            str(error),
-            (),
-            (),
-            num_parameters,
-            len(session.cut.blocks),
-            session.budget.limit_bytes,
-            0,
-            0,
-            session.budget.device_limit_bytes,
+            fits=False,
+            reason=f"{error}{_shorter(session, batch_size, seq_len)}",
+            rows=(),
+            slots=(),
+            num_parameters=num_parameters,
+            num_blocks=len(session.cut.blocks),
+            host_budget_bytes=budget.limit_bytes,
+            host_bytes=0,
+            disk_bytes=0,
+            device_budget_bytes=budget.device_limit_bytes,
         )
     prediction = None
     if profile is not None:
-        tile_rows = session.budget.begin_call(rehearsal, shape)
-        with torch.set_grad_enabled(train):
-            prediction = predict_call(session, rehearsal, shape, tile_rows, records, placement, profile)
+        if torch.is_grad_enabled():
+            tile_rows = budget.begin_call(rehearsal, shape)
+        else:  # what takes the time of generating is one token after the other
+            rehearsal, shape = _rehearse(session, batch_size, 1)
+            tile_rows = batch_size
+        prediction = predict_call(session, rehearsal, shape, tile_rows, records, placement, profile)
     return PlanSummary(
         fits=True,
         reason="",
@@ -139,13 +129,67 @@ def preview(
         slots=_slots(placement),
         num_parameters=num_parameters,
         num_blocks=len(records),
-        host_budget_bytes=session.budget.limit_bytes,
-        host_bytes=session.budget.host_bytes(),
+        host_budget_bytes=budget.limit_bytes,
+        host_bytes=budget.host_bytes(),
         disk_bytes=num_disk_bytes,
-        device_budget_bytes=session.budget.device_limit_bytes,
-        device_bytes=session.budget.device_bytes(),
+        device_budget_bytes=budget.device_limit_bytes,
+        device_bytes=budget.device_bytes(),
         prediction=prediction,
+        alternatives=_alternatives(budget.choices),
+        pins=pins_text(budget.choices[0]) if budget.choices else "",
     )
+
+
+def _shorter(session: Session, batch_size: int, seq_len: int) -> str:
+    """The longest of some shorter sequences that fits, as a part of a hint."""
+    session.profile = None  # whether it fits is all that is asked
+    for length in (seq_len * 3 // 4, seq_len // 2, seq_len // 4, seq_len // 8):
+        if length < LEAST_LENGTH:
+            break
+        with suppress(BudgetError):
+            _, placement = session.decide(*_rehearse(session, batch_size, length))
+            disk_bytes(placement, session.settings)
+            return f"; or sequences of {length}"
+    return ""
+
+
+def _rehearse(session: Session, rows: int, seq_len: int) -> tuple[Rehearsal, BatchShape]:
+    ids = torch.zeros(rows, seq_len, dtype=torch.long)
+    kwargs = {"input_ids": ids, "labels": ids, "use_cache": False}
+    shape = batch_shape(session.module, (), kwargs)
+    return session.rehearse_with_labels(kwargs, shape), shape
+
+
+def _settings_elsewhere(
+    hardware: Profile,
+    device: str | int | None,
+    host: str | int | None,
+    disk: Disk | None,
+    home: str | None,
+    dtype: str | torch.dtype | None,
+    pins: Pins | None,
+) -> Settings:
+    """The arguments of `load` on another machine, whose disk is there unless a home says that it is not used."""
+    if dtype is None:
+        dtype = next((kind for kind in _PREFERRED if kind in hardware.matmul), None)
+    if device is not None and not hardware.has_device:
+        raise ConfigError(
+            f"device={device!r}: {hardware.name} has no device of its own", hint="leave device= out"
+        )
+    settings = api.resolve_settings(None, host, "." if disk is None else disk, home, dtype, pins)
+    device_bytes = Budgets.parse(device, None, None).device_bytes
+    return replace(settings, budgets=replace(settings.budgets, device_bytes=device_bytes))
+
+
+def _alternatives(choices: Sequence[Choice[Fit]]) -> tuple[Alternative, ...]:
+    """The next best, each slower than the one before by more than nothing."""
+    found: list[Alternative] = []
+    slowest = choices[0].step_s if choices else 0.0
+    for choice in choices[1:]:
+        if choice.step_s > slowest * TELLING and len(found) < NUM_ALTERNATIVES:
+            found.append(Alternative(choice.step_s, pins_text(choice)))
+            slowest = choice.step_s
+    return tuple(found)
 
 
 def _slots(placement: Placement) -> tuple[str, ...]:

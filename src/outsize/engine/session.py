@@ -26,9 +26,10 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from outsize.block import Block, Entry, Piece, Plane, Record
 from outsize.config import Home, Settings
+from outsize.engine import memory
 from outsize.engine.batch import BatchDims, Tile, tiles
 from outsize.engine.blocks import DTYPES, BlockState, BlockStore, close_workers
-from outsize.engine.budget import Budget, disk_bytes, store_bytes
+from outsize.engine.budget import Budget, Foresight, disk_bytes
 from outsize.engine.embedding import Embedding
 from outsize.engine.executor import Executor
 from outsize.engine.guard import Guard
@@ -37,10 +38,13 @@ from outsize.engine.keep import Keeper
 from outsize.engine.layer import Layer, Loose
 from outsize.engine.placeholder import GradientPlaceholder, OffloadedParameter
 from outsize.engine.probe import BatchShape, Probe, Rehearsal, batch_shape, rehearse
+from outsize.engine.timing import measure_costs
 from outsize.errors import UsageError
 from outsize.model import Cut, InitSource, Point, PointKind, Source, TensorSource
 from outsize.optim import Kernel, Rule, split
 from outsize.plan import Direction, Placement, Visit
+from outsize.plan.profile import Profile
+from outsize.plan.simulate import Costs
 from outsize.tier import Device, DiskTier, HostDevice, StripedTier, Tier
 from outsize.tier.striped import part_bytes
 
@@ -85,9 +89,17 @@ class Session:
     """Everything Outsize knows about one model."""
 
     def __init__(
-        self, module: nn.Module, cut: Cut, source: Source, settings: Settings, device: Device | None = None
+        self,
+        module: nn.Module,
+        cut: Cut,
+        source: Source,
+        settings: Settings,
+        device: Device | None = None,
+        profile: Profile | None = None,
     ) -> None:
         self.module = module
+        self.profile = profile
+        """Of the machine, where it is known: the fastest plan is then taken."""
         self.device = device or HostDevice()
         self.torch_device = self.device.torch_device
         self.cut = cut
@@ -107,11 +119,15 @@ class Session:
         self._is_closed = False
         self._kept_whole: set[str] = set()
         self.identity = uuid.uuid4().hex
-        self.budget = Budget(settings, _never_streamed(cut), self.device)
+        free_host_bytes = memory.available_bytes
+        if self.torch_device.type == "meta" and profile is not None:
+            free_host_bytes = partial(int, profile.host_bytes)
+        self.budget = Budget(settings, _never_streamed(cut), self.device, free_host_bytes)
         self._call: _Call | None = None
         self.last_training_call: _Call | None = None
         self._forward_order: list[Visit] = []
         self._rehearsals: dict[tuple[Any, ...], Rehearsal] = {}
+        self._costs: dict[tuple[int, BatchShape, int], Costs] = {}
         self._blocks = {block.name: block for block in cut.blocks}
         self._shapes = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
         self._records: dict[str, Record] = {}
@@ -588,7 +604,21 @@ class Session:
     def decide(self, rehearsal: Rehearsal, shape: BatchShape) -> tuple[list[Record], Placement]:
         """Lay records out and place them, for calls of this shape. Raises BudgetError where they do not fit."""
         records = self._lay_out(rehearsal)
-        return records, self.budget.place(records, rehearsal, shape)
+        foresight = self.foresight(self.profile, rehearsal, shape, records) if self.profile else None
+        return records, self.budget.place(records, rehearsal, shape, foresight)
+
+    def foresight(
+        self, profile: Profile, rehearsal: Rehearsal, shape: BatchShape, records: Sequence[Record]
+    ) -> Foresight:
+        """What plans for calls of this shape are compared with; blocks are timed once for each size of tile."""
+
+        def costs(tile_rows: int) -> Costs:
+            key = id(rehearsal), shape, tile_rows
+            if key not in self._costs:
+                self._costs[key] = measure_costs(self, rehearsal, shape, tile_rows, records, profile)
+            return self._costs[key]
+
+        return Foresight(profile, costs)
 
     def _settle(self, rehearsal: Rehearsal, shape: BatchShape) -> None:
         """Decide, allocate, and open the disk. Raises BudgetError, having kept nothing, where it does not fit."""
@@ -599,8 +629,8 @@ class Session:
         if self.device_kernel is not None and updates_there and not self.device.is_host:
             self.device_kernel()
         assert self.source is not None
-        disk_bytes(placement, records, self.settings)
-        disk = self._open_disk("store", store_bytes(placement, records, self.settings))
+        disk_bytes(placement, self.settings)
+        disk = self._open_disk("store", placement.disk_bytes)
         try:
             store = BlockStore(
                 records,

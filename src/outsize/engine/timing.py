@@ -1,5 +1,7 @@
 """What computing costs: one block of each kind is timed at the real tile, on weights that are zero, before anything runs.
 
+For a machine that is not there, operations are counted instead.
+
 Together with a profile of the machine this is what a plan is simulated with.
 """
 
@@ -9,12 +11,14 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 
 from outsize.block import Record
 from outsize.engine.batch import tiles
+from outsize.engine.counting import estimated_s
 from outsize.engine.head import Head, measured_tiles
 from outsize.engine.layer import Randomness
 from outsize.engine.probe import BatchShape, Kind, Rehearsal, run_on_zeros
@@ -24,6 +28,9 @@ from outsize.plan.simulate import Costs
 
 if TYPE_CHECKING:
     from outsize.engine.session import Session
+
+Meter = Callable[[Callable[[], object]], float]
+"""Says how many seconds a piece of computing takes."""
 
 REPEATS = 2
 """Runs of which the fastest counts; one before them is not counted."""
@@ -44,8 +51,11 @@ def measure_costs(
     profile: Profile,
 ) -> Costs:
     """Seconds of each block's visits in a call of `shape`, its tiles of `tile_rows`. Takes a few visits of one block."""
+    seconds_of: Meter = partial(_fastest, session.torch_device)
+    if session.torch_device.type == "meta":
+        seconds_of = partial(estimated_s, profile, session.settings.compute_type)
     rows = shape.rows or rehearsal.rows
-    by_kind = [_time_kind(session, kind, rehearsal, tile_rows) for kind in rehearsal.kinds]
+    by_kind = [_time_kind(session, kind, rehearsal, tile_rows, seconds_of) for kind in rehearsal.kinds]
     forward: dict[str, float] = {}
     backward: dict[str, float] = {}
     kept_backward: dict[str, float] = {}
@@ -69,7 +79,7 @@ def measure_costs(
         kept_backward[block] = max(0.0, backward[block] - forward[block])  # without computing again
     for point in session.points.values():
         if isinstance(point, Head):
-            _add_head(session, point, rows * shape.row_tokens, forward, backward)
+            _add_head(session, point, rows * shape.row_tokens, forward, backward, seconds_of)
             # A tied table is visited by the embedding as well, which takes next to nothing.
             visits = Counter((visit.block, visit.direction) for visit in rehearsal.visits)
             for name in point.blocks:
@@ -78,7 +88,9 @@ def measure_costs(
     return Costs(forward, backward, kept_backward_s=kept_backward)
 
 
-def _time_kind(session: Session, kind: Kind, rehearsal: Rehearsal, tile_rows: int) -> _Seconds:
+def _time_kind(
+    session: Session, kind: Kind, rehearsal: Rehearsal, tile_rows: int, seconds_of: Meter
+) -> _Seconds:
     dims = rehearsal.dims.get(kind.layer.point.module)
     tensors = []
     for index, (shape, dtype, requires_grad) in enumerate(kind.inputs):
@@ -93,13 +105,18 @@ def _time_kind(session: Session, kind: Kind, rehearsal: Rehearsal, tile_rows: in
         run_on_zeros(session, kind.layer, kind.call, tensors, kind.trains and differentiates, differentiates)
 
     with Randomness.current(session.device).restored():
-        forward = _fastest(lambda: run(False), session.torch_device)
-        backward = _fastest(lambda: run(True), session.torch_device) if kind.differentiates else 0.0
+        forward = seconds_of(lambda: run(False))
+        backward = seconds_of(lambda: run(True)) if kind.differentiates else 0.0
     return _Seconds(forward, backward)
 
 
 def _add_head(
-    session: Session, head: Head, num_tokens: int, forward: dict[str, float], backward: dict[str, float]
+    session: Session,
+    head: Head,
+    num_tokens: int,
+    forward: dict[str, float],
+    backward: dict[str, float],
+    seconds_of: Meter,
 ) -> None:
     """The loss of `num_tokens`, row block by row block; those of one size are alike."""
     known: dict[int, _Seconds] = {}
@@ -108,15 +125,12 @@ def _add_head(
         if rows not in known:
             go_forward, go_back, tile_tokens = measured_tiles(head, rows, num_tokens, session)
             share = num_tokens / tile_tokens
-            known[rows] = _Seconds(
-                share * _fastest(go_forward, session.torch_device),
-                share * _fastest(go_back, session.torch_device),
-            )
+            known[rows] = _Seconds(share * seconds_of(go_forward), share * seconds_of(go_back))
         forward[name] = known[rows].forward
         backward[name] = known[rows].backward
 
 
-def _fastest(run: Callable[[], object], device: torch.device) -> float:
+def _fastest(device: torch.device, run: Callable[[], object]) -> float:
     run()
     times = []
     for _ in range(REPEATS):

@@ -12,6 +12,7 @@ updating on the next visit follows GreedySnake's delayed step, without its stale
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from queue import SimpleQueue
 import torch
 
 from outsize.block import CHUNK, Plane, Record, align
+from outsize.engine.recorder import Recorder
 from outsize.optim import Hyper, Kernel, part
 from outsize.tier import Region, Tier, Transfer
 
@@ -172,6 +174,7 @@ class UpdateLane:
         kernel: Callable[[], Kernel],
         plane_dtypes: dict[Plane, torch.dtype],
     ) -> None:
+        self.recorder: Recorder | None = None
         self._disk = disk
         self._kernel = kernel
         self._dtypes = plane_dtypes
@@ -300,12 +303,15 @@ class UpdateLane:
             if remainder is not None:
                 initial = remainder[chunk.start : chunk.trainable_stop]
                 state[record.state.index(Plane.REMAINDER)].copy_(initial)
+        recorder, start_s = self.recorder, time.perf_counter()
         for first, last, hyper in runs(record, job.pending, chunk.start, chunk.trainable_stop):
             start, stop = first - chunk.start, last - chunk.start
             # A gradient summed over several visits was kept in fp32; this is its one rounding.
             rounded = gradient[start:stop].to(self._gradient_dtype)
             planes = [part(plane, start, stop) for plane in state]
             self._kernel()(weight[start:stop], planes, rounded, hyper)
+        if recorder is not None:
+            recorder.updated(record.name, start_s)
         if job.send_up is not None:
             job.sent.append(job.send_up(chunk.start, chunk.stop, weight))
             writes.append(job.sent[-1])

@@ -1,13 +1,16 @@
 """Which planes stay in memory, and how many slots the others pass through.
 
 Memory is spent in this order: the least that works (one weight slot and one gradient slot per class, the chunk
-buffers), then slots that let transfers run beside computing, then resident planes, those first that save most traffic
-per byte: weights move three times per step (read forward and backward, written by the update), gradients and state
-twice.
+buffers), then slots that let transfers run beside computing, then resident planes. Those come first that save most
+traffic per byte: weights move three times per step (read forward and backward, written by the update), gradients and
+state twice; unless a plan that was simulated says of how many blocks each stays. Of the planes of one kind, those that
+stay are spread evenly over the model, so that what still moves has time beside them, the ends of it last: what is visited
+last forward is visited first backward, and stays in its slot.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -145,12 +148,7 @@ def place(
     `home` pins where planes live (`HOST`: all resident, `DISK`: none but `always_resident`); without it memory that is
     left after the slots holds planes. Raises BudgetError, naming the least arena that works, where nothing fits.
     """
-    groups = [
-        (record, group)
-        for group in (Plane.WEIGHT, Plane.GRADIENT, Plane.MOMENT1)
-        for record in records
-        if group_bytes(record, group)
-    ]
+    groups = _ordered(records)
     everything = frozenset((record.name, group) for record, group in groups)
     whole = _placed(records, everything, 1, 1)
     if home in (Home.HOST, Home.DEVICE) or not has_disk:
@@ -162,7 +160,7 @@ def place(
             )
         return whole
     limit = pins.resident_bytes if pins.resident_bytes is not None else (0 if home is Home.DISK else None)
-    if limit is None and whole.arena_bytes <= arena_bytes:
+    if limit is None and pins.resident is None and whole.arena_bytes <= arena_bytes:
         return whole
 
     resident = frozenset(
@@ -170,6 +168,13 @@ def place(
         for name, group in everything
         if name in always_resident or (group is Plane.WEIGHT and name in kept)
     )
+    if pins.resident is not None:
+        if home is Home.DISK:
+            raise BudgetError(
+                f"Pins(resident={pins.resident}) keeps planes in memory, and home=disk keeps none",
+                hint="leave one of them out",
+            )
+        resident, limit = _kept(records, resident, pins.resident), 0
     weight_slots = pins.weight_slots or WANTED_WEIGHT_SLOTS
     gradient_slots = pins.gradient_slots or WANTED_GRADIENT_SLOTS
     placement = _placed(records, resident, weight_slots, gradient_slots)
@@ -198,6 +203,20 @@ def place(
     return _placed(records, frozenset(chosen), weight_slots, gradient_slots)
 
 
+def _kept(
+    records: Sequence[Record], always: frozenset[tuple[str, Plane]], counts: tuple[int, int, int]
+) -> frozenset[tuple[str, Plane]]:
+    """`always`, and weights, gradients and state of so many blocks."""
+    order = _spread_evenly(records)
+    kinds = (Plane.WEIGHT, Plane.GRADIENT, Plane.MOMENT1)
+    return always | {
+        (record.name, group)
+        for group, count in zip(kinds, counts, strict=True)
+        for record in order[:count]
+        if group_bytes(record, group)
+    }
+
+
 def place_apart(
     records: Sequence[Record],
     *,
@@ -218,14 +237,14 @@ def place_apart(
     three: DEVICE, HOST or DISK.
     Raises BudgetError, naming what is short, where nothing fits.
     """
-    groups = [
-        (record, group)
-        for group in (Plane.WEIGHT, Plane.GRADIENT, Plane.MOMENT1)
-        for record in records
-        if group_bytes(record, group)
-    ]
+    groups = _ordered(records)
     everything = frozenset((record.name, group) for record, group in groups)
     whole = _placed(records, everything, 1, 1)
+    if pins.resident is not None:
+        raise BudgetError(
+            "Pins(resident=...) is for machines whose blocks compute in the host's memory",
+            hint="with a device, give resident_bytes= instead",
+        )
     if home is Home.DEVICE or (
         home is None and pins.resident_bytes is None and whole.compute_bytes <= device_bytes
     ):
@@ -269,14 +288,35 @@ def place_apart(
     return placement
 
 
+def _ordered(records: Sequence[Record]) -> list[tuple[Record, Plane]]:
+    """All groups of planes, those first that save most by staying."""
+    return [
+        (record, group)
+        for group in (Plane.WEIGHT, Plane.GRADIENT, Plane.MOMENT1)
+        for record in _spread_evenly(records)
+        if group_bytes(record, group)
+    ]
+
+
+def _spread_evenly(records: Sequence[Record]) -> list[Record]:
+    """`records` in an order of which every prefix is spread over the model: the middle, the middles of both halves, ..."""
+    order: list[Record] = []
+    spans = deque([(0, len(records))])
+    while spans:
+        start, stop = spans.popleft()
+        if start < stop:
+            middle = (start + stop) // 2
+            order.append(records[middle])
+            spans += [(start, middle), (middle + 1, stop)]
+    return order
+
+
 def _spread(
     records: Sequence[Record], keys: frozenset[tuple[str, Plane]], num_bytes: int
 ) -> frozenset[tuple[str, Plane]]:
     """All planes of as many whole blocks as fit, evenly over the model."""
     chosen: set[tuple[str, Plane]] = set()
-    order = sorted(range(len(records)), key=lambda index: _reversed_bits(index))
-    for index in order:
-        record = records[index]
+    for record in _spread_evenly(records):
         planes = [
             group for group in (Plane.WEIGHT, Plane.GRADIENT, Plane.MOMENT1) if (record.name, group) in keys
         ]
@@ -285,11 +325,6 @@ def _spread(
             chosen |= {(record.name, group) for group in planes}
             num_bytes -= cost
     return frozenset(chosen)
-
-
-def _reversed_bits(index: int) -> int:
-    """`index` with its 32 bits in reverse order: ascending, it visits any range evenly at every length."""
-    return int(f"{index:032b}"[::-1], 2)
 
 
 def _hosted(
@@ -310,7 +345,7 @@ def _hosted(
         return frozenset()
     if _placed(records, resident, *slots, everything).home_bytes <= host_bytes:
         return everything
-    left = host_bytes - _placed(records, resident, *slots).passage_bytes
+    left = host_bytes - _placed(records, resident, *slots, frozenset()).passage_bytes
     hosted: set[tuple[str, Plane]] = set()
     for record, group in moving:
         cost = group_bytes(record, group)
@@ -330,6 +365,7 @@ def _placed(
     """The placement with these homes; `hosted` is None where blocks compute in the host's memory."""
     is_apart = hosted is not None
     homes = resident | (hosted or frozenset())
+    by_name = {record.name: record for record in records}
     streamed = {
         record.name: record.plane_bytes(Plane.WEIGHT)
         for record in records
@@ -362,7 +398,7 @@ def _placed(
         gradient_classes=_classes(summed, gradient_slots),
         chunk_buffers=CHUNK_BUFFERS if chunk_bytes else 0,
         chunk_bytes=chunk_bytes,
-        resident_bytes=sum(group_bytes(r, g) for r in records for n, g in resident if n == r.name),
+        resident_bytes=sum(group_bytes(by_name[name], group) for name, group in resident),
         disk_bytes=sum(
             record.num_bytes
             for record in records
@@ -372,7 +408,7 @@ def _placed(
             )
         ),
         hosted=hosted or frozenset(),
-        hosted_bytes=sum(group_bytes(r, g) for r in records for n, g in hosted or () if n == r.name),
+        hosted_bytes=sum(group_bytes(by_name[name], group) for name, group in hosted or ()),
         relay_buffers=RELAY_BUFFERS if from_disk else 0,
         relay_bytes=CHUNK * GRADIENT_SUM_BYTES if from_disk else 0,
         staging_buffers=STAGING_BUFFERS if staged else 0,

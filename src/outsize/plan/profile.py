@@ -36,6 +36,17 @@ class Resource(StrEnum):
     DOWN = "down"
 
 
+WORDS = {
+    Resource.COMPUTE: "computing",
+    Resource.UPDATE: "updating weights",
+    Resource.READ: "reading the disk",
+    Resource.WRITE: "writing the disk",
+    Resource.UP: "copying to the device",
+    Resource.DOWN: "copying from the device",
+}
+"""What each resource does, as one says it."""
+
+
 @dataclass(frozen=True, slots=True)
 class Profile:
     """A machine.

@@ -12,7 +12,7 @@ of one block overlap as they do chunk by chunk.
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -42,6 +42,15 @@ class Costs:
     between_s: float = 0.0
     kept_backward_s: Mapping[str, float] = field(default_factory=dict)
 
+    def scaled(self, factor: float) -> Costs:
+        """The same on a machine that takes `factor` times as long."""
+        return Costs(
+            {block: factor * seconds for block, seconds in self.forward_s.items()},
+            {block: factor * seconds for block, seconds in self.backward_s.items()},
+            factor * self.between_s,
+            {block: factor * seconds for block, seconds in self.kept_backward_s.items()},
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Task:
@@ -66,15 +75,27 @@ class Event:
     """The index of the last of those."""
 
 
+@dataclass(frozen=True, slots=True)
+class Stall:
+    """Computing waits from `start_s` to `end_s`, for `cause`."""
+
+    start_s: float
+    end_s: float
+    cause: Resource
+
+
 @dataclass(frozen=True)
 class Simulation:
     """A training step, or a forward, in its steady state.
 
-    `busy_s`: seconds that each resource works within it. `stall_s`: seconds in which computing waits, by what for.
+    `start_s`: when it begins, on the clock of `events` and `stalls`. `busy_s`: seconds that each resource works within it.
+    `stall_s`: seconds in which computing waits, by what for.
     """
 
     step_s: float
+    start_s: float
     events: tuple[Event, ...]
+    stalls: tuple[Stall, ...]
     busy_s: Mapping[Resource, float]
     stall_s: Mapping[Resource, float]
     bytes_moved: Mapping[Resource, int]
@@ -113,32 +134,36 @@ def simulate(
 
 
 def run(tasks: Sequence[Task], profile: Profile) -> list[Event]:
-    """Let tasks run, each resource on one at a time; the events in the order of `tasks`."""
+    """Let tasks run, each resource on one at a time and in the order of `tasks`, which no task may precede what it needs.
+
+    Where nothing disturbs anything, a shorter task never ends another later: the order of each resource is fixed.
+    """
     waits_for = [len(set(task.after)) for task in tasks]
-    followers: defaultdict[int, list[int]] = defaultdict(list)
+    followers: list[list[int]] = [[] for _ in tasks]
+    queues: dict[Resource, deque[int]] = {resource: deque() for resource in Resource}
     for index, task in enumerate(tasks):
+        queues[task.resource].append(index)
         for other in set(task.after):
             followers[other].append(index)
-    ready: dict[Resource, list[int]] = {resource: [] for resource in Resource}
     ready_s = [0.0] * len(tasks)
     blame: list[int | None] = [None] * len(tasks)
     starts = [0.0] * len(tasks)
     ends = [0.0] * len(tasks)
-    for index, count in enumerate(waits_for):
-        if not count:
-            ready[tasks[index].resource].append(index)
     running: dict[Resource, int] = {}
     left: dict[Resource, float] = {}
+    known: dict[frozenset[Resource], dict[Resource, float]] = {}
     now = 0.0
     while True:
-        for resource, queue in ready.items():
-            if resource not in running and queue:
-                index = queue.pop(0)
+        for resource, queue in queues.items():
+            if resource not in running and queue and not waits_for[queue[0]]:
+                index = queue.popleft()
                 running[resource], left[resource], starts[index] = index, tasks[index].alone_s, now
         if not running:
             break
         busy = frozenset(running)
-        speeds = {resource: profile.speed(resource, busy - {resource}) for resource in running}
+        speeds = known.get(busy)
+        if speeds is None:
+            speeds = known[busy] = {each: profile.speed(each, busy - {each}) for each in busy}
         step = min(left[resource] / speeds[resource] for resource in running)
         now += step
         for resource in list(running):
@@ -151,8 +176,7 @@ def run(tasks: Sequence[Task], profile: Profile) -> list[Event]:
                 waits_for[follower] -= 1
                 if not waits_for[follower]:
                     ready_s[follower], blame[follower] = now, index
-                    ready[tasks[follower].resource].append(follower)
-    assert not any(waits_for), "tasks wait for each other in a circle"
+    assert not any(queues.values()), "a task comes before one that it needs"
     return [
         Event(task, ready_s[index], starts[index], ends[index], blame[index])
         for index, task in enumerate(tasks)
@@ -161,7 +185,8 @@ def run(tasks: Sequence[Task], profile: Profile) -> list[Event]:
 
 def _summary(events: Sequence[Event], first_s: float, last_s: float) -> Simulation:
     busy: Counter[Resource] = Counter()
-    stalls: Counter[Resource] = Counter()
+    stall_s: Counter[Resource] = Counter()
+    stalls: list[Stall] = []
     moved: Counter[Resource] = Counter()
     within = [event for event in events if event.end_s > first_s and event.start_s < last_s]
     for event in within:
@@ -172,19 +197,22 @@ def _summary(events: Sequence[Event], first_s: float, last_s: float) -> Simulati
     free_s = first_s
     computing = (event for event in within if event.task.resource is Resource.COMPUTE)
     for event in sorted(computing, key=lambda event: event.start_s):
-        for resource, seconds in _what_for(events, event, free_s):
-            stalls[resource] += seconds  # type: ignore[assignment]
+        stalls += _what_for(events, event, free_s)
         free_s = max(free_s, event.end_s)
-    return Simulation(last_s - first_s, tuple(within), dict(busy), dict(stalls), dict(moved))
+    for stall in stalls:
+        stall_s[stall.cause] += stall.end_s - stall.start_s  # type: ignore[assignment]
+    return Simulation(
+        last_s - first_s, first_s, tuple(within), tuple(stalls), dict(busy), dict(stall_s), dict(moved)
+    )
 
 
-def _what_for(events: Sequence[Event], event: Event, since_s: float) -> Iterator[tuple[Resource, float]]:
+def _what_for(events: Sequence[Event], event: Event, since_s: float) -> Iterator[Stall]:
     """What computing waited for from `since_s` to `event`: the chain of what held each other up, backwards in time."""
     until_s, cause = event.start_s, event.held_up_by
     while cause is not None and until_s > since_s:
         held = events[cause]
         begin_s = max(since_s, min(held.ready_s, until_s))
-        yield held.task.resource, until_s - begin_s
+        yield Stall(begin_s, until_s, held.task.resource)
         until_s, cause = begin_s, held.held_up_by
 
 

@@ -11,6 +11,7 @@ from outsize.tier.device import (
     DeviceRegion,
     HostDevice,
     LinkStats,
+    PaperDevice,
     TwinDevice,
     Way,
 )
@@ -23,7 +24,7 @@ from outsize.tier.slots import Slot, SlotPool
 from outsize.tier.slow import SlowTier
 from outsize.tier.stats import TierStats
 from outsize.tier.striped import StripedTier
-from outsize.tier.transfer import DoneTransfer, Verb
+from outsize.tier.transfer import DoneTransfer, Listener, Moment, Verb, at
 
 __all__ = [
     "CudaDevice",
@@ -38,9 +39,12 @@ __all__ = [
     "HostArena",
     "HostDevice",
     "LinkStats",
+    "Listener",
     "LoggedTransfer",
     "MemoryTier",
+    "Moment",
     "NullTier",
+    "PaperDevice",
     "Region",
     "Slot",
     "SlotPool",
@@ -52,4 +56,5 @@ __all__ = [
     "TwinDevice",
     "Verb",
     "Way",
+    "at",
 ]

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from outsize.tier.stats import TierStats
+from outsize.tier.transfer import Listener
 
 
 class Transfer(Protocol):
@@ -37,6 +38,9 @@ class Tier(Protocol):
 
     def stats(self) -> TierStats:
         """What was moved since the tier was opened."""
+
+    def listen(self, listener: Listener | None) -> None:
+        """Tell `listener` of everything that is moved from now on; None: nobody."""
 
     def close(self) -> None:
         """Wait for what is under way and give everything back. Closing twice is allowed."""

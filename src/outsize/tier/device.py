@@ -29,7 +29,7 @@ from outsize.block import align
 from outsize.config import format_bytes
 from outsize.errors import BudgetError, DeviceError
 from outsize.tier.base import Transfer
-from outsize.tier.transfer import DoneTransfer
+from outsize.tier.transfer import DoneTransfer, Listener, Moment, at
 
 
 class Way(StrEnum):
@@ -98,6 +98,14 @@ class Device(ABC):
         """What was copied so far."""
         return LinkStats()
 
+    def listen(self, listener: Listener | None) -> None:
+        """Tell `listener` of each copy from now on; None: nobody. Waits for the device; not to be called inside a step."""
+        return None
+
+    def moment(self) -> Moment:
+        """When what this thread has given to the device so far is computed. Only while there is a listener."""
+        return at(time.perf_counter())
+
     def rng_state(self) -> torch.Tensor | None:
         """The state of the device's own random numbers; None where the host's serve."""
         return None
@@ -139,6 +147,41 @@ class HostDevice(Device):
     def zeros(self, num_bytes: int, name: str) -> torch.Tensor:
         """Never called: the host's arena serves."""
         raise AssertionError(f"{name}: the host's memory is the device's")
+
+
+class PaperDevice(Device):
+    """A device that is not there: its tensors have shapes and no values (torch's meta device), to plan with."""
+
+    torch_device = torch.device("meta")
+
+    def __init__(self, num_bytes: int | None) -> None:
+        """A device with `num_bytes` of its own, or a host (None)."""
+        self.is_host = num_bytes is None
+        self._num_bytes = num_bytes or 0
+
+    def start_copy(
+        self,
+        way: Way,
+        target: torch.Tensor,
+        source: torch.Tensor,
+        *,
+        after: Sequence[Transfer] = (),
+        label: str,
+    ) -> Transfer:
+        """Never called: there is nothing to copy."""
+        raise AssertionError(f"{label}: nothing is copied on paper")
+
+    def mark(self) -> Transfer:
+        """Over already: nothing is computed."""
+        return DoneTransfer()
+
+    def zeros(self, num_bytes: int, name: str) -> torch.Tensor:
+        """Never called: nothing is placed."""
+        raise AssertionError(f"{name}: nothing is placed on paper")
+
+    def free_bytes(self) -> int:
+        """All of it."""
+        return self._num_bytes
 
 
 class DeviceRegion:
@@ -213,6 +256,9 @@ class CudaDevice(Device):
             ) from error
         self._limit_bytes = limit_bytes
         self._moved = dict.fromkeys(Way, 0)
+        self._listener: Listener | None = None
+        self._clock: tuple[torch.cuda.Event, float] | None = None
+        """An event, and when on the host's clock it was."""
 
     def start_copy(
         self,
@@ -224,11 +270,12 @@ class CudaDevice(Device):
         label: str,
     ) -> Transfer:
         """A copy on the stream of its way."""
-        stream = self._streams[way]
+        stream, listener = self._streams[way], self._listener
         try:
             with torch.cuda.stream(stream):
                 for transfer in after:
                     transfer.follow()
+                begun = self._moment_on(stream) if listener is not None else None
                 target.copy_(source, non_blocking=True)
                 event = torch.cuda.Event(blocking=True)  # threads that wait leave their core to updates
                 event.record(stream)
@@ -237,6 +284,8 @@ class CudaDevice(Device):
                 f"{label} cannot be copied {way}: {error}", hint="the device may be lost: see nvidia-smi"
             ) from error
         self._moved[way] += target.nbytes
+        if listener is not None and begun is not None:
+            listener(way, label, target.nbytes, begun, self._moment_on(stream))
         return _CudaTransfer(event, label)
 
     def mark(self) -> Transfer:
@@ -282,6 +331,32 @@ class CudaDevice(Device):
     def links(self) -> LinkStats:
         """What was copied so far."""
         return LinkStats(self._moved[Way.UP], self._moved[Way.DOWN])
+
+    def listen(self, listener: Listener | None) -> None:
+        """Tell `listener` of each copy when it is given to the device; its times are those of the device."""
+        if listener is not None:
+            torch.cuda.synchronize(self.torch_device)
+            event = torch.cuda.Event(enable_timing=True)
+            event.record(torch.cuda.current_stream(self.torch_device))
+            event.synchronize()
+            self._clock = event, time.perf_counter()
+        self._listener = listener
+
+    def moment(self) -> Moment:
+        """When the stream that computes has come this far."""
+        return self._moment_on(torch.cuda.current_stream(self.torch_device))
+
+    def _moment_on(self, stream: torch.cuda.Stream) -> Moment:
+        assert self._clock is not None, "nobody listens"
+        first, first_s = self._clock
+        event = torch.cuda.Event(enable_timing=True, blocking=True)
+        event.record(stream)
+
+        def seconds() -> float:
+            event.synchronize()
+            return first_s + float(first.elapsed_time(event)) / 1e3
+
+        return seconds
 
     def rng_state(self) -> torch.Tensor | None:
         """The state of CUDA's generator; kept by the host, so that nothing is waited for."""
@@ -337,6 +412,7 @@ class TwinDevice(Device):
         self._limit_bytes = limit_bytes or 1 << 40
         self._threads = {way: ThreadPoolExecutor(1, thread_name_prefix=f"outsize-{way}") for way in Way}
         self._moved = dict.fromkeys(Way, 0)
+        self._listener: Listener | None = None
         self._lock = threading.Lock()
         self.pinned: dict[int, str] = {}
         """Names of what is pinned, by address."""
@@ -361,9 +437,12 @@ class TwinDevice(Device):
     ) -> None:
         for transfer in after:
             transfer.wait()
+        listener, start_s = self._listener, time.perf_counter()
         if delay := self._delay_s(way, label):
             time.sleep(delay)
         target.copy_(source)
+        if listener is not None:
+            listener(way, label, target.nbytes, at(start_s), at(time.perf_counter()))
 
     def mark(self) -> Transfer:
         """Over already."""
@@ -389,6 +468,10 @@ class TwinDevice(Device):
     def links(self) -> LinkStats:
         """What was copied so far."""
         return LinkStats(self._moved[Way.UP], self._moved[Way.DOWN])
+
+    def listen(self, listener: Listener | None) -> None:
+        """Tell `listener` of each copy that is over."""
+        self._listener = listener
 
     def finish(self) -> None:
         """Wait for both threads."""

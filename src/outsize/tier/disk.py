@@ -23,7 +23,7 @@ from outsize.errors import CorruptionError, StorageError, StorageFullError, Usag
 from outsize.tier.digests import Check, DigestMap, ReadPiece, cut
 from outsize.tier.stats import Meter, TierStats
 from outsize.tier.store import FULL_ERRNOS, StoreFile
-from outsize.tier.transfer import PieceTransfer, Verb, checked_bytes
+from outsize.tier.transfer import Listener, PieceTransfer, Verb, checked_bytes
 
 PIECE_BYTES = 4 << 20
 """Most bytes that one thread moves at once."""
@@ -68,6 +68,10 @@ class DiskTier:
     def stats(self) -> TierStats:
         """Bytes moved and seconds busy since the tier was opened."""
         return self._meter.stats()
+
+    def listen(self, listener: Listener | None) -> None:
+        """Tell `listener` of each piece that a thread moved."""
+        self._meter.listener = listener
 
     def start_read(self, offset: int, buffer: memoryview, label: str) -> PieceTransfer:
         """Start filling `buffer` from `offset`; the buffer must stay alive and untouched until `wait`.
@@ -119,7 +123,7 @@ class DiskTier:
         return transfer
 
     def _read(self, piece: ReadPiece, view: memoryview, label: str) -> None:
-        with self._meter.busy(Verb.READ, len(view)):
+        with self._meter.busy(Verb.READ, len(view), label):
             self._move(Verb.READ, piece.start, view, label)
             for check in piece.checks:
                 if _digest(view[check.start - piece.start : check.stop - piece.start]) != check.digest:
@@ -130,7 +134,7 @@ class DiskTier:
                     )
 
     def _write(self, piece: ReadPiece, view: memoryview, label: str) -> None:
-        with self._meter.busy(Verb.WRITE, len(view)):
+        with self._meter.busy(Verb.WRITE, len(view), label):
             self._digests.put(Check(piece.start, piece.stop, _digest(view)))
             self._move(Verb.WRITE, piece.start, view, label)
 

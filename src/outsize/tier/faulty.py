@@ -14,7 +14,7 @@ from outsize.block import ALIGNMENT
 from outsize.errors import CorruptionError, StorageError, StorageFullError
 from outsize.tier.base import Tier, Transfer
 from outsize.tier.stats import TierStats
-from outsize.tier.transfer import Verb
+from outsize.tier.transfer import Listener, Verb
 
 
 class FaultKind(StrEnum):
@@ -71,6 +71,10 @@ class FaultyTier:
     def stats(self) -> TierStats:
         """The inner tier's figures."""
         return self._inner.stats()
+
+    def listen(self, listener: Listener | None) -> None:
+        """Tell `listener` of what the inner tier moves."""
+        self._inner.listen(listener)
 
     def close(self) -> None:
         """Close the inner tier."""

@@ -6,7 +6,7 @@ import mmap
 
 from outsize.errors import UsageError
 from outsize.tier.stats import TierStats
-from outsize.tier.transfer import DoneTransfer, Verb, checked_bytes
+from outsize.tier.transfer import DoneTransfer, Listener, Verb, checked_bytes
 
 
 class MemoryTier:
@@ -31,6 +31,9 @@ class MemoryTier:
     def stats(self) -> TierStats:
         """Nothing is counted."""
         return TierStats()
+
+    def listen(self, listener: Listener | None) -> None:
+        """Nothing is told: no transfer takes time."""
 
     def close(self) -> None:
         """Give the memory back. Closing twice is allowed."""

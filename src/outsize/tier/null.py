@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from outsize.errors import UsageError
 from outsize.tier.stats import TierStats
-from outsize.tier.transfer import DoneTransfer, Verb, checked_bytes
+from outsize.tier.transfer import DoneTransfer, Listener, Verb, checked_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +46,9 @@ class NullTier:
         """Bytes asked for; no time was taken."""
         moved = {verb: sum(entry.num_bytes for entry in self.log if entry.verb is verb) for verb in Verb}
         return TierStats(bytes_read=moved[Verb.READ], bytes_written=moved[Verb.WRITE])
+
+    def listen(self, listener: Listener | None) -> None:
+        """Nothing is told: no transfer takes time."""
 
     def close(self) -> None:
         """Refuse requests from now on; the log stays."""

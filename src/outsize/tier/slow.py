@@ -12,7 +12,7 @@ from collections.abc import Callable
 from outsize.errors import UsageError
 from outsize.tier.base import Tier
 from outsize.tier.stats import TierStats
-from outsize.tier.transfer import PieceTransfer, Verb
+from outsize.tier.transfer import Listener, PieceTransfer, Verb
 
 
 class SlowTier:
@@ -40,6 +40,10 @@ class SlowTier:
     def stats(self) -> TierStats:
         """The inner tier's figures."""
         return self._inner.stats()
+
+    def listen(self, listener: Listener | None) -> None:
+        """Tell `listener` of what the inner tier moves."""
+        self._inner.listen(listener)
 
     def close(self) -> None:
         """Wait for what is under way, then close the inner tier."""

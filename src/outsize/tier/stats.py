@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from outsize.tier.transfer import Verb
+from outsize.tier.transfer import Listener, Verb, at
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,16 +39,18 @@ class _Line:
 
 
 class Meter:
-    """Counts for `TierStats`, from any number of threads."""
+    """Counts for `TierStats`, from any number of threads; tells `listener`, where there is one, of all that is counted."""
 
     def __init__(self) -> None:
+        self.listener: Listener | None = None
         self._lock = threading.Lock()
         self._lines = {verb: _Line() for verb in Verb}
 
     @contextmanager
-    def busy(self, verb: Verb, num_bytes: int) -> Iterator[None]:
+    def busy(self, verb: Verb, num_bytes: int, label: str = "") -> Iterator[None]:
         """Count the time of the body, and `num_bytes` if it does not raise."""
-        line = self._lines[verb]
+        line, listener = self._lines[verb], self.listener
+        start_s = time.perf_counter() if listener is not None else 0.0
         with self._lock:
             if line.active == 0:
                 line.since_s = time.perf_counter()
@@ -63,6 +65,8 @@ class Meter:
                 line.active -= 1
                 if line.active == 0:
                     line.busy_s += time.perf_counter() - line.since_s
+            if listener is not None and moved:
+                listener(verb, label, moved, at(start_s), at(time.perf_counter()))
 
     def stats(self) -> TierStats:
         """The counters now, what is under way included in the times."""

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from outsize.block import align
 from outsize.tier.base import Tier, Transfer
 from outsize.tier.stats import TierStats
-from outsize.tier.transfer import Verb, checked_bytes
+from outsize.tier.transfer import Listener, Verb, checked_bytes
 
 STRIPE_BYTES = 1 << 20
 """Bytes next to each other on one tier: a chunk of 2 to 16 MiB reaches several, in requests that are still large."""
@@ -74,6 +74,11 @@ class StripedTier:
             max(stats.read_busy_s for stats in each),
             max(stats.write_busy_s for stats in each),
         )
+
+    def listen(self, listener: Listener | None) -> None:
+        """Tell `listener` of what each tier moves."""
+        for tier in self._tiers:
+            tier.listen(listener)
 
     def close(self) -> None:
         """Close all, whatever goes wrong with one."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from enum import StrEnum
 
 import numpy as np
@@ -15,6 +16,18 @@ class Verb(StrEnum):
 
     READ = "read"
     WRITE = "write"
+
+
+Moment = Callable[[], float]
+"""A point in time: called, it gives the seconds of `time.perf_counter`, and waits where the point is yet to come."""
+
+Listener = Callable[[str, str, int, Moment, Moment], None]
+"""Told of what was moved: the verb or way, the label, bytes, start and end. Called by any thread; it must not block."""
+
+
+def at(seconds: float) -> Moment:
+    """The point in time that is known already."""
+    return lambda: seconds
 
 
 def checked_bytes(verb: Verb, offset: int, buffer: memoryview, label: str, tier_bytes: int) -> memoryview:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -17,6 +18,7 @@ from torch.optim import Optimizer
 
 from outsize.config import Pins
 from outsize.plan.profile import Profile
+from outsize.plan.timeline import Timeline
 
 
 class Report(Protocol):
@@ -74,6 +76,17 @@ class Predicted(Protocol):
     def bytes_written(self) -> int:
         """To the disk, per step."""
 
+    def timeline(self) -> Timeline:
+        """The step in time."""
+
+
+class Recording(Protocol):
+    """What happened while a step was recorded."""
+
+    @property
+    def timeline(self) -> Timeline:
+        """The step in time; there once it is over."""
+
 
 class ClippingOptimizer(Optimizer):
     """An optimizer that knows the norm of all gradients together."""
@@ -99,6 +112,7 @@ class Api(Protocol):
         home: str | None = None,
         dtype: str | None = None,
         pins: Pins | None = None,
+        profile: Profile | None = None,
         seed: int = 0,
     ) -> nn.Module:
         """A model whose blocks live in tiers."""
@@ -114,6 +128,12 @@ class Api(Protocol):
 
     def predict(self, model: nn.Module, profile: Profile) -> Predicted:
         """What a step like the last one will take on a machine."""
+
+    def advise(self, model: nn.Module, profile: Profile, step_s: float, stalled_s: float) -> object | None:
+        """A plan that would be faster, as far as a measured step shows; `str` of it says which."""
+
+    def record(self, model: nn.Module) -> AbstractContextManager[Recording]:
+        """Record the step that `model` makes in the body."""
 
 
 class MakeOptimizer(Protocol):

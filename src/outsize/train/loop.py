@@ -23,7 +23,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from outsize.errors import TrainingError
 from outsize.plan.profile import Profile
 from outsize.train.api import Api, ClippingOptimizer, Predicted, Report, optimizer_of, public_api
-from outsize.train.compare import compare
+from outsize.train.compare import FIRST_STEADY_STEP, compare
 from outsize.train.data import Batch, DataOptions, Dataset, Position, check_files, open_dataset
 from outsize.train.evaluate import Evaluator, loss_of
 from outsize.train.interrupt import Interruption
@@ -34,6 +34,7 @@ from outsize.train.pace import CountedPace, Pace, TimedPace
 from outsize.train.report_page import ReportPage
 from outsize.train.schedule import scheduler_for, warmup_within
 from outsize.train.settings import TrainSettings, flat
+from outsize.train.tracing import Tracing
 from outsize.train.trackers import trackers
 from outsize.train.watch import RunFacts, Watcher, Watchers
 
@@ -68,9 +69,11 @@ def train(
     watchers: Sequence[Watcher] = (),
     profile: Profile | None = None,
 ) -> TrainResult:
-    """Train as `settings` say, and leave the weights, the tokenizer, `metrics.jsonl` and `report.html` in `settings.out`.
+    """Train as `settings` say, and leave the weights, the tokenizer, `metrics.jsonl`, `report.html` and
+    `timeline.json` in `settings.out`.
 
-    With a `profile` of the machine the run is predicted after its first step, and the prediction compared at its end.
+    With a `profile` of the machine the fastest of the plans that fit is taken, the run is predicted after its first step,
+    and the prediction is compared with what was measured at its end.
     Nothing is loaded before paths and sizes have been checked. Raises DataError, ConfigError, and whatever
     loading raises, with nothing left behind; raises TrainingError where the loss is not finite, after saving
     the weights as they were before that step.
@@ -96,7 +99,7 @@ def _train(
     watchers.say(f"reading {', '.join(str(file) for file in settings.data)}")
     training, held_out = open_data(settings)
     watchers.say(f"loading {settings.model}")
-    run = Run.start(settings, api, training)
+    run = Run.start(settings, api, training, profile)
     num_steps, warmup_steps = run.pace.num_steps(), settings.learning.warmup_steps
     if num_steps is not None and (shorter := warmup_within(warmup_steps, num_steps)) < warmup_steps:
         watchers.say(
@@ -108,17 +111,24 @@ def _train(
     started_s = time.monotonic()
     predicted: Predicted | None = None
     save = _saver(settings, api, run.model)
+    tracing = Tracing(api, run.model, settings.trace_step, folder.timeline)
     with Interruption(watchers.stopping) as interruption:
         try:
             with watchers:
                 watchers.started(_facts(settings, training, held_out, run.pace))
                 while not (run.pace.is_over() or interruption.requested):
-                    metrics = run.step()
+                    with tracing.step(len(run.losses) + 1, predicted):
+                        metrics = run.step()
                     watchers.stepped(metrics, run.report(), run.pace.num_steps())
                     if profile is not None and predicted is None:
                         predicted = api.predict(run.model, profile)
+                    if profile is not None and metrics.step == FIRST_STEADY_STEP:
+                        advice = api.advise(run.model, profile, metrics.step_s, sum(metrics.wait_s.values()))
+                        if advice is not None:
+                            watchers.say(f"another plan would be faster: {advice}")
                     if evaluator is not None and evaluator.is_due(metrics.step, run.pace.num_steps()):
                         watchers.evaluated(evaluator.evaluate(run.model, metrics.step, save))
+                        tracing.evaluated()
                 if evaluator is not None and run.losses and evaluator.last_step != len(run.losses):
                     watchers.evaluated(evaluator.evaluate(run.model, len(run.losses), None))
                 watchers.ended(run.report(), interruption.requested)
@@ -196,7 +206,9 @@ class Run:
         self._api = api
 
     @classmethod
-    def start(cls, settings: TrainSettings, api: Api, dataset: Dataset) -> Run:
+    def start(
+        cls, settings: TrainSettings, api: Api, dataset: Dataset, profile: Profile | None = None
+    ) -> Run:
         """Load the model, lay out its state, and stand before the first step."""
         place, learning = settings.place, settings.learning
         model = api.load(
@@ -207,6 +219,7 @@ class Run:
             home=place.home,
             dtype=place.dtype,
             pins=place.pins,
+            profile=profile,
             seed=settings.seed,
         )
         model.train()

@@ -1,7 +1,7 @@
 """The folder a run leaves behind, complete or not at all.
 
-While a run goes on, everything it writes lies in `OUT.partial`: `metrics.jsonl`, `report.html`, `best/` (the weights that
-were best in an evaluation), and at the end `weights/`.
+While a run goes on, everything it writes lies in `OUT.partial`: `metrics.jsonl`, `report.html`, `timeline.json` (one step
+in time), `best/` (the weights that were best in an evaluation), and at the end `weights/`.
 When the weights are complete, the metrics join them and the folder is renamed to `OUT`. An earlier run that
 is to be overwritten stays until that moment. A run that fails leaves `OUT.partial` with its metrics, and no
 `OUT`.
@@ -19,7 +19,8 @@ from outsize.errors import ConfigError, StorageError
 
 METRICS = "metrics.jsonl"
 REPORT = "report.html"
-KEPT = (METRICS, REPORT, "tensorboard")
+TIMELINE = "timeline.json"
+KEPT = (METRICS, REPORT, TIMELINE, "tensorboard")
 """What lies beside the weights when all is complete."""
 BEST = "best"
 
@@ -63,6 +64,11 @@ class OutputFolder:
     def report(self) -> Path:
         """The page that says what the run did."""
         return self.partial / REPORT
+
+    @property
+    def timeline(self) -> Path:
+        """One step in time, predicted and measured."""
+        return self.partial / TIMELINE
 
     @property
     def best(self) -> Path:

@@ -17,6 +17,7 @@ from outsize.config import format_bytes
 from outsize.train.api import Report
 from outsize.train.compare import Figure
 from outsize.train.metrics import Evaluation, StepMetrics
+from outsize.train.page import cards, document, table
 from outsize.train.watch import RunFacts, Watcher
 
 MOST_POINTS = 2000
@@ -25,25 +26,10 @@ MOST_POINTS = 2000
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP = 640, 220, 64, 24, 12
 
 _STYLE = """
-:root { color-scheme: light dark; --ink: #1d2433; --soft: #69738a; --line: #d9dee8; --page: #ffffff; --card: #f6f8fb;
-  --a: #2563c9; --b: #d9480f; --c: #2b8a3e; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6e9f0; --soft: #97a1b6; --line: #343c4c; --page: #14181f;
-  --card: #1c222c; --a: #74a7ff; --b: #ff9d66; --c: #69db7c; } }
-body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--page); margin: 0 auto; max-width: 1380px;
-  padding: 32px 24px; }
-h1 { font-size: 26px; margin: 0 0 4px; } h2 { font-size: 16px; margin: 0 0 8px; } p { margin: 0 0 16px; color: var(--soft); }
-.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 12px; margin: 20px 0; }
-.card, section { background: var(--card); border-radius: 10px; padding: 14px 16px; break-inside: avoid; }
-.card b { display: block; font-size: 21px; font-variant-numeric: tabular-nums; } .card span { color: var(--soft); font-size: 13px; }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 480px), 1fr)); gap: 12px; margin-bottom: 12px; }
 svg { width: 100%; height: auto; display: block; } svg text { fill: var(--soft); font-size: 11px; }
 .axis { stroke: var(--line); } .a { stroke: var(--a); } .b { stroke: var(--b); } .c { stroke: var(--c); }
 polyline { fill: none; stroke-width: 1.8; stroke-linejoin: round; } .fa { fill: var(--a); } .fb { fill: var(--b); } .fc { fill: var(--c); }
-.key { font-size: 13px; color: var(--soft); margin: 6px 0 0; } .key i { display: inline-block; width: 10px; height: 10px;
-  border-radius: 2px; margin: 0 5px 0 12px; } .key i:first-child { margin-left: 0; }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; } td { padding: 3px 8px 3px 0;
-  border-bottom: 1px solid var(--line); vertical-align: top; overflow-wrap: anywhere; } td:last-child { text-align: right; }
-pre { margin: 0; font: 13px/1.5 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere; }
 """
 
 
@@ -137,29 +123,27 @@ class ReportPage(Watcher):
             for name, value in facts.settings.items()
             if value is not None
         ]
-        return "\n".join(
+        return document(
+            facts.name,
+            _STYLE,
             [
-                "<!doctype html>",
-                f'<html lang="en"><head><meta charset="utf-8"><title>{escape(facts.name)}</title>',
-                '<meta name="viewport" content="width=device-width, initial-scale=1">',
-                f"<style>{_STYLE}</style></head><body>",
                 f"<h1>{escape(facts.name)}</h1><p>{escape(self._ending)}; {time.strftime('%Y-%m-%d %H:%M')}</p>",
-                _cards(self._figures(last, report)),
+                cards(self._figures(last, report)),
                 f'<div class="charts">{"".join(self._charts(report))}</div>',
                 '<div class="charts">',
                 f"<section><h2>What lived where</h2><pre>{escape(str(report))}</pre></section>",
                 self._prediction(),
                 f"<section><h2>Data</h2><pre>{escape(chr(10).join(facts.data))}</pre></section>",
-                f"<section><h2>Settings</h2>{_table(settings)}</section>",
-                "</div></body></html>",
-            ]
+                f"<section><h2>Settings</h2>{table(settings)}</section>",
+                "</div>",
+            ],
         )
 
     def _prediction(self) -> str:
         if not self._compared:
             return ""
         rows = [(figure.what, str(figure).partition(": ")[2]) for figure in self._compared]
-        return f"<section><h2>Predicted and measured</h2>{_table(rows)}</section>"
+        return f"<section><h2>Predicted and measured</h2>{table(rows)}</section>"
 
     def _figures(self, last: StepMetrics, report: Report) -> list[tuple[str, str]]:
         facts = self._facts
@@ -299,16 +283,3 @@ def _thinned(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
     """At most about MOST_POINTS of the points, with the last."""
     stride = -(-len(points) // MOST_POINTS)
     return [*points[:-1:stride], points[-1]] if stride > 1 else points
-
-
-def _cards(figures: Sequence[tuple[str, str]]) -> str:
-    cards = "".join(
-        f'<div class="card"><b>{escape(value)}</b><span>{escape(name)}</span></div>'
-        for name, value in figures
-    )
-    return f'<div class="cards">{cards}</div>'
-
-
-def _table(rows: Sequence[tuple[str, str]]) -> str:
-    cells = "".join(f"<tr><td>{escape(name)}</td><td>{escape(value)}</td></tr>" for name, value in rows)
-    return f"<table>{cells}</table>"

@@ -153,8 +153,15 @@ class TrainSettings:
     seed: int = 0
     overwrite: bool = False
     trackers: tuple[str, ...] = ()
+    trace_step: int = 4
+    """The step that is recorded for `outsize trace`, or the next that no evaluation comes before; 0: none."""
 
     def __post_init__(self) -> None:
+        if self.trace_step < 0:
+            raise ConfigError(
+                f"trace_step: {self.trace_step} is negative",
+                hint="pass --trace-step 4, or 0 to record no step",
+            )
         if self.batch_size < 1:
             raise ConfigError(f"batch_size: {self.batch_size} is less than 1", hint="pass --batch-size 8")
         if self.seed < 0:
@@ -192,6 +199,7 @@ def flat(settings: TrainSettings) -> dict[str, str | int | float | bool | None]:
         "max-grad-norm": "none" if learning.max_grad_norm is None else learning.max_grad_norm,
         "seed": settings.seed,
         "tracker": " ".join(settings.trackers) or None,
+        "trace-step": settings.trace_step,
         "device": place.device,
         "host": place.host,
         "disk": place.disk,

@@ -1,0 +1,156 @@
+"""The plan that is chosen against an exhaustive sweep: every combination of slots and of what stays in memory, run.
+
+    python benchmarks/plan.py                small models under a hard budget, bound by the disk
+    OUTSIZE_BENCH_DIR=/nvme/scratch python benchmarks/plan.py
+
+The profile of the machine is taken from the cache, or measured first. Each plan runs in a process of its own; the chosen
+one runs before, between and after the others. The last line says by how much it is slower than the best that was found.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+SLOTS = ((1, 1), (2, 1), (3, 2), (4, 3))
+CASES = ({"hidden": 1024, "layers": 8, "seq_len": 32}, {"hidden": 768, "layers": 16, "seq_len": 64})
+ROOM_BYTES = 320 << 20
+"""Beside what the process itself and the least arena take."""
+
+NUM_STEPS = 7
+
+
+def open_model(case: dict[str, Any], folder: Path, **options: Any) -> Any:
+    """A Llama of this size, whose planes live on the disk as far as they do not stay."""
+    import transformers
+
+    import outsize
+
+    config = transformers.LlamaConfig(
+        hidden_size=case["hidden"],
+        num_hidden_layers=case["layers"],
+        intermediate_size=4 * case["hidden"],
+        vocab_size=4096,
+        num_attention_heads=case["hidden"] // 64,
+        num_key_value_heads=case["hidden"] // 64,
+        architectures=["LlamaForCausalLM"],
+    )
+    config.save_pretrained(folder / "model")
+    return outsize.load(folder / "model", disk=folder, dtype="float32", **options).train()
+
+
+def one(case: dict[str, Any], folder: Path, host: str, pins: dict[str, Any] | None) -> dict[str, Any]:
+    """The median of some steps under these pins, or under the plan that is chosen."""
+    import torch
+
+    import outsize
+    from outsize.engine.session import session_of
+    from outsize.hardware import kept
+
+    if pins is not None:
+        pins["resident"] = tuple(pins["resident"])
+    options = {"pins": outsize.Pins(**pins)} if pins is not None else {"profile": kept(folder)}
+    model = open_model(case, folder, host=host, **options)
+    optimizer = outsize.AdamW(model, lr=1e-5, max_grad_norm=1.0)
+    ids = torch.randint(0, 4096, (1, case["seq_len"]), generator=torch.Generator().manual_seed(0))
+    times = []
+    try:
+        for _ in range(NUM_STEPS):
+            start = time.perf_counter()
+            model(input_ids=ids, labels=ids).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            times.append(time.perf_counter() - start)
+    except outsize.OutsizeError as error:
+        return {"refused": str(error)}
+    choices = session_of(model).budget.choices
+    chosen = str(choices[0].pins) if choices else ""
+    return {"step_s": statistics.median(times[3:]), "chosen": chosen}
+
+
+def run(case: dict[str, Any], bench_dir: Path, host: str, pins: dict[str, Any] | None) -> dict[str, Any]:
+    """As `one`, in a process of its own."""
+    with tempfile.TemporaryDirectory(dir=bench_dir) as folder:
+        job = json.dumps({"case": case, "host": host, "pins": pins})
+        done = subprocess.run(
+            [sys.executable, __file__, f"--one={job}", f"--folder={folder}"],
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+        )
+    answer: dict[str, Any] = json.loads(done.stdout.rpartition("RESULT ")[2])
+    return answer
+
+
+def sweep(case: dict[str, Any], bench_dir: Path, room_bytes: int) -> float:
+    """Run everything; by how much the chosen plan is slower than the best, as a ratio."""
+    import outsize
+
+    with tempfile.TemporaryDirectory(dir=bench_dir) as folder:
+        open_model(case, Path(folder))
+        least = outsize.preview(
+            Path(folder) / "model",
+            disk=folder,
+            home="disk",
+            dtype="float32",
+            seq_len=case["seq_len"],
+            pins=outsize.Pins(weight_slots=1, gradient_slots=1),
+        )
+    host = f"{(least.host_bytes + (128 << 20) + room_bytes) >> 20}MiB"
+    num_blocks = least.num_blocks
+    parts = (0, num_blocks // 2, num_blocks)
+    tried = [
+        {"weight_slots": weights, "gradient_slots": gradients, "resident": resident}
+        for weights, gradients in SLOTS
+        for resident in itertools.product(parts, repeat=3)
+    ]
+    chosen, found = [], []
+    for index, pins in enumerate(tried):
+        if index % 36 == 0:
+            chosen.append(run(case, bench_dir, host, None))
+        answer = run(case, bench_dir, host, pins)
+        if "step_s" in answer:
+            found.append((answer["step_s"], pins))
+    chosen.append(run(case, bench_dir, host, None))
+    found.sort(key=lambda pair: pair[0])
+    chosen_s = statistics.median(answer["step_s"] for answer in chosen)
+    print(
+        f"{case} host={host}: chosen {chosen_s:.3f} s ({chosen[0]['chosen']}); {len(found)} others that fit: best "
+        f"{found[0][0]:.3f} s ({found[0][1]}), median {statistics.median(f[0] for f in found):.3f} s, "
+        f"worst {found[-1][0]:.3f} s; ratio to the best {chosen_s / found[0][0]:.3f}",
+        flush=True,
+    )
+    return chosen_s / found[0][0]
+
+
+def main() -> None:
+    """Sweep all cases."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.one:
+        job = json.loads(arguments.one)
+        print("RESULT " + json.dumps(one(job["case"], arguments.folder, job["host"], job["pins"])))
+        return
+    from outsize.hardware import load_or_measure
+
+    bench_dir = Path(os.environ.get("OUTSIZE_BENCH_DIR", "/var/tmp"))
+    load_or_measure(bench_dir, print)
+    ratios = [sweep(case, bench_dir, ROOM_BYTES) for case in CASES]
+    print(f"at worst {max(ratios):.3f} of the best that was found, in {len(ratios)} sweeps")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,153 @@
+"""What a piece of computing takes, counted operation by operation: memory of its tensors, time on another machine.
+
+Counting is exact where measuring is not: the same run gives the same figures, on tensors with values or without (torch's
+meta device), so that a plan does not change from one start to the next.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
+from transformers import masking_utils
+
+from outsize.config import ComputeType
+from outsize.errors import ConfigError, ModelError
+from outsize.plan.profile import Profile
+
+
+class LiveBytes(TorchDispatchMode):
+    """Inside, counts the bytes of tensors that operations make and that are still alive; `peak` is the most of them."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.peak = 0
+        self._live = 0
+        self._known: dict[int, tuple[weakref.ref[Any], int]] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run `func`, and count what it made."""
+        for given in _tensors((args, kwargs)):
+            self._add(given, 0)
+        result = func(*args, **(kwargs or {}))
+        for made in _tensors(result):
+            self._add(made, made.untyped_storage().nbytes())
+        return result
+
+    def _add(self, tensor: torch.Tensor, num_bytes: int) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._known:
+            return
+
+        def gone(_: object) -> None:
+            self._live -= self._known.pop(key)[1]
+
+        self._known[key] = weakref.ref(storage, gone), num_bytes
+        self._live += num_bytes
+        self.peak = max(self.peak, self._live)
+
+
+class _WithoutValues(TorchFunctionMode):
+    """Inside, attention is that of a fused kernel, as on a device (torch takes it apart on meta), and nothing is found in a
+    tensor.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run `func`, or what stands for it."""
+        if func is torch.Tensor.__contains__:
+            return False
+        if func is F.scaled_dot_product_attention:
+            return _fused_attention(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _fused_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Any:
+    groups = query.shape[-3] // key.shape[-3]
+    if enable_gqa and groups > 1:
+        key, value = key.repeat_interleave(groups, -3), value.repeat_interleave(groups, -3)
+    attend = torch.ops.aten
+    if attn_mask is None:
+        return attend._scaled_dot_product_flash_attention(
+            query, key, value, dropout_p, is_causal, scale=scale
+        )[0]
+    return attend._scaled_dot_product_efficient_attention(
+        query, key, value, attn_mask, True, dropout_p, is_causal, scale=scale
+    )[0]
+
+
+@contextmanager
+def on_paper() -> Iterator[None]:
+    """Inside, models run on tensors without values. Raises ModelError where a model asks for one."""
+    # Where a mask is made, transformers asks for values: whether sequences are packed.
+    try:
+        with _WithoutValues(), mock.patch.object(masking_utils, "is_tracing", lambda *values: True):
+            yield
+    except (RuntimeError, NotImplementedError) as error:
+        if "meta" not in str(error):
+            raise
+        raise ModelError(
+            f"the model's forward depends on values of its tensors, which another machine's plan has none of: {error}",
+            hint="plan on that machine itself, without hardware=",
+        ) from error
+
+
+class _Traffic(TorchDispatchMode):
+    """Bytes that operations other than products read and write."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.num_bytes = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run `func`, and count its operands and results unless they share their bytes."""
+        result = func(*args, **(kwargs or {}))
+        if func.overloadpacket not in flop_registry and not func.is_view:
+            self.num_bytes += sum(tensor.nbytes for tensor in _tensors((args, kwargs, result)))
+        return result
+
+
+def estimated_s(profile: Profile, compute_type: ComputeType, run: Callable[[], object]) -> float:
+    """Seconds that `run()` would take on another machine: its products at their rate, all else at that of memory.
+
+    Raises ConfigError where the profile has no rate for the compute type.
+    """
+    rate = profile.matmul.get(compute_type)
+    if rate is None:
+        raise ConfigError(
+            f"profile {profile.name}: no rate for products in {compute_type}",
+            hint=f"choose --dtype of {', '.join(profile.matmul)}",
+        )
+    with FlopCounterMode(display=False) as products, _Traffic() as traffic:
+        run()
+    # A copy reads and writes each byte that it moves.
+    memory = profile.device_memory or 2 * profile.host_copy
+    return float(products.get_total_flops() / rate + traffic.num_bytes / memory)
+
+
+def _tensors(values: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor)]

@@ -1,0 +1,139 @@
+"""Records one step: what computed, updated and moved, and what was waited for; then makes a timeline of it.
+
+The executor tells of visits and waits, the update lane of chunks, tiers and links of transfers; each of them asks one
+attribute for None while nothing is recorded. Whatever they tell is appended to a list, from any thread, without a lock.
+Points in time are those of the device that computes: on a GPU they are events, read when all is over.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from outsize.engine import memory
+from outsize.plan import Free, Op, Update, Visit, Wait, Write
+from outsize.plan.profile import Resource
+from outsize.plan.simulate import Stall
+from outsize.plan.timeline import Span, Timeline
+from outsize.tier import Device, Moment, at
+
+SHORTEST_STALL_S = 1e-4
+"""A wait that is over sooner had nothing to wait for: it took the interpreter's own time."""
+
+_CLOCK_S = 1e-5
+"""By which two threads may see the same moment apart."""
+
+_ENDS_A_WAIT: tuple[Resource, ...] = (Resource.READ, Resource.UPDATE, Resource.UP)
+"""What makes a plane usable."""
+
+_ENDS_A_FREE: tuple[Resource, ...] = (Resource.WRITE, Resource.DOWN, Resource.UP, Resource.UPDATE)
+"""What lets a slot go."""
+
+_ANY = tuple(Resource)
+
+
+class Recorder:
+    """One step, from `begin` until `timeline` is asked for."""
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self._start_s = 0.0
+        self._spans: list[tuple[Resource, str, int, Moment, Moment]] = []
+        self._waits: list[tuple[Op, Moment, Moment]] = []
+        self._memory: list[tuple[float, int, int]] = []
+
+    def begin(self) -> None:
+        """The step starts now."""
+        self._start_s = time.perf_counter()
+        self._sample()
+
+    def moment(self) -> Moment:
+        """Where computing is now."""
+        return self._device.moment()
+
+    def visited(self, visits: Sequence[Visit], began: Moment) -> None:
+        """A visit is over that `began` then."""
+        label = ", ".join(f"{visit.direction} {visit.block}" for visit in visits)
+        self._spans.append((Resource.COMPUTE, label, 0, began, self.moment()))
+        self._sample()
+
+    def ran(self, op: Op, began: Moment, *, in_place: bool) -> None:
+        """An operation between visits is over; an update `in_place` is computed where blocks are."""
+        if isinstance(op, Wait | Free):
+            self._waits.append((op, began, self.moment()))
+        elif isinstance(op, Write):
+            self._spans.append((Resource.COMPUTE, f"round {op.block}", 0, began, self.moment()))
+        elif isinstance(op, Update) and in_place:
+            self._spans.append((Resource.COMPUTE, f"update {op.block}", 0, began, self.moment()))
+
+    def updated(self, block: str, start_s: float) -> None:
+        """The host has applied a rule to a part of a block."""
+        self._spans.append((Resource.UPDATE, f"update {block}", 0, at(start_s), at(time.perf_counter())))
+
+    def moved(self, verb: str, label: str, num_bytes: int, start: Moment, end: Moment) -> None:
+        """A transfer, or a piece of one, is over, or was given to a device: a `Listener`."""
+        self._spans.append((Resource(verb), f"{verb} {label}", num_bytes, start, end))
+
+    def _sample(self) -> None:
+        """Note the memory taken now."""
+        device = self._device.torch_device
+        beside = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+        self._memory.append((time.perf_counter() - self._start_s, memory.resident_bytes(), beside))
+
+    def timeline(self) -> Timeline:
+        """The step, which ends now."""
+        step_s = time.perf_counter() - self._start_s
+        self._sample()
+        begin = self._start_s
+        spans = [
+            Span(resource, start() - begin, end() - begin, label, num_bytes)
+            for resource, label, num_bytes, start, end in list(self._spans)
+        ]
+        spans = sorted(
+            (span for span in spans if span.end_s > max(0.0, span.start_s) and span.start_s < step_s),
+            key=lambda span: span.start_s,
+        )
+        of_block = _by_block(spans)
+        stalls: list[Stall] = []
+        for op, start, end in self._waits:
+            start_s, end_s = start() - begin, end() - begin
+            if end_s - start_s >= SHORTEST_STALL_S:
+                stalls += reversed(list(causes(op, start_s, end_s, of_block.get(op.block, ()))))
+        tiers = {"host": tuple((time_s, host) for time_s, host, _ in self._memory)}
+        if self._device.torch_device.type == "cuda":
+            tiers["device"] = tuple((time_s, beside) for time_s, _, beside in self._memory)
+        return Timeline(step_s, tuple(spans), tuple(sorted(stalls, key=lambda stall: stall.start_s)), tiers)
+
+
+def causes(op: Op, start_s: float, end_s: float, own: Sequence[Span]) -> Iterator[Stall]:
+    """What computing waited for in `op`, backwards in time. `own` are the spans of its block, in the order of their ends.
+
+    As in the simulation: what ended the wait, from when it could begin; before that, what it had to come after.
+    """
+    kinds, cause = (_ENDS_A_WAIT, Resource.READ) if isinstance(op, Wait) else (_ENDS_A_FREE, Resource.WRITE)
+    until_s = before_s = end_s
+    for span in reversed(own):
+        if span.end_s <= start_s:
+            break
+        if span.resource not in kinds or span.end_s > before_s + _CLOCK_S:
+            continue
+        if kinds is not _ANY:
+            cause, kinds = span.resource, _ANY  # what ended the wait; before it there may be anything
+        elif span.resource is not cause and span.end_s < until_s:
+            yield Stall(span.end_s, until_s, cause)
+            until_s, cause = span.end_s, span.resource
+        before_s = span.start_s
+    if until_s > start_s:
+        yield Stall(start_s, until_s, cause)
+
+
+def _by_block(spans: Sequence[Span]) -> dict[str, list[Span]]:
+    """Spans by the block that their label names, such as `read L07.state[3]`, in the order of their ends."""
+    found: defaultdict[str, list[Span]] = defaultdict(list)
+    for span in sorted(spans, key=lambda span: span.end_s):
+        if span.resource is not Resource.COMPUTE:
+            found[span.label.partition(" ")[2].partition(".")[0]].append(span)
+    return found

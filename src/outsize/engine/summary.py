@@ -1,0 +1,130 @@
+"""What a plan says to a person, and to a program: what lives where, how long a step takes, and what would change that."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from outsize.config import format_bytes
+from outsize.engine.predict import SPREAD, Prediction
+from outsize.engine.report import Row
+
+WIDTH = 40
+"""Characters of a bar."""
+
+SHADES = "█▓▒░▚▞"
+"""Of the parts of a bar, in order; what is free is blank."""
+
+
+@dataclass(frozen=True, slots=True)
+class Alternative:
+    """Another plan that fits, and how long a step of it takes; `pins` choose it."""
+
+    step_s: float
+    pins: str
+
+
+@dataclass(frozen=True)
+class PlanSummary:
+    """Where everything would live; `reason` says why it does not fit, with the nearest settings that do."""
+
+    fits: bool
+    reason: str
+    rows: tuple[Row, ...]
+    slots: tuple[str, ...]
+    num_parameters: int
+    num_blocks: int
+    host_budget_bytes: int
+    host_bytes: int
+    disk_bytes: int
+    device_budget_bytes: int = 0
+    device_bytes: int = 0
+    prediction: Prediction | None = None
+    """What a step takes; None where no profile was given."""
+    alternatives: tuple[Alternative, ...] = ()
+    """The next best plans, the fastest first."""
+    pins: str = ""
+    """Those that choose this plan, whatever is known of the machine."""
+
+    def __str__(self) -> str:
+        lines = [f"{self.num_parameters / 1e6:,.1f} M parameters in {self.num_blocks} blocks"]
+        if not self.fits:
+            return "\n".join([*lines, f"does not fit: {self.reason}"])
+        lines += ["", *self._drawn(), ""]
+        lines += list(self.slots)
+        lines.append(
+            "fits: "
+            + (
+                f"{format_bytes(self.device_bytes)} of {format_bytes(self.device_budget_bytes)} of the device, "
+                if self.device_bytes
+                else ""
+            )
+            + f"{format_bytes(self.host_bytes)} of {format_bytes(self.host_budget_bytes)} of memory"
+            + (f", {format_bytes(self.disk_bytes)} of disk" if self.disk_bytes else "")
+        )
+        if self.prediction is not None:
+            lines += ["", str(self.prediction)]
+        lines += [f"next best: {each.step_s:.2f} s with {each.pins}" for each in self.alternatives]
+        return "\n".join(lines)
+
+    def _drawn(self) -> list[str]:
+        """A bar for each tier, and under it what its parts are."""
+        budgets = {"device": self.device_budget_bytes, "host": self.host_budget_bytes}
+        lines = []
+        for tier in ("device", "host", "disk"):
+            rows = [row for row in self.rows if row.tier == tier and row.num_bytes]
+            if not rows:
+                continue
+            whole = max(budgets.get(tier, 0), sum(row.num_bytes for row in rows))
+            lines.append(f"{tier:<6} {bar([row.num_bytes for row in rows], whole)} {format_bytes(whole)}")
+            lines += [
+                f"       {shade} {row.what}  {format_bytes(row.num_bytes)}"
+                for shade, row in zip(_shades(len(rows)), rows, strict=True)
+            ]
+        return lines
+
+    def to_json(self) -> str:
+        """All of it; sizes in bytes, times in seconds."""
+        values: dict[str, Any] = {
+            key: value
+            for key, value in vars(self).items()
+            if key not in ("rows", "prediction", "alternatives")
+        }
+        values["rows"] = [asdict(row) for row in self.rows]
+        values["alternatives"] = [asdict(each) for each in self.alternatives]
+        values["prediction"] = _prediction(self.prediction) if self.prediction is not None else None
+        return json.dumps(values, indent=2)
+
+
+def _prediction(prediction: Prediction) -> Mapping[str, Any]:
+    simulation = prediction.simulation
+    return {
+        "step_s": prediction.step_s,
+        "step_s_least": prediction.step_s * (1 - SPREAD),
+        "step_s_most": prediction.step_s * (1 + SPREAD),
+        "tokens_per_s": prediction.tokens_per_s,
+        "num_tokens": prediction.num_tokens,
+        "host_bytes": prediction.host_bytes,
+        "bottleneck": str(simulation.bottleneck),
+        "busy_s": {str(resource): seconds for resource, seconds in simulation.busy_s.items()},
+        "stall_s": {str(resource): seconds for resource, seconds in simulation.stall_s.items()},
+        "bytes_moved": {str(resource): count for resource, count in simulation.bytes_moved.items()},
+        "remedies": [asdict(remedy) for remedy in prediction.remedies],
+        "disk_endurance_steps": prediction.endurance_steps,
+    }
+
+
+def bar(parts: Sequence[int], whole: int) -> str:
+    """A bar of WIDTH characters for `parts` of `whole`; a part that is there at all has a character."""
+    text, done = "", 0
+    for shade, part in zip(_shades(len(parts)), parts, strict=True):
+        done += part
+        end = round(WIDTH * done / whole)
+        text += shade * max(1, end - len(text))
+    return f"|{text[:WIDTH]:<{WIDTH}}|"
+
+
+def _shades(count: int) -> str:
+    return "".join(SHADES[index % len(SHADES)] for index in range(count))

@@ -1,0 +1,44 @@
+"""Recording one step of a run, for `outsize trace`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from torch import nn
+
+from outsize.train.api import Api, Predicted
+from outsize.train.trace import Trace
+
+
+class Tracing:
+    """Records one step, `first_step` or the next that no evaluation comes before, and writes it to `path`.
+
+    An evaluation applies the updates that a step would otherwise find. With 0 no step is recorded.
+    """
+
+    def __init__(self, api: Api, model: nn.Module, first_step: int, path: Path) -> None:
+        self._api = api
+        self._model = model
+        self._first_step = first_step
+        self._path = path
+        self._is_over = first_step == 0
+        self._was_evaluated = False
+
+    @contextmanager
+    def step(self, number: int, predicted: Predicted | None) -> Iterator[None]:
+        """The body makes step `number` (from 1); it is recorded where it is the one."""
+        if self._is_over or number < self._first_step or self._was_evaluated:
+            self._was_evaluated = False
+            yield
+            return
+        with self._api.record(self._model) as recording:
+            yield
+        self._is_over = True
+        expected = predicted.timeline() if predicted is not None else None
+        Trace(self._path.parent.name, number, expected, recording.timeline).write(self._path)
+
+    def evaluated(self) -> None:
+        """An evaluation was made since the last step."""
+        self._was_evaluated = True

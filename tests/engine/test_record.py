@@ -1,0 +1,192 @@
+"""A step that is recorded: everything that happened is in it, once, and what was waited for is named."""
+
+import itertools
+from collections import Counter
+
+import pytest
+
+import outsize
+from outsize.block import Plane
+from outsize.engine.recorder import causes
+from outsize.errors import UsageError
+from outsize.plan import Backward, Forward, Free, Wait
+from outsize.plan.profile import Resource
+from outsize.plan.simulate import Stall
+from outsize.plan.timeline import Span
+from outsize.tier import SlowTier, Verb
+from tests.promises.test_device import with_twin
+from tests.running import adamw, executor_of, loss_of, opened, wrapped_disk
+from tests.zoo import ZOO
+
+COMPUTE, UPDATE, READ, WRITE, UP, DOWN = Resource
+
+
+def opened_on_disk(tmp_path, name="llama_tied", **options):
+    options = {"disk": tmp_path, "home": "disk", "pins": outsize.Pins(resident_bytes=0)} | options
+    model = opened(ZOO[name].build(), **options)
+    return model, adamw(model, max_grad_norm=1.0)
+
+
+def step(model, optimizer, seed, name="llama_tied"):
+    loss_of(model(**ZOO[name].batch(rows=3, length=12, seed=seed))).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def settle(store):
+    store.flush()
+    store.device.finish()
+
+
+def recorded(model, optimizer, steps=4):
+    """The last of some steps; nothing of it, or of the one before, is under way at its ends."""
+    for seed in range(steps - 1):
+        step(model, optimizer, seed)
+    store = executor_of(model).store
+    settle(store)
+    before = outsize.report(model)
+    with outsize.record(model) as recording:
+        step(model, optimizer, steps)
+        settle(store)
+    return recording.timeline, before, outsize.report(model)
+
+
+def test_every_visit_is_there_once(tmp_path):
+    timeline, _, _ = recorded(*(opened := opened_on_disk(tmp_path)))
+    visits = Counter(str(op) for op in executor_of(opened[0]).executed if isinstance(op, Forward | Backward))
+    assert len(visits) > 6
+    seen = Counter(
+        span.label
+        for span in timeline.spans
+        if span.resource is COMPUTE and span.label.split()[0] in ("forward", "backward")
+    )
+    assert seen == visits
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_bytes_are_those_of_the_report(count, tmp_path):
+    folders = [tmp_path / str(index) for index in range(count)]
+    for folder in folders:
+        folder.mkdir()
+    timeline, before, after = recorded(*opened_on_disk(tmp_path, disk=folders))
+    moved = Counter()
+    for span in timeline.spans:
+        moved[span.resource] += span.num_bytes
+    assert moved[READ] == after.bytes_read - before.bytes_read > 0
+    assert moved[WRITE] == after.bytes_written - before.bytes_written > 0
+    assert not moved[UP] and not moved[DOWN]
+
+
+def test_computing_is_serial_and_all_lies_within_the_step(tmp_path):
+    timeline, _, _ = recorded(*opened_on_disk(tmp_path))
+    computing = [span for span in timeline.spans if span.resource is COMPUTE]
+    assert all(a.end_s <= b.start_s for a, b in itertools.pairwise(computing))
+    assert all(0 <= span.start_s < span.end_s <= timeline.step_s for span in timeline.spans)
+    assert list(timeline.spans) == sorted(timeline.spans, key=lambda span: span.start_s)
+
+
+def test_every_block_is_updated_and_memory_is_sampled_at_every_visit(tmp_path):
+    model, optimizer = opened_on_disk(tmp_path)
+    timeline, _, _ = recorded(model, optimizer)
+    updated = {span.label for span in timeline.spans if span.resource is UPDATE}
+    assert updated == {f"update {state.name}" for state in executor_of(model).store}
+    visits = [s for s in timeline.spans if s.label.split()[0] in ("forward", "backward")]
+    assert list(timeline.memory) == ["host"] and len(timeline.memory["host"]) == len(visits) + 2
+    times = [time_s for time_s, _ in timeline.memory["host"]]
+    assert times == sorted(times) and all(size > 1 << 20 for _, size in timeline.memory["host"])
+
+
+def test_nothing_is_recorded_before_or_after(tmp_path):
+    model, optimizer = opened_on_disk(tmp_path)
+    timeline, _, _ = recorded(model, optimizer)
+    with outsize.record(model):
+        recorder = executor_of(model).recorder
+    told = len(recorder._spans), len(recorder._waits), len(recorder._memory)
+    step(model, optimizer, 9)
+    settle(executor_of(model).store)
+    assert (len(recorder._spans), len(recorder._waits), len(recorder._memory)) == told
+    again, _, _ = recorded(model, optimizer, steps=1)
+    assert Counter(s.label for s in again.spans) == Counter(s.label for s in timeline.spans)
+
+
+def test_recording_changes_no_number(tmp_path):
+    def losses(is_recorded):
+        model, optimizer = opened_on_disk(tmp_path)
+        found = []
+        for seed in range(4):
+            if is_recorded and seed == 2:
+                with outsize.record(model):
+                    step(model, optimizer, seed)
+            else:
+                step(model, optimizer, seed)
+            found.append(float(loss_of(model(**ZOO["llama_tied"].batch(rows=3, length=12, seed=7))).detach()))
+        return found
+
+    assert losses(True) == losses(False)
+
+
+@pytest.mark.parametrize(
+    ("slow", "cause"),
+    [
+        (lambda verb, label: 0.03 * (verb is Verb.READ and ".weight" in label), READ),
+        (lambda verb, label: 0.03 * (verb is Verb.WRITE and ".gradient" in label), WRITE),
+    ],
+)
+def test_what_is_slow_is_what_is_waited_for(tmp_path, monkeypatch, slow, cause):
+    pins = outsize.Pins(resident_bytes=0, weight_slots=1, gradient_slots=1)
+    with wrapped_disk(monkeypatch, lambda tier: SlowTier(tier, slow)):
+        timeline, before, after = recorded(*opened_on_disk(tmp_path, pins=pins))
+        waited = sum(after.wait_s.values()) - sum(before.wait_s.values())
+    assert max(timeline.stall_s, key=timeline.stall_s.get) is cause
+    assert sum(timeline.stall_s.values()) == pytest.approx(waited, rel=0.2)
+    computing = [(span.start_s, span.end_s) for span in timeline.spans if span.resource is COMPUTE]
+    both = sorted([*computing, *((stall.start_s, stall.end_s) for stall in timeline.stalls)])
+    assert all(b[0] >= a[1] - 1e-5 for a, b in itertools.pairwise(both))
+
+
+def test_copies_of_a_device_are_there(tmp_path, monkeypatch):
+    twins = with_twin(monkeypatch)
+    model, optimizer = opened_on_disk(tmp_path)
+    timeline, before, after = recorded(model, optimizer)
+    moved = Counter()
+    for span in timeline.spans:
+        moved[span.resource] += span.num_bytes
+    assert moved[UP] == after.bytes_up - before.bytes_up > 0
+    assert moved[DOWN] == after.bytes_down - before.bytes_down > 0
+    assert twins[0]._listener is None
+    assert {"up L00.weight", "down L00.gradient[0]"} <= {span.label for span in timeline.spans}
+
+
+def test_what_cannot_be_recorded_is_refused(tmp_path):
+    model, optimizer = opened_on_disk(tmp_path)
+    with pytest.raises(UsageError, match="before its first call"), outsize.record(model):
+        pass
+    step(model, optimizer, 0)
+    with outsize.record(model) as recording:
+        with pytest.raises(UsageError, match="already"), outsize.record(model):
+            pass
+        with pytest.raises(UsageError, match="not over"):
+            _ = recording.timeline
+    assert recording.timeline.step_s > 0
+    with pytest.raises(ZeroDivisionError), outsize.record(model) as recording:
+        raise ZeroDivisionError
+    assert executor_of(model).recorder is None
+    with pytest.raises(UsageError):
+        _ = recording.timeline
+
+
+def test_causes_are_what_ended_a_wait_and_what_it_came_after():
+    wait, free = Wait("L00", Plane.WEIGHT), Free("L00", Plane.GRADIENT)
+    read = Span(READ, 1.0, 2.0, "read L00.state[0]")
+    update = Span(UPDATE, 2.5, 3.0, "update L00")
+    write = Span(WRITE, 3.0, 3.5, "write L00.state[0]")
+    assert list(causes(wait, 0.0, 3.0, [read, update])) == [Stall(2.0, 3.0, UPDATE), Stall(0.0, 2.0, READ)]
+    # What begins after the wait is over, and a write, do not end it; what was over before it began did not hold it up.
+    assert list(causes(wait, 0.5, 2.1, [read, update, write])) == [Stall(0.5, 2.1, READ)]
+    assert list(causes(wait, 2.6, 3.6, [read, update, write])) == [Stall(2.6, 3.6, UPDATE)]
+    assert list(causes(free, 2.0, 3.5, [read, update, write])) == [
+        Stall(3.0, 3.5, WRITE),
+        Stall(2.0, 3.0, UPDATE),
+    ]
+    assert list(causes(wait, 0.0, 1.0, [])) == [Stall(0.0, 1.0, READ)]
+    assert list(causes(free, 0.0, 1.0, [])) == [Stall(0.0, 1.0, WRITE)]
