@@ -232,8 +232,8 @@ class Keeper:
 class _Input:
     """One tensor that was sent away: where it waits, and what last used that place.
 
-    `here` is the tensor where blocks compute, as long as somebody has it: the one that was sent, at `version`, or, once it came
-    back, which `arrived` says, that. `on_way` is where it is being brought to ahead of its use.
+    `here` is the tensor where blocks compute, as long as somebody has it: the one that was sent, at `version`, or the one
+    that came back, which `arrived` says. `on_way` is where it is being brought to ahead of its use.
     """
 
     label: str
