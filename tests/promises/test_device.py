@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 import outsize
 from outsize import Pins
 from outsize.block import Plane
-from outsize.engine import api, budget, keep
+from outsize.engine import api, budget, closing, keep
 from outsize.engine.blocks import BlockStore
 from outsize.engine.executor import Executor
 from outsize.engine.session import session_of
@@ -213,8 +213,9 @@ def test_a_model_that_is_dropped_unpins_its_memory(tmp_path, monkeypatch):
     model(**ZOO["llama"].batch()).loss.backward()
     assert any(name.startswith("input") for name in twins[0].pinned.values())
     del model
-    for _ in range(2):  # first the session, which ends its threads, then what those held
+    for _ in range(2):  # first the session, whose threads are ended, then what those held
         gc.collect()
+        closing.finish()
     assert not twins[0].pinned
 
 

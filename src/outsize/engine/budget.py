@@ -18,7 +18,7 @@ import torch
 
 from outsize.block import ALIGNMENT, Record, align
 from outsize.config import Home, Pins, Settings, format_bytes
-from outsize.engine import keep, memory
+from outsize.engine import closing, keep, memory
 from outsize.engine.probe import BatchShape, Rehearsal
 from outsize.errors import BudgetError
 from outsize.plan import Direction, Placement, place, place_apart
@@ -157,6 +157,7 @@ class Budget:
 
         Raises BudgetError where they do not fit, naming what does.
         """
+        closing.finish()  # of models that were dropped, what they had is free
         memory.give_back()
         self.base_bytes = memory.resident_bytes()
         limit = self._settings.budgets.host_bytes

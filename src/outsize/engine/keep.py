@@ -24,6 +24,7 @@ import torch
 from outsize.block import Extent, align
 from outsize.config import format_bytes
 from outsize.engine.carrier import Carrier, Parcel, Part, StagedCarrier
+from outsize.engine.closing import when_dropped
 from outsize.errors import BudgetError, OutsizeError, StorageError, UsageError
 from outsize.tier import Device, DoneTransfer, HostArena, Tier, TierStats, Transfer
 
@@ -65,7 +66,7 @@ class Keeper:
         self._leaving: deque[list[tuple[torch.Tensor, _Input, Transfer]]] = deque()
         self._dropped: deque[_Input] = deque()
         self._is_closed = False
-        self._finalizer = weakref.finalize(self, _close_workers, self._carrier, device, disk)
+        self._finalizer = when_dropped(self, _close_workers, self._carrier, device, disk)
 
     @property
     def in_use_bytes(self) -> int:
@@ -114,7 +115,8 @@ class Keeper:
         if self._is_closed:
             return
         self._is_closed = True
-        self._finalizer()
+        self._finalizer.detach()
+        _close_workers(self._carrier, self._device, self._disk)
         for waiting in (self._leaving, self._dropped, self._visits, self._known):
             waiting.clear()
         for region in ([] if self._home is None else [self._home]) + self._buffers:

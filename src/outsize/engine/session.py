@@ -30,6 +30,7 @@ from outsize.engine import memory
 from outsize.engine.batch import BatchDims, Tile, tiles
 from outsize.engine.blocks import DTYPES, BlockState, BlockStore, close_workers
 from outsize.engine.budget import Budget, Foresight, disk_bytes
+from outsize.engine.closing import when_dropped
 from outsize.engine.embedding import Embedding
 from outsize.engine.executor import Executor
 from outsize.engine.guard import Guard
@@ -648,7 +649,7 @@ class Session:
                 disk.close()
             raise
         self.executor = Executor(store)
-        self._finalizer = weakref.finalize(self, close_workers, *store.workers())
+        self._finalizer = when_dropped(self, close_workers, *store.workers())
         self._locate({r.name: [entry.piece for entry in r.entries] for r in records})
         self._blocks = {r.name: Block(r.name, tuple(entry.piece for entry in r.entries)) for r in records}
         try:

@@ -1,0 +1,51 @@
+"""Closing what was dropped: on a thread of its own, and never where the garbage collector happens to run.
+
+A model that is dropped without being closed is collected in whichever thread allocates next, inside any lock that thread
+holds: that of an executor, say, whose workers have to end. So what is dropped only leaves a note, in a queue that may be
+written to from anywhere.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from queue import SimpleQueue
+
+_notes: SimpleQueue[Callable[[], object]] = SimpleQueue()
+_lock = threading.Lock()
+_threads: list[threading.Thread] = []
+
+
+def when_dropped(
+    owner: object, close: Callable[..., None], *workers: object
+) -> weakref.finalize[..., object]:
+    """Call `close(*workers)`, which must not hold `owner`, some time after `owner` was dropped; at exit nothing is done."""
+    with _lock:
+        if not _threads:
+            _threads.append(threading.Thread(target=_run, name="outsize-closing", daemon=True))
+            _threads[0].start()
+    note = weakref.finalize(owner, _notes.put, partial(close, *workers))
+    note.atexit = False
+    return note
+
+
+def finish() -> None:
+    """Wait until everything that was dropped so far is closed."""
+    if _threads and threading.current_thread() is not _threads[0]:
+        done = threading.Event()
+        _notes.put(done.set)
+        done.wait()
+
+
+def _run() -> None:
+    while True:
+        _close(_notes.get())
+
+
+def _close(note: Callable[[], object]) -> None:
+    """In a function of its own: what the note holds goes with it, and not when the next comes."""
+    with suppress(Exception):  # nobody is left to be told
+        note()

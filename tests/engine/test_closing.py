@@ -1,0 +1,72 @@
+"""Closing what was dropped: elsewhere, later, and whatever the thread that dropped it holds."""
+
+import gc
+import threading
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+
+from outsize.engine import closing
+
+
+class Owner:
+    """Something that has workers."""
+
+
+def test_it_happens_on_another_thread_and_is_waited_for():
+    owner, seen = Owner(), []
+    closing.when_dropped(owner, lambda *args: seen.append((threading.current_thread().name, args)), 1, 2)
+    closing.finish()
+    assert not seen
+    del owner
+    closing.finish()
+    assert seen == [("outsize-closing", (1, 2))]
+
+
+def test_what_was_detached_is_left_alone():
+    owner, seen = Owner(), []
+    closing.when_dropped(owner, seen.append, 1).detach()
+    del owner
+    closing.finish()
+    assert not seen
+
+
+def test_an_error_does_not_keep_others_from_being_closed():
+    def fail():
+        raise ValueError
+
+    owners, seen = [Owner(), Owner()], []
+    closing.when_dropped(owners[0], fail)
+    closing.when_dropped(owners[1], seen.append, 1)
+    while owners:
+        del owners[0]
+    closing.finish()
+    assert seen == [1]
+
+
+def test_a_lock_that_is_held_where_something_is_dropped_is_no_obstacle():
+    """As an executor's, in whose `submit` the garbage collector may run."""
+    lock, closed = threading.Lock(), threading.Event()
+
+    def close(workers):
+        with lock:
+            workers.shutdown()
+        closed.set()
+
+    owner = Owner()
+    owner.itself = owner
+    closing.when_dropped(owner, close, ThreadPoolExecutor(1))
+    with lock:
+        del owner
+        gc.collect()
+        assert not closed.is_set()
+    closing.finish()
+    assert closed.is_set()
+
+
+def test_what_closing_needed_is_let_go():
+    owner, worker = Owner(), Owner()
+    known = weakref.ref(worker)
+    closing.when_dropped(owner, lambda worker: None, worker)
+    del owner, worker
+    closing.finish()
+    assert known() is None
