@@ -76,7 +76,7 @@ PLACEMENTS = st.fixed_dictionaries(
 @example(Run("t5", "bfloat16", 1, 0.1), {"weight_slots": 2, "gradient_slots": 1, "resident_bytes": 90_000}, 6)
 @example(Run("albert", "bfloat16"), {"weight_slots": 1, "gradient_slots": 1, "home": "host"}, 7)
 @settings(
-    max_examples=16,
+    max_examples=8,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],

@@ -350,8 +350,7 @@ print(json.dumps(figures))
 """
 
 
-@pytest.mark.parametrize("tile_rows", [2, 6])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("tile_rows", "dtype"), [(2, "float32"), (6, "bfloat16")])
 def test_they_take_what_was_counted(tile_rows, dtype):
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", MEMORY, str(tile_rows), dtype],
