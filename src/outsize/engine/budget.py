@@ -31,6 +31,9 @@ from outsize.tier.striped import part_bytes
 SLACK_BYTES = 128 << 20
 """Memory left for what is not planned: malloc's remains, Python objects, thread stacks."""
 
+UNPLANNED_BYTES = 48 << 20
+"""What of that is taken as a rule: 16 to 100 MiB over a grid of runs (benchmarks/results)."""
+
 HINT_MARGIN_BYTES = 8 << 20
 """Added to a budget that is recommended: two processes that do the same differ by 1 to 2 MiB."""
 
@@ -177,11 +180,10 @@ class Budget:
         self.activation_bytes, self.host_inputs_bytes = fit.needs.num_bytes, fit.needs.host_bytes
         self._fit = fit
         self.placement = fit.placement
-        is_roomy = self._device.is_host and fit.attempt.is_roomy
-        self._ceiling = memory.Ceiling(
-            self.limit_bytes - SLACK_BYTES // 2,
-            self.expected_bytes() + SLACK_BYTES // 2 if is_roomy else None,
-        )
+        self._ceiling = memory.Ceiling(self.limit_bytes - SLACK_BYTES // 2)
+        if self._device.is_host and fit.attempt.is_roomy:
+            small = max(0, SLACK_BYTES // 2 - fit.needs.visit_bytes)
+            self._ceiling.expected_bytes = self.host_bytes() + fit.needs.visit_bytes + small
         return self.placement
 
     def choices_with(
@@ -237,7 +239,7 @@ class Budget:
         """What the process will have had at most: beside what is placed, freed memory that is kept where there is room."""
         assert self._fit is not None
         kept = self._fit.needs.visit_bytes if self._device.is_host and self._fit.attempt.is_roomy else 0
-        return min(self.host_bytes() + kept, self.limit_bytes)
+        return min(self.host_bytes() + kept + UNPLANNED_BYTES, self.limit_bytes)
 
     def device_bytes(self) -> int:
         """What is taken of a device with memory of its own, as placed; else 0."""

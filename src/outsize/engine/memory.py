@@ -124,9 +124,8 @@ class Ceiling:
     when the process has passed that, so that it does not grow from step to step.
     """
 
-    def __init__(self, limit_bytes: int, expected_bytes: int | None = None) -> None:
-        self.limit_bytes = limit_bytes
-        self.expected_bytes = limit_bytes if expected_bytes is None else expected_bytes
+    def __init__(self, limit_bytes: int) -> None:
+        self.limit_bytes = self.expected_bytes = limit_bytes
         self.num_times = 0
         """How often memory was given back: each time, its pages are found and cleared again."""
 
