@@ -137,6 +137,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--cases", type=int, default=None, help="the first so many (default: all)")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -148,7 +149,7 @@ def main() -> None:
 
     bench_dir = Path(os.environ.get("OUTSIZE_BENCH_DIR", "/var/tmp"))
     load_or_measure(bench_dir, print)
-    ratios = [sweep(case, bench_dir, ROOM_BYTES) for case in CASES]
+    ratios = [sweep(case, bench_dir, ROOM_BYTES) for case in CASES[: arguments.cases]]
     print(f"at worst {max(ratios):.3f} of the best that was found, in {len(ratios)} sweeps")
 
 
