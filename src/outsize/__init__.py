@@ -12,12 +12,14 @@ outsize.save(model, "out")
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from outsize.config import Pins
 from outsize.errors import OutsizeError
 
 if TYPE_CHECKING:
+    from outsize import checkpoint
     from outsize.engine import (
         SGD,
         AdamW,
@@ -58,6 +60,7 @@ __all__ = [
     "Report",
     "SGDSaI",
     "advise",
+    "checkpoint",
     "decay_groups",
     "load",
     "predict",
@@ -71,6 +74,8 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     # torch and transformers take seconds to import; a command that only prints its help needs neither.
+    if name == "checkpoint":
+        return importlib.import_module("outsize.checkpoint")
     if name in __all__:
         from outsize import engine
 

@@ -175,6 +175,30 @@ class Record:
         """Bytes of one chunk of `num_elements` over all state planes, each part aligned."""
         return sum(align(num_elements * self.element_bytes[plane]) for plane in self.state)
 
+    def state_parts(self, plane: Plane) -> Iterator[tuple[int, int, Extent]]:
+        """`(start, stop, extent)` of each chunk of a state plane on disk, beside its neighbours of the other planes."""
+        for start, stop in self.chunks():
+            place = self.state_extent(start, stop).offset
+            for other in self.state[: self.state.index(plane)]:
+                place += align((stop - start) * self.element_bytes[other])
+            yield start, stop, Extent(place, align((stop - start) * self.element_bytes[plane]))
+
+    def cells(self) -> Iterator[Extent]:
+        """What a commit keeps of the record, in the runs that are written as a whole: weights and state, not gradients."""
+        for start, stop in self.chunks(Plane.WEIGHT):
+            yield self.chunk_extent(Plane.WEIGHT, start, stop)
+        if self.state:
+            for start, stop in self.chunks():
+                yield self.state_extent(start, stop)
+
+    @property
+    def gradient_extent(self) -> Extent | None:
+        """Where the gradient plane lies on disk; None where nothing trains."""
+        if not self.num_trainable:
+            return None
+        size = align(self.num_trainable * self.element_bytes[Plane.GRADIENT])
+        return Extent(self._gradient_offset, size)
+
     @property
     def num_bytes(self) -> int:
         """Bytes of the whole record on disk."""

@@ -7,7 +7,7 @@ of autograd: it moves bytes, hands updates to the lane, and keeps the books.
 from __future__ import annotations
 
 import mmap
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -18,6 +18,7 @@ import torch
 from outsize.block import CHUNK, Block, Entry, Extent, Plane, Record
 from outsize.config import ComputeType
 from outsize.engine import memory
+from outsize.engine.capture import Capture, CapturedBlock
 from outsize.engine.carrier import Carrier, DirectCarrier, Job, Parcel, Part, StagedCarrier, Staging
 from outsize.engine.update import CHUNKS_IN_MEMORY, Pending, UpdateJob, UpdateLane, runs
 from outsize.model import Source
@@ -32,8 +33,10 @@ from outsize.tier import (
     Region,
     Slot,
     SlotPool,
+    Stored,
     Tier,
     Transfer,
+    VersionedTier,
     Way,
 )
 
@@ -83,6 +86,10 @@ class BlockState:
     """What last read the weights at home."""
     gradient_transfers: list[Transfer] = field(default_factory=list)
     update: UpdateJob | None = None
+    flush: Transfer | None = None
+    """The copying of planes that live in memory to the disk, for a commit; before the next update it must be over."""
+    is_flushed: bool = False
+    """Whether the disk has planes that live in memory as they are."""
 
     @property
     def name(self) -> str:
@@ -117,6 +124,9 @@ class BlockStore:
         self.dtype = DTYPES[compute_type]
         self.source: Source | None = source
         self.disk = disk
+        self.versions = disk if isinstance(disk, VersionedTier) else None
+        self._capture: Capture | None = None
+        self._flusher = ThreadPoolExecutor(1, thread_name_prefix="outsize-flush")
         self.plane_dtypes = {Plane.WEIGHT: self.dtype, Plane.GRADIENT: self.dtype}
         if rule is not None:
             self.plane_dtypes |= rule.dtypes(compute_type)
@@ -142,7 +152,7 @@ class BlockStore:
             }
             gradients = [GradientState() for _ in record.entries]
             self.states[record.name] = BlockState(record, offset, resident, hosted, gradients)
-            if len(resident) + len(hosted) < len(planes):
+            if self.versions is not None or len(resident) + len(hosted) < len(planes):
                 offset += record.num_bytes
         self._weight_pools = self._pools("weights", placement.weight_classes)
         self._gradient_pools = self._pools("gradients", placement.gradient_classes)
@@ -298,6 +308,7 @@ class BlockStore:
         if self.updates_in_place(state):
             self._update_on_device(state)
             return
+        state.is_flushed = False
         planes = [self._in_memory(state, plane) for plane in state.record.state]
         present_planes = [plane for plane in planes if plane is not None]
         state.update = job = UpdateJob(
@@ -312,6 +323,7 @@ class BlockStore:
             is_first=not state.is_stored,
             read_remainder=partial(self._read_remainder, state),
             after=state.update,
+            before=() if state.flush is None else (state.flush,),
         )
         if self.device.is_host:
             job.weight, job.weight_reads = self.weights(state), state.weight_reads
@@ -326,7 +338,7 @@ class BlockStore:
     def _bring_weights_to(self, job: UpdateJob, state: BlockState) -> None:
         """Where `job` finds the weights in the memory of a host that does not compute, and where it sends them."""
         job.send_up = self._sender(state)
-        job.before = (*state.gradient_transfers, *state.home_reads)
+        job.before = (*job.before, *state.gradient_transfers, *state.home_reads)
         state.gradient_transfers = []
         job.weight = self._hosted(state, Plane.WEIGHT)
         if job.weight is not None:
@@ -365,6 +377,9 @@ class BlockStore:
         for read in state.weight_reads:
             read.follow()
         state.weight_reads = []
+        if state.flush is not None:
+            state.flush.wait()
+        state.is_flushed = False
         planes = [self._resident(state, plane) for plane in record.state]
         gradient = self._resident(state, Plane.GRADIENT)
         is_new = record.num_trainable and not state.is_stored
@@ -390,6 +405,8 @@ class BlockStore:
         if state.update is not None:
             state.update.follow_applied()
         state.weight_reads = []
+        if self._capture is not None and state.name in self._capture.waiting:
+            self._take_down(state, self._capture)
 
     def free_weights(self, state: BlockState) -> None:
         """Give the weight slot back once nothing is read into or written from it."""
@@ -493,6 +510,120 @@ class BlockStore:
         finally:
             pool.give(slot)
 
+    # -- commits -------------------------------------------------------------------------------------------------
+
+    def begin_capture(self, complete: Callable[[Capture], None]) -> None:
+        """From now on note each block once its pending update is applied, as it is then; `complete` follows the last.
+
+        What an earlier capture waits for must have been applied (`Executor.settle_updates`).
+        """
+        assert self.versions is not None
+        assert self._capture is None or not self._capture.waiting, "a commit is being taken down"
+        self._capture = capture = Capture(self.states, complete)
+        for state in self:
+            if state.pending is None:
+                self._take_down(state, capture)
+
+    def finish_capture(self) -> None:
+        """Wait until what is being copied for a commit is on disk; errors are the commit's."""
+        self._flusher.submit(lambda: None).result()
+
+    def _take_down(self, state: BlockState, capture: Capture) -> None:
+        capture.waiting.discard(state.name)
+        job = state.update
+        if job is not None:
+            job.wait_applied()
+        if not state.is_stored or state.is_flushed or not self._at_home(state):
+            self._note(state, capture, () if job is None else (job,))
+            return
+        # A device's planes are copied in the order of computing, beginning here.
+        parcels = [parcel for parcel in self._at_home(state) if parcel.home is None]
+        drained = [transfer for parcel in parcels for transfer in self._carrier.drain(parcel)]
+        state.flush = Job(self._flusher.submit(self._flush, state, capture, drained, job))
+        state.is_flushed = True
+
+    def _flush(
+        self, state: BlockState, capture: Capture, drained: Sequence[Transfer], job: UpdateJob | None
+    ) -> None:
+        """Copy planes that live in the host's memory to the disk, one chunk after the other, and note the block."""
+        try:
+            for transfer in drained:
+                transfer.wait()
+            for label, extent, buffer in self._host_parts(state):
+                assert self.disk is not None
+                self.disk.start_write(extent.offset, buffer, label).wait()
+            self._note(state, capture, () if job is None else (job,))
+        except BaseException as error:
+            state.is_flushed = False
+            capture.fail(state.name, error)
+            raise
+
+    def _note(self, state: BlockState, capture: Capture, transfers: Sequence[Transfer]) -> None:
+        assert self.versions is not None
+        record = state.record
+        cells: list[Stored] = []
+        if state.is_stored:
+            for cell in record.cells():
+                cells += self.versions.capture(Extent(state.disk_offset + cell.offset, cell.num_bytes))
+        capture.add(CapturedBlock(state.name, state.disk_offset, tuple(cells), state.is_stored), transfers)
+
+    def restore(self, blocks: Iterable[str]) -> None:
+        """Take `blocks` from the disk, where an earlier process left them; planes that live in memory are read now."""
+        transfers: list[Transfer] = []
+        for name in blocks:
+            state = self.states[name]
+            state.is_stored = state.is_loaded = state.is_flushed = True
+            for label, extent, buffer in self._host_parts(state):
+                assert self.disk is not None
+                transfers.append(self.disk.start_read(extent.offset, buffer, label))
+            for parcel in self._at_home(state):
+                if parcel.home is None:
+                    transfers += self._carrier.fill(parcel)
+        for transfer in transfers:
+            transfer.wait()
+
+    def _at_home(self, state: BlockState) -> list[Parcel]:
+        """Weights and state that live in memory, as they would be stored; `home` is None where that is a device's."""
+        parcels = []
+        record = state.record
+        for plane in (Plane.WEIGHT, *record.state):
+            in_host = self._in_memory(state, plane)
+            place = in_host if in_host is not None else self._resident(state, plane)
+            if place is None or not place.numel():
+                continue
+            chunks = (
+                (
+                    (start, stop, record.chunk_extent(plane, start, stop))
+                    for start, stop in record.chunks(plane)
+                )
+                if plane is Plane.WEIGHT
+                else record.state_parts(plane)
+            )
+            size = record.element_bytes[plane]
+            parts = tuple(
+                Part(
+                    int(start * size) // place.itemsize,
+                    int(stop * size) // place.itemsize,
+                    Extent(state.disk_offset + extent.offset, extent.num_bytes),
+                )
+                for start, stop, extent in chunks
+            )
+            parcels.append(Parcel(f"{state.name}.{plane}", parts, in_host, None, place))
+        return parcels
+
+    def _host_parts(self, state: BlockState) -> Iterator[tuple[str, Extent, memoryview]]:
+        """`(label, place on disk, bytes)` of each chunk of weights and state in the host's memory."""
+        for parcel in self._at_home(state):
+            if parcel.home is None:
+                continue
+            plane = Plane(parcel.label.rpartition(".")[2])
+            region = state.hosted.get(plane) or state.resident[plane]
+            assert isinstance(region, Region)
+            for index, chunk in enumerate(parcel.parts):
+                begin = chunk.start * parcel.place.itemsize
+                buffer = region.buffer[begin : begin + chunk.extent.num_bytes]
+                yield f"{parcel.label}[{index}]", chunk.extent, buffer
+
     # -- the whole store -----------------------------------------------------------------------------------------
 
     def import_all(self, reach: Callable[[BlockState], None]) -> None:
@@ -501,8 +632,9 @@ class BlockStore:
         `reach` makes a block current in memory (through a plan of one visit).
         """
         for state in self:
-            state.pending = Pending((None,) * len(state.record.entries))
-            reach(state)
+            if not state.is_stored:
+                state.pending = Pending((None,) * len(state.record.entries))
+                reach(state)
         self.source = None
 
     def flush(self) -> None:
@@ -517,6 +649,7 @@ class BlockStore:
         with ExitStack() as stack:
             stack.callback(self._free_memory)
             stack.callback(close_workers, *self.workers())
+            stack.callback(self._flusher.shutdown)
 
     def workers(self) -> tuple[UpdateLane | None, ThreadPoolExecutor, Carrier, Device, Tier | None]:
         """What must be closed where the store itself is dropped (`close_workers`); it does not hold the store."""

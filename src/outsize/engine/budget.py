@@ -149,6 +149,10 @@ class Budget:
         """How often freed memory went back to the system before a visit."""
         return self._ceiling.num_times if self._ceiling is not None else 0
 
+    def change_settings(self, settings: Settings) -> None:
+        """Place what comes by other settings."""
+        self._settings = settings
+
     def place(
         self,
         records: Sequence[Record],
@@ -520,11 +524,16 @@ def _pinned(pins: Pins) -> str:
     return f"; or pin less than {', '.join(named)}" if named else ""
 
 
-def disk_bytes(placement: Placement, settings: Settings) -> int:
-    """What records and inputs of blocks take on disk. Raises BudgetError where that is not allowed."""
+def disk_bytes(placement: Placement, settings: Settings, versions_bytes: int | None = None) -> int:
+    """What records and inputs of blocks take on disk. Raises BudgetError where that is not allowed.
+
+    `versions_bytes` is what records take where commits are kept.
+    """
     disks = settings.budgets.disks
     inputs = placement.inputs_bytes if placement.inputs is Home.DISK else 0
     store = placement.disk_bytes if disks else 0
+    if versions_bytes is not None:
+        store = versions_bytes
     num_bytes = store + inputs
     share = num_bytes if len(disks) < 2 else sum(part_bytes(each, len(disks)) for each in (store, inputs))
     for disk in disks:

@@ -55,6 +55,8 @@ class Optimizer(torch.optim.Optimizer, ABC):
         self._names = {id(placeholder): name for name, placeholder in self._session.parameters.items()}
         self.max_grad_norm = max_grad_norm
         self.grad_norm: float | None = None
+        self.num_updates = 0
+        """Calls of `step` that changed something."""
         self._num_steps: dict[str, int] = {}
         self._books: dict[str, dict[str, Any]] = {"num_steps": self._num_steps}
         if params is None:
@@ -117,6 +119,7 @@ class Optimizer(torch.optim.Optimizer, ABC):
         if executor is None or not any(state.has_gradient for state in executor.store):
             return loss
         executor.settle_updates()
+        self.num_updates += 1
         scale = self._clip_factor()
         hypers: dict[tuple[str, int], Hyper] = {}
         for group in self.param_groups:
@@ -198,6 +201,34 @@ class Optimizer(torch.optim.Optimizer, ABC):
             **{kind: dict(book) for kind, book in self._books.items()},
         }
         return state
+
+    def commit_state(self) -> dict[str, Any]:
+        """What a commit keeps beside the planes: the groups' settings, and numbers per parameter, as JSON can hold them."""
+        groups = [
+            {key: value for key, value in group.items() if key != "params"} for group in self.param_groups
+        ]
+        return {
+            "kind": type(self).__name__,
+            "groups": groups,
+            "books": {kind: dict(book) for kind, book in self._books.items()},
+            "num_updates": self.num_updates,
+        }
+
+    def restore_state(self, state: Mapping[str, Any]) -> None:
+        """Take over what `commit_state` gave, in another process. Raises UsageError where the optimizer is another."""
+        kind, groups = type(self).__name__, state["groups"]
+        if state["kind"] != kind or len(groups) != len(self.param_groups):
+            raise UsageError(
+                f"the commit was made with {state['kind']} of {len(groups)} parameter groups, "
+                f"and this is {kind} of {len(self.param_groups)}",
+                hint=f"resume with outsize.{state['kind']} and the same groups",
+            )
+        for own, stored in zip(self.param_groups, groups, strict=True):
+            own.update(stored)
+        for name, book in self._books.items():
+            book.clear()
+            book.update(state["books"][name])
+        self.num_updates = state["num_updates"]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore groups and numbers per parameter; the moments stay where they are."""

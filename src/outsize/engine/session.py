@@ -12,7 +12,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -40,6 +40,7 @@ from outsize.engine.layer import Layer, Loose
 from outsize.engine.placeholder import GradientPlaceholder, OffloadedParameter
 from outsize.engine.probe import BatchShape, Probe, Rehearsal, batch_shape, rehearse
 from outsize.engine.timing import measure_costs
+from outsize.engine.versions import Layout, Versions
 from outsize.errors import UsageError
 from outsize.model import Cut, InitSource, Point, PointKind, Source, TensorSource
 from outsize.optim import Kernel, Rule, split
@@ -116,6 +117,8 @@ class Session:
         self.kernel: Callable[[], Kernel] | None = None
         self.device_kernel: Callable[[], Kernel] | None = None
         self.executor: Executor | None = None
+        self.versions: Versions | None = None
+        """Where records are kept beyond the process, if they are."""
         self.keeper: Keeper | None = None
         self._is_closed = False
         self._kept_whole: set[str] = set()
@@ -571,6 +574,22 @@ class Session:
             self.has_labels = False
             self.handles.clear()
 
+    # -- what a commit asks for ----------------------------------------------------------------------------------
+
+    def keep_tiles(self, rows: int) -> bool:
+        """Compute `rows` rows of a batch at once, as an earlier process did; False where a pin says otherwise."""
+        pins = self.settings.pins
+        if pins.tile_rows is None:
+            self.settings = replace(self.settings, pins=replace(pins, tile_rows=rows))
+            self.budget.change_settings(self.settings)
+        return self.settings.pins.tile_rows == rows
+
+    def updated_on_device(self) -> list[str]:
+        """Blocks that a device with memory of its own updates; the host's kernel rounds some operations differently."""
+        if self.executor is None:
+            return []
+        return [state.name for state in self._store if self._store.updates_in_place(state)]
+
     # -- settling ------------------------------------------------------------------------------------------------
 
     @property
@@ -630,8 +649,16 @@ class Session:
         if self.device_kernel is not None and updates_there and not self.device.is_host:
             self.device_kernel()
         assert self.source is not None
-        disk_bytes(placement, self.settings)
-        disk = self._open_disk("store", placement.disk_bytes)
+        restored: frozenset[str] = frozenset()
+        disk: Tier | None
+        if self.versions is None:
+            disk_bytes(placement, self.settings)
+            disk = self._open_disk("store", placement.disk_bytes)
+        else:
+            layout = Layout.of(records, placement)
+            disk_bytes(placement, self.settings, layout.num_bytes(self.versions.commits))
+            opened = self.versions.open(records, layout, verify=self.settings.pins.verify)
+            disk, restored = opened.tier, opened.restored
         try:
             store = BlockStore(
                 records,
@@ -657,6 +684,7 @@ class Session:
                 is_disk = placement.inputs is Home.DISK
                 inputs = self._open_disk("inputs", placement.inputs_bytes) if is_disk else None
                 self.keeper = Keeper(self.device, placement.inputs_bytes, inputs)
+            store.restore(restored)
             if self.rule is not None and isinstance(self.source, InitSource | TensorSource):
                 store.import_all(self._touch)
                 self.source = None
@@ -715,6 +743,8 @@ class Session:
         if keeper is not None:
             keeper.close()
         if executor is not None:
+            if self.versions is not None:
+                self.versions.is_closing()
             self._finalizer.detach()
             self._is_closed = self.source is None or any(state.is_stored for state in executor.store)
             executor.close()

@@ -8,7 +8,7 @@ write_folder(module, plan.blocks, fetch, out)   # an ordinary folder again
 """
 
 from outsize.model.cut import cut
-from outsize.model.export import write_folder
+from outsize.model.export import write_companions, write_folder
 from outsize.model.initial import InitSource
 from outsize.model.points import Binding, Cut, Point, PointKind
 from outsize.model.skeleton import longest_sequence, open_skeleton, resolve_folder
@@ -27,5 +27,6 @@ __all__ = [
     "longest_sequence",
     "open_skeleton",
     "resolve_folder",
+    "write_companions",
     "write_folder",
 ]

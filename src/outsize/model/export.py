@@ -98,6 +98,25 @@ def write_folder(
     return path
 
 
+def write_companions(module: nn.Module, folder: Path) -> None:
+    """What an ordinary Hugging Face folder holds beside weights: config, generation settings, tokenizer.
+
+    The tokenizer is that of the folder that `module` was opened from. `folder` is there completely or not at all.
+    """
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    with storage_errors(partial):
+        partial.mkdir()
+    if isinstance(module, transformers.PreTrainedModel):
+        opened_from = Path(getattr(module.config, "name_or_path", "") or "/nonexistent")
+        if opened_from.is_dir():
+            _copy_companions(module, opened_from, partial)
+        _write_configs(module, partial, next(module.parameters()).dtype)
+    with storage_errors(folder):
+        _flush(partial)
+        os.rename(partial, folder)
+
+
 @dataclass
 class _Unit:
     """Parameters that are converted back together; `keys` are what they become in the file."""

@@ -1,7 +1,17 @@
 """Update rules and the kernels that run them on slices of a record's planes."""
 
 from outsize.optim.compile import Backend, Compilation, Kernel, compile_rule, gpu_kernel, start_compile
-from outsize.optim.rule import Hyper, Rule, deinterleave, interleave, join, part, split
+from outsize.optim.rule import (
+    CODED_GROUP_BYTES,
+    GROUP,
+    Hyper,
+    Rule,
+    deinterleave,
+    interleave,
+    join,
+    part,
+    split,
+)
 from outsize.optim.rules import (
     ADAMW,
     ADAMW8BIT,
@@ -20,6 +30,8 @@ __all__ = [
     "ADAMW",
     "ADAMW8BIT",
     "ADAN",
+    "CODED_GROUP_BYTES",
+    "GROUP",
     "LION",
     "RULES",
     "SGD",

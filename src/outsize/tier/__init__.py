@@ -3,7 +3,7 @@
 Only this room opens files for state. `base` says what a tier is; everything else is one file per tier.
 """
 
-from outsize.tier.base import Tier, Transfer
+from outsize.tier.base import DurableTier, Tier, Transfer
 from outsize.tier.device import (
     CudaDevice,
     Device,
@@ -25,6 +25,7 @@ from outsize.tier.slow import SlowTier
 from outsize.tier.stats import TierStats
 from outsize.tier.striped import StripedTier
 from outsize.tier.transfer import DoneTransfer, Listener, Moment, Verb, at
+from outsize.tier.versioned import Slab, Stored, VersionedTier
 
 __all__ = [
     "CudaDevice",
@@ -33,6 +34,7 @@ __all__ = [
     "DeviceRegion",
     "DiskTier",
     "DoneTransfer",
+    "DurableTier",
     "Fault",
     "FaultKind",
     "FaultyTier",
@@ -46,15 +48,18 @@ __all__ = [
     "NullTier",
     "PaperDevice",
     "Region",
+    "Slab",
     "Slot",
     "SlotPool",
     "SlowTier",
+    "Stored",
     "StripedTier",
     "Tier",
     "TierStats",
     "Transfer",
     "TwinDevice",
     "Verb",
+    "VersionedTier",
     "Way",
     "at",
 ]

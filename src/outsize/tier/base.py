@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from outsize.block import Extent
+from outsize.tier.digests import Check
 from outsize.tier.stats import TierStats
 from outsize.tier.transfer import Listener
 
@@ -44,3 +46,16 @@ class Tier(Protocol):
 
     def close(self) -> None:
         """Wait for what is under way and give everything back. Closing twice is allowed."""
+
+
+class DurableTier(Tier, Protocol):
+    """A tier whose bytes outlive the process, once they were synchronised."""
+
+    def sync(self) -> None:
+        """Make everything durable whose transfer is over. Raises StorageError where the disk does not promise that."""
+
+    def checks(self, extent: Extent) -> list[Check]:
+        """What is known of the bytes of `extent`: digests of what was written there, in order."""
+
+    def expect(self, check: Check) -> None:
+        """Take `check` as what was written there, in an earlier process."""

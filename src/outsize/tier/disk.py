@@ -5,7 +5,7 @@ that moves a piece also hashes it, while others move theirs: preadv, pwritev and
 digest is taken before the write, so that torn or failed writes are found by the next read as well.
 
 Order is the caller's: a transfer that touches the bytes of another, or its buffer, is started only after
-waiting for that one. Nothing here survives the process (`outsize.tier.store`).
+waiting for that one.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ PIECE_BYTES = 4 << 20
 
 
 class DiskTier:
-    """`num_bytes` of the disk that holds `folder`, in a scratch file `folder/name`.
+    """`num_bytes` of the disk that holds `folder`, in a file `folder/name`: scratch, unless it `is_kept`.
 
     Space is reserved at once. `verify` checks the digest of every read that covers what a write wrote;
     digests are kept in both cases. Raises ConfigError (the folder is missing, not writable, or in memory),
@@ -46,11 +46,12 @@ class DiskTier:
         verify: bool = True,
         num_threads: int = 4,
         anonymous: bool = False,
+        is_kept: bool = False,
     ) -> None:
         assert num_threads > 0, num_threads
         self.num_bytes = num_bytes
         self.verify = verify
-        self._file = StoreFile(Path(folder), name, num_bytes, anonymous=anonymous)
+        self._file = StoreFile(Path(folder), name, num_bytes, anonymous=anonymous, is_kept=is_kept)
         self._digests = DigestMap()
         self._meter = Meter()
         self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="outsize-disk")
@@ -93,8 +94,23 @@ class DiskTier:
         view = checked_bytes(Verb.WRITE, offset, buffer, label, self.num_bytes)
         return self._start(self._write, cut(Extent(offset, len(view)), PIECE_BYTES), view, offset, label)
 
+    def sync(self) -> None:
+        """Make durable what was written. Raises StorageError."""
+        try:
+            os.fdatasync(self._file.fd)
+        except OSError as error:
+            raise self._failure(Verb.WRITE, 0, "all that was written (fdatasync)", error) from error
+
+    def checks(self, extent: Extent) -> list[Check]:
+        """The digests of what was written within `extent`, in order."""
+        return self._digests.within(extent)
+
+    def expect(self, check: Check) -> None:
+        """Take a digest over from an earlier process."""
+        self._digests.put(check)
+
     def close(self) -> None:
-        """Wait for what is under way, then remove the store file. Closing twice is allowed."""
+        """Wait for what is under way, then remove the store file, unless it is kept. Closing twice is allowed."""
         self._threads.shutdown(wait=True)
         self._file.close()
 

@@ -1,57 +1,71 @@
-"""The file behind a disk tier: preallocated, direct, owned by one process, gone when closed.
+"""The file behind a disk tier: preallocated, direct, owned by one process.
 
-The file is scratch: it holds nothing that must outlive the process. Its lock (flock) goes with the process,
-so a file left behind by a killed one is simply taken over, and never leaks twice.
+A scratch file is gone when closed: it holds nothing that must outlive the process. A kept one stays, with what it
+holds, and may grow. The lock (flock) goes with the process, so a file left behind by a killed one is simply taken over,
+and never leaks twice.
 """
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
 import os
 import stat
 import warnings
+from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 
-from outsize.block import ALIGNMENT
+from outsize.block import ALIGNMENT, Extent
 from outsize.config import format_bytes
 from outsize.errors import ConfigError, StorageError, StorageFullError
 from outsize.tier.probe import direct_alignment, is_memory_backed
 
 FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
+_PUNCH_HOLE = 0x02 | 0x01
+"""FALLOC_FL_PUNCH_HOLE, which wants FALLOC_FL_KEEP_SIZE."""
 
 
 class StoreFile:
     """`num_bytes` of disk space under one descriptor, locked against other processes.
 
-    An `anonymous` file has no name once it is open: its space goes with the process, however that ends.
+    An `anonymous` file has no name once it is open: its space goes with the process, however that ends. One that
+    `is_kept` keeps what an earlier process wrote, and what this one writes.
 
     Raises ConfigError where `folder` cannot hold a store, StorageFullError where it has no room, StorageError
     where the store is in use or the file system refuses.
     """
 
-    def __init__(self, folder: Path, name: str, num_bytes: int, *, anonymous: bool = False) -> None:
+    def __init__(
+        self, folder: Path, name: str, num_bytes: int, *, anonymous: bool = False, is_kept: bool = False
+    ) -> None:
+        assert not (anonymous and is_kept), name
         assert os.sep not in name and num_bytes > 0 and num_bytes % ALIGNMENT == 0, (name, num_bytes)
         _check_folder(folder)
         self.path = folder / name
         self.num_bytes = num_bytes
         self.is_open = True
+        self._is_kept = is_kept
         self._lock_fd = _open_locked(self.path)
+        kept_bytes = os.fstat(self._lock_fd).st_size if is_kept else 0
         try:
-            _preallocate(self._lock_fd, folder, num_bytes)
+            _preallocate(self._lock_fd, folder, kept_bytes, num_bytes)
             self.fd, self.is_direct = _open_direct(self.path)
             if anonymous:
                 self.path.unlink()
         except BaseException:
-            self.path.unlink(missing_ok=True)
+            if not kept_bytes:
+                self.path.unlink(missing_ok=True)
             os.close(self._lock_fd)
             raise
 
     def close(self) -> None:
-        """Remove the file and give its space back; closing twice is allowed."""
+        """Give the file back, and remove it unless it is kept; closing twice is allowed."""
         if self.is_open:
             self.is_open = False
-            self.path.unlink(missing_ok=True)
+            if not self._is_kept:
+                self.path.unlink(missing_ok=True)
             os.close(self.fd)
             os.close(self._lock_fd)
 
@@ -65,6 +79,14 @@ def _check_folder(folder: Path) -> None:
             f"disk folder {folder} is on tmpfs or ramfs: its files take up memory",
             hint="pass a folder on an NVMe or other local disk, such as one under /var/tmp",
         )
+
+
+def lock_file(path: Path) -> int:
+    """Make `path` this process's until the descriptor that is returned is closed.
+
+    Raises StorageError naming the process that has it; the lock of one that is dead is nobody's.
+    """
+    return _open_locked(path)
 
 
 def _open_locked(path: Path) -> int:
@@ -135,23 +157,25 @@ def _lock_owner(inode: int) -> int | None:
     return None
 
 
-def _preallocate(fd: int, folder: Path, num_bytes: int) -> None:
+def _preallocate(fd: int, folder: Path, kept_bytes: int, num_bytes: int) -> None:
+    """Reserve what comes after the first `kept_bytes`; a file that is longer is cut."""
     try:
-        os.ftruncate(fd, 0)
-        os.posix_fallocate(fd, 0, num_bytes)
+        os.ftruncate(fd, min(kept_bytes, num_bytes))
+        if num_bytes > kept_bytes:
+            os.posix_fallocate(fd, kept_bytes, num_bytes - kept_bytes)
     except OSError as error:
         if error.errno not in FULL_ERRNOS:
             raise StorageError(
                 f"{folder}: {format_bytes(num_bytes)} cannot be reserved: {error.strerror}",
                 hint="pass a folder on another disk",
             ) from error
-        os.ftruncate(fd, 0)
+        os.ftruncate(fd, kept_bytes)
         info = os.statvfs(folder)
-        free_bytes = info.f_bavail * info.f_frsize
+        free_bytes, more_bytes = info.f_bavail * info.f_frsize, num_bytes - kept_bytes
         raise StorageFullError(
-            f"disk folder {folder}: the store needs {num_bytes} bytes ({format_bytes(num_bytes)}), "
+            f"disk folder {folder}: the store needs {more_bytes} bytes ({format_bytes(more_bytes)}), "
             f"{free_bytes} bytes ({format_bytes(free_bytes)}) are free",
-            hint=f"free space there, or pass a folder with {format_bytes(num_bytes)} free",
+            hint=f"free space there, or pass a folder with {format_bytes(more_bytes)} free",
         ) from error
 
 
@@ -175,3 +199,22 @@ def _open_direct(path: Path) -> tuple[int, bool]:
         stacklevel=4,
     )
     return os.open(path, flags), False
+
+
+def give_space_back(path: Path, extents: Iterable[Extent]) -> None:
+    """Make holes in the file at `path`: their bytes are zero from now on, and take no space where the system can."""
+    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        for extent in extents:
+            _libc().fallocate(
+                fd, _PUNCH_HOLE, extent.offset, extent.num_bytes
+            )  # space stays taken where refused
+    finally:
+        os.close(fd)
+
+
+@cache
+def _libc() -> ctypes.CDLL:
+    library = ctypes.CDLL(None, use_errno=True)
+    library.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+    return library

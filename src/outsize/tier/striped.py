@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import cast
 
-from outsize.block import align
-from outsize.tier.base import Tier, Transfer
+from outsize.block import Extent, align
+from outsize.tier.base import DurableTier, Tier, Transfer
+from outsize.tier.digests import Check
 from outsize.tier.stats import TierStats
+from outsize.tier.together import Together
 from outsize.tier.transfer import Listener, Verb, checked_bytes
 
 STRIPE_BYTES = 1 << 20
@@ -46,7 +49,7 @@ class StripedTier:
         view: memoryview,
         label: str,
     ) -> Transfer:
-        together = _Together()
+        together = Together()
         try:
             for index, place, begin, end in self._parts(offset, len(view)):
                 together.transfers.append(verb_of(self._tiers[index])(place, view[begin:end], label))
@@ -64,6 +67,28 @@ class StripedTier:
             row, index = divmod(stripe, len(self._tiers))
             yield index, row * STRIPE_BYTES + inside, done, done + length
             done += length
+
+    def sync(self) -> None:
+        """Make durable what was written, on all."""
+        for tier in self._durable():
+            tier.sync()
+
+    def checks(self, extent: Extent) -> list[Check]:
+        """The digests of what was written within `extent`, in order; none spans two stripes."""
+        found = []
+        for index, place, begin, end in self._parts(extent.offset, extent.num_bytes):
+            shift = extent.offset + begin - place
+            for check in self._durable()[index].checks(Extent(place, end - begin)):
+                found.append(Check(check.start + shift, check.stop + shift, check.digest))
+        return found
+
+    def expect(self, check: Check) -> None:
+        """Take a digest over from an earlier process."""
+        ((index, place, _, end),) = self._parts(check.start, check.stop - check.start)
+        self._durable()[index].expect(Check(place, place + end, check.digest))
+
+    def _durable(self) -> tuple[DurableTier, ...]:
+        return cast(tuple[DurableTier, ...], self._tiers)
 
     def stats(self) -> TierStats:
         """Bytes of all; the busiest tier's seconds."""
@@ -90,34 +115,3 @@ class StripedTier:
                 error = error or failure
         if error is not None:
             raise error
-
-
-class _Together:
-    """Transfers that are one; over when all are, failed ones included."""
-
-    def __init__(self) -> None:
-        self.transfers: list[Transfer] = []
-
-    def wait(self) -> None:
-        """Wait for all; raise the first error met."""
-        error = self.settle()
-        if error is not None:
-            raise error
-
-    def settle(self) -> BaseException | None:
-        """Wait for all, and return the first error met."""
-        error: BaseException | None = None
-        for transfer in self.transfers:
-            try:
-                transfer.wait()
-            except BaseException as failure:
-                error = error or failure
-        return error
-
-    def follow(self) -> None:
-        """As `wait`."""
-        self.wait()
-
-    def is_done(self) -> bool:
-        """Whether `wait` would not block."""
-        return all(transfer.is_done() for transfer in self.transfers)

@@ -1,0 +1,237 @@
+"""Commits in a loop of one's own.
+
+    model = outsize.load(folder, disk="/nvme/scratch")
+    optimizer = outsize.AdamW(model, lr=1e-5)
+    start = outsize.checkpoint.resume(model, optimizer, "/nvme/run")     # None at the first start
+    for step in range(start.step if start else 0, 1000):
+        model(**batch(step)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        outsize.checkpoint.commit(model, optimizer, "/nvme/run")
+    outsize.checkpoint.finish(model)
+
+The state of the model lives in the store from the first step on, so that a commit copies nothing that is on disk.
+"""
+
+from __future__ import annotations
+
+import base64
+import platform
+import random
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from torch import nn
+
+import outsize
+from outsize.checkpoint.files import MODEL, to_jsonable
+from outsize.checkpoint.manifest import Manifest
+from outsize.checkpoint.store import Committed, Store
+from outsize.engine.optimizer import Optimizer
+from outsize.engine.session import Session, session_of
+from outsize.errors import UsageError
+from outsize.model import write_companions
+
+
+@dataclass(frozen=True, slots=True)
+class Resumed:
+    """Where a run goes on: after `step` updates, with what it gave as `extra`.
+
+    `notes` say what is computed in another way than before, so that the numbers may differ in their last bits.
+    """
+
+    step: int
+    extra: Mapping[str, Any]
+    path: Path
+    notes: tuple[str, ...] = ()
+
+
+def resume(
+    model: nn.Module, optimizer: torch.optim.Optimizer, path: str | Path, *, keep: int = 1
+) -> Resumed | None:
+    """Let `model` live in the store at `path`, and go on from its newest commit; None where it has none yet.
+
+    To be called once, before the first call of the model. Weights, moments, step counts, learning rates and the states of
+    the random number generators of torch, numpy and Python become those of the commit: the run goes on bit by bit as if
+    it had never ended, wherever planes live now. What must be the same for that (rows of a tile) is kept unless a pin
+    says otherwise; what is not (threads, libraries) is named in `notes`, and warned of. `keep` commits are kept; the
+    store takes `1 + keep` times the state.
+
+    Raises StorageError where another process has the store, CorruptionError where it is damaged, UsageError where the
+    model was called before, or the commit is another optimizer's.
+    """
+    session, own = session_of(model), _own(optimizer)
+    store = _attach(session, Path(path), keep)
+    try:
+        manifest = store.resume()
+        if manifest is None:
+            return None
+        own.restore_state(manifest.optimizer)
+        _restore_random(manifest.random)
+        notes = _notes(session, manifest)
+    except BaseException:
+        session.versions = None
+        store.close()
+        raise
+    for note in notes:
+        warnings.warn(note, RuntimeWarning, stacklevel=2)
+    return Resumed(manifest.step, manifest.extra, store.folder, tuple(notes))
+
+
+def commit(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    path: str | Path,
+    *,
+    keep: int = 1,
+    extra: Mapping[str, Any] | None = None,
+) -> None:
+    """Declare a commit of all that `optimizer.step()` led to, and go on at once.
+
+    It becomes durable during the next step, when the last block has applied its update, or with `finish`; a kill before
+    that resumes from the commit before. `extra` is what the loop wants back: anything that JSON can hold. Gradients are
+    no part of a commit.
+
+    Raises what went wrong with an earlier commit, UsageError where the model was called before it had a store.
+    """
+    session, own = session_of(model), _own(optimizer)
+    store = session.versions
+    if store is None:
+        store = _attach(session, Path(path), keep)
+        if store.resume() is not None:
+            session.versions = None
+            store.close()
+            raise UsageError(
+                f"{path} holds commits of an earlier run", hint="call outsize.checkpoint.resume first"
+            )
+    assert isinstance(store, Store)
+    if store.folder != Path(path).absolute():
+        raise UsageError(f"the model lives in {store.folder}", hint=f'commit to "{store.folder}"')
+    if session.executor is None:
+        return  # nothing was done yet
+    draft = Manifest(
+        step=own.num_updates,
+        written=datetime.now(UTC).isoformat(timespec="seconds"),
+        compute_type=session.settings.compute_type,
+        rule=session.rule.name if session.rule is not None else "",
+        optimizer=to_jsonable(own.commit_state(), "the optimizer's settings"),
+        random=_random_state(),
+        extra=to_jsonable(dict(extra or {}), "extra"),
+        run=_run_facts(session),
+        blocks=(),
+    )
+    if not (store.folder / MODEL).exists():
+        write_companions(model, store.folder / MODEL)
+    store.commit(draft, session.executor.store.begin_capture)
+
+
+def finish(model: nn.Module) -> Committed | None:
+    """Apply what is pending and wait until the last commit is durable; it, or None where there was none to wait for.
+
+    Raises what went wrong with a commit.
+    """
+    session = session_of(model)
+    if not isinstance(session.versions, Store) or session.executor is None:
+        return None
+    session.executor.settle_updates()
+    return session.versions.wait()
+
+
+def _own(optimizer: torch.optim.Optimizer) -> Optimizer:
+    # accelerate and Trainer wrap optimizers.
+    inner = getattr(optimizer, "optimizer", optimizer)
+    if not isinstance(inner, Optimizer):
+        raise UsageError(
+            f"{type(optimizer).__name__} is no optimizer of Outsize", hint="use outsize.AdamW(model)"
+        )
+    return inner
+
+
+def _attach(session: Session, path: Path, keep: int) -> Store:
+    if session.versions is not None:
+        raise UsageError("the model has a store already", hint="call resume once, before the first step")
+    if session.executor is not None:
+        raise UsageError(
+            "the model was called before it had a store, and lives in scratch space",
+            hint="call outsize.checkpoint.resume(model, optimizer, path) before the first call of the model",
+        )
+    session.versions = store = Store.claim(
+        path, keep, [disk.folder for disk in session.settings.budgets.disks]
+    )
+    return store
+
+
+def _random_state() -> dict[str, Any]:
+    state: dict[str, Any] = {"torch": _encode(torch.get_rng_state())}
+    if torch.cuda.is_available():
+        state["cuda"] = [_encode(each) for each in torch.cuda.get_rng_state_all()]
+    kind, numbers, gauss = random.getstate()
+    state["python"] = [kind, list(numbers), gauss]
+    mersenne: dict[str, Any] = dict(np.random.get_state(legacy=False))
+    mersenne["state"] = {"key": mersenne["state"]["key"].tolist(), "pos": mersenne["state"]["pos"]}
+    state["numpy"] = mersenne
+    return state
+
+
+def _restore_random(state: Mapping[str, Any]) -> None:
+    torch.set_rng_state(_decode(state["torch"]))
+    if torch.cuda.is_available() and len(state.get("cuda", ())) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all([_decode(each) for each in state["cuda"]])
+    kind, numbers, gauss = state["python"]
+    random.setstate((kind, tuple(numbers), gauss))
+    mersenne = dict(state["numpy"])
+    mersenne["state"] = {
+        "key": np.array(mersenne["state"]["key"], np.uint32),
+        "pos": mersenne["state"]["pos"],
+    }
+    np.random.set_state(mersenne)
+
+
+def _encode(tensor: torch.Tensor) -> str:
+    return base64.b64encode(tensor.numpy().tobytes()).decode()
+
+
+def _decode(text: str) -> torch.Tensor:
+    return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
+
+
+def _run_facts(session: Session) -> dict[str, Any]:
+    call = session.last_training_call
+    kernel = session.kernel() if session.kernel is not None else None
+    return {
+        "tile_rows": call.tile_rows if call is not None else None,
+        "threads": torch.get_num_threads(),
+        "backend": str(kernel.backend) if kernel is not None else None,
+        "device": str(session.torch_device),
+        "updated_on_device": session.updated_on_device(),
+        "libraries": {
+            "outsize": outsize.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
+    }
+
+
+def _notes(session: Session, manifest: Manifest) -> list[str]:
+    """Keep what the commit was computed with, and name what is different now."""
+    notes = []
+    before = manifest.run
+    if before["tile_rows"] is not None and not session.keep_tiles(int(before["tile_rows"])):
+        notes.append(f"blocks computed {before['tile_rows']} rows at once, and are pinned to other tiles now")
+    now = {"threads": torch.get_num_threads(), "device": str(session.torch_device)}
+    for name, value in now.items():
+        if before[name] != value:
+            notes.append(f"{name}: {before[name]} before, {value} now")
+    if manifest.compute_type != session.settings.compute_type:
+        notes.append(f"compute type: {manifest.compute_type} before, {session.settings.compute_type} now")
+    if before["libraries"]["torch"] != torch.__version__:
+        notes.append(f"torch: {before['libraries']['torch']} before, {torch.__version__} now")
+    return [f"{note}: the numbers may differ in their last bits" for note in notes]

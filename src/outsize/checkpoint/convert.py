@@ -1,0 +1,110 @@
+"""Bringing blocks of a commit into another form: other parameters frozen, or another compute type.
+
+Masters and moments are exact in both forms, so nothing is lost either way; what was frozen has no moments, and begins with
+zeros where it trains now. The commit that is read stays as it is: what is written goes to free extents.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from outsize.block import Entry, Plane, Record
+from outsize.checkpoint.manifest import StoredBlock
+from outsize.checkpoint.reading import CommitReader
+from outsize.optim import CODED_GROUP_BYTES, GROUP, deinterleave, split
+from outsize.tier import VersionedTier
+
+
+def convert(
+    reader: CommitReader, records: Sequence[Record], bases: Mapping[str, int], tier: VersionedTier
+) -> set[str]:
+    """Write what the commit has of `records` in their form to `tier`; the names of those that it has.
+
+    Memory is that of a plane of a block, and an entry.
+    """
+    done: set[str] = set()
+    for record in records:
+        found = {entry: reader.find(entry.piece) for entry in record.entries}
+        if any(at is None for at in found.values()):
+            continue
+        at = {entry: place for entry, place in found.items() if place is not None}
+        _write_weights(reader, record, at, bases[record.name], tier)
+        if record.state:
+            _write_state(reader, record, at, bases[record.name], tier)
+        done.add(record.name)
+    return done
+
+
+Places = Mapping[Entry, tuple[StoredBlock, Entry]]
+
+
+def _write_weights(reader: CommitReader, record: Record, at: Places, base: int, tier: VersionedTier) -> None:
+    is_split = record.element_bytes[Plane.WEIGHT] == 2
+    with mmap.mmap(-1, record.plane_bytes(Plane.WEIGHT)) as memory:
+        plane = _tensor(memory, torch.bfloat16 if is_split else torch.float32, record.num_elements)
+        for entry in record.entries:
+            master = reader.master(*at[entry])
+            plane[entry.start : entry.stop] = split(master)[0] if is_split else master
+        view = memoryview(memory)
+        for index, (start, stop) in enumerate(record.chunks(Plane.WEIGHT)):
+            extent = record.chunk_extent(Plane.WEIGHT, start, stop)
+            part = view[extent.offset : extent.offset + extent.num_bytes]
+            tier.start_write(base + extent.offset, part, f"{record.name}.weight[{index}]").wait()
+            part.release()
+        view.release()
+        del plane
+
+
+def _write_state(reader: CommitReader, record: Record, at: Places, base: int, tier: VersionedTier) -> None:
+    for plane in record.state:
+        with mmap.mmap(-1, record.plane_bytes(plane)) as memory:
+            for entry in record.entries:
+                if entry.trainable:
+                    _fill(reader, record, entry, at[entry], plane, memory)
+            view = memoryview(memory)
+            for index, (start, _, extent) in enumerate(record.state_parts(plane)):
+                begin = int(start * record.element_bytes[plane])
+                part = view[begin : begin + extent.num_bytes]
+                tier.start_write(base + extent.offset, part, f"{record.name}.state[{index}]").wait()
+                part.release()
+            view.release()
+
+
+def _fill(
+    reader: CommitReader,
+    record: Record,
+    entry: Entry,
+    place: tuple[StoredBlock, Entry],
+    plane: Plane,
+    memory: mmap.mmap,
+) -> None:
+    block, old = place
+    is_split = record.element_bytes[Plane.WEIGHT] == 2
+    if plane is Plane.REMAINDER:
+        values = split(reader.master(block, old))[1]
+        _tensor(memory, torch.int16, record.num_trainable)[entry.start : entry.stop] = values
+        return
+    if not old.trainable or plane not in block.record.state:
+        return  # zeros, as a mapping begins
+    moment = reader.moment(block, old, plane)
+    if record.element_bytes[plane] == 4:
+        padded = torch.zeros(-(-moment.numel() // GROUP) * GROUP)
+        padded[: moment.numel()] = moment
+        stored = deinterleave(padded) if is_split else padded
+        _tensor(memory, torch.float32, record.num_trainable)[entry.start : entry.start + padded.numel()] = (
+            stored
+        )
+        return
+    if is_split:
+        codes = torch.stack([deinterleave(group[:GROUP]) for group in moment])
+        moment = torch.cat([codes, moment[:, GROUP:]], 1)
+    first = entry.start // GROUP * CODED_GROUP_BYTES
+    total = record.num_trainable // GROUP * CODED_GROUP_BYTES
+    _tensor(memory, torch.uint8, total)[first : first + moment.numel()] = moment.reshape(-1)
+
+
+def _tensor(memory: mmap.mmap, dtype: torch.dtype, num_elements: int) -> torch.Tensor:
+    return torch.frombuffer(memory, dtype=dtype, count=num_elements)

@@ -1,0 +1,173 @@
+"""Reading a commit without a model: values of blocks in fp32 and moments in their natural order, every byte checked."""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+
+import torch
+import xxhash
+
+from outsize.block import Block, Entry, Piece, Plane, Record
+from outsize.checkpoint.files import Header, data_paths
+from outsize.checkpoint.manifest import Manifest, StoredBlock, StoredCell
+from outsize.config import ComputeType
+from outsize.errors import CorruptionError, WeightsError
+from outsize.optim import CODED_GROUP_BYTES, GROUP, interleave, join
+from outsize.tier import DurableTier, StripedTier
+from outsize.tier.readonly import ReadOnlyTier
+from outsize.tier.striped import part_bytes
+
+
+def open_data(folder: Path, header: Header) -> DurableTier:
+    """The data of a store, to be read only. Raises StorageError where a file is missing or too short."""
+    tiers = [ReadOnlyTier(path) for path in data_paths(folder, header)]
+    wanted = header.num_bytes if len(tiers) == 1 else part_bytes(header.num_bytes, len(tiers))
+    for tier in tiers:
+        if tier.num_bytes < wanted:
+            raise CorruptionError(
+                f"{tier.path} has {tier.num_bytes} bytes, and the store's extents reach to {wanted}",
+                hint="the file was cut short; restore it from a copy",
+            )
+    return tiers[0] if len(tiers) == 1 else StripedTier(tiers, header.num_bytes)
+
+
+class CommitReader:
+    """The blocks of one commit. Everything that is read is checked against the manifest's digests.
+
+    Memory is that of what is asked for, and one cell. Raises CorruptionError naming file, block and plane.
+    """
+
+    def __init__(self, folder: Path, header: Header, manifest: Manifest) -> None:
+        self.manifest = manifest
+        self.compute_type = ComputeType(manifest.compute_type)
+        self._folder = folder
+        self._tier = open_data(folder, header)
+        self._blocks = {block.record.name: block for block in manifest.blocks}
+        self._at = {
+            (piece.parameter, piece.row_start): (block, entry)
+            for block in manifest.blocks
+            for entry in block.record.entries
+            for piece in (entry.piece,)
+        }
+        largest = max((cell.cell.num_bytes for block in manifest.blocks for cell in block.cells), default=1)
+        self._scratch = mmap.mmap(-1, largest)
+
+    def close(self) -> None:
+        """Close the files."""
+        self._tier.close()
+
+    def __enter__(self) -> CommitReader:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def find(self, piece: Piece) -> tuple[StoredBlock, Entry] | None:
+        """Where the commit has this piece; None where it was never stored. Raises WeightsError where it has none such."""
+        found = self._at.get((piece.parameter, piece.row_start))
+        if found is None or found[1].piece != piece:
+            raise WeightsError(
+                f"the commit of step {self.manifest.step} has no {piece.parameter} of shape {list(piece.shape)}",
+                hint="it was made of another model; pass the model that it was made of",
+            )
+        return found if found[0].is_stored else None
+
+    def read(self, block: Block, targets: Sequence[torch.Tensor]) -> None:
+        """Fill `targets`, one per piece, with master weights. A source, as far as blocks were stored."""
+        for piece, target in zip(block.pieces, targets, strict=True):
+            found = self.find(piece)
+            if found is None:
+                raise WeightsError(f"{piece.parameter} was never updated: the commit does not hold it")
+            target.copy_(self.master(*found).view(piece.shape))
+
+    def master(self, block: StoredBlock, entry: Entry) -> torch.Tensor:
+        """The fp32 master weights of an entry, `[num_elements]`."""
+        if self.compute_type is ComputeType.FLOAT32:
+            return self._elements(block, entry, Plane.WEIGHT, torch.float32)
+        weight = self._elements(block, entry, Plane.WEIGHT, torch.bfloat16)
+        if not entry.trainable or Plane.REMAINDER not in block.record.state:
+            return weight.float()
+        return join(weight, self._elements(block, entry, Plane.REMAINDER, torch.int16))
+
+    def moment(self, block: StoredBlock, entry: Entry, plane: Plane) -> torch.Tensor:
+        """A moment of an entry in natural order: fp32 `[num_elements]`; of codes whole groups, uint8 `[groups, 68]`."""
+        record = block.record
+        is_split = self.compute_type is not ComputeType.FLOAT32
+        num_elements = entry.stop - entry.start
+        padded = -(-num_elements // GROUP) * GROUP
+        # A slice ends with its entry, and the last group of a plane is as long as the plane.
+        stop = min(entry.start + padded, record.num_trainable)
+        if record.element_bytes[plane] == 4:
+            values = self._range(block, plane, entry.start, stop, torch.float32)
+            return (interleave(values) if is_split else values)[:num_elements]
+        groups = self._range(block, plane, entry.start, stop, torch.uint8).view(-1, CODED_GROUP_BYTES)
+        if is_split:
+            codes = torch.stack([interleave(group[:GROUP]) for group in groups])
+            groups = torch.cat([codes, groups[:, GROUP:]], 1)
+        return groups
+
+    def verify(self, block: StoredBlock) -> int:
+        """Read and check all of a block; returns bytes. Raises CorruptionError, StorageError."""
+        for index, cell in enumerate(block.cells):
+            self._read_cell(block, index, cell).release()
+        return sum(cell.cell.num_bytes for cell in block.cells)
+
+    def _elements(self, block: StoredBlock, entry: Entry, plane: Plane, dtype: torch.dtype) -> torch.Tensor:
+        return self._range(block, plane, entry.start, entry.stop, dtype)
+
+    def _range(
+        self, block: StoredBlock, plane: Plane, first: int, last: int, dtype: torch.dtype
+    ) -> torch.Tensor:
+        """Elements `[first, last)` of a plane as it is stored, each cell read once."""
+        record = block.record
+        size = record.element_bytes[plane]
+        values = torch.empty(int((last - first) * size) // dtype.itemsize, dtype=dtype)
+        data = memoryview(values.view(torch.uint8).numpy().data)
+        for index, (start, stop, inside) in self._chunks(record, plane):
+            begin, end = max(first, start), min(last, stop)
+            if begin >= end:
+                continue
+            cell = self._read_cell(block, index, block.cells[index])
+            at = inside + int((begin - start) * size)
+            data[int((begin - first) * size) : int((end - first) * size)] = cell[
+                at : at + int((end - begin) * size)
+            ]
+            cell.release()
+        return values
+
+    @staticmethod
+    def _chunks(record: Record, plane: Plane) -> list[tuple[int, tuple[int, int, int]]]:
+        """`(cell, (start, stop, byte of the cell))` of each chunk of a plane."""
+        weights = list(record.chunks(Plane.WEIGHT))
+        if plane is Plane.WEIGHT:
+            return [(index, (start, stop, 0)) for index, (start, stop) in enumerate(weights)]
+        return [
+            (
+                len(weights) + index,
+                (start, stop, extent.offset - record.state_extent(start, stop).offset),
+            )
+            for index, (start, stop, extent) in enumerate(record.state_parts(plane))
+        ]
+
+    def _read_cell(self, block: StoredBlock, index: int, cell: StoredCell) -> memoryview:
+        """The bytes of a cell, valid until the next is read."""
+        record = block.record
+        num_weights = len(list(record.chunks(Plane.WEIGHT)))
+        what = f"weight[{index}]" if index < num_weights else f"state[{index - num_weights}]"
+        label = f"{record.name}.{what}"
+        view = memoryview(self._scratch)[: cell.cell.num_bytes]
+        self._tier.start_read(cell.offset, view, label).wait()
+        for check in cell.checks:
+            part = view[check.start - cell.offset : check.stop - cell.offset]
+            if xxhash.xxh3_64_intdigest(part) != check.digest:
+                raise CorruptionError(
+                    f"{self._folder}: {label} of the commit of step {self.manifest.step}: bytes {check.start} to "
+                    f"{check.stop} of the data are not those that were written",
+                    hint="the drive is failing, or another program wrote to the file; an earlier commit may be whole",
+                )
+        return view

@@ -1,0 +1,391 @@
+"""A store of commits, as a run writes it: the disk tier of a session, and the manifests beside it.
+
+    store = Store.claim(folder, commits=2)     # locked for this process
+    store.resume()                             # the newest manifest, or None
+    session.versions = store                   # at its first call the session lays its records out here
+    store.commit(draft)                        # declared now, durable later, by a thread of its own
+
+The order in which a commit becomes durable: what was written to the data (fdatasync), the manifest (fsync), its name
+(rename, then fsync of the folder). Only then are older commits removed, and only when their names are gone for good are
+their extents free. So at any instant every manifest that can be read has all of its bytes.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import threading
+import weakref
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from outsize.block import Extent, Record
+from outsize.checkpoint.convert import convert
+from outsize.checkpoint.files import (
+    COMMITS,
+    DATA,
+    LOCK,
+    Header,
+    commit_path,
+    commit_paths,
+    data_paths,
+    plan_slabs,
+    read_header,
+    read_manifest,
+    remove_durably,
+    storage_errors,
+    sync_folder,
+    tidy,
+    write_durably,
+)
+from outsize.checkpoint.manifest import Manifest, StoredBlock, StoredCell
+from outsize.checkpoint.reading import CommitReader
+from outsize.engine.capture import Capture, CapturedBlock
+from outsize.engine.versions import Layout, Opened
+from outsize.errors import ConfigError, CorruptionError, StorageError, UsageError
+from outsize.tier import DiskTier, DurableTier, StripedTier, VersionedTier
+from outsize.tier.probe import is_memory_backed
+from outsize.tier.store import give_space_back, lock_file
+from outsize.tier.striped import part_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Committed:
+    """A commit that is durable."""
+
+    step: int
+    path: Path
+
+
+class Store:
+    """The commits in one folder; make one with `claim`. `commits` is how many are kept.
+
+    One process at a time has a store: the lock goes with it. `disks` are folders for the data, where it is not to lie in
+    the store's own.
+    """
+
+    def __init__(self, folder: Path, commits: int, disks: Sequence[Path], lock_fd: int) -> None:
+        self.folder = folder
+        self.commits = commits
+        self.resumed: Manifest | None = None
+        self._disks = tuple(disks)
+        self._lock_fd = lock_fd
+        self._header = read_header(folder)
+        self._manifests: dict[int, list[int]] = {}
+        self._tier: VersionedTier | None = None
+        self._records: Mapping[str, Record] = {}
+        self._threads = ThreadPoolExecutor(1, thread_name_prefix="outsize-commit")
+        self._pending: list[Future[Committed]] = []
+        self._lock = threading.Lock()
+        self._finalizer = weakref.finalize(self, os.close, lock_fd)
+
+    @classmethod
+    def claim(cls, folder: Path, commits: int, disks: Sequence[Path] = ()) -> Store:
+        """Lock `folder` for this process, and make it where it is missing.
+
+        Raises ConfigError where it cannot hold a store, StorageError naming the process that has it.
+        """
+        if commits < 1:
+            raise ConfigError(f"keep: {commits} commits", hint="keep 1 or more")
+        folder = Path(os.path.abspath(folder))
+        if folder.exists() and not folder.is_dir():
+            raise ConfigError(f"checkpoint: {folder} is a file", hint="pass a folder")
+        if (
+            folder.is_dir()
+            and any(folder.iterdir())
+            and read_header(folder) is None
+            and not _is_begun(folder)
+        ):
+            raise ConfigError(
+                f"checkpoint: {folder} holds something else",
+                hint="pass a new folder, or that of a checkpoint",
+            )
+        with storage_errors(folder):
+            (folder / COMMITS).mkdir(parents=True, exist_ok=True)
+        lock_fd = lock_file(folder / LOCK)
+        try:
+            with storage_errors(folder):
+                tidy(folder)
+            return cls(folder, commits, disks, lock_fd)
+        except BaseException:
+            os.close(lock_fd)
+            raise
+
+    # -- what there is -------------------------------------------------------------------------------------------
+
+    def resume(self) -> Manifest | None:
+        """The newest commit, which the session then starts from; None where there is none.
+
+        Raises CorruptionError where a manifest is damaged: no commit is passed over in silence.
+        """
+        paths = commit_paths(self.folder)
+        if not paths:
+            return None
+        if self._header is None:
+            raise CorruptionError(
+                f"{self.folder} has commits and no store.json", hint="restore the folder from a copy"
+            )
+        manifests = [read_manifest(path, self._header) for path in paths]
+        self._manifests = {manifest.step: manifest.offsets() for manifest in manifests}
+        self.resumed = manifests[-1]
+        return self.resumed
+
+    # -- what a session asks (`outsize.engine.versions.Versions`) ---------------------------------------------------
+
+    def open(self, records: Sequence[Record], layout: Layout, *, verify: bool) -> Opened:
+        """Lay the data out for `records`; blocks of the commit that was resumed are there, whatever their form was."""
+        if self._tier is not None:
+            raise UsageError("the model lives in its store already", hint="open a model once")
+        if self.resumed is None and commit_paths(self.folder):
+            raise UsageError(
+                f"{self.folder} holds commits of an earlier run",
+                hint="resume from them, or pass a new folder",
+            )
+        self._records = {record.name: record for record in records}
+        placed, known, others = self._placed(records)
+        tier = self._open_tier(layout, placed, verify)
+        try:
+            for cell in known:
+                for check in cell.checks:
+                    tier.expect(check)
+            versions = VersionedTier(
+                tier,
+                (*layout.kept, *layout.scratch),
+                self._header.slabs if self._header is not None else (),
+                placed=placed,
+                held=[offset for offsets in self._manifests.values() for offset in offsets],
+            )
+            restored = {
+                name for name in self._records if name not in others and self._stored(name) is not None
+            }
+            if others:
+                assert self.resumed is not None and self._header is not None
+                with CommitReader(self.folder, self._header, self.resumed) as reader:
+                    restored |= convert(
+                        reader, [self._records[name] for name in others], self._bases(), versions
+                    )
+        except BaseException:
+            tier.close()
+            raise
+        self._tier = versions
+        return Opened(versions, frozenset(restored))
+
+    def is_closing(self) -> None:
+        """The session closes its disk: what is being committed is over first, or given up."""
+        for future in self._pending:
+            if not future.done() and not future.cancel():
+                future.exception()
+
+    # -- committing ----------------------------------------------------------------------------------------------
+
+    def commit(self, draft: Manifest, begin: Callable[[Callable[[Capture], None]], None]) -> None:
+        """Declare a commit of what `draft` says and of all blocks, as they are once their pending updates are applied.
+
+        `begin` starts the capture. Returns at once. Raises what went wrong with an earlier commit.
+        """
+        self.raise_failure()
+        tier = self._tier
+        assert tier is not None, "the session has not laid its records out yet"
+        future: Future[Committed] = Future()
+        self._pending.append(future)
+        tier.begin_commit()
+
+        def complete(capture: Capture) -> None:
+            if future.set_running_or_notify_cancel():
+                self._threads.submit(self._publish, tier, draft, capture, future)
+
+        try:
+            begin(complete)
+        except BaseException:
+            self._pending.remove(future)
+            tier.end_commit()
+            raise
+
+    def wait(self) -> Committed | None:
+        """Wait until every commit whose blocks are captured is durable; the last. Raises what went wrong."""
+        last: Committed | None = None
+        while self._pending:
+            last = self._pending.pop(0).result()
+        return last
+
+    def raise_failure(self) -> None:
+        """Raise what went wrong with a commit that is over; forget those that are durable."""
+        while self._pending and self._pending[0].done():
+            self._pending.pop(0).result()
+
+    def close(self) -> None:
+        """End the thread and give the lock back."""
+        self._threads.shutdown(wait=True)
+        self._finalizer()
+
+    def _publish(
+        self, tier: VersionedTier, draft: Manifest, capture: Capture, future: Future[Committed]
+    ) -> None:
+        offsets = [stored.offset for block in capture.blocks.values() for stored in block.cells]
+        try:
+            try:
+                capture.wait()
+                tier.sync()
+                blocks = tuple(self._stored_block(tier, capture.blocks[name]) for name in self._records)
+                path = commit_path(self.folder, draft.step)
+                write_durably(path, replace(draft, blocks=blocks).dumps())
+            except BaseException:
+                tier.release(offsets)
+                raise
+            self._manifests[draft.step] = offsets
+            self._remove_old(tier)
+        except BaseException as error:
+            future.set_exception(error)
+        else:
+            future.set_result(Committed(draft.step, path))
+        finally:
+            tier.end_commit()
+
+    def _remove_old(self, tier: VersionedTier) -> None:
+        while len(self._manifests) > self.commits:
+            oldest = min(self._manifests)
+            remove_durably(commit_path(self.folder, oldest))
+            tier.release(self._manifests.pop(oldest))
+
+    def _stored_block(self, tier: VersionedTier, captured: CapturedBlock) -> StoredBlock:
+        cells = tuple(
+            StoredCell(
+                Extent(stored.cell.offset - captured.base, stored.cell.num_bytes),
+                stored.offset,
+                tuple(tier.checks(stored)),
+            )
+            for stored in captured.cells
+        )
+        return StoredBlock(self._records[captured.name], captured.is_stored, cells)
+
+    # -- laying out ----------------------------------------------------------------------------------------------
+
+    def _stored(self, name: str) -> StoredBlock | None:
+        blocks = self.resumed.blocks if self.resumed is not None else ()
+        found = next((block for block in blocks if block.record.name == name), None)
+        return found if found is not None and found.is_stored else None
+
+    def _bases(self) -> dict[str, int]:
+        bases, base = {}, 0
+        for name, record in self._records.items():
+            bases[name] = base
+            base += record.num_bytes
+        return bases
+
+    def _placed(self, records: Sequence[Record]) -> tuple[dict[int, int], list[StoredCell], list[str]]:
+        """Where cells of the resumed commit lie that stay as they are, and the blocks that must be brought into form."""
+        placed: dict[int, int] = {}
+        known: list[StoredCell] = []
+        others: list[str] = []
+        bases = self._bases()
+        if self.resumed is None:
+            return placed, known, others
+        by_name = {block.record.name: block for block in self.resumed.blocks}
+        if by_name.keys() != self._records.keys():
+            raise StorageError(
+                f"{self.folder}: the commit of step {self.resumed.step} has {len(by_name)} blocks, "
+                f"the model has {len(self._records)}, and they are not the same",
+                hint="resume with the model that the commit was made of",
+            )
+        for record in records:
+            block = by_name[record.name]
+            if not block.is_stored:
+                continue
+            if block.has_layout_of(record):
+                known += block.cells
+                placed |= {bases[record.name] + cell.cell.offset: cell.offset for cell in block.cells}
+            else:
+                others.append(record.name)
+        return placed, known, others
+
+    def _open_tier(self, layout: Layout, placed: Mapping[int, int], verify: bool) -> DurableTier:
+        needed = Counter(cell.num_bytes for cell in layout.kept)
+        needed = Counter({size: count * (1 + self.commits) for size, count in needed.items()})
+        needed.update(cell.num_bytes for cell in layout.scratch)
+        held = {offset for offsets in self._manifests.values() for offset in offsets}
+        # What commits hold in another form stays beside what is laid out now.
+        for size, count in Counter(self._size_of(offset) for offset in held - set(placed.values())).items():
+            extra = count - needed[size] * self.commits // (1 + self.commits)
+            if extra > 0:
+                needed[size] += extra
+        before = self._header
+        names = before.data if before is not None else self._data_names()
+        slabs, gone = plan_slabs(before.slabs if before is not None else (), dict(needed), held)
+        header = Header(names, slabs)
+        paths = data_paths(self.folder, header)
+        for path in paths:
+            _check_disk(path)
+        if gone and len(paths) == 1 and paths[0].exists():
+            give_space_back(paths[0], gone)
+        size = header.num_bytes if len(paths) == 1 else part_bytes(header.num_bytes, len(paths))
+        opened: list[DurableTier] = []
+        try:
+            for path in paths:
+                opened.append(DiskTier(path.parent, size, name=path.name, verify=verify, is_kept=True))
+            if header != before:
+                write_durably(self.folder / "store.json", header.dumps())
+        except BaseException:
+            for tier in opened:
+                tier.close()
+            raise
+        self._header = header
+        return opened[0] if len(opened) == 1 else StripedTier(opened, header.num_bytes)
+
+    def _size_of(self, offset: int) -> int:
+        assert self._header is not None
+        return next(slab.extent_bytes for slab in self._header.slabs if slab.offset <= offset < slab.stop)
+
+    def _data_names(self) -> tuple[str, ...]:
+        """In the store's own folder, unless the disks that were given are other ones."""
+        if not self._disks:
+            return (DATA,)
+        own = os.stat(self.folder).st_dev
+        if len(self._disks) == 1 and os.stat(self._disks[0]).st_dev == own:
+            return (DATA,)
+        name = f"outsize-{self.folder.name}.{DATA}"
+        return tuple(str(disk.resolve() / name) for disk in self._disks)
+
+
+def remove_commit(folder: Path, step: int) -> None:
+    """Remove one commit of a store that no process has open; its space is used again by the next run."""
+    lock_fd = lock_file(folder / LOCK)
+    try:
+        remove_durably(commit_path(folder, step))
+    finally:
+        os.close(lock_fd)
+
+
+def remove_store(folder: Path) -> None:
+    """Remove a whole store, data on other drives included. Raises StorageError where a process has it open."""
+    header = read_header(folder)
+    lock_fd = lock_file(folder / LOCK)
+    try:
+        for path in data_paths(folder, header) if header is not None else ():
+            with storage_errors(path):
+                path.unlink(missing_ok=True)
+        with storage_errors(folder):
+            shutil.rmtree(folder)
+            sync_folder(folder.parent)
+    finally:
+        os.close(lock_fd)
+
+
+def _is_begun(folder: Path) -> bool:
+    """Whether nothing but the beginnings of a store are here: a process was killed before it wrote the header."""
+    return {path.name for path in folder.iterdir()} <= {COMMITS, LOCK, DATA, "model", ".store.json.partial"}
+
+
+def _check_disk(path: Path) -> None:
+    if not path.parent.is_dir():
+        raise StorageError(
+            f"the store's data lies in {path.parent}, which does not exist",
+            hint="mount that drive, or move the file there",
+        )
+    if is_memory_backed(path.parent):
+        raise ConfigError(
+            f"{path.parent} is on tmpfs or ramfs: what is kept there takes up memory, and does not last",
+            hint="pass a folder on an NVMe or other local disk, such as one under /var/tmp",
+        )
