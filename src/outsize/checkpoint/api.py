@@ -36,7 +36,7 @@ from outsize.checkpoint.manifest import Manifest
 from outsize.checkpoint.store import Committed, Store
 from outsize.engine.optimizer import Optimizer
 from outsize.engine.session import Session, session_of
-from outsize.errors import UsageError
+from outsize.errors import StorageError, UsageError
 from outsize.model import write_companions
 
 
@@ -73,8 +73,10 @@ def resume(
         manifest = store.resume()
         if manifest is None:
             return None
+        _check_source(session, manifest)
         own.restore_state(manifest.optimizer)
-        _restore_random(manifest.random)
+        if manifest.random is not None:
+            _restore_random(manifest.random)
         notes = _notes(session, manifest)
     except BaseException:
         session.versions = None
@@ -168,6 +170,22 @@ def _attach(session: Session, path: Path, keep: int) -> Store:
     return store
 
 
+def _check_source(session: Session, manifest: Manifest) -> None:
+    """Weights that were never updated still come from the model's own files: those must be the same."""
+    before = manifest.run["source"]["files"]
+    if all(block.is_stored for block in manifest.blocks) or not before:
+        return
+    now = session.source_files()["files"]
+    if now != before:
+        different = next(
+            (name for name in before if now.get(name) != before[name]), next(iter(now), "the model's folder")
+        )
+        raise StorageError(
+            f"{different} is missing or has another size: the commit takes weights from there that were never updated",
+            hint=f"open the model that the run began with: {manifest.run['source']['folder']}",
+        )
+
+
 def _random_state() -> dict[str, Any]:
     state: dict[str, Any] = {"torch": _encode(torch.get_rng_state())}
     if torch.cuda.is_available():
@@ -211,6 +229,7 @@ def _run_facts(session: Session) -> dict[str, Any]:
         "backend": str(kernel.backend) if kernel is not None else None,
         "device": str(session.torch_device),
         "updated_on_device": session.updated_on_device(),
+        "source": session.source_files(),
         "libraries": {
             "outsize": outsize.__version__,
             "torch": torch.__version__,
@@ -228,10 +247,10 @@ def _notes(session: Session, manifest: Manifest) -> list[str]:
         notes.append(f"blocks computed {before['tile_rows']} rows at once, and are pinned to other tiles now")
     now = {"threads": torch.get_num_threads(), "device": str(session.torch_device)}
     for name, value in now.items():
-        if before[name] != value:
+        if before.get(name, value) != value:
             notes.append(f"{name}: {before[name]} before, {value} now")
     if manifest.compute_type != session.settings.compute_type:
         notes.append(f"compute type: {manifest.compute_type} before, {session.settings.compute_type} now")
-    if before["libraries"]["torch"] != torch.__version__:
+    if before["libraries"].get("torch", torch.__version__) != torch.__version__:
         notes.append(f"torch: {before['libraries']['torch']} before, {torch.__version__} now")
     return [f"{note}: the numbers may differ in their last bits" for note in notes]

@@ -8,18 +8,31 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 import torch
 
-from outsize.block import Entry, Plane, Record
+from outsize.block import Entry, Piece, Plane, Record
 from outsize.checkpoint.manifest import StoredBlock
-from outsize.checkpoint.reading import CommitReader
 from outsize.optim import CODED_GROUP_BYTES, GROUP, deinterleave, split
 from outsize.tier import VersionedTier
 
 
+class Reader(Protocol):
+    """Where blocks are read from, in fp32 and natural order: a commit, or another format."""
+
+    def find(self, piece: Piece) -> tuple[StoredBlock, Entry] | None:
+        """Where a piece is; None where it is not."""
+
+    def master(self, block: StoredBlock, entry: Entry) -> torch.Tensor:
+        """The fp32 master weights of an entry, `[num_elements]`."""
+
+    def moment(self, block: StoredBlock, entry: Entry, plane: Plane) -> torch.Tensor:
+        """A moment of an entry in natural order."""
+
+
 def convert(
-    reader: CommitReader, records: Sequence[Record], bases: Mapping[str, int], tier: VersionedTier
+    reader: Reader, records: Sequence[Record], bases: Mapping[str, int], tier: VersionedTier
 ) -> set[str]:
     """Write what the commit has of `records` in their form to `tier`; the names of those that it has.
 
@@ -41,7 +54,7 @@ def convert(
 Places = Mapping[Entry, tuple[StoredBlock, Entry]]
 
 
-def _write_weights(reader: CommitReader, record: Record, at: Places, base: int, tier: VersionedTier) -> None:
+def _write_weights(reader: Reader, record: Record, at: Places, base: int, tier: VersionedTier) -> None:
     is_split = record.element_bytes[Plane.WEIGHT] == 2
     with mmap.mmap(-1, record.plane_bytes(Plane.WEIGHT)) as memory:
         plane = _tensor(memory, torch.bfloat16 if is_split else torch.float32, record.num_elements)
@@ -58,7 +71,7 @@ def _write_weights(reader: CommitReader, record: Record, at: Places, base: int, 
         del plane
 
 
-def _write_state(reader: CommitReader, record: Record, at: Places, base: int, tier: VersionedTier) -> None:
+def _write_state(reader: Reader, record: Record, at: Places, base: int, tier: VersionedTier) -> None:
     for plane in record.state:
         with mmap.mmap(-1, record.plane_bytes(plane)) as memory:
             for entry in record.entries:
@@ -74,7 +87,7 @@ def _write_state(reader: CommitReader, record: Record, at: Places, base: int, ti
 
 
 def _fill(
-    reader: CommitReader,
+    reader: Reader,
     record: Record,
     entry: Entry,
     place: tuple[StoredBlock, Entry],

@@ -62,7 +62,7 @@ class Manifest:
     compute_type: str
     rule: str
     optimizer: Mapping[str, Any]
-    random: Mapping[str, Any]
+    random: Mapping[str, Any] | None
     extra: Mapping[str, Any]
     run: Mapping[str, Any]
     """How it was computed: tiles, threads, backend, versions; what must be kept for the same bits."""
@@ -117,7 +117,7 @@ class Manifest:
                 compute_type=str(body["compute_type"]),
                 rule=str(body["rule"]),
                 optimizer=dict(body["optimizer"]),
-                random=dict(body["random"]),
+                random=body["random"],
                 extra=dict(body["extra"]),
                 run=dict(body["run"]),
                 blocks=tuple(_load_block(block) for block in body["blocks"]),

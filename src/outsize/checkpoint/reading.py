@@ -88,11 +88,11 @@ class CommitReader:
     def master(self, block: StoredBlock, entry: Entry) -> torch.Tensor:
         """The fp32 master weights of an entry, `[num_elements]`."""
         if self.compute_type is ComputeType.FLOAT32:
-            return self._elements(block, entry, Plane.WEIGHT, torch.float32)
-        weight = self._elements(block, entry, Plane.WEIGHT, torch.bfloat16)
+            return self.plane(block, entry, Plane.WEIGHT, torch.float32)
+        weight = self.plane(block, entry, Plane.WEIGHT, torch.bfloat16)
         if not entry.trainable or Plane.REMAINDER not in block.record.state:
             return weight.float()
-        return join(weight, self._elements(block, entry, Plane.REMAINDER, torch.int16))
+        return join(weight, self.plane(block, entry, Plane.REMAINDER, torch.int16))
 
     def moment(self, block: StoredBlock, entry: Entry, plane: Plane) -> torch.Tensor:
         """A moment of an entry in natural order: fp32 `[num_elements]`; of codes whole groups, uint8 `[groups, 68]`."""
@@ -117,7 +117,8 @@ class CommitReader:
             self._read_cell(block, index, cell).release()
         return sum(cell.cell.num_bytes for cell in block.cells)
 
-    def _elements(self, block: StoredBlock, entry: Entry, plane: Plane, dtype: torch.dtype) -> torch.Tensor:
+    def plane(self, block: StoredBlock, entry: Entry, plane: Plane, dtype: torch.dtype) -> torch.Tensor:
+        """An entry of weights or remainders as they are stored, `[num_elements]`."""
         return self._range(block, plane, entry.start, entry.stop, dtype)
 
     def _range(

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from importlib import metadata
 
-from outsize.cli import demo, generate, plan, profile, quiet, trace, train
+from outsize.cli import checkpoint, demo, generate, plan, profile, quiet, trace, train
 from outsize.cli.explain import Parser, explain
 from outsize.errors import OutsizeError
 
@@ -47,7 +47,7 @@ def build_parser() -> Parser:
     )
     parser.add_argument("--version", action="version", version=f"outsize {_version()}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for command in (plan, profile, train, trace, generate, demo):
+    for command in (plan, profile, train, checkpoint, trace, generate, demo):
         command.add_parser(commands)
     parser.commands = commands.choices
     return parser

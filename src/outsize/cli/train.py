@@ -22,6 +22,8 @@ examples:
       20 steps within 3 GiB of memory; lines such as {"messages": [{"role": "user", "content": "..."}, ...]}
   outsize train Qwen3-0.6B chat.jsonl@0.7 books.parquet@0.3 --out tuned --eval-split 0.02 --epochs 1
       two files, mixed by weight; 2 % of their sequences measure the model instead of training it
+  outsize train Qwen3-0.6B notes.txt --out tuned --disk /nvme/scratch --checkpoint-every 10 --resume
+      a commit every 10 steps; after a kill, the same command goes on where the last one was
   outsize train --config run.toml --lr 2e-5
       a file with the same names as these options; the command line wins
 
@@ -30,7 +32,7 @@ of which the completion is learned; or "messages" (and "tools"), of which the as
 
 OUT becomes an ordinary Hugging Face folder with metrics.jsonl and report.html beside the weights, and the weights that were
 best in an evaluation in OUT/best; outsize trace OUT draws one step in time. Until it is complete, the run lives in
-OUT.partial. Ctrl-C finishes the step and saves; twice stops at once.
+OUT.partial. Ctrl-C finishes the step and saves, or commits where there are commits; twice stops at once.
 """
 
 _DEFAULTS: dict[str, Any] = {
@@ -38,6 +40,8 @@ _DEFAULTS: dict[str, Any] = {
     "batch_size": 8,
     "seq_len": 512,
     "too_long": "error",
+    "keep": 1,
+    "resume": False,
     "eval": [],
     "optimizer": "adamw",
     "lr": 1e-5,
@@ -97,6 +101,21 @@ def add_parser(commands: shared.Commands[argparse.ArgumentParser]) -> None:
     evaluating.add_argument(
         "--eval-every", type=int, metavar="N", help="steps between evaluations (at most 5 in a run)"
     )
+    keeping = parser.add_argument_group(
+        "checkpoints",
+        "A commit copies nothing that lives on disk, so one per step is cheap. A kill loses what came after the last.",
+    )
+    keeping.add_argument("--checkpoint-every", type=int, metavar="N", help="steps between commits (none)")
+    _add(keeping, "--keep", type=int, metavar="K", help="commits that are kept; each takes the state's size")
+    keeping.add_argument(
+        "--checkpoint", type=Path, metavar="DIR", help="folder of the commits (OUT.checkpoint)"
+    )
+    keeping.add_argument(
+        "--resume",
+        action="store_true",
+        default=None,
+        help="go on from the last commit, bit by bit; begin where there is none",
+    )
     learning = parser.add_argument_group("learning")
     _add(
         learning,
@@ -145,8 +164,15 @@ def run(options: argparse.Namespace) -> int:
     stopped = "stopped early; " if result.interrupted else ""
     last = f", loss {result.losses[0]:.4f} -> {result.losses[-1]:.4f}" if result.losses else ""
     best = f"; best weights in {result.best}" if result.best is not None else ""
+    saved = f"saved {result.out}{best}"
+    if result.checkpoint is not None:
+        saved = (
+            f"committed to {result.checkpoint}: the same command with --resume goes on"
+            if result.interrupted
+            else f"{saved}; commits are in {result.checkpoint}"
+        )
     console.print(
-        f"{stopped}{result.num_steps} steps{last}; saved {result.out}{best}",
+        f"{stopped}{result.num_steps} steps{last}; {saved}",
         markup=False,
         highlight=False,
         soft_wrap=True,
@@ -185,7 +211,7 @@ def settings_of(values: dict[str, Any]) -> TrainSettings:
     from outsize.train.api import OptimizerName
     from outsize.train.data import DataFile, Packing, TooLong
     from outsize.train.schedule import Shape
-    from outsize.train.settings import Evaluating, Learning, Length, TrainSettings
+    from outsize.train.settings import Checkpointing, Evaluating, Learning, Length, TrainSettings
 
     get = values.get
     lengths = (get("steps"), get("epochs"), get("minutes"))
@@ -212,6 +238,12 @@ def settings_of(values: dict[str, Any]) -> TrainSettings:
             files=tuple(DataFile.parse(text) for text in values["eval"]),
             fraction=get("eval_split"),
             every=get("eval_every"),
+        ),
+        checkpointing=Checkpointing(
+            every=get("checkpoint_every"),
+            keep=values["keep"],
+            folder=Path(values["checkpoint"]) if get("checkpoint") else None,
+            resume=values["resume"],
         ),
         place=shared.place_of(argparse.Namespace(**{key: get(key) for key in shared.PLACE_OPTIONS})),
         seed=values["seed"],

@@ -217,6 +217,8 @@ class Optimizer(torch.optim.Optimizer, ABC):
     def restore_state(self, state: Mapping[str, Any]) -> None:
         """Take over what `commit_state` gave, in another process. Raises UsageError where the optimizer is another."""
         kind, groups = type(self).__name__, state["groups"]
+        if groups is None:  # what was imported has none
+            groups = [{} for _ in self.param_groups]
         if state["kind"] != kind or len(groups) != len(self.param_groups):
             raise UsageError(
                 f"the commit was made with {state['kind']} of {len(groups)} parameter groups, "

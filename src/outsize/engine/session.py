@@ -42,7 +42,7 @@ from outsize.engine.probe import BatchShape, Probe, Rehearsal, batch_shape, rehe
 from outsize.engine.timing import measure_costs
 from outsize.engine.versions import Layout, Versions
 from outsize.errors import UsageError
-from outsize.model import Cut, InitSource, Point, PointKind, Source, TensorSource
+from outsize.model import Cut, InitSource, Point, PointKind, SafetensorsSource, Source, TensorSource
 from outsize.optim import Kernel, Rule, split
 from outsize.plan import Direction, Placement, Visit
 from outsize.plan.profile import Profile
@@ -589,6 +589,12 @@ class Session:
         if self.executor is None:
             return []
         return [state.name for state in self._store if self._store.updates_in_place(state)]
+
+    def source_files(self) -> dict[str, Any]:
+        """The folder that weights come from until they are updated, and the sizes of its files."""
+        if not isinstance(self.source, SafetensorsSource):
+            return {"folder": "", "files": {}}
+        return {"folder": str(self.source.folder.resolve()), "files": self.source.file_bytes()}
 
     # -- settling ------------------------------------------------------------------------------------------------
 

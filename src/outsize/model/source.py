@@ -70,6 +70,16 @@ class SafetensorsSource:
         self._dtypes = {name: parameter.dtype for name, parameter in module.named_parameters()}
         self._fill_buffers(buffers, found)
 
+    @property
+    def folder(self) -> Path:
+        """Where the files are."""
+        return self._shards.folder
+
+    def file_bytes(self) -> dict[str, int]:
+        """The size of each file that holds a tensor, by name."""
+        files = {stored.file for stored in self._shards.tensors.values()}
+        return {file.name: file.stat().st_size for file in sorted(files)}
+
     def read(self, block: Block, targets: Sequence[torch.Tensor]) -> None:
         """Fill one tensor per piece of `block`; raises StorageError where a file can no longer be read."""
         converted: dict[str, torch.Tensor] = {}

@@ -7,7 +7,7 @@ optimizer.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from enum import StrEnum
 from pathlib import Path
@@ -99,8 +99,51 @@ class ClippingOptimizer(Optimizer):
         raise NotImplementedError
 
 
+class Resumed(Protocol):
+    """Where a run goes on."""
+
+    @property
+    def step(self) -> int:
+        """Updates that were made."""
+
+    @property
+    def extra(self) -> Mapping[str, Any]:
+        """What the loop gave to the commit."""
+
+    @property
+    def notes(self) -> Sequence[str]:
+        """What is computed in another way than before."""
+
+
+class CheckpointApi(Protocol):
+    """`outsize.checkpoint`."""
+
+    def resume(
+        self, model: nn.Module, optimizer: Optimizer, path: str | Path, *, keep: int = 1
+    ) -> Resumed | None:
+        """Let the model live in the store at `path`; where it goes on, if it does."""
+
+    def commit(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        path: str | Path,
+        *,
+        keep: int = 1,
+        extra: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Declare a commit, and go on."""
+
+    def finish(self, model: nn.Module) -> object | None:
+        """Wait until the last commit is durable."""
+
+
 class Api(Protocol):
     """`outsize`, as far as training needs it."""
+
+    @property
+    def checkpoint(self) -> CheckpointApi:
+        """Commits."""
 
     def load(
         self,

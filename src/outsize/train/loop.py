@@ -10,6 +10,7 @@ and what is saved is always the state after a whole step.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -23,6 +24,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from outsize.errors import TrainingError
 from outsize.plan.profile import Profile
 from outsize.train.api import Api, ClippingOptimizer, Predicted, Report, optimizer_of, public_api
+from outsize.train.checkpoints import Progress, read_history
 from outsize.train.compare import FIRST_STEADY_STEP, compare
 from outsize.train.data import Batch, DataOptions, Dataset, Position, check_files, open_dataset
 from outsize.train.evaluate import Evaluator, loss_of
@@ -43,11 +45,13 @@ from outsize.train.watch import RunFacts, Watcher, Watchers
 class TrainResult:
     """What a run did.
 
-    `interrupted`: it was asked to stop early; the weights are saved all the same. `best` is a folder of its own, unless
-    the last weights are the best or nothing was evaluated.
+    `interrupted`: it was asked to stop early; the weights are saved all the same, unless there is a commit to go on from
+    (`checkpoint`): `out` is then not made. `best` is a folder of its own, unless the last weights are the best or nothing
+    was evaluated.
     """
 
     out: Path
+    num_steps: int
     losses: tuple[float, ...]
     num_tokens: int
     duration_s: float
@@ -55,11 +59,7 @@ class TrainResult:
     report: Report
     evaluations: tuple[Evaluation, ...] = ()
     best: Path | None = None
-
-    @property
-    def num_steps(self) -> int:
-        """Updates that were made."""
-        return len(self.losses)
+    checkpoint: Path | None = None
 
 
 def train(
@@ -81,8 +81,12 @@ def train(
     files = (*settings.data, *settings.evaluating.files)
     check_files(files)
     settings.place.check()
+    settings.check_checkpoint()
     folder = OutputFolder.claim(
-        settings.out, overwrite=settings.overwrite, inputs=(settings.model, *(file.path for file in files))
+        settings.out,
+        overwrite=settings.overwrite,
+        inputs=(settings.model, *(file.path for file in files)),
+        goes_on=settings.checkpointing.resume,
     )
     try:
         own: list[Watcher] = [MetricsFile(folder.metrics), ReportPage(folder.report)]
@@ -100,14 +104,19 @@ def _train(
     training, held_out = open_data(settings)
     watchers.say(f"loading {settings.model}")
     run = Run.start(settings, api, training, profile)
+    evaluator = None
+    if held_out is not None:
+        evaluator = Evaluator(held_out, settings.batch_size, settings.evaluating.every, folder.best)
+    history = run.resume(settings, folder.metrics) if settings.checkpointing.is_on else None
+    for note in run.notes:
+        watchers.say(note)
+    if evaluator is not None and history is not None:
+        evaluator.evaluations += history[1]
     num_steps, warmup_steps = run.pace.num_steps(), settings.learning.warmup_steps
     if num_steps is not None and (shorter := warmup_within(warmup_steps, num_steps)) < warmup_steps:
         watchers.say(
             f"warming up in {shorter} of {num_steps} steps: a warm-up of {warmup_steps} would not end"
         )
-    evaluator = None
-    if held_out is not None:
-        evaluator = Evaluator(held_out, settings.batch_size, settings.evaluating.every, folder.best)
     started_s = time.monotonic()
     predicted: Predicted | None = None
     save = _saver(settings, api, run.model)
@@ -116,43 +125,48 @@ def _train(
         try:
             with watchers:
                 watchers.started(_facts(settings, training, held_out, run.pace))
+                if history is not None:
+                    watchers.resumed(*history)
                 while not (run.pace.is_over() or interruption.requested):
-                    with tracing.step(len(run.losses) + 1, predicted):
+                    with tracing.step(run.num_steps + 1, predicted):
                         metrics = run.step()
                     watchers.stepped(metrics, run.report(), run.pace.num_steps())
+                    if settings.checkpointing.every and run.num_steps % settings.checkpointing.every == 0:
+                        run.commit(settings)
                     if profile is not None and predicted is None:
                         predicted = api.predict(run.model, profile)
-                    if profile is not None and metrics.step == FIRST_STEADY_STEP:
+                    if profile is not None and len(run.metrics) == FIRST_STEADY_STEP:
                         advice = api.advise(run.model, profile, metrics.step_s, sum(metrics.wait_s.values()))
                         if advice is not None:
                             watchers.say(f"another plan would be faster: {advice}")
                     if evaluator is not None and evaluator.is_due(metrics.step, run.pace.num_steps()):
                         watchers.evaluated(evaluator.evaluate(run.model, metrics.step, save))
                         tracing.evaluated()
-                if evaluator is not None and run.losses and evaluator.last_step != len(run.losses):
-                    watchers.evaluated(evaluator.evaluate(run.model, len(run.losses), None))
+                if settings.checkpointing.is_on:
+                    run.finish(settings)
+                stays = interruption.requested and settings.checkpointing.is_on
+                if (
+                    evaluator is not None
+                    and run.metrics
+                    and evaluator.last_step != run.num_steps
+                    and not stays
+                ):
+                    watchers.evaluated(evaluator.evaluate(run.model, run.num_steps, None))
                 watchers.ended(run.report(), interruption.requested)
                 if predicted is not None:
                     watchers.compared(compare(predicted, run.metrics))
         except _LossNotFinite as error:
             raise _save_and_explain(error, folder, save, run) from error
         interrupted = interruption.requested
+        if interrupted and settings.checkpointing.is_on:
+            return run.result(folder.out, started_s, evaluator, settings, interrupted=True)
         watchers.say(f"saving {folder.out}")
         is_last_best = (
             evaluator is not None and bool(evaluator.evaluations) and evaluator.evaluations[-1].is_best
         )
         folder.publish(save, keep_best=not is_last_best)
-    evaluations = tuple(evaluator.evaluations) if evaluator is not None else ()
-    return TrainResult(
-        out=folder.out,
-        losses=tuple(run.losses),
-        num_tokens=len(run.losses) * settings.batch_size * settings.seq_len,
-        duration_s=time.monotonic() - started_s,
-        interrupted=interrupted,
-        report=run.report(),
-        evaluations=evaluations,
-        best=folder.published_best,
-    )
+    result = run.result(folder.out, started_s, evaluator, settings, interrupted=interrupted)
+    return dataclasses.replace(result, best=folder.published_best)
 
 
 def open_data(settings: TrainSettings) -> tuple[Dataset, Dataset | None]:
@@ -198,8 +212,15 @@ class Run:
     ) -> None:
         self.model = model
         self.pace = pace
+        self.num_steps = 0
+        """Updates that were made, those of earlier processes included."""
         self.losses: list[float] = []
+        """As far as they are known, from the first step on."""
         self.metrics: list[StepMetrics] = []
+        """Of the steps of this process."""
+        self.notes: list[str] = []
+        self._began_s = time.monotonic()
+        self._committed_step: int | None = None
         self._optimizer = optimizer
         self._scheduler = scheduler
         self._batches = batches
@@ -244,6 +265,7 @@ class Run:
         self._optimizer.zero_grad()
         self._scheduler.step()
         self.losses.append(loss.item())
+        self.num_steps += 1
         self.pace.step_done()
         step_s = time.perf_counter() - started_s
         self.metrics.append(self._metrics(lr, batch["input_ids"].numel(), step_s, before))
@@ -253,11 +275,82 @@ class Run:
         """What the model has used so far."""
         return self._api.report(self.model)
 
+    # -- commits -------------------------------------------------------------------------------------------------
+
+    def resume(
+        self, settings: TrainSettings, metrics: Path
+    ) -> tuple[list[StepMetrics], list[Evaluation]] | None:
+        """Give the model a store, and go on from its last commit; what was done before, None where nothing was."""
+        checkpointing = settings.checkpointing
+        resumed = self._api.checkpoint.resume(
+            self.model, self._optimizer, settings.checkpoint, keep=checkpointing.keep
+        )
+        if resumed is None:
+            if checkpointing.resume:
+                self.notes.append(f"{settings.checkpoint} holds no commit yet: the run begins")
+            return None
+        progress = Progress.of_extra(resumed.extra, settings.checkpoint)
+        progress.check(settings)
+        self.notes += [f"going on after step {resumed.step}", *resumed.notes]
+        self.num_steps = self._committed_step = resumed.step
+        self._batches.position = Position(*progress.position)
+        self._scheduler.load_state_dict(dict(progress.scheduler))
+        self._began_s -= progress.elapsed_s
+        self.pace.go_on(resumed.step, progress.elapsed_s)
+        history = read_history(metrics, resumed.step)
+        self.losses = [step.loss for step in history[0]]
+        return history
+
+    def commit(self, settings: TrainSettings) -> None:
+        """Declare a commit of what was done so far."""
+        progress = Progress(
+            position=(self._batches.position.epoch, self._batches.position.index),
+            scheduler=self._scheduler.state_dict(),
+            elapsed_s=time.monotonic() - self._began_s,
+            settings=flat(settings),
+        )
+        self._api.checkpoint.commit(
+            self.model,
+            self._optimizer,
+            settings.checkpoint,
+            keep=settings.checkpointing.keep,
+            extra=progress.to_extra(),
+        )
+        self._committed_step = self.num_steps
+
+    def finish(self, settings: TrainSettings) -> None:
+        """Let the last commit be of the last step, and durable."""
+        if self.num_steps and self._committed_step != self.num_steps:
+            self.commit(settings)
+        self._api.checkpoint.finish(self.model)
+
+    def result(
+        self,
+        out: Path,
+        started_s: float,
+        evaluator: Evaluator | None,
+        settings: TrainSettings,
+        *,
+        interrupted: bool,
+    ) -> TrainResult:
+        """What was done."""
+        return TrainResult(
+            out=out,
+            num_steps=self.num_steps,
+            losses=tuple(self.losses),
+            num_tokens=self.num_steps * settings.batch_size * settings.seq_len,
+            duration_s=time.monotonic() - started_s,
+            interrupted=interrupted,
+            report=self.report(),
+            evaluations=tuple(evaluator.evaluations) if evaluator is not None else (),
+            checkpoint=settings.checkpoint if settings.checkpointing.is_on else None,
+        )
+
     def _forward(self, batch: Batch) -> torch.Tensor:
         loss = loss_of(self.model, batch)
         if not math.isfinite(loss.item()):
             raise _LossNotFinite(
-                f"the loss of step {len(self.losses) + 1} is {loss.item()}{self._batches.names()}"
+                f"the loss of step {self.num_steps + 1} is {loss.item()}{self._batches.names()}"
             )
         return loss
 
@@ -265,14 +358,14 @@ class Run:
         norm = self._optimizer.gradient_norm()
         if not math.isfinite(norm):
             raise _LossNotFinite(
-                f"the gradient norm of step {len(self.losses) + 1} is {norm}{self._batches.names()}"
+                f"the gradient norm of step {self.num_steps + 1} is {norm}{self._batches.names()}"
             )
 
     def _metrics(self, lr: float, num_tokens: int, step_s: float, before: Usage) -> StepMetrics:
         report = self.report()
         used = Usage.of(report).since(before)
         return StepMetrics(
-            step=len(self.losses),
+            step=self.num_steps,
             loss=self.losses[-1],
             lr=lr,
             grad_norm=self._optimizer.grad_norm,
@@ -326,7 +419,7 @@ def _save_and_explain(
     error: _LossNotFinite, folder: OutputFolder, save: Callable[[Path], None], run: Run
 ) -> TrainingError:
     """Save the weights as they were before the step that failed, if any step was taken, and say so."""
-    if not run.losses:
+    if not run.metrics:
         return TrainingError(
             f"{error}; no step was taken and nothing was saved",
             hint="the model's weights or the data are at fault; try --dtype float32",
@@ -334,5 +427,5 @@ def _save_and_explain(
     folder.publish(save)
     return TrainingError(
         f"{error}; that step was not taken",
-        hint=f"the weights after step {len(run.losses)} are saved in {folder.out}; use a lower --lr",
+        hint=f"the weights after step {run.num_steps} are saved in {folder.out}; use a lower --lr",
     )

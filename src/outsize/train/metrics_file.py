@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TextIO
@@ -12,11 +13,16 @@ from outsize.train.watch import Watcher
 
 
 class MetricsFile(Watcher):
-    """Writes the file from its beginning; open while it is entered."""
+    """Writes the file from its beginning; open while it is entered. A run that goes on begins with its earlier steps."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._file: TextIO | None = None
+
+    def resumed(self, steps: Sequence[StepMetrics], evaluations: Sequence[Evaluation]) -> None:
+        """Write what was kept of the earlier steps."""
+        for record in sorted((*steps, *evaluations), key=lambda record: record.step):
+            self._write(record.to_json())
 
     def stepped(self, metrics: StepMetrics, report: Report, num_steps: int | None) -> None:
         """Append the step."""

@@ -32,18 +32,23 @@ class OutputFolder:
     out: Path
 
     @classmethod
-    def claim(cls, out: Path, *, overwrite: bool, inputs: Sequence[Path]) -> OutputFolder:
+    def claim(
+        cls, out: Path, *, overwrite: bool, inputs: Sequence[Path], goes_on: bool = False
+    ) -> OutputFolder:
         """Make `OUT.partial`, or raise ConfigError where `out` holds something that is not ours to replace.
 
         With `overwrite` an earlier model or run may be replaced; a folder that is neither, or that holds one
-        of `inputs`, never is.
+        of `inputs`, never is. A run that `goes_on` keeps what it left in `OUT.partial`, and replaces the `OUT` that it made
+        when it was shorter, whose metrics it takes over.
         """
         folder = cls(Path(os.path.abspath(out)))
-        folder._check(overwrite, inputs)
+        folder._check(overwrite or goes_on, inputs)
         try:
-            if folder.partial.exists():
+            if folder.partial.exists() and not goes_on:
                 shutil.rmtree(folder.partial)
-            folder.partial.mkdir(parents=True)
+            folder.partial.mkdir(parents=True, exist_ok=goes_on)
+            if goes_on and not folder.metrics.exists() and (folder.out / METRICS).exists():
+                shutil.copyfile(folder.out / METRICS, folder.metrics)
         except OSError as error:
             raise StorageError(
                 f"{folder.partial}: {error.strerror}", hint="pass --out in a folder you own"

@@ -55,6 +55,7 @@ class PlainProgress(Watcher):
     def __init__(self, console: Console) -> None:
         self._console = console
         self._seconds = 0.0
+        self._count = 0
 
     def say(self, text: str) -> None:
         """Print `text`."""
@@ -68,10 +69,11 @@ class PlainProgress(Watcher):
     def stepped(self, metrics: StepMetrics, report: Report, num_steps: int | None) -> None:
         """Print the step's figures and the time that is left."""
         self._seconds += metrics.step_s
+        self._count += 1
         of, left = "", "?"
         if num_steps is not None:
             of = f"/{num_steps}"
-            left = _clock(max(0, num_steps - metrics.step) * self._seconds / metrics.step)
+            left = _clock(max(0, num_steps - metrics.step) * self._seconds / self._count)
         self._line(" | ".join([f"step {metrics.step}{of}", *figures(metrics, report), f"left {left}"]))
 
     def evaluated(self, evaluation: Evaluation) -> None:
@@ -116,6 +118,12 @@ class LiveProgress(Watcher):
         """Print what the files hold."""
         for line in facts.data:
             self.say(line)
+
+    def resumed(self, steps: Sequence[StepMetrics], evaluations: Sequence[Evaluation]) -> None:
+        """Let the bar begin where the run does."""
+        if steps:
+            self._losses.extend(metrics.loss for metrics in steps[-32:])
+            self._bar.reset(self._task, completed=steps[-1].step, of="")
 
     def stepped(self, metrics: StepMetrics, report: Report, num_steps: int | None) -> None:
         """Redraw with the step's figures."""

@@ -83,6 +83,13 @@ class ReportPage(Watcher):
         self._facts = facts
         self._started_s = time.monotonic()
 
+    def resumed(self, steps: Sequence[StepMetrics], evaluations: Sequence[Evaluation]) -> None:
+        """Keep what an earlier process did."""
+        for metrics in steps:
+            self._kept.add(metrics)
+            self._seconds += metrics.step_s
+        self._evaluations += evaluations
+
     def stepped(self, metrics: StepMetrics, report: Report, num_steps: int | None) -> None:
         """Keep the step."""
         self._kept.add(metrics)
@@ -105,7 +112,7 @@ class ReportPage(Watcher):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._facts is None or self._kept.last is None:
+        if self._facts is None or self._report is None:
             return
         if isinstance(error, KeyboardInterrupt):
             self._ending = "stopped at once on request; the weights were not saved"

@@ -130,6 +130,34 @@ class Evaluating:
 
 
 @dataclass(frozen=True, slots=True)
+class Checkpointing:
+    """Whether the run leaves commits that it can go on from.
+
+    Checkpointing(every=100)         after every 100 steps, in OUT.checkpoint
+    Checkpointing(every=1, keep=3)   the last three are kept; the disk holds 1 + keep times the state
+    Checkpointing(..., resume=True)  go on from the last commit, or begin where there is none
+    """
+
+    every: int | None = None
+    keep: int = 1
+    folder: Path | None = None
+    resume: bool = False
+
+    def __post_init__(self) -> None:
+        if self.every is not None and self.every < 1:
+            raise ConfigError(
+                f"checkpoint_every: {self.every} is less than 1", hint="pass --checkpoint-every 100"
+            )
+        if self.keep < 1:
+            raise ConfigError(f"keep: {self.keep} is less than 1", hint="pass --keep 1 or more")
+
+    @property
+    def is_on(self) -> bool:
+        """Whether there is a store; one that resumes without `every` commits when it is interrupted."""
+        return self.every is not None or self.resume
+
+
+@dataclass(frozen=True, slots=True)
 class TrainSettings:
     """A whole training run.
 
@@ -149,6 +177,7 @@ class TrainSettings:
     too_long: TooLong = TooLong.ERROR
     learning: Learning = field(default_factory=Learning)
     evaluating: Evaluating = field(default_factory=Evaluating)
+    checkpointing: Checkpointing = field(default_factory=Checkpointing)
     place: Place = field(default_factory=Place)
     seed: int = 0
     overwrite: bool = False
@@ -166,6 +195,21 @@ class TrainSettings:
             raise ConfigError(f"batch_size: {self.batch_size} is less than 1", hint="pass --batch-size 8")
         if self.seed < 0:
             raise ConfigError(f"seed: {self.seed} is negative", hint="pass --seed 0 or more")
+
+    @property
+    def checkpoint(self) -> Path:
+        """The folder of the run's commits."""
+        return self.checkpointing.folder or self.out.with_name(f"{self.out.name}.checkpoint")
+
+    def check_checkpoint(self) -> None:
+        """Raise ConfigError where commits of an earlier run are there that this one is not to go on from."""
+        if self.checkpointing.is_on and not self.checkpointing.resume:
+            commits = sorted(path.stem for path in (self.checkpoint / "commits").glob("*.json"))
+            if commits:
+                raise ConfigError(
+                    f"{self.checkpoint} holds a commit of an earlier run, after step {int(commits[-1])}",
+                    hint=f"--resume goes on from it; outsize checkpoint remove {self.checkpoint} --all forgets it",
+                )
 
 
 def flat(settings: TrainSettings) -> dict[str, str | int | float | bool | None]:
@@ -191,6 +235,9 @@ def flat(settings: TrainSettings) -> dict[str, str | int | float | bool | None]:
         "eval": " ".join(map(str, evaluating.files)) or None,
         "eval-split": evaluating.fraction,
         "eval-every": evaluating.every,
+        "checkpoint-every": settings.checkpointing.every,
+        "keep": settings.checkpointing.keep,
+        "checkpoint": None if settings.checkpointing.folder is None else str(settings.checkpointing.folder),
         "lr": learning.lr,
         "optimizer": learning.optimizer,
         "schedule": learning.schedule,

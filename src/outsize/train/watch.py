@@ -40,6 +40,9 @@ class Watcher(AbstractContextManager["Watcher"]):
     def started(self, facts: RunFacts) -> None:
         """The model is loaded, the first step is next."""
 
+    def resumed(self, steps: Sequence[StepMetrics], evaluations: Sequence[Evaluation]) -> None:
+        """The run goes on; what an earlier process did. Comes before the first step."""
+
     def stepped(self, metrics: StepMetrics, report: Report, num_steps: int | None) -> None:
         """A step is done; `num_steps` of the run as far as is known now."""
 
@@ -78,6 +81,11 @@ class Watchers(Watcher):
         """Tell all."""
         for watcher in self._watchers:
             watcher.started(facts)
+
+    def resumed(self, steps: Sequence[StepMetrics], evaluations: Sequence[Evaluation]) -> None:
+        """Tell all."""
+        for watcher in self._watchers:
+            watcher.resumed(steps, evaluations)
 
     def stepped(self, metrics: StepMetrics, report: Report, num_steps: int | None) -> None:
         """Tell all."""

@@ -1,0 +1,90 @@
+"""What is in a store: its commits, one of them in detail, and whether every byte is as it was written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from outsize.block import Plane
+from outsize.checkpoint.export import open_commit
+from outsize.checkpoint.files import commit_paths, data_paths, read_header, read_manifest
+from outsize.checkpoint.manifest import Manifest
+from outsize.errors import ConfigError, OutsizeError
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A commit, or why it cannot be read."""
+
+    step: int
+    path: Path
+    manifest: Manifest | None
+    error: OutsizeError | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Contents:
+    """A store: its commits, the oldest first, and the bytes that its data files take."""
+
+    folder: Path
+    commits: tuple[Found, ...]
+    num_bytes: int
+
+
+def contents(folder: Path) -> Contents:
+    """What the store at `folder` holds. Raises ConfigError where it is none."""
+    header = read_header(folder)
+    if header is None:
+        raise ConfigError(f"{folder} is no checkpoint", hint="pass a folder such as tuned.checkpoint")
+    commits = []
+    for path in commit_paths(folder):
+        try:
+            commits.append(Found(int(path.stem), path, read_manifest(path, header)))
+        except OutsizeError as error:
+            commits.append(Found(int(path.stem), path, None, error))
+    taken = sum(path.stat().st_blocks * 512 for path in data_paths(folder, header) if path.exists())
+    return Contents(folder, tuple(commits), taken)
+
+
+def verify(folder: Path, step: int | None, tell: Callable[[str, int, int], None]) -> Manifest:
+    """Read and check all of a commit; `tell(block, bytes so far, bytes of all)` follows each block.
+
+    Raises CorruptionError naming file, block and plane, StorageError.
+    """
+    with open_commit(folder, step) as reader:
+        done = 0
+        for block in reader.manifest.blocks:
+            done += reader.verify(block)
+            tell(block.record.name, done, reader.manifest.num_bytes)
+        return reader.manifest
+
+
+def describe(manifest: Manifest) -> Iterator[tuple[str, str]]:
+    """A commit as names and words."""
+    from outsize.config import format_bytes
+
+    blocks = manifest.blocks
+    stored = [block for block in blocks if block.is_stored]
+    num_elements = sum(block.record.block.num_elements for block in blocks)
+    trainable = sum(
+        entry.piece.num_elements for block in blocks for entry in block.record.entries if entry.trainable
+    )
+    planes = {str(plane) for block in blocks for plane in block.record.state}
+    yield "step", str(manifest.step)
+    yield "written", manifest.written
+    yield "parameters", f"{num_elements:,}, {trainable:,} of them train"
+    yield "computed in", manifest.compute_type
+    yield "optimizer", f"{manifest.optimizer['kind']}: {', '.join(sorted(planes)) or 'no state'}"
+    rates = ", ".join(f"{group['lr']:.3g}" for group in manifest.optimizer["groups"])
+    yield "learning rate", rates
+    yield "blocks", f"{len(blocks)}, {len(stored)} stored, {format_bytes(manifest.num_bytes)}"
+    weights = sum(block.record.plane_bytes(Plane.WEIGHT) for block in stored)
+    yield "of that weights", format_bytes(weights)
+    if manifest.run["tile_rows"] is not None:
+        run = manifest.run
+        yield (
+            "computed by",
+            f"tiles of {run['tile_rows']} rows, {run['threads']} threads, {run['backend']} updates",
+        )
+    yield "versions", ", ".join(f"{name} {number}" for name, number in manifest.run["libraries"].items())

@@ -1,0 +1,298 @@
+"""Commits as `torch.distributed.checkpoint` folders, and back: for those who come from FSDP2, or go there.
+
+The folder holds what `get_state_dict` gives there: `model.<name>`, `optim.state.<name>.exp_avg` and its like, and
+`optim.param_groups`, all in fp32 and whole. Tensors are written and read one at a time.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.planner import WriteItem
+
+from outsize.block import Block, Entry, Extent, Piece, Plane, Record
+from outsize.checkpoint.convert import convert
+from outsize.checkpoint.export import model_folder, open_commit, source_folder
+from outsize.checkpoint.files import MODEL
+from outsize.checkpoint.manifest import Manifest, StoredBlock
+from outsize.checkpoint.reading import CommitReader
+from outsize.checkpoint.store import Store
+from outsize.config import ComputeType
+from outsize.engine.capture import Capture, CapturedBlock
+from outsize.engine.versions import Layout
+from outsize.errors import ConfigError, StorageError
+from outsize.model import SafetensorsSource, cut, open_skeleton, write_companions
+from outsize.optim import RULES
+from outsize.tier.store import FULL_ERRNOS
+
+NAMES = {
+    "adamw": {Plane.MOMENT1: "exp_avg", Plane.MOMENT2: "exp_avg_sq"},
+    "lion": {Plane.MOMENT1: "exp_avg"},
+    "sgd": {Plane.MOMENT1: "momentum_buffer"},
+}
+"""What torch calls the moments, by rule."""
+
+
+def export_dcp(folder: Path, out: Path, *, step: int | None = None, overwrite: bool = False) -> Manifest:
+    """Write the commit as the DCP folder `out`. Raises ConfigError where its optimizer has no counterpart in torch."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())) and not overwrite:
+        raise ConfigError(f"{out} is not empty", hint="pass another folder, or --overwrite")
+    with open_commit(folder, step) as reader:
+        values = _Values(folder, reader)
+        partial = out.with_name(f".{out.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        try:
+            dcp.save(
+                values.state_dict(),
+                storage_writer=dcp.FileSystemWriter(partial, thread_count=1),
+                planner=_Streaming(values),
+                no_dist=True,
+            )
+            if out.exists():
+                shutil.rmtree(out)
+            os.rename(partial, out)
+        except OSError as error:
+            kind = "no space left" if error.errno in FULL_ERRNOS else error.strerror
+            raise StorageError(
+                f"{out} cannot be written: {kind}", hint="pass a folder on another disk"
+            ) from error
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+            values.close()
+        return reader.manifest
+
+
+class _Values:
+    """What the folder will hold: meta tensors by key, and each tensor's value when it is asked for."""
+
+    def __init__(self, folder: Path, reader: CommitReader) -> None:
+        rule = reader.manifest.rule
+        if rule not in NAMES:
+            raise ConfigError(
+                f"the commit was made with {reader.manifest.optimizer['kind']}, which torch does not have",
+                hint="export a Hugging Face folder: leave --dcp out",
+            )
+        self._names = NAMES[rule]
+        self._reader = reader
+        self._module = open_skeleton(model_folder(folder), torch.float32)
+        self._source: SafetensorsSource | None = None
+        self._pieces: dict[str, list[Piece]] = {}
+        for block in cut(self._module).blocks:
+            for piece in block.pieces:
+                self._pieces.setdefault(piece.parameter, []).append(piece)
+        for pieces in self._pieces.values():
+            pieces.sort(key=lambda piece: piece.row_start or 0)
+        self._shapes = {name: tuple(parameter.shape) for name, parameter in self._module.named_parameters()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Of meta tensors, numbers and texts."""
+        steps = self._reader.manifest.optimizer["books"]["num_steps"]
+        state: dict[str, Any] = {}
+        for name, shape in self._shapes.items():
+            if name in steps:
+                moments = {torch_name: _meta(shape) for torch_name in self._names.values()}
+                state[name] = {"step": torch.tensor(float(steps[name])), **moments}
+        groups = [{**group, "params": []} for group in self._reader.manifest.optimizer["groups"]]
+        if groups:
+            groups[0]["params"] = sorted(state)
+        model = {name: _meta(shape) for name, shape in self._shapes.items()}
+        return {"model": model, "optim": {"state": state, "param_groups": groups}}
+
+    def value(self, key: str) -> torch.Tensor | None:
+        """The tensor of a flat key; None where it is not one of ours."""
+        if key.startswith("model."):
+            return self._whole(key.removeprefix("model."), None)
+        for plane, name in self._names.items():
+            if key.startswith("optim.state.") and key.endswith(f".{name}"):
+                return self._whole(key.removeprefix("optim.state.").removesuffix(f".{name}"), plane)
+        return None
+
+    def close(self) -> None:
+        """Let go of the model's own files."""
+        if self._source is not None:
+            self._source.close()
+
+    def _whole(self, parameter: str, plane: Plane | None) -> torch.Tensor:
+        value = torch.zeros(self._shapes[parameter])
+        for piece in self._pieces[parameter]:
+            part = value if piece.is_whole else value[piece.row_start : piece.row_stop]
+            found = self._reader.find(piece)
+            if found is not None:
+                part.copy_(self._stored(*found, plane).view(piece.shape))
+            elif plane is None:
+                self._source = self._source or SafetensorsSource(
+                    source_folder(self._reader.manifest), self._module
+                )
+                self._source.read(Block("", (piece,)), [part])
+        return value
+
+    def _stored(self, block: StoredBlock, entry: Entry, plane: Plane | None) -> torch.Tensor:
+        if plane is None:
+            return self._reader.master(block, entry)
+        if not entry.trainable:
+            return torch.zeros(entry.stop - entry.start)
+        return self._reader.moment(block, entry, plane)
+
+
+def _meta(shape: Sequence[int]) -> torch.Tensor:
+    return torch.empty(tuple(shape), device="meta")
+
+
+class _Streaming(dcp.DefaultSavePlanner):
+    """Gives each tensor its value when it is written, and not before."""
+
+    def __init__(self, values: _Values) -> None:
+        super().__init__()
+        self._values = values
+
+    def resolve_data(self, write_item: WriteItem) -> Any:
+        """The value of one item."""
+        value = self._values.value(write_item.index.fqn)
+        return value if value is not None else super().resolve_data(write_item)
+
+
+def import_dcp(dcp_folder: Path, folder: Path, *, model: Path, dtype: str = "float32") -> int:
+    """Make the store `folder` with one commit of what the DCP folder holds; `model` is its model's Hugging Face folder.
+
+    Parameters that have moments there train; learning rate and the like stay those of the optimizer that resumes. The
+    index of a DCP folder is a pickle, which is torch's choice: import folders that you trust. Returns the step. Raises
+    ConfigError where the folder is none, or of another model.
+    """
+    module = open_skeleton(model, torch.float32)
+    reader = _DcpReader(dcp_folder, module)
+    compute_type = ComputeType(dtype)
+    rule = RULES["adamw"]
+    records = [
+        Record.lay_out(
+            block,
+            [piece.parameter in reader.steps for piece in block.pieces],
+            rule.state(compute_type),
+            {Plane.WEIGHT: 4, Plane.GRADIENT: 4, **rule.element_bytes(compute_type)},
+        )
+        for block in cut(module).blocks
+    ]
+    reader.blocks = {
+        entry.piece: (StoredBlock(record, True, ()), entry) for record in records for entry in record.entries
+    }
+    step = max(reader.steps.values(), default=0)
+    store = Store.claim(folder, 1)
+    try:
+        if store.resume() is not None:
+            raise ConfigError(f"{folder} holds commits already", hint="pass a new folder")
+        layout = Layout(
+            tuple(
+                Extent(base + cell.offset, cell.num_bytes)
+                for record, base in _with_bases(records)
+                for cell in record.cells()
+            ),
+            (),
+        )
+        tier = store.open(records, layout, verify=True).tier
+        try:
+            convert(reader, records, {record.name: base for record, base in _with_bases(records)}, tier)
+            draft = Manifest(
+                step=step,
+                written=datetime.now(UTC).isoformat(timespec="seconds"),
+                compute_type=compute_type,
+                rule=rule.name,
+                optimizer={
+                    "kind": "AdamW",
+                    "groups": None,
+                    "books": {"num_steps": reader.steps},
+                    "num_updates": step,
+                },
+                random=None,
+                extra={},
+                run={"tile_rows": None, "source": {"folder": "", "files": {}}, "libraries": {}},
+                blocks=(),
+            )
+            write_companions(module, store.folder / MODEL)
+
+            def begin(complete: Callable[[Capture], None]) -> None:
+                capture = Capture([record.name for record in records], complete)
+                for record, base in _with_bases(records):
+                    cells = tier.capture(Extent(base, record.num_bytes))
+                    capture.add(CapturedBlock(record.name, base, cells, is_stored=True))
+
+            store.commit(draft, begin)
+            store.wait()
+        finally:
+            tier.close()
+    finally:
+        store.close()
+    return step
+
+
+def _with_bases(records: Sequence[Record]) -> Iterator[tuple[Record, int]]:
+    base = 0
+    for record in records:
+        yield record, base
+        base += record.num_bytes
+
+
+class _DcpReader:
+    """A DCP folder, read as `convert` reads a commit: a tensor at a time, of which the last is kept."""
+
+    def __init__(self, folder: Path, module: nn.Module) -> None:
+        self._folder = folder
+        try:
+            self._reader = dcp.FileSystemReader(folder)
+            metadata = self._reader.read_metadata().state_dict_metadata
+        except OSError as error:
+            raise ConfigError(
+                f"{folder} is no folder of torch.distributed.checkpoint: {error.strerror}",
+                hint="pass the folder that dcp.save wrote",
+            ) from error
+        self._sizes = {
+            key: tuple(entry.size)
+            for key, entry in metadata.items()
+            if isinstance(entry, TensorStorageMetadata)
+        }
+        self._last: tuple[str, torch.Tensor] | None = None
+        self.blocks: dict[Piece, tuple[StoredBlock, Entry]] = {}
+        for name, parameter in module.named_parameters():
+            found = self._sizes.get(f"model.{name}")
+            if found != tuple(parameter.shape):
+                raise ConfigError(
+                    f"{folder} has model.{name} of shape {found}, expected {tuple(parameter.shape)}",
+                    hint="save {'model': ..., 'optim': ...} as get_state_dict gives them, and pass the same model",
+                )
+        self.steps = {
+            name: int(self._tensor(f"optim.state.{name}.step").item())
+            for name, _ in module.named_parameters()
+            if f"optim.state.{name}.exp_avg" in self._sizes
+        }
+
+    def find(self, piece: Piece) -> tuple[StoredBlock, Entry]:
+        """Where a piece is."""
+        return self.blocks[piece]
+
+    def master(self, block: StoredBlock, entry: Entry) -> torch.Tensor:
+        """The fp32 weights of an entry."""
+        return self._rows(f"model.{entry.piece.parameter}", entry.piece)
+
+    def moment(self, block: StoredBlock, entry: Entry, plane: Plane) -> torch.Tensor:
+        """A moment of an entry."""
+        return self._rows(f"optim.state.{entry.piece.parameter}.{NAMES['adamw'][plane]}", entry.piece)
+
+    def _rows(self, key: str, piece: Piece) -> torch.Tensor:
+        value = self._tensor(key)
+        part = value if piece.is_whole else value[piece.row_start : piece.row_stop]
+        return part.reshape(-1)
+
+    def _tensor(self, key: str) -> torch.Tensor:
+        if self._last is None or self._last[0] != key:
+            self._last = None
+            value = torch.empty(self._sizes[key], dtype=torch.float32)
+            dcp.load({key: value}, storage_reader=self._reader, no_dist=True)
+            self._last = key, value
+        return self._last[1]

@@ -1,0 +1,103 @@
+"""A commit as an ordinary Hugging Face folder, without the run that made it. Memory is about two blocks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from outsize.block import Block, Plane
+from outsize.checkpoint.files import MODEL, commit_paths, read_header, read_manifest
+from outsize.checkpoint.manifest import Manifest
+from outsize.checkpoint.reading import CommitReader
+from outsize.config import ComputeType
+from outsize.errors import ConfigError, StorageError
+from outsize.model import SafetensorsSource, cut, open_skeleton, write_folder
+
+_DTYPES = {ComputeType.FLOAT32: torch.float32, ComputeType.BFLOAT16: torch.bfloat16}
+
+
+def open_commit(folder: Path, step: int | None = None) -> CommitReader:
+    """The commit after `step` in the store at `folder`, or the newest. Raises ConfigError where there is none."""
+    header = read_header(folder)
+    if header is None:
+        raise ConfigError(f"{folder} is no checkpoint", hint="pass a folder such as tuned.checkpoint")
+    paths = commit_paths(folder)
+    if step is not None:
+        steps = ", ".join(str(int(path.stem)) for path in paths) or "none"
+        paths = [path for path in paths if int(path.stem) == step]
+        if not paths:
+            raise ConfigError(f"{folder} has no commit of step {step}", hint=f"it has {steps}")
+    if not paths:
+        raise ConfigError(f"{folder} holds no commit yet")
+    return CommitReader(folder, header, read_manifest(paths[-1], header))
+
+
+def export(
+    folder: Path, out: Path, *, step: int | None = None, dtype: str | None = None, overwrite: bool = False
+) -> Manifest:
+    """Write the commit as the Hugging Face folder `out`: weights, config, tokenizer.
+
+    Weights are written in the type that blocks computed in, or as `dtype`; "float32" gives the exact masters. Raises
+    ConfigError, StorageError; `out` is there completely or not at all.
+    """
+    with open_commit(folder, step) as reader:
+        compute_type = ComputeType(dtype) if dtype is not None else reader.compute_type
+        torch_dtype = _DTYPES[compute_type]
+        module = open_skeleton(model_folder(folder), torch_dtype)
+        source: SafetensorsSource | None = None
+
+        def fetch(block: Block) -> list[torch.Tensor]:
+            nonlocal source
+            values: list[torch.Tensor] = []
+            for piece in block.pieces:
+                found = reader.find(piece)
+                if found is None:
+                    source = source or SafetensorsSource(source_folder(reader.manifest), module)
+                    value = torch.empty(piece.shape, dtype=torch_dtype)
+                    source.read(Block(block.name, (piece,)), [value])
+                elif compute_type is reader.compute_type:
+                    value = reader.plane(*found, Plane.WEIGHT, torch_dtype).view(piece.shape)
+                else:
+                    value = reader.master(*found).to(torch_dtype).view(piece.shape)
+                values.append(value)
+            return values
+
+        try:
+            write_folder(
+                module,
+                cut(module).blocks,
+                fetch,
+                out,
+                tokenizer_from=model_folder(folder),
+                dtype=torch_dtype,
+                overwrite=overwrite,
+            )
+        finally:
+            if source is not None:
+                source.close()
+        return reader.manifest
+
+
+def model_folder(folder: Path) -> Path:
+    """What lies beside weights. Raises StorageError where the model is no Hugging Face model."""
+    if not (folder / MODEL / "config.json").is_file():
+        raise StorageError(
+            f"{folder} holds no config of a Hugging Face model: only its own code can open it",
+            hint="wrap the model, outsize.checkpoint.resume, and outsize.save it",
+        )
+    return folder / MODEL
+
+
+def source_folder(manifest: Manifest) -> Path:
+    """The folder that holds the weights that were never updated. Raises StorageError where it is not as it was."""
+    source = manifest.run["source"]
+    folder = Path(source["folder"])
+    for name, num_bytes in source["files"].items():
+        path = folder / name
+        if not path.is_file() or path.stat().st_size != num_bytes:
+            raise StorageError(
+                f"{path} is missing or has changed: the commit takes weights from there that were never updated",
+                hint="put the model's folder back where it was",
+            )
+    return folder

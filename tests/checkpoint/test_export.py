@@ -1,0 +1,186 @@
+"""A commit as a Hugging Face folder, and for torch.distributed.checkpoint."""
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import outsize
+from outsize.checkpoint.export import export
+from outsize.errors import ConfigError, StorageError
+from tests.checkpoint.runs import Run, batches, manifests
+from tests.running import adamw, values_of
+from tests.zoo import ZOO
+
+
+def saved_model(folder, name="llama"):
+    """An ordinary Hugging Face folder."""
+    path = folder / "model"
+    ZOO[name].build().save_pretrained(path)
+    return path
+
+
+class Loaded(Run):
+    """As `Run`, of a model that was loaded from a folder."""
+
+    def __init__(self, folder, model, store="run", *, prepare=None, optimizer=adamw, **options):
+        self.model = outsize.load(
+            model, disk=str(folder), home="disk", **{"dtype": "float32", **options}
+        ).train()
+        if prepare is not None:
+            prepare(self.model)
+        self.optimizer = optimizer(self.model)
+        self.path = folder / store
+        self.keep = 1
+        self.resumed = outsize.checkpoint.resume(self.model, self.optimizer, self.path)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "llama_tied"])
+def test_an_exported_commit_is_what_save_writes(name, dtype, tmp_path):
+    name = name if name in ZOO else "llama"
+    run = Loaded(tmp_path, saved_model(tmp_path, name), dtype=dtype)
+    run.go(batches(3, name))
+    run.finish()
+    outsize.save(run.model, tmp_path / "saved")
+    export(run.path, tmp_path / "exported")
+    ours = load_file(tmp_path / "exported" / "model.safetensors")
+    theirs = load_file(tmp_path / "saved" / "model.safetensors")
+    assert ours.keys() == theirs.keys()
+    for key, value in ours.items():
+        assert value.dtype == theirs[key].dtype and torch.equal(value, theirs[key]), key
+    assert (tmp_path / "exported" / "config.json").exists()
+    AutoModelForCausalLM.from_pretrained(tmp_path / "exported")
+
+
+def test_masters_can_be_exported_exactly(tmp_path):
+    run = Loaded(tmp_path, saved_model(tmp_path), dtype="bfloat16")
+    run.go(batches(3))
+    run.finish()
+    export(run.path, tmp_path / "bf16")
+    export(run.path, tmp_path / "fp32", dtype="float32")
+    exact = load_file(tmp_path / "fp32" / "model.safetensors")
+    rounded = load_file(tmp_path / "bf16" / "model.safetensors")
+    differ = 0
+    for key, value in exact.items():
+        assert value.dtype is torch.float32
+        close = (value - rounded[key].float()).abs() <= value.abs() / 128
+        assert close.all(), key
+        differ += int((value != rounded[key].float()).sum())
+    assert differ
+
+
+def test_what_was_never_updated_comes_from_the_models_own_files(tmp_path):
+    def freeze(model):
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_("layers.1" in name)
+
+    folder = saved_model(tmp_path)
+    run = Loaded(tmp_path, folder, prepare=freeze)
+    run.go(batches(3))
+    run.finish()
+    assert any(not block.is_stored for block in manifests(run.path)[-1].blocks)
+    export(run.path, tmp_path / "exported")
+    values = values_of(run.model)
+    for key, value in load_file(tmp_path / "exported" / "model.safetensors").items():
+        assert torch.equal(value, values[key]), key
+    run.end()
+    again = Loaded(tmp_path, folder, prepare=freeze)
+    assert again.resumed.step == 3
+    again.end()
+    (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes() + b"x")
+    with pytest.raises(StorageError, match=r"model\.safetensors"):
+        export(run.path, tmp_path / "again")
+    ZOO["llama"].build().to(torch.bfloat16).save_pretrained(folder)
+    with pytest.raises(StorageError, match="never updated"):
+        Loaded(tmp_path, folder, prepare=freeze)
+
+
+def test_a_commit_that_is_not_there_is_named(tmp_path):
+    run = Loaded(tmp_path, saved_model(tmp_path))
+    run.go(batches(1))
+    run.finish()
+    with pytest.raises(ConfigError, match="no commit of step 7"):
+        export(run.path, tmp_path / "out", step=7)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis").write_text("x")
+    with pytest.raises(outsize.OutsizeError):
+        export(run.path, tmp_path / "out")
+    assert (tmp_path / "out" / "thesis").exists()
+
+
+def test_fsdp_users_can_read_an_exported_commit(tmp_path):
+    """The folder loads into a plain model and torch's AdamW through torch's own state-dict functions, and goes on."""
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+    from outsize.checkpoint.dcp import export_dcp
+
+    run = Loaded(tmp_path, saved_model(tmp_path))
+    run.go(batches(4))
+    run.finish()
+    export_dcp(run.path, tmp_path / "dcp")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "model").train()
+    optimizer = adamw(plain)
+    plain(**batches(1)[0]).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    model_state, optimizer_state = get_state_dict(plain, optimizer)
+    state = {"model": model_state, "optim": optimizer_state}
+    dcp.load(state, checkpoint_id=tmp_path / "dcp", no_dist=True)
+    set_state_dict(plain, optimizer, model_state_dict=state["model"], optim_state_dict=state["optim"])
+    values = values_of(run.model)
+    for name, parameter in plain.named_parameters():
+        assert torch.equal(parameter.detach(), values[name]), name
+    ours = run.go(batches(2, first=4))
+    theirs = []
+    for batch in batches(2, first=4):
+        loss = plain(**batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        theirs.append(float(loss.detach()))
+    assert ours == pytest.approx(theirs, rel=1e-5)
+
+
+def test_fsdp_users_can_come(tmp_path):
+    """What torch's functions saved becomes a commit that a run goes on from."""
+    from torch.distributed.checkpoint.state_dict import get_state_dict
+
+    from outsize.checkpoint.dcp import import_dcp
+
+    folder = saved_model(tmp_path)
+    plain = AutoModelForCausalLM.from_pretrained(folder).train()
+    optimizer = adamw(plain)
+
+    def steps(model, optimizer, some):
+        losses = []
+        for batch in some:
+            loss = model(**batch).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(float(loss.detach()))
+        return losses
+
+    steps(plain, optimizer, batches(3))
+    model_state, optimizer_state = get_state_dict(plain, optimizer)
+    dcp.save({"model": model_state, "optim": optimizer_state}, checkpoint_id=tmp_path / "dcp", no_dist=True)
+    import_dcp(tmp_path / "dcp", tmp_path / "run", model=folder)
+    run = Loaded(tmp_path, folder)
+    assert run.resumed.step == 3
+    assert run.go(batches(3, first=3)) == pytest.approx(
+        steps(plain, optimizer, batches(3, first=3)), rel=1e-5
+    )
+    run.finish()
+
+
+def test_an_optimizer_that_torch_does_not_have_is_refused(tmp_path):
+    from outsize.checkpoint.dcp import export_dcp
+
+    run = Loaded(tmp_path, saved_model(tmp_path), optimizer=lambda model: outsize.AdamW8bit(model, lr=1e-3))
+    run.go(batches(1))
+    run.finish()
+    with pytest.raises(ConfigError, match="AdamW8bit"):
+        export_dcp(run.path, tmp_path / "dcp")
+    assert not (tmp_path / "dcp").exists()

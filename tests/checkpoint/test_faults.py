@@ -1,0 +1,173 @@
+"""Every call that touches a file fails in turn: an error names what, and the commit before loads.
+
+`OUTSIZE_SOAK=1` fails every call; otherwise some, evenly spread.
+"""
+
+import contextlib
+import errno
+import os
+import threading
+
+import pytest
+
+from outsize.checkpoint.catalogue import contents, verify
+from outsize.checkpoint.store import remove_commit
+from outsize.errors import CorruptionError, OutsizeError, StorageError, StorageFullError
+from tests.checkpoint.runs import Run, batches, check_store, manifests
+from tests.running import abandon
+
+KINDS = {
+    "eio": ("pwritev", "preadv", "write", "rename", "unlink", "open"),
+    "enospc": ("pwritev", "write", "open"),
+    "short": ("pwritev", "preadv"),
+    "torn": ("pwritev",),
+    "flip": ("pwritev", "preadv"),
+    "sync": ("fsync", "fdatasync"),
+}
+PER_KIND = 6
+STEPS = 4
+PLACES = {"disk": {"home": "disk"}, "host": {"home": "host"}}
+
+
+class Faults:
+    """The n-th of the calls that `kind` concerns goes wrong, once."""
+
+    def __init__(self, monkeypatch, kind, nth):
+        self.kind = kind
+        self.nth = nth
+        self.count = 0
+        self.struck = ""
+        self._lock = threading.Lock()
+        for name in KINDS[kind]:
+            monkeypatch.setattr(os, name, self._wrap(name, getattr(os, name)))
+
+    def _wrap(self, name, call):
+        def wrapped(*args, **kwargs):
+            if name == "open" and not args[1] & os.O_CREAT:
+                return call(*args, **kwargs)
+            with self._lock:
+                self.count += 1
+                if self.count != self.nth:
+                    strikes = False
+                else:
+                    strikes, self.struck = True, name
+            return self._fail(name, call, args, kwargs) if strikes else call(*args, **kwargs)
+
+        return wrapped
+
+    def _fail(self, name, call, args, kwargs):
+        if self.kind in ("eio", "sync"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        if self.kind == "enospc":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fd, (view, *_), offset = args
+        half = len(view) // 2 // 4096 * 4096
+        if self.kind == "short":
+            # The disk gives up half-way, and says so at the next attempt.
+            self.nth, self.kind = self.count + 1, "eio"
+            return call(fd, [view[:half]], offset) if half else 0
+        if self.kind == "torn":
+            if half:
+                call(fd, [view[:half]], offset)
+            return len(view)
+        if name == "preadv":
+            moved = call(fd, [view], offset)
+            view[0] ^= 1
+            return moved
+        moved = call(fd, [view], offset)
+        with open(f"/proc/self/fd/{fd}", "r+b", buffering=0) as file:
+            file.seek(offset)
+            byte = file.read(1)
+            file.seek(offset)
+            file.write(bytes([byte[0] ^ 1]))
+        return moved
+
+
+def quiet(block, done, total):
+    pass
+
+
+def a_run(folder, place):
+    run = Run(folder, keep=2, **PLACES[place])
+    losses = run.go(batches(STEPS))
+    run.finish()
+    return run, losses
+
+
+def count_calls(tmp_path, monkeypatch, kind, place):
+    with monkeypatch.context() as patch:
+        faults = Faults(patch, kind, 0)
+        run, losses = a_run(tmp_path / "count", place)
+        run.end()
+    return faults.count, losses
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_whatever_fails_is_said_and_the_commit_before_loads(kind, place, tmp_path, monkeypatch):
+    (tmp_path / "count").mkdir()
+    total, expected = count_calls(tmp_path, monkeypatch, kind, place)
+    assert total > PER_KIND
+    stride = 1 if os.environ.get("OUTSIZE_SOAK") else max(1, total // PER_KIND)
+    for nth in range(1 + stride // 2, total + 1, stride):
+        folder = tmp_path / str(nth)
+        folder.mkdir()
+        with monkeypatch.context() as patch:
+            faults = Faults(patch, kind, nth)
+            error = None
+            run = None
+            try:
+                run = Run(folder, keep=2, **PLACES[place])
+                run.go(batches(STEPS))
+                run.finish()
+            except OutsizeError as caught:
+                error = caught
+            if run is not None:
+                with contextlib.suppress(OutsizeError):
+                    run.end(finish=False)
+        if run is not None:
+            abandon(run.model)
+        assert faults.struck or kind == "short" or error is not None or faults.count < nth
+        check_error(kind, faults.struck, error, folder)
+        go_on(folder, place, expected, kind)
+
+
+def check_error(kind, call, error, folder):
+    if not call:
+        return
+    if kind in ("torn", "flip"):
+        if error is not None:
+            assert isinstance(error, CorruptionError)
+            assert str(folder) in str(error) or "store" in str(error)
+        return
+    if call in ("unlink", "open", "preadv", "fsync", "rename") and error is None:
+        return  # what is removed later, a read that came again, or another's file
+    assert isinstance(error, StorageError), (call, error)
+    assert str(folder) in str(error)
+    if kind == "enospc":
+        assert isinstance(error, StorageFullError)
+    if call == "pwritev":
+        assert any(f".{plane}" in str(error) for plane in ("weight", "state", "moment", "gradient")), error
+
+
+def go_on(folder, place, expected, kind):
+    """Whatever was committed is whole, but for what the disk itself lost; training goes on from it bit by bit."""
+    store = folder / "run"
+    if not (store / "store.json").exists():
+        return
+    for found in contents(store).commits:
+        assert found.error is None
+        try:
+            verify(store, found.step, quiet)
+        except CorruptionError:
+            assert kind in ("torn", "flip"), "a commit that could be made durable is damaged"
+            remove_commit(store, found.step)
+    check_store(store)
+    run = Run(folder, keep=2, **PLACES[place])
+    start = run.resumed.step if run.resumed is not None else 0
+    assert run.go(batches(STEPS - start, first=start)) == expected[start:]
+    run.finish()
+    run.versions.check_books()
+    assert not manifests(store) or manifests(store)[-1].step == max(start, STEPS)
+    run.end()

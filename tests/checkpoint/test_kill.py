@@ -1,0 +1,29 @@
+"""A short run of the kill suite; `make soak` runs the long one."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+@pytest.mark.timeout(280)
+def test_a_killed_run_loses_nothing_that_was_committed(tmp_path):
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "tests.checkpoint.kill",
+            str(tmp_path / "soak"),
+            "--count",
+            "12",
+            "--seed",
+            "7",
+        ],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=270,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    assert "12 deaths" in done.stdout

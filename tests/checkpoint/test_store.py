@@ -1,0 +1,282 @@
+"""The folder of a store: whose it is, what is refused, and what may happen to it."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+from dataclasses import replace
+
+import pytest
+import xxhash
+
+import outsize
+from outsize.checkpoint.catalogue import contents, verify
+from outsize.checkpoint.files import Header, commit_paths, plan_slabs, read_header
+from outsize.checkpoint.manifest import Manifest
+from outsize.checkpoint.store import Store, remove_commit, remove_store
+from outsize.errors import ConfigError, CorruptionError, OutsizeError, StorageError
+from outsize.tier import Slab
+from tests.checkpoint.runs import Run, batches, check_store, manifests
+
+
+def quiet(block, done, total):
+    pass
+
+
+@pytest.fixture
+def store(tmp_path):
+    run = Run(tmp_path, keep=2)
+    run.go(batches(3))
+    run.end()
+    return run.path
+
+
+def alter(path, change):
+    """A manifest with another content, and the digest that belongs to it."""
+    body = json.loads(path.read_text())
+    body.pop("digest")
+    change(body)
+    text = json.dumps(body, separators=(",", ":"))
+    path.write_text(f'{text[:-1]},"digest":"{xxhash.xxh3_128_hexdigest(text.encode())}"}}\n')
+
+
+def test_a_manifest_is_what_was_written(store):
+    path = commit_paths(store)[-1]
+    manifest = Manifest.loads(path.read_bytes(), path)
+    assert manifest.dumps() == path.read_bytes()
+    assert manifest == Manifest.loads(manifest.dumps(), path)
+
+
+def test_every_altered_byte_of_a_manifest_is_found(store):
+    path = commit_paths(store)[-1]
+    data = path.read_bytes()
+    for index in range(0, len(data) - 1, max(1, len(data) // 400)):
+        altered = bytearray(data)
+        altered[index] ^= 1
+        with pytest.raises(OutsizeError):
+            Manifest.loads(bytes(altered), path)
+    for length in range(0, len(data) - 1, max(1, len(data) // 100)):
+        with pytest.raises(OutsizeError):
+            Manifest.loads(data[:length], path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda body: body.update(version=2), "version 2"),
+        (lambda body: body.update(format="other"), "format"),
+        (lambda body: body.pop("blocks"), "blocks"),
+        (lambda body: body["blocks"][0].pop("cells"), "cells"),
+        (lambda body: body["blocks"][0]["cells"].pop(), "cells"),
+        (lambda body: body["blocks"][0]["cells"][0].__setitem__(2, 17), "cells"),
+        (lambda body: body["blocks"][0]["cells"][0].__setitem__(2, 1 << 40), "does not have"),
+        (lambda body: body["blocks"][0]["cells"][0].__setitem__(3, []), "digests"),
+        (lambda body: body["blocks"][0]["state"].append("soul"), "soul"),
+        (
+            lambda body: body["blocks"][1]["cells"][0].__setitem__(2, body["blocks"][2]["cells"][0][2]),
+            "given to another",
+        ),
+        (lambda body: body.update(step=77), "step 77"),
+    ],
+)
+def test_a_manifest_that_cannot_be_is_refused_by_name(change, message, store, tmp_path):
+    alter(commit_paths(store)[-1], change)
+    with pytest.raises(OutsizeError, match=message):
+        Run(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "damaged"),
+        ("[]", "no object"),
+        ('{"format": "x"}', "format"),
+        ('{"format": "outsize-store", "version": 9}', "version 9"),
+        ('{"format": "outsize-store", "version": 1, "data": ["data"]}', "slabs"),
+        ('{"format": "outsize-store", "version": 1, "data": [], "slabs": []}', "names no data"),
+        (
+            '{"format": "outsize-store", "version": 1, "data": ["data"], "slabs": '
+            '[{"offset": 0, "extent_bytes": 4096, "count": 2}, {"offset": 4096, "extent_bytes": 4096, "count": 2}]}',
+            "overlap",
+        ),
+    ],
+)
+def test_a_header_that_cannot_be_is_refused_by_name(text, message, store, tmp_path):
+    (store / "store.json").write_text(text)
+    with pytest.raises(OutsizeError, match=message):
+        Run(tmp_path)
+    with pytest.raises(OutsizeError, match=message):
+        contents(store)
+
+
+def test_commits_without_a_header_are_refused(store, tmp_path):
+    (store / "store.json").unlink()
+    with pytest.raises(OutsizeError, match=r"no store\.json|something else"):
+        Run(tmp_path)
+
+
+def test_data_that_is_gone_or_cut_is_named(store, tmp_path):
+    data = store / "data"
+    kept = data.read_bytes()
+    data.unlink()
+    with pytest.raises(StorageError, match="data"):
+        verify(store, None, quiet)
+    data.write_bytes(kept[: len(kept) // 2])
+    with pytest.raises(CorruptionError, match="reach to"):
+        verify(store, None, quiet)
+    run = Run(tmp_path, keep=2)
+    with pytest.raises(OutsizeError):
+        run.go(batches(1))
+    assert len(manifests(store)) == 2
+
+
+@pytest.mark.parametrize("which", [0, -1])
+def test_a_flipped_bit_is_found_and_named(which, store, tmp_path):
+    manifest = manifests(store)[-1]
+    block = manifest.blocks[1]
+    cell = block.cells[which]
+    with (store / "data").open("r+b") as file:
+        file.seek(cell.offset + 100)
+        byte = file.read(1)
+        file.seek(cell.offset + 100)
+        file.write(bytes([byte[0] ^ 1]))
+    plane = "weight" if which == 0 else "state"
+    with pytest.raises(CorruptionError, match=rf"{block.record.name}\.{plane}"):
+        verify(store, None, quiet)
+    before = manifests(store)[0]
+    verify(store, before.step, quiet)
+    run = Run(tmp_path, keep=2)
+    with pytest.raises(CorruptionError, match=rf"{block.record.name}\.{plane}"):
+        run.go(batches(2, first=3))
+        run.finish()
+
+
+def test_a_store_may_be_moved(store, tmp_path):
+    moved = tmp_path / "elsewhere" / "run"
+    moved.parent.mkdir()
+    shutil.move(store, moved)
+    verify(moved, None, quiet)
+    run = Run(moved.parent, keep=2)
+    assert run.resumed.step == 3
+    run.go(batches(1, first=3))
+    run.end()
+    assert manifests(moved)[-1].step == 4
+
+
+def test_a_copy_of_a_store_is_a_store(store, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(store, copy)
+    verify(copy, None, quiet)
+
+
+def test_data_on_several_drives_is_found_where_the_header_says(tmp_path):
+    drives = [tmp_path / name for name in ("one", "two")]
+    for drive in drives:
+        drive.mkdir()
+    run = Run(tmp_path, disk=[str(drive) for drive in drives])
+    losses = run.go(batches(3))
+    run.end()
+    header = read_header(run.path)
+    assert len(header.data) == 2 and all(os.path.isabs(name) for name in header.data)
+    verify(run.path, None, quiet)
+    again = Run(tmp_path, disk=[str(drive) for drive in drives])
+    losses += again.go(batches(2, first=3))
+    again.end()
+    plain = Run(tmp_path, "plain", disk=[str(drive) for drive in drives])
+    assert plain.go(batches(5), every=0) == losses
+    drives[1].rename(tmp_path / "gone")
+    with pytest.raises(StorageError, match=r"gone|does not exist|cannot be read"):
+        verify(run.path, None, quiet)
+
+
+def test_a_second_process_is_refused_with_the_owners_pid(tmp_path):
+    run = Run(tmp_path)
+    run.go(batches(1))
+    script = textwrap.dedent(f"""
+        from pathlib import Path
+        from outsize.checkpoint.store import Store
+        from outsize.errors import StorageError
+        try:
+            Store.claim(Path({str(run.path)!r}), 1)
+        except StorageError as error:
+            print(error)
+    """)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert f"process {os.getpid()}" in done.stdout, done.stdout + done.stderr
+    with pytest.raises(StorageError, match="in use"):
+        remove_store(run.path)
+    run.end()
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert not done.stdout
+
+
+def test_a_lock_of_a_dead_process_is_taken_over(tmp_path):
+    script = textwrap.dedent(f"""
+        import os
+        from pathlib import Path
+        from outsize.checkpoint.store import Store
+        Store.claim(Path({str(tmp_path / "run")!r}), 1)
+        os.kill(os.getpid(), 9)
+    """)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, timeout=120)
+    assert done.returncode == -9
+    Run(tmp_path).end(finish=False)
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "thesis.txt").write_text("years of work")
+    with pytest.raises(ConfigError, match="something else"):
+        Run(tmp_path)
+    assert [path.name for path in folder.iterdir()] == ["thesis.txt"]
+    with pytest.raises(ConfigError, match="is a file"):
+        Store.claim(folder / "thesis.txt", 1)
+    with pytest.raises(ConfigError, match="no checkpoint"):
+        contents(folder)
+
+
+def test_what_a_killed_process_left_half_written_goes(store, tmp_path):
+    (store / "commits" / ".000000000004.json.partial").write_text("{")
+    (store / ".store.json.partial").write_text("{")
+    Run(tmp_path, keep=2).end(finish=False)
+    assert not list(store.rglob("*.partial"))
+
+
+def test_one_commit_and_all_can_be_removed(store, tmp_path):
+    first = manifests(store)[0].step
+    remove_commit(store, first)
+    assert [manifest.step for manifest in manifests(store)] == [3]
+    run = Run(tmp_path, keep=2)
+    run.go(batches(2, first=3))
+    run.finish()
+    run.versions.check_books()
+    run.end()
+    check_store(store)
+    remove_store(store)
+    assert not store.exists()
+
+
+def test_too_little_disk_is_refused_before_anything_is_written(tmp_path):
+    run = Run(tmp_path, disk=(str(tmp_path), "1MiB"), keep=3)
+    with pytest.raises(outsize.OutsizeError, match="on disk") as caught:
+        run.go(batches(1))
+    assert "MiB" in caught.value.hint
+    assert not (run.path / "data").exists()
+
+
+def test_slabs_are_kept_grown_and_given_back():
+    slabs, gone = plan_slabs((), {4096: 4, 8192: 2}, set())
+    assert slabs == (Slab(0, 4096, 4), Slab(16384, 8192, 2)) and not gone
+    more, gone = plan_slabs(slabs, {4096: 6, 8192: 2}, set())
+    assert more == (*slabs, Slab(32768, 4096, 2)) and not gone
+    less, gone = plan_slabs(more, {4096: 6}, {16384})
+    assert less == more and not gone, "a commit holds an extent of it"
+    less, gone = plan_slabs(more, {4096: 6}, set())
+    assert less == (slabs[0], Slab(32768, 4096, 2))
+    assert [(extent.offset, extent.num_bytes) for extent in gone] == [(16384, 16384)]
+    header = Header(("data",), less)
+    assert Header.loads(header.dumps(), None) == header
+    assert replace(header, slabs=()).num_bytes == 0
