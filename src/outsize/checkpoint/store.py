@@ -178,6 +178,8 @@ class Store:
         for future in self._pending:
             if not future.done() and not future.cancel():
                 future.exception()
+        if self._tier is not None:
+            self._tier.stop_waiting()
 
     # -- committing ----------------------------------------------------------------------------------------------
 

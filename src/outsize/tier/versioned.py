@@ -82,6 +82,7 @@ class VersionedTier:
         self._holders = Counter(held)
         self._changed = threading.Condition()
         self._num_pending = 0
+        self._is_closing = False
         taken = {*self._places.values(), *self._holders}
         self._free: defaultdict[int, list[int]] = defaultdict(list)
         self._sizes: dict[int, int] = {}
@@ -139,6 +140,12 @@ class VersionedTier:
             self._num_pending -= 1
             self._changed.notify_all()
 
+    def stop_waiting(self) -> None:
+        """The tier is about to be closed: no commit that is under way will be over, so nobody waits for one."""
+        with self._changed:
+            self._is_closing = True
+            self._changed.notify_all()
+
     def capture(self, extent: Extent) -> tuple[Stored, ...]:
         """Hold the cells within `extent` that were ever written, as they are now, for a commit."""
         first = bisect_right(self._starts, extent.offset - 1)
@@ -189,12 +196,14 @@ class VersionedTier:
 
     def _make_writable(self, cell: Extent, label: str) -> None:
         """Give `cell` a place that no commit holds."""
-        place = self._places.get(cell.offset)
-        if place is not None and place not in self._holders:
-            return
         free = self._free[cell.num_bytes]
-        while not free:
-            if not self._num_pending:
+        while True:
+            place = self._places.get(cell.offset)
+            if place is not None and place not in self._holders:
+                return
+            if free:
+                break
+            if not self._num_pending or self._is_closing:
                 raise StorageFullError(
                     f"{label}: no extent of {cell.num_bytes} bytes is free in the store",
                     hint="more commits are kept than the store was laid out for: keep fewer, or open it again",
