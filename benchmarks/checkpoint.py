@@ -1,6 +1,6 @@
 """What commits cost: steps with one after each beside steps with none, in turn, and `torch.save` of the same state.
 
-    python benchmarks/checkpoint.py                    two models with all state on disk, in one process, step by step in turn
+    python benchmarks/checkpoint.py                    two models with all state on disk, step by step in turn
     python benchmarks/checkpoint.py --home host        the same with all state in memory, which is copied for each commit
     OUTSIZE_BENCH_DIR=/nvme/scratch python benchmarks/checkpoint.py --steps 10
 

@@ -14,10 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.planner import WriteItem
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from outsize.block import Block, Entry, Extent, Piece, Plane, Record
 from outsize.checkpoint.convert import convert
@@ -31,6 +34,7 @@ from outsize.engine.capture import Capture, CapturedBlock
 from outsize.engine.versions import Layout
 from outsize.errors import ConfigError, StorageError
 from outsize.model import SafetensorsSource, cut, open_skeleton, write_companions
+from outsize.model.names import persistent_buffers
 from outsize.optim import RULES
 from outsize.tier.store import FULL_ERRNOS
 
@@ -51,9 +55,9 @@ def export_dcp(folder: Path, out: Path, *, step: int | None = None, overwrite: b
         partial = out.with_name(f".{out.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
         try:
-            dcp.save(
+            save(
                 values.state_dict(),
-                storage_writer=dcp.FileSystemWriter(partial, thread_count=1),
+                storage_writer=FileSystemWriter(partial, thread_count=1),
                 planner=_Streaming(values),
                 no_dist=True,
             )
@@ -92,6 +96,10 @@ class _Values:
         for pieces in self._pieces.values():
             pieces.sort(key=lambda piece: piece.row_start or 0)
         self._shapes = {name: tuple(parameter.shape) for name, parameter in self._module.named_parameters()}
+        names = {id(parameter): name for name, parameter in self._module.named_parameters()}
+        everywhere = self._module.named_parameters(remove_duplicate=False)
+        # Tied weights are there under all of their names, as a state_dict has them.
+        self._first = {name: names[id(parameter)] for name, parameter in everywhere}
 
     def state_dict(self) -> dict[str, Any]:
         """Of meta tensors, numbers and texts."""
@@ -104,13 +112,17 @@ class _Values:
         groups = [{**group, "params": []} for group in self._reader.manifest.optimizer["groups"]]
         if groups:
             groups[0]["params"] = sorted(state)
-        model = {name: _meta(shape) for name, shape in self._shapes.items()}
+        model: dict[str, torch.Tensor] = {
+            name: _meta(self._shapes[first]) for name, first in self._first.items()
+        }
+        model |= persistent_buffers(self._module)
         return {"model": model, "optim": {"state": state, "param_groups": groups}}
 
     def value(self, key: str) -> torch.Tensor | None:
         """The tensor of a flat key; None where it is not one of ours."""
         if key.startswith("model."):
-            return self._whole(key.removeprefix("model."), None)
+            first = self._first.get(key.removeprefix("model."))
+            return self._whole(first, None) if first is not None else None
         for plane, name in self._names.items():
             if key.startswith("optim.state.") and key.endswith(f".{name}"):
                 return self._whole(key.removeprefix("optim.state.").removesuffix(f".{name}"), plane)
@@ -147,7 +159,7 @@ def _meta(shape: Sequence[int]) -> torch.Tensor:
     return torch.empty(tuple(shape), device="meta")
 
 
-class _Streaming(dcp.DefaultSavePlanner):
+class _Streaming(DefaultSavePlanner):
     """Gives each tensor its value when it is written, and not before."""
 
     def __init__(self, values: _Values) -> None:
@@ -245,7 +257,7 @@ class _DcpReader:
     def __init__(self, folder: Path, module: nn.Module) -> None:
         self._folder = folder
         try:
-            self._reader = dcp.FileSystemReader(folder)
+            self._reader = FileSystemReader(folder)
             metadata = self._reader.read_metadata().state_dict_metadata
         except OSError as error:
             raise ConfigError(
@@ -293,6 +305,6 @@ class _DcpReader:
         if self._last is None or self._last[0] != key:
             self._last = None
             value = torch.empty(self._sizes[key], dtype=torch.float32)
-            dcp.load({key: value}, storage_reader=self._reader, no_dist=True)
+            load({key: value}, storage_reader=self._reader, no_dist=True)
             self._last = key, value
         return self._last[1]

@@ -21,8 +21,10 @@ class MetricsFile(Watcher):
 
     def resumed(self, steps: Sequence[StepMetrics], evaluations: Sequence[Evaluation]) -> None:
         """Write what was kept of the earlier steps."""
-        for record in sorted((*steps, *evaluations), key=lambda record: record.step):
-            self._write(record.to_json())
+        lines = [(each.step, each.to_json()) for each in steps]
+        lines += [(each.step, each.to_json()) for each in evaluations]
+        for _, line in sorted(lines, key=lambda pair: pair[0]):
+            self._write(line)
 
     def stepped(self, metrics: StepMetrics, report: Report, num_steps: int | None) -> None:
         """Append the step."""
