@@ -133,6 +133,8 @@ def close(session: Session) -> None:
         arena = session.executor.store.arena
         session.close()
         arena.check_books()
+    elif session.versions is not None:
+        session.close()
 
 
 def abandon(model: nn.Module) -> None:

@@ -61,11 +61,7 @@ class Run:
         """Close as a process that ends would."""
         if finish:
             self.finish()
-        session = session_of(self.model)
-        store = session.versions
-        if session.executor is not None:
-            session.close()
-        store.close()
+        session_of(self.model).close()
 
 
 def manifests(store):

@@ -38,12 +38,8 @@ from outsize.model.names import persistent_buffers
 from outsize.optim import RULES
 from outsize.tier.store import FULL_ERRNOS
 
-NAMES = {
-    "adamw": {Plane.MOMENT1: "exp_avg", Plane.MOMENT2: "exp_avg_sq"},
-    "lion": {Plane.MOMENT1: "exp_avg"},
-    "sgd": {Plane.MOMENT1: "momentum_buffer"},
-}
-"""What torch calls the moments, by rule."""
+NAMES = {Plane.MOMENT1: "exp_avg", Plane.MOMENT2: "exp_avg_sq"}
+"""What torch's AdamW calls its moments; of other rules' optimizers torch has none, or one of other numerics."""
 
 
 def export_dcp(folder: Path, out: Path, *, step: int | None = None, overwrite: bool = False) -> Manifest:
@@ -79,13 +75,11 @@ class _Values:
     """What the folder will hold: meta tensors by key, and each tensor's value when it is asked for."""
 
     def __init__(self, folder: Path, reader: CommitReader) -> None:
-        rule = reader.manifest.rule
-        if rule not in NAMES:
+        if reader.manifest.rule != "adamw":
             raise ConfigError(
                 f"the commit was made with {reader.manifest.optimizer['kind']}, which torch does not have",
                 hint="export a Hugging Face folder: leave --dcp out",
             )
-        self._names = NAMES[rule]
         self._reader = reader
         self._module = open_skeleton(model_folder(folder), torch.float32)
         self._source: SafetensorsSource | None = None
@@ -107,11 +101,11 @@ class _Values:
         state: dict[str, Any] = {}
         for name, shape in self._shapes.items():
             if name in steps:
-                moments = {torch_name: _meta(shape) for torch_name in self._names.values()}
+                moments = {torch_name: _meta(shape) for torch_name in NAMES.values()}
                 state[name] = {"step": torch.tensor(float(steps[name])), **moments}
-        groups = [{**group, "params": []} for group in self._reader.manifest.optimizer["groups"]]
-        if groups:
-            groups[0]["params"] = sorted(state)
+        # Every setting that torch's own optimizer has, since its users load all of them.
+        defaults = torch.optim.AdamW([nn.Parameter(torch.zeros(()))], lr=0.0).param_groups[0]
+        groups = [{**defaults, **group} for group in self._reader.manifest.optimizer["groups"] or ()]
         model: dict[str, torch.Tensor] = {
             name: _meta(self._shapes[first]) for name, first in self._first.items()
         }
@@ -123,7 +117,7 @@ class _Values:
         if key.startswith("model."):
             first = self._first.get(key.removeprefix("model."))
             return self._whole(first, None) if first is not None else None
-        for plane, name in self._names.items():
+        for plane, name in NAMES.items():
             if key.startswith("optim.state.") and key.endswith(f".{name}"):
                 return self._whole(key.removeprefix("optim.state.").removesuffix(f".{name}"), plane)
         return None
@@ -294,7 +288,7 @@ class _DcpReader:
 
     def moment(self, block: StoredBlock, entry: Entry, plane: Plane) -> torch.Tensor:
         """A moment of an entry."""
-        return self._rows(f"optim.state.{entry.piece.parameter}.{NAMES['adamw'][plane]}", entry.piece)
+        return self._rows(f"optim.state.{entry.piece.parameter}.{NAMES[plane]}", entry.piece)
 
     def _rows(self, key: str, piece: Piece) -> torch.Tensor:
         value = self._tensor(key)

@@ -42,7 +42,7 @@ from outsize.checkpoint.files import (
     write_durably,
 )
 from outsize.checkpoint.manifest import Manifest, StoredBlock, StoredCell
-from outsize.checkpoint.reading import CommitReader
+from outsize.checkpoint.reading import CommitReader, open_data
 from outsize.engine.capture import Capture, CapturedBlock
 from outsize.engine.versions import Layout, Opened
 from outsize.errors import ConfigError, CorruptionError, StorageError, UsageError
@@ -320,6 +320,8 @@ class Store:
         paths = data_paths(self.folder, header)
         for path in paths:
             _check_disk(path)
+        if before is not None and self._manifests:
+            open_data(self.folder, before).close()  # what is cut short would be made longer below
         if gone and len(paths) == 1 and paths[0].exists():
             give_space_back(paths[0], gone)
         size = header.num_bytes if len(paths) == 1 else part_bytes(header.num_bytes, len(paths))

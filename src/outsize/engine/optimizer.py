@@ -205,7 +205,8 @@ class Optimizer(torch.optim.Optimizer, ABC):
     def commit_state(self) -> dict[str, Any]:
         """What a commit keeps beside the planes: the groups' settings, and numbers per parameter, as JSON can hold them."""
         groups = [
-            {key: value for key, value in group.items() if key != "params"} for group in self.param_groups
+            {**group, "params": [self._names[id(parameter)] for parameter in group["params"]]}
+            for group in self.param_groups
         ]
         return {
             "kind": type(self).__name__,
@@ -226,7 +227,7 @@ class Optimizer(torch.optim.Optimizer, ABC):
                 hint=f"resume with outsize.{state['kind']} and the same groups",
             )
         for own, stored in zip(self.param_groups, groups, strict=True):
-            own.update(stored)
+            own.update({key: value for key, value in stored.items() if key != "params"})
         for name, book in self._books.items():
             book.clear()
             book.update(state["books"][name])

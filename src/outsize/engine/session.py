@@ -11,7 +11,7 @@ import uuid
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import partial
@@ -748,12 +748,15 @@ class Session:
         keeper, self.keeper = self.keeper, None
         if keeper is not None:
             keeper.close()
-        if executor is not None:
+        with ExitStack() as stack:
             if self.versions is not None:
-                self.versions.is_closing()
-            self._finalizer.detach()
-            self._is_closed = self.source is None or any(state.is_stored for state in executor.store)
-            executor.close()
+                stack.callback(self.versions.close)
+            if executor is not None:
+                if self.versions is not None:
+                    self.versions.is_closing()
+                self._finalizer.detach()
+                self._is_closed = self.source is None or any(state.is_stored for state in executor.store)
+                executor.close()
 
     def _check_parameters(self) -> None:
         """Refuse to run with parameters that are no longer ours, or that train without a place for gradients."""

@@ -59,4 +59,7 @@ class Versions(Protocol):
         """Lay the store out for `records` and bring what it holds into that form."""
 
     def is_closing(self) -> None:
-        """The session gives the store back."""
+        """The session is about to close the disk: what is being committed is over first, or given up."""
+
+    def close(self) -> None:
+        """The disk is closed; another process may have the store. Closing twice is allowed."""

@@ -127,7 +127,9 @@ def _lock(fd: int, path: Path) -> bool:
         owner = _lock_owner(os.fstat(fd).st_ino)
         raise StorageError(
             f"{path}: the store is in use by " + ("another process" if owner is None else f"process {owner}"),
-            hint="pass another folder, or wait for that process to end",
+            hint="delete the model that has it"
+            if owner == os.getpid()
+            else "pass another folder, or wait for that process to end",
         ) from error
     except OSError as error:
         raise StorageError(

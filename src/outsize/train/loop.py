@@ -120,7 +120,10 @@ def _train(
     started_s = time.monotonic()
     predicted: Predicted | None = None
     save = _saver(settings, api, run.model)
-    tracing = Tracing(api, run.model, settings.trace_step, folder.timeline)
+    recorded = (
+        settings.trace_step and run.num_steps + settings.trace_step
+    )  # the first steps of a process are not like others
+    tracing = Tracing(api, run.model, recorded, folder.timeline)
     with Interruption(watchers.stopping) as interruption:
         try:
             with watchers:

@@ -42,7 +42,7 @@ class OutputFolder:
         when it was shorter, whose metrics it takes over.
         """
         folder = cls(Path(os.path.abspath(out)))
-        folder._check(overwrite or goes_on, inputs)
+        folder._check(overwrite or goes_on, inputs, () if goes_on else (folder.partial,))
         try:
             if folder.partial.exists() and not goes_on:
                 shutil.rmtree(folder.partial)
@@ -106,13 +106,13 @@ class OutputFolder:
         if not self.metrics.exists() or self.metrics.stat().st_size == 0:
             shutil.rmtree(self.partial, ignore_errors=True)
 
-    def _check(self, overwrite: bool, inputs: Sequence[Path]) -> None:
+    def _check(self, overwrite: bool, inputs: Sequence[Path], others: Sequence[Path]) -> None:
         if self.out.exists() and not self.out.is_dir():
             raise ConfigError(f"--out {self.out} is a file", hint="pass a folder that does not exist yet")
         for path in inputs:
             if Path(os.path.abspath(path)).is_relative_to(self.out):
                 raise ConfigError(f"--out {self.out} holds {path}, which is read", hint="pass another --out")
-        for folder in (self.out, self.partial):
+        for folder in (self.out, *others):
             if folder.exists() and any(folder.iterdir()):
                 self._check_overwrite(folder, overwrite)
 
