@@ -16,6 +16,7 @@ import argparse
 import json
 import os
 import random
+import shutil
 import signal
 import sys
 import threading
@@ -99,6 +100,8 @@ def live(folder: Path, seed: int, reaper: Reaper | None) -> None:
 
                 run.finish()
                 export(run.path, folder / "exported", overwrite=True)
+    run.finish()
+    run.versions.check_books()
     run.end()
 
 
@@ -132,8 +135,8 @@ def fork(folder: Path, task, *, lives_s: float | None = None) -> int:
     raise AssertionError("a life hung")
 
 
-def check(folder: Path, expected: dict[int, str]) -> int:
-    """All that must hold after a death; the number of commits that were there. Computes nothing."""
+def check(folder: Path, expected: dict[int, str]) -> list[int]:
+    """All that must hold after a death; the steps that are committed. Computes nothing."""
     from outsize.checkpoint.catalogue import contents, verify
     from outsize.checkpoint.files import read_header
     from tests.checkpoint.runs import check_store
@@ -143,7 +146,7 @@ def check(folder: Path, expected: dict[int, str]) -> int:
         assert expected[int(step)] == value, f"step {step}: {value}, expected {expected[int(step)]}"
     store = folder / "run"
     if not store.is_dir() or read_header(store) is None:
-        return 0
+        return []
     check_store(store)
     found = contents(store).commits
     for commit in found:
@@ -151,7 +154,7 @@ def check(folder: Path, expected: dict[int, str]) -> int:
         verify(store, commit.step, lambda block, done, total: None)
     if (folder / "exported").exists():
         assert (folder / "exported" / "model.safetensors").exists(), "half an export is there"
-    return len(found)
+    return [commit.step for commit in found]
 
 
 def soak(folder: Path, count: int, seed: int) -> Counter:
@@ -165,7 +168,7 @@ def soak(folder: Path, count: int, seed: int) -> Counter:
     expected = {int(step): value for step, value in expected.items()}
     assert len(expected) == NUM_STEPS
     deaths: Counter = Counter()
-    life = 0
+    life = newest = 0
     while deaths.total() < count:
         life += 1
         one = rng.randrange(1 << 30)
@@ -178,6 +181,8 @@ def soak(folder: Path, count: int, seed: int) -> Counter:
         if status not in (0, -signal.SIGKILL):
             raise AssertionError((folder / "error").read_text())
         commits = check(folder, expected)
+        assert max(commits, default=0) >= newest, f"the commit of step {newest} is lost: there are {commits}"
+        newest = max(commits, default=0)
         if status:
             deaths[how] += 1
         steps = (folder / "losses").read_text().splitlines() if (folder / "losses").exists() else []
@@ -187,9 +192,8 @@ def soak(folder: Path, count: int, seed: int) -> Counter:
             )
         )
         if status == 0 or life % 25 == 0:
-            import shutil
-
             shutil.rmtree(folder / "run", ignore_errors=True)
+            newest = 0
     assert fork(folder, lambda: live(folder, 1, None)) == 0, (folder / "error").read_text()
     check(folder, expected)
     return deaths

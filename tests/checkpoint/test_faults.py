@@ -102,7 +102,7 @@ def count_calls(tmp_path, monkeypatch, kind, place):
     return faults.count, losses
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(60)
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_whatever_fails_is_said_and_the_commit_before_loads(kind, place, tmp_path, monkeypatch):
@@ -167,7 +167,8 @@ def go_on(folder, place, expected, kind):
     run = Run(folder, keep=2, **PLACES[place])
     start = run.resumed.step if run.resumed is not None else 0
     assert run.go(batches(STEPS - start, first=start)) == expected[start:]
-    run.finish()
-    run.versions.check_books()
+    if start < STEPS:
+        run.finish()
+        run.versions.check_books()
     assert not manifests(store) or manifests(store)[-1].step == max(start, STEPS)
     run.end()

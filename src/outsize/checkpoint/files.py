@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -188,7 +189,10 @@ def tidy(folder: Path) -> None:
     """Remove what a killed process left half-written."""
     for place in (folder, folder / COMMITS):
         for partial in place.glob(".*.partial"):
-            partial.unlink(missing_ok=True)
+            if partial.is_dir():
+                shutil.rmtree(partial)
+            else:
+                partial.unlink(missing_ok=True)
 
 
 def plan_slabs(

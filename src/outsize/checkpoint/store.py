@@ -19,6 +19,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -227,15 +228,18 @@ class Store:
         self, tier: VersionedTier, draft: Manifest, capture: Capture, future: Future[Committed]
     ) -> None:
         offsets = [stored.offset for block in capture.blocks.values() for stored in block.cells]
+        path = commit_path(self.folder, draft.step)
         try:
             try:
                 capture.wait()
                 tier.sync()
                 blocks = tuple(self._stored_block(tier, capture.blocks[name]) for name in self._records)
-                path = commit_path(self.folder, draft.step)
                 write_durably(path, replace(draft, blocks=blocks).dumps())
             except BaseException:
-                tier.release(offsets)
+                # A manifest that may be there after all keeps its extents: none of them is written over.
+                with suppress(StorageError):
+                    remove_durably(path)
+                    tier.release(offsets)
                 raise
             self._manifests[draft.step] = offsets
             self._remove_old(tier)
