@@ -13,6 +13,7 @@ Lives are forks of a process that has imported everything and computed nothing: 
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import json
 import os
 import random
@@ -34,6 +35,9 @@ PLACES = (
     {"home": None, "resident": (1, 2, 1)},
     {"home": "disk", "weight_slots": 1},
 )
+HANGS_S = 60
+"""After so long a life has hung."""
+
 CALLS = ("pwritev", "write", "fdatasync", "fsync", "rename", "unlink", "posix_fallocate", "preadv", "open")
 
 
@@ -109,6 +113,7 @@ def fork(folder: Path, task, *, lives_s: float | None = None) -> int:
     """Run `task` in a fork, killed after `lives_s`; its exit status, negative where a signal ended it."""
     pid = os.fork()
     if pid == 0:
+        faulthandler.dump_traceback_later(HANGS_S - 10, file=open(folder / "error", "a"))  # noqa: SIM115
         try:
             task()
         except BaseException:
@@ -124,7 +129,7 @@ def fork(folder: Path, task, *, lives_s: float | None = None) -> int:
                 return os.waitstatus_to_exitcode(status)
             time.sleep(0.005)
         os.kill(pid, signal.SIGKILL)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + HANGS_S
     while time.monotonic() < deadline:
         done, status = os.waitpid(pid, os.WNOHANG)
         if done:
@@ -132,7 +137,7 @@ def fork(folder: Path, task, *, lives_s: float | None = None) -> int:
         time.sleep(0.01)
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
-    raise AssertionError("a life hung")
+    raise AssertionError(f"a life hung: {(folder / 'error').read_text()}")
 
 
 def check(folder: Path, expected: dict[int, str]) -> list[int]:

@@ -9,6 +9,7 @@ import torch
 
 import outsize
 from outsize import Pins
+from outsize.checkpoint.store import Store
 from outsize.errors import StorageError, UsageError
 from tests.checkpoint.runs import Run, batches, check_store, manifests
 from tests.running import adamw, executor_of, values_of
@@ -245,6 +246,21 @@ def test_so_many_commits_are_kept_and_the_space_is_that_of_so_many(keep, tmp_pat
     assert (run.path / "data").stat().st_size == (1 + keep) * each + gradients
     run.versions.check_books()
     check_store(run.path)
+
+
+def test_a_kill_before_the_older_commit_was_removed_leaves_room(tmp_path, monkeypatch):
+    first = Run(tmp_path)
+    first.go(batches(2))
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "_remove_old", lambda store: None)
+        first.finish()
+    first.end(finish=False)
+    assert [manifest.step for manifest in manifests(first.path)] == [1, 2]
+    second = Run(tmp_path)
+    second.go(batches(3, first=2))
+    second.finish()
+    second.versions.check_books()
+    assert [manifest.step for manifest in manifests(first.path)] == [5]
 
 
 def test_another_number_of_commits_may_be_kept_later(tmp_path):

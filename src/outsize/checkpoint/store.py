@@ -145,6 +145,9 @@ class Store:
                 f"{self.folder} holds commits of an earlier run",
                 hint="resume from them, or pass a new folder",
             )
+        # A process that was killed between naming a commit and removing the one before left one too many: its space is
+        # needed for what comes.
+        self._remove_old()
         self._records = {record.name: record for record in records}
         placed, known, others = self._placed(records)
         tier = self._open_tier(layout, placed, verify)
@@ -242,7 +245,7 @@ class Store:
                     tier.release(offsets)
                 raise
             self._manifests[draft.step] = offsets
-            self._remove_old(tier)
+            self._remove_old()
         except BaseException as error:
             future.set_exception(error)
         else:
@@ -250,11 +253,13 @@ class Store:
         finally:
             tier.end_commit()
 
-    def _remove_old(self, tier: VersionedTier) -> None:
+    def _remove_old(self) -> None:
         while len(self._manifests) > self.commits:
             oldest = min(self._manifests)
             remove_durably(commit_path(self.folder, oldest))
-            tier.release(self._manifests.pop(oldest))
+            offsets = self._manifests.pop(oldest)
+            if self._tier is not None:
+                self._tier.release(offsets)
 
     def _stored_block(self, tier: VersionedTier, captured: CapturedBlock) -> StoredBlock:
         cells = tuple(
