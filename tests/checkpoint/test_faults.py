@@ -25,7 +25,7 @@ KINDS = {
     "sync": ("fsync", "fdatasync"),
 }
 PER_KIND = 6
-STEPS = 4
+STEPS = 3
 PLACES = {"disk": {"home": "disk"}, "host": {"home": "host"}}
 
 

@@ -146,6 +146,14 @@ def finish(model: nn.Module) -> Committed | None:
     return session.versions.wait()
 
 
+def close(model: nn.Module) -> None:
+    """Give everything back that the model holds: memory, the disk, the store. It cannot be called any more.
+
+    A commit whose blocks are captured becomes durable first; one that waits for the next step is given up (`finish`).
+    """
+    session_of(model).close()
+
+
 def _own(optimizer: torch.optim.Optimizer) -> Optimizer:
     # accelerate and Trainer wrap optimizers.
     inner = getattr(optimizer, "optimizer", optimizer)

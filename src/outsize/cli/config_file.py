@@ -21,12 +21,16 @@ from outsize.errors import ConfigError
 _LISTS = frozenset({"data", "eval", "pin", "tracker"})
 _TYPES: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(
-        ("steps", "batch_size", "batch_tokens", "seq_len", "eval_every", "warmup", "seed", "trace_step"),
+        (
+            *("steps", "batch_size", "batch_tokens", "seq_len", "eval_every", "warmup", "seed", "trace_step"),
+            *("checkpoint_every", "keep"),
+        ),
         (int,),
     ),
     **dict.fromkeys(("epochs", "minutes", "lr", "weight_decay", "eval_split"), (int, float)),
     "max_grad_norm": (int, float, str),
     "overwrite": (bool,),
+    "resume": (bool,),
 }
 _EXAMPLES = {int: "100", float: "0.1", bool: "true", str: '"..."'}
 _EXCLUSIVE = (("steps", "epochs", "minutes"), ("batch_size", "batch_tokens"), ("eval", "eval_split"))

@@ -107,9 +107,7 @@ def add_parser(commands: shared.Commands[argparse.ArgumentParser]) -> None:
     )
     keeping.add_argument("--checkpoint-every", type=int, metavar="N", help="steps between commits (none)")
     _add(keeping, "--keep", type=int, metavar="K", help="commits that are kept; each takes the state's size")
-    keeping.add_argument(
-        "--checkpoint", type=Path, metavar="DIR", help="folder of the commits (OUT.checkpoint)"
-    )
+    keeping.add_argument("--checkpoint", metavar="DIR", help="folder of the commits (OUT.checkpoint)")
     keeping.add_argument(
         "--resume",
         action="store_true",

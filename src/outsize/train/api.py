@@ -137,6 +137,9 @@ class CheckpointApi(Protocol):
     def finish(self, model: nn.Module) -> object | None:
         """Wait until the last commit is durable."""
 
+    def close(self, model: nn.Module) -> None:
+        """Give everything back."""
+
 
 class Api(Protocol):
     """`outsize`, as far as training needs it."""

@@ -14,6 +14,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -91,19 +92,27 @@ def train(
     try:
         own: list[Watcher] = [MetricsFile(folder.metrics), ReportPage(folder.report)]
         own += trackers(settings.trackers, folder.partial)
-        return _train(settings, folder, api or public_api(), Watchers([*own, *watchers]), profile)
+        with ExitStack() as stack:
+            return _train(settings, folder, api or public_api(), Watchers([*own, *watchers]), profile, stack)
     except BaseException:
         folder.give_up()
         raise
 
 
 def _train(
-    settings: TrainSettings, folder: OutputFolder, api: Api, watchers: Watcher, profile: Profile | None
+    settings: TrainSettings,
+    folder: OutputFolder,
+    api: Api,
+    watchers: Watcher,
+    profile: Profile | None,
+    stack: ExitStack,
 ) -> TrainResult:
     watchers.say(f"reading {', '.join(str(file) for file in settings.data)}")
     training, held_out = open_data(settings)
     watchers.say(f"loading {settings.model}")
     run = Run.start(settings, api, training, profile)
+    if settings.checkpointing.is_on:
+        stack.callback(api.checkpoint.close, run.model)
     evaluator = None
     if held_out is not None:
         evaluator = Evaluator(held_out, settings.batch_size, settings.evaluating.every, folder.best)
