@@ -223,6 +223,20 @@ def test_two_graphs_at_once_are_an_error_that_says_what_to_do(tmp_path):
     model(**batch).loss.backward()
 
 
+def test_of_two_graphs_at_once_each_brings_its_own_inputs_back(tmp_path):
+    model = llama(tmp_path, home="host")
+    model(**ZOO["llama"].batch(rows=8, length=16)).loss.backward()  # room for both
+    batch = ZOO["llama"].batch(rows=4, length=16)
+    graphs = [model(**batch).loss for _ in range(2)]
+    session_of(model).keeper._let_go(0)  # all is written, and gone from memory
+    each = 4 * 16 * 32 * 4
+    for loss in graphs:
+        before = moved(model)[1]
+        loss.backward()
+        del loss
+        assert moved(model)[1] - before == 4 * each
+
+
 def test_going_back_twice_reads_again(tmp_path):
     model = llama(tmp_path, home="host")
     optimizer = adamw(model)
@@ -304,6 +318,41 @@ def test_an_input_that_is_changed_in_place_is_a_named_error(layer, tmp_path):
     model = opened(Careless(layer), disk=tmp_path, home="host", pins=ON_DISK)
     with pytest.raises(UsageError, match=rf"L0{layer}\.input.*changed in place"):
         model(torch.ones(2, 8)).backward()
+
+
+class Changing(nn.Module):
+    """Changes the input of a layer in place, and gives it to another."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(5))
+
+    def forward(self, x):
+        first, second, third, fourth, last = self.layers
+        changed = first(x)
+        early = fourth(third(second(changed)))
+        changed.add_(1.0)
+        return (early.square() + last(changed).square()).mean()
+
+
+class Copying(Changing):
+    """The same, with a tensor of its own for each."""
+
+    def forward(self, x):
+        first, second, third, fourth, last = self.layers
+        before = first(x)
+        return (fourth(third(second(before))).square() + last(before + 1.0).square()).mean()
+
+
+def test_an_input_that_is_changed_between_two_visits_is_two_inputs(tmp_path):
+    plain = Copying()
+    changing = Changing()
+    changing.load_state_dict(plain.state_dict())
+    model = opened(changing, disk=tmp_path, home="host", pins=ON_DISK)
+    plain(torch.ones(2, 8)).backward()
+    model(torch.ones(2, 8)).backward()
+    for own, expected in zip(model.layers, plain.layers, strict=True):
+        assert torch.allclose(own.weight.grad, expected.weight.grad)
 
 
 def test_the_folder_may_hold_so_much_and_no_more(tmp_path):

@@ -61,7 +61,7 @@ class Keeper:
             for index in range(BUFFERS if disk is not None else 0)
         ]
         self._carrier: Carrier = StagedCarrier(device, disk, self._buffers)
-        self._visits: list[list[weakref.ref[_Kept]]] = []
+        self._visits: _Visits = []
         self._known: dict[int, tuple[weakref.ref[torch.Tensor], weakref.ref[_Kept]]] = {}
         self._leaving: deque[list[tuple[torch.Tensor, _Input, Transfer]]] = deque()
         self._dropped: deque[_Input] = deque()
@@ -100,13 +100,13 @@ class Keeper:
         self._take_back()
         self._leaving.append([])
         kept = [self._keep(tensor, owner) for tensor in tensors]
-        index = len(self._visits)
-        self._visits.append([weakref.ref(each) for each in kept if each is not None])
+        visits, index = self._visits, len(self._visits)
+        visits.append([weakref.ref(each) for each in kept if each is not None])
         order = iter(kept)
 
-        def pack(tensor: torch.Tensor) -> torch.Tensor | tuple[_Kept, int]:
+        def pack(tensor: torch.Tensor) -> torch.Tensor | _Saved:
             each = next(order)
-            return tensor if each is None else (each, index)
+            return tensor if each is None else _Saved(each, visits, index)
 
         return torch.autograd.graph.saved_tensors_hooks(pack, self._unpack)
 
@@ -130,7 +130,10 @@ class Keeper:
             return None
         own, known = self._known.get(id(tensor), (None, None))
         if own is not None and known is not None and own() is tensor and (same := known()) is not None:
-            return same
+            if (
+                same.input.version == tensor._version
+            ):  # else it was changed in place since: a tensor of its own
+                return same
         label = f"{owner}.input"
         extent = self._places.take(tensor.nbytes, label)
         sent = tensor.detach()  # without its graph, which holds whoever holds this keeper
@@ -171,14 +174,14 @@ class Keeper:
 
     # -- up --------------------------------------------------------------------------------------------------------
 
-    def _unpack(self, saved: torch.Tensor | tuple[_Kept, int]) -> torch.Tensor:
+    def _unpack(self, saved: torch.Tensor | _Saved) -> torch.Tensor:
         """The input where blocks compute; those of the visit whose backward comes next are started on their way."""
         if isinstance(saved, torch.Tensor):
             return saved
-        kept, index = saved
+        kept = saved.kept
         target, up = self._bring(kept.input)
         kept.input.on_way = None
-        for visit in reversed(self._visits[:index]):
+        for visit in reversed(saved.visits[: saved.index]):
             ahead = [other.input for reference in visit if (other := reference()) is not None]
             for each in ahead:
                 each.on_way = self._bring(each)
@@ -267,6 +270,19 @@ class _Kept:
     """What autograd saves: its place is taken back when the last graph has let go of it."""
 
     input: _Input
+
+
+_Visits = list[list[weakref.ref[_Kept]]]
+"""What each visit of one call sent away."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Saved:
+    """An input as the graph holds it: sent away for visit `index` of `visits`, those of its own call."""
+
+    kept: _Kept
+    visits: _Visits
+    index: int
 
 
 class Places:
