@@ -142,7 +142,8 @@ def test_without_a_profile_there_is_no_prediction(files):
 
 
 @pytest.mark.parametrize(
-    ("chosen", "every", "recorded"), [(4, 3, 5), (2, 1, None), (0, None, None), (7, None, None)]
+    ("chosen", "every", "recorded"),
+    [(4, 3, 5), (2, 1, None), (0, None, None), (7, None, None), (1, None, 2), (1, 1, None)],
 )
 def test_which_step_is_recorded(files, chosen, every, recorded):
     """A step after an evaluation finds nothing to update: it is not like the others."""

@@ -13,10 +13,11 @@ Source: activation offloading as in ZeRO-Infinity (Rajbhandari et al., 2021), ht
 
 from __future__ import annotations
 
+import time
 import weakref
-from collections import deque
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, suppress
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 
 import torch
@@ -25,7 +26,9 @@ from outsize.block import Extent, align
 from outsize.config import format_bytes
 from outsize.engine.carrier import Carrier, Parcel, Part, StagedCarrier
 from outsize.engine.closing import when_dropped
+from outsize.engine.recorder import ENDS_A_FREE, ENDS_A_WAIT, Recorder
 from outsize.errors import BudgetError, OutsizeError, StorageError, UsageError
+from outsize.plan.profile import Resource
 from outsize.tier import Device, DoneTransfer, HostArena, Tier, TierStats, Transfer
 
 LEAST_BYTES = 1 << 20
@@ -50,6 +53,8 @@ class Keeper:
 
     def __init__(self, device: Device, num_bytes: int, disk: Tier | None = None) -> None:
         num_bytes = align(num_bytes)
+        self.wait_s: defaultdict[str, float] = defaultdict(float)
+        self._recorder: Recorder | None = None
         self._places = Places(num_bytes)
         self._device = device
         self._disk = disk
@@ -82,6 +87,12 @@ class Keeper:
     def stats(self) -> TierStats:
         """What was moved to the disk and back."""
         return self._disk.stats() if self._disk is not None else TierStats()
+
+    def tell(self, recorder: Recorder | None) -> None:
+        """Let `recorder` know what is moved to the disk and back, and what is waited for; None: nobody."""
+        self._recorder = recorder
+        if self._disk is not None:
+            self._disk.listen(recorder.moved if recorder is not None else None)
 
     def begin(self) -> None:
         """A call begins: what earlier ones kept belongs to their graphs."""
@@ -129,11 +140,9 @@ class Keeper:
         if not (tensor.requires_grad and tensor.is_contiguous() and tensor.nbytes >= LEAST_BYTES):
             return None
         own, known = self._known.get(id(tensor), (None, None))
-        if own is not None and known is not None and own() is tensor and (same := known()) is not None:
-            if (
-                same.input.version == tensor._version
-            ):  # else it was changed in place since: a tensor of its own
-                return same
+        same = known() if own is not None and known is not None and own() is tensor else None
+        if same is not None and same.input.version == tensor._version:
+            return same  # nor was it changed in place since
         label = f"{owner}.input"
         extent = self._places.take(tensor.nbytes, label)
         sent = tensor.detach()  # without its graph, which holds whoever holds this keeper
@@ -153,7 +162,8 @@ class Keeper:
         while len(self._leaving) > num_visits:
             for tensor, each, down in self._leaving.popleft():
                 try:
-                    down.follow()
+                    with self._waiting("free input", each, ENDS_A_FREE):
+                        down.follow()
                 except OutsizeError as failure:
                     error = error or failure
                     each.is_lost = True
@@ -188,7 +198,8 @@ class Keeper:
             if ahead:
                 break
         try:
-            up.follow()
+            with self._waiting("wait input", kept.input, ENDS_A_WAIT):
+                up.follow()
         except BaseException:
             kept.input.forget()
             raise
@@ -219,6 +230,18 @@ class Keeper:
         each.last = each.arrived = up
         each.here = weakref.ref(target)
         return target, up
+
+    @contextmanager
+    def _waiting(self, what: str, each: _Input, ended_by: Sequence[Resource]) -> Iterator[None]:
+        """In the body, computing waits for an input."""
+        recorder, start_s = self._recorder, time.perf_counter()
+        began = recorder.moment() if recorder is not None else None
+        try:
+            yield
+        finally:
+            self.wait_s[what] += time.perf_counter() - start_s
+        if recorder is not None and began is not None:
+            recorder.waited(each.label.partition(".")[0], ended_by, began)
 
     def _parcel(self, each: _Input, place: torch.Tensor) -> Parcel:
         """An input between `place`, `[num_elements]`, and where it waits."""

@@ -11,17 +11,21 @@ from torch import nn
 from outsize.train.api import Api, Predicted
 from outsize.train.trace import Trace
 
+_FIRST_RECORDED = 2
+"""A model cannot be recorded before its first call."""
+
 
 class Tracing:
-    """Records one step, `first_step` or the next that no evaluation comes before, and writes it to `path`.
+    """Records one step, `first_step` or the next that can be and that no evaluation comes before, and writes it to `path`.
 
-    An evaluation applies the updates that a step would otherwise find. With 0 no step is recorded.
+    An evaluation applies the updates that a step would otherwise find, and in the first step everything is given its
+    place. With 0 no step is recorded.
     """
 
     def __init__(self, api: Api, model: nn.Module, first_step: int, path: Path) -> None:
         self._api = api
         self._model = model
-        self._first_step = first_step
+        self._first_step = max(first_step, _FIRST_RECORDED)
         self._path = path
         self._is_over = first_step == 0
         self._was_evaluated = False
