@@ -53,8 +53,9 @@ def run(options: argparse.Namespace) -> int:
         raise ConfigError(f"--out and --perfetto are both {page_path}", hint="name two files")
     _check(page_path, "--out", trace_page.MARK)
     _check(perfetto_path, "--perfetto", perfetto.MARK)
-    page_path.write_text(trace_page.page(trace), encoding="utf-8")
-    perfetto_path.write_text(perfetto.perfetto(trace), encoding="utf-8")
+    texts = {page_path: trace_page.page(trace), perfetto_path: perfetto.perfetto(trace)}
+    for path, text in texts.items():
+        path.write_text(text, encoding="utf-8")
     print("\n".join(summary(trace)))
     print(f"saved {page_path}: open it in a browser")
     print(f"saved {perfetto_path}: open it at ui.perfetto.dev")
