@@ -65,7 +65,7 @@ def run(options: argparse.Namespace) -> int:
 def summary(trace: Trace) -> Iterator[str]:
     """The lines that are printed: the step, what it waited for, and what was predicted least well."""
     from outsize.plan.profile import WORDS
-    from outsize.train.trace import seconds
+    from outsize.train.trace import MOST_DIFFERENCES, seconds
 
     measured, predicted = trace.measured, trace.predicted
     if predicted is None:
@@ -79,7 +79,7 @@ def summary(trace: Trace) -> Iterator[str]:
         yield f"computing waited {seconds(sum(stalls.values()))} of it, mostly for {WORDS[most]}"
     else:
         yield "computing waited for nothing"
-    if differences := trace.differences()[:3]:
+    if differences := trace.differences()[:MOST_DIFFERENCES]:
         yield "seconds busy that differ most:"
         yield from (f"  {difference}" for difference in differences)
     elif predicted is None:

@@ -23,7 +23,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from outsize.errors import TrainingError
 from outsize.plan.profile import Profile
 from outsize.train.api import Api, ClippingOptimizer, Predicted, Report, optimizer_of, public_api
-from outsize.train.compare import FIRST_STEADY_STEP, compare
+from outsize.train.compare import Steady, compare
 from outsize.train.data import Batch, DataOptions, Dataset, Position, check_files, open_dataset
 from outsize.train.evaluate import Evaluator, loss_of
 from outsize.train.interrupt import Interruption
@@ -111,6 +111,7 @@ def _train(
     started_s = time.monotonic()
     predicted: Predicted | None = None
     save = _saver(settings, api, run.model)
+    steady = Steady()
     tracing = Tracing(api, run.model, settings.trace_step, folder.timeline)
     with Interruption(watchers.stopping) as interruption:
         try:
@@ -122,18 +123,19 @@ def _train(
                     watchers.stepped(metrics, run.report(), run.pace.num_steps())
                     if profile is not None and predicted is None:
                         predicted = api.predict(run.model, profile)
-                    if profile is not None and metrics.step == FIRST_STEADY_STEP:
+                    if steady.stepped(metrics) and profile is not None:
                         advice = api.advise(run.model, profile, metrics.step_s, sum(metrics.wait_s.values()))
                         if advice is not None:
                             watchers.say(f"another plan would be faster: {advice}")
                     if evaluator is not None and evaluator.is_due(metrics.step, run.pace.num_steps()):
                         watchers.evaluated(evaluator.evaluate(run.model, metrics.step, save))
                         tracing.evaluated()
+                        steady.evaluated()
                 if evaluator is not None and run.losses and evaluator.last_step != len(run.losses):
                     watchers.evaluated(evaluator.evaluate(run.model, len(run.losses), None))
                 watchers.ended(run.report(), interruption.requested)
                 if predicted is not None:
-                    watchers.compared(compare(predicted, run.metrics))
+                    watchers.compared(compare(predicted, steady.steps, run.report(), tracing.trace))
         except _LossNotFinite as error:
             raise _save_and_explain(error, folder, save, run) from error
         interrupted = interruption.requested
@@ -199,7 +201,6 @@ class Run:
         self.model = model
         self.pace = pace
         self.losses: list[float] = []
-        self.metrics: list[StepMetrics] = []
         self._optimizer = optimizer
         self._scheduler = scheduler
         self._batches = batches
@@ -246,8 +247,7 @@ class Run:
         self.losses.append(loss.item())
         self.pace.step_done()
         step_s = time.perf_counter() - started_s
-        self.metrics.append(self._metrics(lr, batch["input_ids"].numel(), step_s, before))
-        return self.metrics[-1]
+        return self._metrics(lr, batch["input_ids"].numel(), step_s, before)
 
     def report(self) -> Report:
         """What the model has used so far."""

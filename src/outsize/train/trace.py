@@ -17,6 +17,10 @@ VERSION = 1
 """Of the format; a file of another version is refused."""
 
 
+MOST_DIFFERENCES = 3
+"""That are told of a step."""
+
+
 @dataclass(frozen=True, slots=True)
 class Difference:
     """How long a resource was busy in a step, in seconds."""

@@ -29,6 +29,8 @@ class Tracing:
         self._path = path
         self._is_over = first_step == 0
         self._was_evaluated = False
+        self.trace: Trace | None = None
+        """What was recorded, once it was."""
 
     @contextmanager
     def step(self, number: int, predicted: Predicted | None) -> Iterator[None]:
@@ -41,7 +43,8 @@ class Tracing:
             yield
         self._is_over = True
         expected = predicted.timeline() if predicted is not None else None
-        Trace(self._path.parent.name, number, expected, recording.timeline).write(self._path)
+        self.trace = Trace(self._path.parent.name, number, expected, recording.timeline)
+        self.trace.write(self._path)
 
     def evaluated(self) -> None:
         """An evaluation was made since the last step."""
