@@ -2,6 +2,7 @@
 
 import gc
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -480,6 +481,47 @@ def test_a_place_is_used_again_when_its_last_owner_is_off_it():
     (output,) = saved
     assert torch.equal(output.grad_fn._saved_self, torch.full((1000,), 2.0))
     del output, saved
+    keeper.close()
+
+
+def test_a_place_whose_input_was_lost_is_given_back_when_nothing_writes_there_any_more():
+    """One part fails at once, the other is late: it would overwrite what the next input leaves there."""
+    delays = iter([0.1])
+    slow = SlowTier(MemoryTier(1 << 20), lambda verb, label: next(delays, 0.0))
+    disk = FaultyTier(slow, [Fault(FaultKind.EIO, Verb.WRITE, label="input[0]", nth=1)])
+    keeper = keep.Keeper(HostDevice(), 1 << 20, disk)
+    tensor = torch.full((2048,), 1.0, requires_grad=True)
+    with keeper.keep([tensor], "L00"):
+        lost = tensor.square()
+    del tensor
+    with pytest.raises(StorageError):
+        keeper.begin()
+    del lost
+    tensor = torch.full((2048,), 2.0, requires_grad=True)
+    with keeper.keep([tensor], "L01"):
+        output = tensor.square()
+    del tensor
+    assert keeper.high_water_bytes == 8192
+    keeper.begin()
+    time.sleep(0.15)
+    assert torch.equal(output.grad_fn._saved_self, torch.full((2048,), 2.0))
+    del output
+    keeper.close()
+
+
+def test_blocks_are_closed_though_inputs_cannot_be(tmp_path, monkeypatch):
+    def fail(keeper):
+        raise StorageError("no", hint="none")
+
+    model = llama(tmp_path)
+    model(**ZOO["llama"].batch()).loss.backward()
+    session = session_of(model)
+    keeper, arena = session.keeper, session.executor.store.arena
+    with monkeypatch.context() as patch:
+        patch.setattr(keep.Keeper, "close", fail)
+        with pytest.raises(StorageError):
+            session.close()
+    assert arena.in_use_bytes == 0
     keeper.close()
 
 

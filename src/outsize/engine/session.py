@@ -11,7 +11,7 @@ import uuid
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
@@ -712,12 +712,13 @@ class Session:
         """Give memory and disk back. Weights that were updated or taken over are gone: save them before."""
         executor, self.executor, self.budget.placement = self.executor, None, None
         keeper, self.keeper = self.keeper, None
-        if keeper is not None:
-            keeper.close()
-        if executor is not None:
-            self._finalizer.detach()
-            self._is_closed = self.source is None or any(state.is_stored for state in executor.store)
-            executor.close()
+        with ExitStack() as stack:
+            if executor is not None:
+                self._finalizer.detach()
+                self._is_closed = self.source is None or any(state.is_stored for state in executor.store)
+                stack.callback(executor.close)
+            if keeper is not None:
+                stack.callback(keeper.close)
 
     def _check_parameters(self) -> None:
         """Refuse to run with parameters that are no longer ours, or that train without a place for gradients."""

@@ -3,7 +3,7 @@
 Only this room opens files for state. `base` says what a tier is; everything else is one file per tier.
 """
 
-from outsize.tier.base import Tier, Transfer
+from outsize.tier.base import Tier, Transfer, follow_all, wait_all
 from outsize.tier.device import (
     CudaDevice,
     Device,
@@ -57,4 +57,6 @@ __all__ = [
     "Verb",
     "Way",
     "at",
+    "follow_all",
+    "wait_all",
 ]
