@@ -79,11 +79,12 @@ class Location:
 
 @dataclass(frozen=True, slots=True)
 class _Call:
-    """The call of the root module that is running, forward and backward."""
+    """A call of the root module, forward and backward; each of its visits takes `visit_bytes` at most."""
 
     rehearsal: Rehearsal
     shape: BatchShape
     tile_rows: int
+    visit_bytes: int
 
 
 class Session:
@@ -256,7 +257,8 @@ class Session:
                     needed = rehearse(self, args, {**kwargs, **_uncached(kwargs)}, shape)
             self._settle(needed, shape)
         assert self.executor is not None
-        self._call = _Call(rehearsal, shape, self.budget.begin_call(rehearsal, shape))
+        tile_rows = self.budget.begin_call(rehearsal, shape)
+        self._call = _Call(rehearsal, shape, tile_rows, self.budget.visit_bytes)
         if torch.is_grad_enabled():
             self.last_training_call = self._call
         self.executor.begin(rehearsal.visits)
@@ -386,7 +388,8 @@ class Session:
         """The parameters in `blocks` by name: as plain views, or as leaves of a graph that outlives the visit."""
         values_of = self._leaves if as_leaves else self._values
         visits = [Visit(name, direction, joins_next=name != blocks[-1]) for name in blocks]
-        with self.budget.guarded(), self._running.visit(visits, self.budget.make_room) as states:
+        make_room = partial(self.budget.make_room, self.budget.visit_bytes)
+        with self.budget.guarded(), self._running.visit(visits, make_room) as states:
             yield {name: value for state in states for name, value in values_of(state).items()}
 
     @contextmanager
@@ -395,7 +398,11 @@ class Session:
     ) -> Iterator[dict[str, torch.Tensor]]:
         """As `visit`; trainable parameters are leaves whose gradients go to the block's sum as they arise."""
         visits = backward_visits(self, blocks, needs_weights)
-        with self.budget.guarded(), self._running.visit(visits, self.budget.make_room) as states:
+        # Calls without a graph may have come since, and be smaller.
+        call = self.last_training_call
+        visit_bytes = self.budget.visit_bytes if call is None else call.visit_bytes
+        make_room = partial(self.budget.make_room, visit_bytes)
+        with self.budget.guarded(), self._running.visit(visits, make_room) as states:
             yield {
                 name: value
                 for state in states
