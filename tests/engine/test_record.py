@@ -152,6 +152,21 @@ def test_recording_changes_no_number(tmp_path):
     assert losses(True) == losses(False)
 
 
+@pytest.mark.parametrize("inputs", ["disk", "host"])
+def test_inputs_of_a_device_are_in_the_trace(inputs, tmp_path, monkeypatch):
+    with_twin(monkeypatch)
+    small_inputs(monkeypatch)
+    pins = outsize.Pins(resident_bytes=0, inputs=inputs)
+    timeline, before, after = recorded(*opened_on_disk(tmp_path, pins=pins))
+    moved = Counter()
+    for span in timeline.spans:
+        moved[span.resource] += span.num_bytes
+    assert moved[UP] == after.bytes_up - before.bytes_up
+    assert moved[READ] == after.bytes_read - before.bytes_read
+    assert any(".input" in span.label for span in timeline.spans if span.resource is UP)
+    assert "wait input" in after.wait_s and "free input" in after.wait_s
+
+
 @pytest.mark.parametrize(
     ("slow", "cause"),
     [

@@ -34,6 +34,8 @@ def test_public_names_are_pinned():
         "Verb",
         "Way",
         "at",
+        "follow_all",
+        "wait_all",
     ]
     assert all(hasattr(outsize.tier, name) for name in outsize.tier.__all__)
 
