@@ -4,7 +4,8 @@
     OUTSIZE_BENCH_DIR=/nvme/scratch python benchmarks/plan.py
 
 The profile of the machine is taken from the cache, or measured first. Each plan runs in a process of its own; the chosen
-one runs before, between and after the others. The last line says by how much it is slower than the best that was found.
+one runs between the others, and at the end in turn with the fastest of them. The last line says by how much it is slower
+than the best that was found.
 """
 
 from __future__ import annotations
@@ -21,12 +22,17 @@ import time
 from pathlib import Path
 from typing import Any
 
-SLOTS = ((1, 1), (2, 1), (3, 2), (4, 3))
-CASES = ({"hidden": 1024, "layers": 8, "seq_len": 32}, {"hidden": 768, "layers": 16, "seq_len": 64})
-ROOM_BYTES = 320 << 20
-"""Beside what the process itself and the least arena take."""
+SLOTS = ((1, 1), (2, 1), (3, 2))
+PARTS = (0, 1 / 2, 1)
+"""Of the blocks whose weights, gradients and state stay in memory."""
+CASES = ({"hidden": 512, "layers": 8, "seq_len": 32}, {"hidden": 512, "layers": 16, "seq_len": 64})
+ROOM = 0.45
+"""Of all planes, beside what the process itself and the least arena take."""
 
-NUM_STEPS = 7
+NUM_STEPS = 6
+NUM_FINALISTS = 5
+"""The fastest runs of the sweep, run again beside the chosen plan: the least of a hundred times is mostly luck."""
+NUM_ROUNDS = 4
 
 
 def open_model(case: dict[str, Any], folder: Path, **options: Any) -> Any:
@@ -91,7 +97,7 @@ def run(case: dict[str, Any], bench_dir: Path, host: str, pins: dict[str, Any] |
     return answer
 
 
-def sweep(case: dict[str, Any], bench_dir: Path, room_bytes: int) -> float:
+def sweep(case: dict[str, Any], bench_dir: Path) -> float:
     """Run everything; by how much the chosen plan is slower than the best, as a ratio."""
     import outsize
 
@@ -105,9 +111,9 @@ def sweep(case: dict[str, Any], bench_dir: Path, room_bytes: int) -> float:
             seq_len=case["seq_len"],
             pins=outsize.Pins(weight_slots=1, gradient_slots=1),
         )
+    room_bytes = int(ROOM * 16 * least.num_parameters)
     host = f"{(least.host_bytes + (128 << 20) + room_bytes) >> 20}MiB"
-    num_blocks = least.num_blocks
-    parts = (0, num_blocks // 2, num_blocks)
+    parts = [round(part * least.num_blocks) for part in PARTS]
     tried = [
         {"weight_slots": weights, "gradient_slots": gradients, "resident": resident}
         for weights, gradients in SLOTS
@@ -120,16 +126,23 @@ def sweep(case: dict[str, Any], bench_dir: Path, room_bytes: int) -> float:
         answer = run(case, bench_dir, host, pins)
         if "step_s" in answer:
             found.append((answer["step_s"], pins))
-    chosen.append(run(case, bench_dir, host, None))
     found.sort(key=lambda pair: pair[0])
-    chosen_s = statistics.median(answer["step_s"] for answer in chosen)
+    finalists = [(pins, [step_s]) for step_s, pins in found[:NUM_FINALISTS]]
+    for _ in range(NUM_ROUNDS):
+        chosen.append(run(case, bench_dir, host, None))
+        for pins, times in finalists:
+            times.append(run(case, bench_dir, host, pins)["step_s"])
+    best_s, best = min(
+        ((statistics.median(times[1:]), pins) for pins, times in finalists), key=lambda pair: pair[0]
+    )
+    chosen_s = statistics.median(answer["step_s"] for answer in chosen[-NUM_ROUNDS:])
     print(
         f"{case} host={host}: chosen {chosen_s:.3f} s ({chosen[0]['chosen']}); {len(found)} others that fit: best "
-        f"{found[0][0]:.3f} s ({found[0][1]}), median {statistics.median(f[0] for f in found):.3f} s, "
-        f"worst {found[-1][0]:.3f} s; ratio to the best {chosen_s / found[0][0]:.3f}",
+        f"{best_s:.3f} s ({best}), median {statistics.median(f[0] for f in found):.3f} s, "
+        f"worst {found[-1][0]:.3f} s; ratio to the best {chosen_s / best_s:.3f}",
         flush=True,
     )
-    return chosen_s / found[0][0]
+    return chosen_s / best_s
 
 
 def main() -> None:
@@ -149,7 +162,7 @@ def main() -> None:
 
     bench_dir = Path(os.environ.get("OUTSIZE_BENCH_DIR", "/var/tmp"))
     load_or_measure(bench_dir, print)
-    ratios = [sweep(case, bench_dir, ROOM_BYTES) for case in CASES[: arguments.cases]]
+    ratios = [sweep(case, bench_dir) for case in CASES[: arguments.cases]]
     print(f"at worst {max(ratios):.3f} of the best that was found, in {len(ratios)} sweeps")
 
 

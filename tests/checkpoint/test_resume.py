@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import outsize
 from outsize import Pins
@@ -77,6 +78,21 @@ def test_what_comes_after_the_last_commit_is_done_again(tmp_path):
     assert second.resumed.step == 4
     assert second.go(batches(4, first=4)) == expected[4:]
     assert_equal(values_of(second.model), weights)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_weights_are_those_of_the_commit_before_the_first_call(dtype, tmp_path):
+    first = Run(tmp_path, dtype=dtype)
+    first.go(batches(3))
+    first.finish()
+    weights = values_of(first.model)
+    first.end()
+    second = Run(tmp_path, dtype=dtype)
+    assert_equal(values_of(second.model), weights)
+    outsize.save(second.model, tmp_path / "saved")
+    second.go(batches(1, first=3))
+    third = load_file(tmp_path / "saved" / "model.safetensors")
+    assert all(torch.equal(value, weights[name]) for name, value in third.items())
 
 
 def test_a_commit_is_not_durable_before_its_updates_are_applied(tmp_path):

@@ -1,12 +1,14 @@
 """`outsize trace`: what it writes and prints, and what it refuses."""
 
 import json
+import os
 import subprocess
 import sys
 
 import pytest
 
 from outsize.cli import main
+from outsize.errors import ConfigError
 from tests.train.test_trace import run_folder, trace
 
 
@@ -64,6 +66,24 @@ def test_a_place_that_cannot_be_written_is_refused_and_nothing_is_lost(option, p
         and hint.startswith("hint: ")
     )
     assert (folder / "metrics.jsonl").read_text() == "{}\n"
+    assert sorted(path.name for path in folder.iterdir()) == ["metrics.jsonl", "timeline.json"]
+
+
+def test_a_folder_whose_name_is_no_text_is_drawn_too(tmp_path):
+    folder = run_folder(tmp_path).rename(os.fsdecode(os.fsencode(tmp_path) + b"/run\xff"))
+    command = [sys.executable, "-m", "outsize.cli.main", "trace", folder]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONUTF8": "1"})
+    assert done.returncode == 0, done.stderr
+    assert "run\ufffd, step 4" in (folder / "trace.html").read_text(encoding="utf-8")
+
+
+def test_one_page_that_cannot_be_made_leaves_neither(tmp_path, monkeypatch):
+    def fail(found):
+        raise ConfigError("no", hint="none")
+
+    monkeypatch.setattr("outsize.train.perfetto.perfetto", fail)
+    folder = run_folder(tmp_path)
+    assert run(folder) == 1
     assert sorted(path.name for path in folder.iterdir()) == ["metrics.jsonl", "timeline.json"]
 
 

@@ -10,7 +10,7 @@ import torch
 
 import outsize
 from outsize import Pins
-from outsize.engine.budget import SLACK_BYTES
+from outsize.engine.budget import SLACK_BYTES, Budget
 from outsize.engine.session import session_of
 from outsize.errors import BudgetError
 from outsize.plan import Backward, Forward
@@ -39,6 +39,27 @@ def test_under_pressure_every_visit_gives_freed_memory_back_first_and_nothing_ch
     assert budget.num_times_given_back >= 2 * visits - 2 > 0
     assert_same_losses(losses, train(plain, batches(1)) + train_more(plain, batches(3)[1:]))
     assert_same_weights(model, plain)
+
+
+def test_a_call_without_a_graph_makes_no_less_room_for_the_backward_of_an_earlier_one(tmp_path, monkeypatch):
+    _, model = llama(tmp_path)
+    asked = []
+    make_room = Budget.make_room
+
+    def note(budget, visit_bytes):
+        asked.append(visit_bytes)
+        make_room(budget, visit_bytes)
+
+    monkeypatch.setattr(Budget, "make_room", note)
+    loss = model(**batches(1, rows=8)[0]).loss
+    forward = set(asked)
+    with torch.no_grad():
+        model(**batches(1, rows=1)[0])
+    asked.clear()
+    loss.backward()
+    assert set(asked) == forward and len(forward) == 1
+    if session_of(model).device.is_host:
+        assert asked[0] > session_of(model).budget.visit_bytes > 0
 
 
 def train_more(model, more):

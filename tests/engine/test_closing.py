@@ -1,6 +1,8 @@
 """Closing what was dropped: elsewhere, later, and whatever the thread that dropped it holds."""
 
 import gc
+import subprocess
+import sys
 import threading
 import weakref
 from concurrent.futures import ThreadPoolExecutor
@@ -61,6 +63,33 @@ def test_a_lock_that_is_held_where_something_is_dropped_is_no_obstacle():
         assert not closed.is_set()
     closing.finish()
     assert closed.is_set()
+
+
+FORKED = """
+import os, signal
+from outsize.engine import closing
+class Owner: pass
+owner, seen = Owner(), []
+closing.when_dropped(owner, seen.append, "parent's")
+if os.fork() == 0:
+    signal.alarm(10)
+    del owner
+    closing.finish()
+    own = Owner()
+    closing.when_dropped(own, seen.append, "own")
+    del own
+    closing.finish()
+    os._exit(seen != ["own"])
+assert os.waitstatus_to_exitcode(os.wait()[1]) == 0
+del owner
+closing.finish()
+assert seen == ["parent's"]
+"""
+
+
+def test_a_forked_child_waits_for_nothing_of_its_parent():
+    """As a worker that loads data: the thread that closes is not there."""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", FORKED], check=True)
 
 
 def test_what_closing_needed_is_let_go():

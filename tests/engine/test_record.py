@@ -6,10 +6,10 @@ from collections import Counter
 import pytest
 
 import outsize
-from outsize.block import Plane
-from outsize.engine.recorder import causes
+from outsize.engine import keep
+from outsize.engine.recorder import ENDS_A_FREE, ENDS_A_WAIT, causes
 from outsize.errors import UsageError
-from outsize.plan import Backward, Forward, Free, Wait
+from outsize.plan import Backward, Forward
 from outsize.plan.profile import Resource
 from outsize.plan.simulate import Stall
 from outsize.plan.timeline import Span
@@ -19,6 +19,13 @@ from tests.running import adamw, executor_of, loss_of, opened, wrapped_disk
 from tests.zoo import ZOO
 
 COMPUTE, UPDATE, READ, WRITE, UP, DOWN = Resource
+
+
+def small_inputs(monkeypatch):
+    """Inputs of tiny models move."""
+    monkeypatch.setattr(keep, "LEAST_BYTES", 1)
+    monkeypatch.setattr(keep, "PART_BYTES", 4096)
+    monkeypatch.setattr(keep, "BUFFERS_BYTES", keep.BUFFERS * 4096)
 
 
 def opened_on_disk(tmp_path, name="llama_tied", **options):
@@ -77,6 +84,26 @@ def test_bytes_are_those_of_the_report(count, tmp_path):
     assert not moved[UP] and not moved[DOWN]
 
 
+def test_inputs_on_disk_are_in_the_trace_and_waits_for_them_are_counted(tmp_path, monkeypatch):
+    def slow(verb, label):
+        return 0.05 * (".input" in label)
+
+    small_inputs(monkeypatch)
+    pins = outsize.Pins(resident_bytes=0, inputs="disk")
+    with wrapped_disk(monkeypatch, lambda tier: SlowTier(tier, slow)):
+        timeline, before, after = recorded(*opened_on_disk(tmp_path, pins=pins))
+    moved = Counter()
+    for span in timeline.spans:
+        moved[span.resource] += span.num_bytes
+    assert moved[READ] == after.bytes_read - before.bytes_read > 0
+    assert moved[WRITE] == after.bytes_written - before.bytes_written > 0
+    assert any(".input" in span.label for span in timeline.spans if span.resource is READ)
+    waited = {what: after.wait_s[what] - before.wait_s[what] for what in after.wait_s}
+    assert waited["wait input"] > 0.03 and waited["free input"] > 0.03
+    assert sum(timeline.stall_s.values()) == pytest.approx(sum(waited.values()), rel=0.2)
+    assert timeline.stall_s[READ] > 0.03 and timeline.stall_s[WRITE] > 0.03
+
+
 def test_computing_is_serial_and_all_lies_within_the_step(tmp_path):
     timeline, _, _ = recorded(*opened_on_disk(tmp_path))
     computing = [span for span in timeline.spans if span.resource is COMPUTE]
@@ -123,6 +150,21 @@ def test_recording_changes_no_number(tmp_path):
         return found
 
     assert losses(True) == losses(False)
+
+
+@pytest.mark.parametrize("inputs", ["disk", "host"])
+def test_inputs_of_a_device_are_in_the_trace(inputs, tmp_path, monkeypatch):
+    with_twin(monkeypatch)
+    small_inputs(monkeypatch)
+    pins = outsize.Pins(resident_bytes=0, inputs=inputs)
+    timeline, before, after = recorded(*opened_on_disk(tmp_path, pins=pins))
+    moved = Counter()
+    for span in timeline.spans:
+        moved[span.resource] += span.num_bytes
+    assert moved[UP] == after.bytes_up - before.bytes_up
+    assert moved[READ] == after.bytes_read - before.bytes_read
+    assert any(".input" in span.label for span in timeline.spans if span.resource is UP)
+    assert "wait input" in after.wait_s and "free input" in after.wait_s
 
 
 @pytest.mark.parametrize(
@@ -176,7 +218,7 @@ def test_what_cannot_be_recorded_is_refused(tmp_path):
 
 
 def test_causes_are_what_ended_a_wait_and_what_it_came_after():
-    wait, free = Wait("L00", Plane.WEIGHT), Free("L00", Plane.GRADIENT)
+    wait, free = ENDS_A_WAIT, ENDS_A_FREE
     read = Span(READ, 1.0, 2.0, "read L00.state[0]")
     update = Span(UPDATE, 2.5, 3.0, "update L00")
     write = Span(WRITE, 3.0, 3.5, "write L00.state[0]")

@@ -137,6 +137,25 @@ def test_a_read_that_fails_once_leaves_a_session_that_goes_on(plane, tmp_path, m
             abandon(model)
 
 
+def test_a_backward_that_fails_leaves_a_clipped_gradient_as_it_was(tmp_path):
+    """The factor that clipping left is applied to a copy, which is not written where the visit fails."""
+    model = llama(tmp_path)
+    model(**batches()[0]).loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+    weight = model.model.layers[1].mlp.up_proj.weight
+    clipped = weight.grad.clone()
+    loss = model(**batches()[1]).loss
+
+    def fail(module, args):
+        raise ZeroDivisionError
+
+    handle = model.model.layers[1].mlp.register_forward_pre_hook(fail)
+    with pytest.raises(ZeroDivisionError):
+        loss.backward()
+    handle.remove()
+    assert torch.equal(weight.grad.clone(), clipped)
+
+
 def train_twice(model, batch):
     for _ in range(2):
         model(**batch).loss.backward()

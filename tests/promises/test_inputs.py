@@ -2,6 +2,7 @@
 
 import gc
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -223,6 +224,20 @@ def test_two_graphs_at_once_are_an_error_that_says_what_to_do(tmp_path):
     model(**batch).loss.backward()
 
 
+def test_of_two_graphs_at_once_each_brings_its_own_inputs_back(tmp_path):
+    model = llama(tmp_path, home="host")
+    model(**ZOO["llama"].batch(rows=8, length=16)).loss.backward()  # room for both
+    batch = ZOO["llama"].batch(rows=4, length=16)
+    graphs = [model(**batch).loss for _ in range(2)]
+    session_of(model).keeper._let_go(0)  # all is written, and gone from memory
+    each = 4 * 16 * 32 * 4
+    for loss in graphs:
+        before = moved(model)[1]
+        loss.backward()
+        del loss
+        assert moved(model)[1] - before == 4 * each
+
+
 def test_going_back_twice_reads_again(tmp_path):
     model = llama(tmp_path, home="host")
     optimizer = adamw(model)
@@ -304,6 +319,41 @@ def test_an_input_that_is_changed_in_place_is_a_named_error(layer, tmp_path):
     model = opened(Careless(layer), disk=tmp_path, home="host", pins=ON_DISK)
     with pytest.raises(UsageError, match=rf"L0{layer}\.input.*changed in place"):
         model(torch.ones(2, 8)).backward()
+
+
+class Changing(nn.Module):
+    """Changes the input of a layer in place, and gives it to another."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(5))
+
+    def forward(self, x):
+        first, second, third, fourth, last = self.layers
+        changed = first(x)
+        early = fourth(third(second(changed)))
+        changed.add_(1.0)
+        return (early.square() + last(changed).square()).mean()
+
+
+class Copying(Changing):
+    """The same, with a tensor of its own for each."""
+
+    def forward(self, x):
+        first, second, third, fourth, last = self.layers
+        before = first(x)
+        return (fourth(third(second(before))).square() + last(before + 1.0).square()).mean()
+
+
+def test_an_input_that_is_changed_between_two_visits_is_two_inputs(tmp_path):
+    plain = Copying()
+    changing = Changing()
+    changing.load_state_dict(plain.state_dict())
+    model = opened(changing, disk=tmp_path, home="host", pins=ON_DISK)
+    plain(torch.ones(2, 8)).backward()
+    model(torch.ones(2, 8)).backward()
+    for own, expected in zip(model.layers, plain.layers, strict=True):
+        assert torch.allclose(own.weight.grad, expected.weight.grad)
 
 
 def test_the_folder_may_hold_so_much_and_no_more(tmp_path):
@@ -431,6 +481,47 @@ def test_a_place_is_used_again_when_its_last_owner_is_off_it():
     (output,) = saved
     assert torch.equal(output.grad_fn._saved_self, torch.full((1000,), 2.0))
     del output, saved
+    keeper.close()
+
+
+def test_a_place_whose_input_was_lost_is_given_back_when_nothing_writes_there_any_more():
+    """One part fails at once, the other is late: it would overwrite what the next input leaves there."""
+    delays = iter([0.1])
+    slow = SlowTier(MemoryTier(1 << 20), lambda verb, label: next(delays, 0.0))
+    disk = FaultyTier(slow, [Fault(FaultKind.EIO, Verb.WRITE, label="input[0]", nth=1)])
+    keeper = keep.Keeper(HostDevice(), 1 << 20, disk)
+    tensor = torch.full((2048,), 1.0, requires_grad=True)
+    with keeper.keep([tensor], "L00"):
+        lost = tensor.square()
+    del tensor
+    with pytest.raises(StorageError):
+        keeper.begin()
+    del lost
+    tensor = torch.full((2048,), 2.0, requires_grad=True)
+    with keeper.keep([tensor], "L01"):
+        output = tensor.square()
+    del tensor
+    assert keeper.high_water_bytes == 8192
+    keeper.begin()
+    time.sleep(0.15)
+    assert torch.equal(output.grad_fn._saved_self, torch.full((2048,), 2.0))
+    del output
+    keeper.close()
+
+
+def test_blocks_are_closed_though_inputs_cannot_be(tmp_path, monkeypatch):
+    def fail(keeper):
+        raise StorageError("no", hint="none")
+
+    model = llama(tmp_path)
+    model(**ZOO["llama"].batch()).loss.backward()
+    session = session_of(model)
+    keeper, arena = session.keeper, session.executor.store.arena
+    with monkeypatch.context() as patch:
+        patch.setattr(keep.Keeper, "close", fail)
+        with pytest.raises(StorageError):
+            session.close()
+    assert arena.in_use_bytes == 0
     keeper.close()
 
 

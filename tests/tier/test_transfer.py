@@ -1,5 +1,7 @@
 import pytest
 
+from outsize.errors import StorageError
+from outsize.tier import follow_all, wait_all
 from outsize.tier.transfer import DoneTransfer, PieceTransfer, Verb, checked_bytes
 
 from .helpers import pages
@@ -42,3 +44,29 @@ def test_a_transfer_is_over_with_its_last_piece_and_raises_its_first_error_each_
 def test_done_is_done():
     assert DoneTransfer().is_done()
     DoneTransfer().wait()
+
+
+class Late:
+    """A transfer that is over when it is waited for, and may have failed."""
+
+    def __init__(self, error=None):
+        self.error, self.is_over = error, False
+
+    def wait(self):
+        self.is_over = True
+        if self.error is not None:
+            raise self.error
+
+    def follow(self):
+        if self.error is not None:
+            raise self.error
+
+
+@pytest.mark.parametrize("verb", [wait_all, follow_all])
+def test_an_error_is_raised_when_nothing_is_under_way_any_more(verb):
+    first, second = StorageError("first", hint=""), StorageError("second", hint="")
+    transfers = [Late(), Late(first), Late(), Late(second)]
+    with pytest.raises(StorageError, match="first"):
+        verb(transfers)
+    assert all(transfer.is_over for transfer in transfers)
+    verb([Late(), Late()])

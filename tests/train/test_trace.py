@@ -81,6 +81,13 @@ def test_what_is_no_run_is_refused(tmp_path):
     assert "no step of that run was recorded | train for 4 steps or more" in refused(tmp_path / "other")
 
 
+def measured(step_s, span=""):
+    return (
+        '{"version": 1, "step": 4, "measured": '
+        f'{{"step_s": {step_s}, "spans": [{span}], "stalls": [], "memory": {{}}}}}}'
+    )
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
@@ -90,6 +97,14 @@ def test_what_is_no_run_is_refused(tmp_path):
         ('{"version": 1, "measured": {}}', "step is None"),
         ('{"version": 1, "step": 4}', "measured: step_s is malformed"),
         ('{"version": 1, "step": 4, "predicted": {}, "measured": {}}', "predicted: step_s is missing"),
+        ("[" * 100_000, "not JSON"),
+        *(
+            (measured(step_s), "measured: step_s is malformed")
+            for step_s in ("0", "-1", "NaN", "1e308", "9" * 400)
+        ),
+        (measured("1", '["read", 0, 1e308, "x", 0]'), "measured: spans is malformed"),
+        (measured("1", f'["read", 0, 1, "x", {"9" * 400}]'), "measured: spans is malformed"),
+        (measured("1", '["read", 0, 1, "\\ud800", 0]'), "measured: spans is malformed"),
     ],
 )
 def test_a_damaged_file_is_named(text, said, tmp_path):
@@ -109,8 +124,8 @@ def test_differences_come_with_the_largest_first():
 
 
 def test_times_are_short():
-    assert [seconds(value) for value in (0.0, 4.2e-6, 0.01234, 1.5, 1234.5)] == [
-        *("0 s", "4.2 µs", "12.3 ms", "1.5 s", "1,234 s"),
+    assert [seconds(value) for value in (0.0, 4.2e-6, 0.0009999, 0.01234, 0.9997, 1.5, 999.7, 1234.5)] == [
+        *("0 s", "4.2 µs", "1 ms", "12.3 ms", "1 s", "1.5 s", "1,000 s", "1,234 s"),
     ]
 
 
@@ -142,7 +157,8 @@ def test_without_a_profile_there_is_no_prediction(files):
 
 
 @pytest.mark.parametrize(
-    ("chosen", "every", "recorded"), [(4, 3, 5), (2, 1, None), (0, None, None), (7, None, None)]
+    ("chosen", "every", "recorded"),
+    [(4, 3, 5), (2, 1, None), (0, None, None), (7, None, None), (1, None, 2), (1, 1, None)],
 )
 def test_which_step_is_recorded(files, chosen, every, recorded):
     """A step after an evaluation finds nothing to update: it is not like the others."""

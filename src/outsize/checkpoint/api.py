@@ -19,7 +19,7 @@ import base64
 import platform
 import random
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -31,13 +31,15 @@ import transformers
 from torch import nn
 
 import outsize
+from outsize.block import Block
 from outsize.checkpoint.files import MODEL, to_jsonable
 from outsize.checkpoint.manifest import Manifest
+from outsize.checkpoint.reading import CommitReader
 from outsize.checkpoint.store import Committed, Store
 from outsize.engine.optimizer import Optimizer
 from outsize.engine.session import Session, session_of
 from outsize.errors import StorageError, UsageError
-from outsize.model import write_companions
+from outsize.model import Source, write_companions
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +80,7 @@ def resume(
         if manifest.random is not None:
             _restore_random(manifest.random)
         notes = _notes(session, manifest)
+        session.committed = _Committed(store.reader(), session.source)
     except BaseException:
         session.versions = None
         store.close()
@@ -176,6 +179,26 @@ def _attach(session: Session, path: Path, keep: int) -> Store:
         path, keep, [disk.folder for disk in session.settings.budgets.disks]
     )
     return store
+
+
+class _Committed:
+    """The weights of a commit as a source: what is read, or saved, before the model's first call."""
+
+    def __init__(self, reader: CommitReader, others: Source | None) -> None:
+        self._reader = reader
+        self._others = others
+
+    def read(self, block: Block, targets: Sequence[torch.Tensor]) -> None:
+        """Fill one target per piece; what was never updated comes from the model's own files."""
+        for piece, target in zip(block.pieces, targets, strict=True):
+            if self._reader.find(piece) is not None:
+                self._reader.read(Block(block.name, (piece,)), [target])
+            elif self._others is not None:
+                self._others.read(Block(block.name, (piece,)), [target])
+
+    def close(self) -> None:
+        """Close the commit."""
+        self._reader.close()
 
 
 def _check_source(session: Session, manifest: Manifest) -> None:

@@ -134,6 +134,11 @@ class Store:
         self.resumed = manifests[-1]
         return self.resumed
 
+    def reader(self) -> CommitReader:
+        """The commit that was resumed."""
+        assert self.resumed is not None and self._header is not None
+        return CommitReader(self.folder, self._header, self.resumed)
+
     # -- what a session asks (`outsize.engine.versions.Versions`) ---------------------------------------------------
 
     def open(self, records: Sequence[Record], layout: Layout, *, verify: bool) -> Opened:
@@ -166,8 +171,7 @@ class Store:
                 name for name in self._records if name not in others and self._stored(name) is not None
             }
             if others:
-                assert self.resumed is not None and self._header is not None
-                with CommitReader(self.folder, self._header, self.resumed) as reader:
+                with self.reader() as reader:
                     restored |= convert(
                         reader, [self._records[name] for name in others], self._bases(), versions
                     )

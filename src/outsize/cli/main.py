@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib import metadata
+from io import TextIOWrapper
 
 from outsize.cli import checkpoint, demo, generate, plan, profile, quiet, trace, train
 from outsize.cli.explain import Parser, explain
@@ -67,6 +68,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     argparse."""
     options = parse(arguments)
     quiet.before_imports()
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: names of files need not be text
     try:
         status = options.run(options)
         assert isinstance(status, int), status

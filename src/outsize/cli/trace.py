@@ -53,8 +53,9 @@ def run(options: argparse.Namespace) -> int:
         raise ConfigError(f"--out and --perfetto are both {page_path}", hint="name two files")
     _check(page_path, "--out", trace_page.MARK)
     _check(perfetto_path, "--perfetto", perfetto.MARK)
-    page_path.write_text(trace_page.page(trace), encoding="utf-8")
-    perfetto_path.write_text(perfetto.perfetto(trace), encoding="utf-8")
+    texts = {page_path: trace_page.page(trace), perfetto_path: perfetto.perfetto(trace)}
+    for path, text in texts.items():
+        path.write_text(text, encoding="utf-8")
     print("\n".join(summary(trace)))
     print(f"saved {page_path}: open it in a browser")
     print(f"saved {perfetto_path}: open it at ui.perfetto.dev")
@@ -64,7 +65,7 @@ def run(options: argparse.Namespace) -> int:
 def summary(trace: Trace) -> Iterator[str]:
     """The lines that are printed: the step, what it waited for, and what was predicted least well."""
     from outsize.plan.profile import WORDS
-    from outsize.train.trace import seconds
+    from outsize.train.trace import MOST_DIFFERENCES, seconds
 
     measured, predicted = trace.measured, trace.predicted
     if predicted is None:
@@ -78,7 +79,7 @@ def summary(trace: Trace) -> Iterator[str]:
         yield f"computing waited {seconds(sum(stalls.values()))} of it, mostly for {WORDS[most]}"
     else:
         yield "computing waited for nothing"
-    if differences := trace.differences()[:3]:
+    if differences := trace.differences()[:MOST_DIFFERENCES]:
         yield "seconds busy that differ most:"
         yield from (f"  {difference}" for difference in differences)
     elif predicted is None:

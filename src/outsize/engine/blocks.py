@@ -38,6 +38,8 @@ from outsize.tier import (
     Transfer,
     VersionedTier,
     Way,
+    follow_all,
+    wait_all,
 )
 
 DTYPES = {ComputeType.FLOAT32: torch.float32, ComputeType.BFLOAT16: torch.bfloat16}
@@ -412,8 +414,7 @@ class BlockStore:
         """Give the weight slot back once nothing is read into or written from it."""
         assert state.slot is not None, f"{state.name} holds no slot"
         try:
-            for read in state.weight_reads:
-                read.wait()
+            wait_all(state.weight_reads)
             if state.update is not None:
                 state.update.wait_slot_free()
         finally:
@@ -462,7 +463,8 @@ class BlockStore:
         for index in state.summed:
             if state.gradients[index].scale != 1.0:
                 self.gradient_sum(state, index).mul_(state.gradients[index].scale)
-                state.gradients[index].scale = 1.0
+                if state.gradient_slot is None:  # else what is stored is as it was until the sum is written
+                    state.gradients[index].scale = 1.0
 
     def write_gradient(self, state: BlockState) -> None:
         """Round the sum to the gradient type, take its norm, and start moving it home."""
@@ -798,15 +800,13 @@ class BlockStore:
 def _finish(state: BlockState) -> None:
     """Wait for the gradient's transfers; a failure is raised once."""
     transfers, state.gradient_transfers = state.gradient_transfers, []
-    for transfer in transfers:
-        transfer.wait()
+    wait_all(transfers)
 
 
 def _follow(state: BlockState) -> None:
     """Let computing come after the gradient's transfers; a failure is raised once."""
     transfers, state.gradient_transfers = state.gradient_transfers, []
-    for transfer in transfers:
-        transfer.follow()
+    follow_all(transfers)
 
 
 def close_workers(

@@ -137,7 +137,8 @@ class Budget:
         self._free_host_bytes = free_host_bytes
         self._home_room_bytes = 0
         self._always_resident = always_resident
-        self._visit_bytes = 0
+        self.visit_bytes = 0
+        """What a visit of the call that began last takes of the host's memory beside weights, at most."""
         self._fit: Fit | None = None
         self._least_needs = _Needs(0, 0)
         self.choices: list[Choice[Fit]] = []
@@ -228,7 +229,7 @@ class Budget:
                     "first call with the largest batch",
                 )
             tile_rows = -(-tile_rows // 2)
-        self._visit_bytes = needs.visit_bytes if self._device.is_host else 0
+        self.visit_bytes = needs.visit_bytes if self._device.is_host else 0
         return tile_rows
 
     def host_bytes(self) -> int:
@@ -264,10 +265,10 @@ class Budget:
                 "or give less with device=",
             ) from error
 
-    def make_room(self) -> None:
-        """Called before each visit: give freed memory back where the visit would pass the limit."""
+    def make_room(self, visit_bytes: int) -> None:
+        """Called before each visit, which takes `visit_bytes`: give freed memory back where it would pass the limit."""
         assert self._ceiling is not None
-        self._ceiling.make_room(self._visit_bytes)
+        self._ceiling.make_room(visit_bytes)
 
     def _fitting(self, records: Sequence[Record], rehearsal: Rehearsal, shape: BatchShape) -> Iterator[Fit]:
         """What fits: activations get memory first, then arenas. Raises BudgetError where nothing does."""

@@ -12,9 +12,7 @@ import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from outsize.errors import OutsizeError
-from outsize.tier.base import Transfer
-from outsize.tier.versioned import Stored
+from outsize.tier import Stored, Transfer, wait_all
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,15 +55,10 @@ class Capture:
 
     def wait(self) -> None:
         """Wait for what is being written. Raises the first error that any block met."""
-        error = self._error
-        for transfer in self._transfers:
-            try:
-                transfer.wait()
-            except OutsizeError as failure:
-                error = error or failure
-        self._transfers = []
-        if error is not None:
-            raise error
+        transfers, self._transfers = self._transfers, []
+        wait_all(transfers)
+        if self._error is not None:
+            raise self._error
 
     def _settle(self, block: str) -> None:
         with self._lock:

@@ -21,7 +21,7 @@ import torch
 
 from outsize.block import Extent
 from outsize.errors import OutsizeError
-from outsize.tier import Device, Region, Slot, Tier, Transfer, Way
+from outsize.tier import Device, Region, Slot, Tier, Transfer, Way, follow_all, wait_all
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,14 +184,12 @@ class _Legs:
     def wait(self) -> None:
         """Wait for all; raise what went wrong."""
         self._all_started()
-        for transfer in self.transfers:
-            transfer.wait()
+        wait_all(self.transfers)
 
     def follow(self) -> None:
         """Block until all are started, then let computing come after them."""
         self._all_started()
-        for transfer in self.transfers:
-            transfer.follow()
+        follow_all(self.transfers)
 
     def is_done(self) -> bool:
         """Whether `wait` would not block."""
@@ -200,6 +198,8 @@ class _Legs:
     def _all_started(self) -> None:
         self.started.wait()
         if self.error is not None:
+            with suppress(OutsizeError):
+                wait_all(self.transfers)  # those that were started before
             raise self.error
 
 
@@ -324,8 +324,8 @@ class Staging:
     def take(self) -> Region:
         """A region that nothing reads any more; blocks until there is one."""
         region, transfers = self._idle.get()
-        for transfer in transfers:
-            transfer.wait()
+        with suppress(OutsizeError):  # who needed those bytes was told
+            wait_all(transfers)
         return region
 
     def give(self, region: Region, after: Sequence[Transfer]) -> None:

@@ -7,6 +7,7 @@ written to from anywhere.
 
 from __future__ import annotations
 
+import os
 import threading
 import weakref
 from collections.abc import Callable
@@ -38,6 +39,16 @@ def finish() -> None:
         done = threading.Event()
         _notes.put(done.set)
         done.wait()
+
+
+def _begin_anew() -> None:
+    """In a child that was forked: threads and locks are its parent's, as are the workers of what the notes tell of."""
+    global _notes, _lock
+    _notes, _lock = SimpleQueue(), threading.Lock()
+    _threads.clear()
+
+
+os.register_at_fork(after_in_child=_begin_anew)
 
 
 def _run() -> None:

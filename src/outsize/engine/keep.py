@@ -13,10 +13,11 @@ Source: activation offloading as in ZeRO-Infinity (Rajbhandari et al., 2021), ht
 
 from __future__ import annotations
 
+import time
 import weakref
-from collections import deque
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, suppress
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 
 import torch
@@ -25,7 +26,9 @@ from outsize.block import Extent, align
 from outsize.config import format_bytes
 from outsize.engine.carrier import Carrier, Parcel, Part, StagedCarrier
 from outsize.engine.closing import when_dropped
+from outsize.engine.recorder import ENDS_A_FREE, ENDS_A_WAIT, Recorder
 from outsize.errors import BudgetError, OutsizeError, StorageError, UsageError
+from outsize.plan.profile import Resource
 from outsize.tier import Device, DoneTransfer, HostArena, Tier, TierStats, Transfer
 
 LEAST_BYTES = 1 << 20
@@ -50,6 +53,8 @@ class Keeper:
 
     def __init__(self, device: Device, num_bytes: int, disk: Tier | None = None) -> None:
         num_bytes = align(num_bytes)
+        self.wait_s: defaultdict[str, float] = defaultdict(float)
+        self._recorder: Recorder | None = None
         self._places = Places(num_bytes)
         self._device = device
         self._disk = disk
@@ -61,7 +66,7 @@ class Keeper:
             for index in range(BUFFERS if disk is not None else 0)
         ]
         self._carrier: Carrier = StagedCarrier(device, disk, self._buffers)
-        self._visits: list[list[weakref.ref[_Kept]]] = []
+        self._visits: _Visits = []
         self._known: dict[int, tuple[weakref.ref[torch.Tensor], weakref.ref[_Kept]]] = {}
         self._leaving: deque[list[tuple[torch.Tensor, _Input, Transfer]]] = deque()
         self._dropped: deque[_Input] = deque()
@@ -83,6 +88,12 @@ class Keeper:
         """What was moved to the disk and back."""
         return self._disk.stats() if self._disk is not None else TierStats()
 
+    def tell(self, recorder: Recorder | None) -> None:
+        """Let `recorder` know what is moved to the disk and back, and what is waited for; None: nobody."""
+        self._recorder = recorder
+        if self._disk is not None:
+            self._disk.listen(recorder.moved if recorder is not None else None)
+
     def begin(self) -> None:
         """A call begins: what earlier ones kept belongs to their graphs."""
         self._let_go(0)
@@ -100,13 +111,13 @@ class Keeper:
         self._take_back()
         self._leaving.append([])
         kept = [self._keep(tensor, owner) for tensor in tensors]
-        index = len(self._visits)
-        self._visits.append([weakref.ref(each) for each in kept if each is not None])
+        visits, index = self._visits, len(self._visits)
+        visits.append([weakref.ref(each) for each in kept if each is not None])
         order = iter(kept)
 
-        def pack(tensor: torch.Tensor) -> torch.Tensor | tuple[_Kept, int]:
+        def pack(tensor: torch.Tensor) -> torch.Tensor | _Saved:
             each = next(order)
-            return tensor if each is None else (each, index)
+            return tensor if each is None else _Saved(each, visits, index)
 
         return torch.autograd.graph.saved_tensors_hooks(pack, self._unpack)
 
@@ -129,8 +140,9 @@ class Keeper:
         if not (tensor.requires_grad and tensor.is_contiguous() and tensor.nbytes >= LEAST_BYTES):
             return None
         own, known = self._known.get(id(tensor), (None, None))
-        if own is not None and known is not None and own() is tensor and (same := known()) is not None:
-            return same
+        same = known() if own is not None and known is not None and own() is tensor else None
+        if same is not None and same.input.version == tensor._version:
+            return same  # nor was it changed in place since
         label = f"{owner}.input"
         extent = self._places.take(tensor.nbytes, label)
         sent = tensor.detach()  # without its graph, which holds whoever holds this keeper
@@ -150,7 +162,8 @@ class Keeper:
         while len(self._leaving) > num_visits:
             for tensor, each, down in self._leaving.popleft():
                 try:
-                    down.follow()
+                    with self._waiting("free input", each, ENDS_A_FREE):
+                        down.follow()
                 except OutsizeError as failure:
                     error = error or failure
                     each.is_lost = True
@@ -171,21 +184,22 @@ class Keeper:
 
     # -- up --------------------------------------------------------------------------------------------------------
 
-    def _unpack(self, saved: torch.Tensor | tuple[_Kept, int]) -> torch.Tensor:
+    def _unpack(self, saved: torch.Tensor | _Saved) -> torch.Tensor:
         """The input where blocks compute; those of the visit whose backward comes next are started on their way."""
         if isinstance(saved, torch.Tensor):
             return saved
-        kept, index = saved
+        kept = saved.kept
         target, up = self._bring(kept.input)
         kept.input.on_way = None
-        for visit in reversed(self._visits[:index]):
+        for visit in reversed(saved.visits[: saved.index]):
             ahead = [other.input for reference in visit if (other := reference()) is not None]
             for each in ahead:
                 each.on_way = self._bring(each)
             if ahead:
                 break
         try:
-            up.follow()
+            with self._waiting("wait input", kept.input, ENDS_A_WAIT):
+                up.follow()
         except BaseException:
             kept.input.forget()
             raise
@@ -216,6 +230,18 @@ class Keeper:
         each.last = each.arrived = up
         each.here = weakref.ref(target)
         return target, up
+
+    @contextmanager
+    def _waiting(self, what: str, each: _Input, ended_by: Sequence[Resource]) -> Iterator[None]:
+        """In the body, computing waits for an input."""
+        recorder, start_s = self._recorder, time.perf_counter()
+        began = recorder.moment() if recorder is not None else None
+        try:
+            yield
+        finally:
+            self.wait_s[what] += time.perf_counter() - start_s
+        if recorder is not None and began is not None:
+            recorder.waited(each.label.partition(".")[0], ended_by, began)
 
     def _parcel(self, each: _Input, place: torch.Tensor) -> Parcel:
         """An input between `place`, `[num_elements]`, and where it waits."""
@@ -267,6 +293,19 @@ class _Kept:
     """What autograd saves: its place is taken back when the last graph has let go of it."""
 
     input: _Input
+
+
+_Visits = list[list[weakref.ref[_Kept]]]
+"""What each visit of one call sent away."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Saved:
+    """An input as the graph holds it: sent away for visit `index` of `visits`, those of its own call."""
+
+    kept: _Kept
+    visits: _Visits
+    index: int
 
 
 class Places:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from torch import nn
 
 from outsize.engine.executor import Executor
+from outsize.engine.keep import Keeper
 from outsize.engine.recorder import Recorder
 from outsize.engine.session import session_of
 from outsize.errors import UsageError
@@ -40,7 +41,7 @@ def record(model: nn.Module) -> Iterator[Recording]:
     yet, or is being recorded.
     """
     session = session_of(model)
-    executor = session.executor
+    executor, keeper = session.executor, session.keeper
     if executor is None:
         raise UsageError(
             "a model cannot be recorded before its first call",
@@ -51,16 +52,16 @@ def record(model: nn.Module) -> Iterator[Recording]:
     recording = Recording()
     recorder = Recorder(session.device)
     try:
-        _tell(executor, recorder)
+        _tell(executor, keeper, recorder)
         recorder.begin()
         yield recording
         recording._timeline = recorder.timeline()
     finally:
-        _tell(executor, None)
+        _tell(executor, keeper, None)
 
 
-def _tell(executor: Executor, recorder: Recorder | None) -> None:
-    """Let everything that works for `executor` tell `recorder` of it, or nobody."""
+def _tell(executor: Executor, keeper: Keeper | None, recorder: Recorder | None) -> None:
+    """Let everything that works for a model tell `recorder` of it, or nobody."""
     store = executor.store
     listener = recorder.moved if recorder is not None else None
     store.device.listen(listener)
@@ -68,4 +69,6 @@ def _tell(executor: Executor, recorder: Recorder | None) -> None:
         store.disk.listen(listener)
     if store.lane is not None:
         store.lane.recorder = recorder
+    if keeper is not None:
+        keeper.tell(recorder)
     executor.recorder = recorder

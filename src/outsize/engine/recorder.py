@@ -26,11 +26,11 @@ SHORTEST_STALL_S = 1e-4
 _CLOCK_S = 1e-5
 """By which two threads may see the same moment apart."""
 
-_ENDS_A_WAIT: tuple[Resource, ...] = (Resource.READ, Resource.UPDATE, Resource.UP)
-"""What makes a plane usable."""
+ENDS_A_WAIT: tuple[Resource, ...] = (Resource.READ, Resource.UPDATE, Resource.UP)
+"""What makes a plane, or an input of a block, usable; the first where nothing is known to have."""
 
-_ENDS_A_FREE: tuple[Resource, ...] = (Resource.WRITE, Resource.DOWN, Resource.UP, Resource.UPDATE)
-"""What lets a slot go."""
+ENDS_A_FREE: tuple[Resource, ...] = (Resource.WRITE, Resource.DOWN, Resource.UP, Resource.UPDATE)
+"""What lets a slot go, or the memory of an input; the first where nothing is known to have."""
 
 _ANY = tuple(Resource)
 
@@ -42,7 +42,7 @@ class Recorder:
         self._device = device
         self._start_s = 0.0
         self._spans: list[tuple[Resource, str, int, Moment, Moment]] = []
-        self._waits: list[tuple[Op, Moment, Moment]] = []
+        self._waits: list[tuple[str, Sequence[Resource], Moment, Moment]] = []
         self._memory: list[tuple[float, int, int]] = []
 
     def begin(self) -> None:
@@ -63,11 +63,15 @@ class Recorder:
     def ran(self, op: Op, began: Moment, *, in_place: bool) -> None:
         """An operation between visits is over; an update `in_place` is computed where blocks are."""
         if isinstance(op, Wait | Free):
-            self._waits.append((op, began, self.moment()))
+            self.waited(op.block, ENDS_A_WAIT if isinstance(op, Wait) else ENDS_A_FREE, began)
         elif isinstance(op, Write):
             self._spans.append((Resource.COMPUTE, f"round {op.block}", 0, began, self.moment()))
         elif isinstance(op, Update) and in_place:
             self._spans.append((Resource.COMPUTE, f"update {op.block}", 0, began, self.moment()))
+
+    def waited(self, block: str, ended_by: Sequence[Resource], began: Moment) -> None:
+        """Computing waited, since `began`, for a transfer or an update of `block`."""
+        self._waits.append((block, ended_by, began, self.moment()))
 
     def updated(self, block: str, start_s: float) -> None:
         """The host has applied a rule to a part of a block."""
@@ -98,22 +102,24 @@ class Recorder:
         )
         of_block = _by_block(spans)
         stalls: list[Stall] = []
-        for op, start, end in self._waits:
+        for block, ended_by, start, end in self._waits:
             start_s, end_s = start() - begin, end() - begin
             if end_s - start_s >= SHORTEST_STALL_S:
-                stalls += reversed(list(causes(op, start_s, end_s, of_block.get(op.block, ()))))
+                stalls += reversed(list(causes(ended_by, start_s, end_s, of_block.get(block, ()))))
         tiers = {"host": tuple((time_s, host) for time_s, host, _ in self._memory)}
         if self._device.torch_device.type == "cuda":
             tiers["device"] = tuple((time_s, beside) for time_s, _, beside in self._memory)
         return Timeline(step_s, tuple(spans), tuple(sorted(stalls, key=lambda stall: stall.start_s)), tiers)
 
 
-def causes(op: Op, start_s: float, end_s: float, own: Sequence[Span]) -> Iterator[Stall]:
-    """What computing waited for in `op`, backwards in time. `own` are the spans of its block, in the order of their ends.
+def causes(
+    ended_by: Sequence[Resource], start_s: float, end_s: float, own: Sequence[Span]
+) -> Iterator[Stall]:
+    """What a wait was for, backwards in time. `own` are the spans of its block, in the order of their ends.
 
     As in the simulation: what ended the wait, from when it could begin; before that, what it had to come after.
     """
-    kinds, cause = (_ENDS_A_WAIT, Resource.READ) if isinstance(op, Wait) else (_ENDS_A_FREE, Resource.WRITE)
+    kinds, cause = ended_by, ended_by[0]
     until_s = before_s = end_s
     for span in reversed(own):
         if span.end_s <= start_s:

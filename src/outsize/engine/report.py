@@ -78,7 +78,8 @@ def report(model: nn.Module) -> Report:
         return Report((), num_parameters, 0, budget.limit_bytes, memory.peak_bytes(), 0, 0)
     records = [state.record for state in executor.store]
     rows = placement_rows(session, records, placement)
-    stats = [tier.stats() for tier in (executor.store.disk, session.keeper) if tier is not None]
+    keeper = session.keeper
+    stats = [tier.stats() for tier in (executor.store.disk, keeper) if tier is not None]
     return Report(
         rows=rows,
         num_parameters=num_parameters,
@@ -87,7 +88,7 @@ def report(model: nn.Module) -> Report:
         host_peak_bytes=memory.peak_bytes(),
         bytes_read=sum(each.bytes_read for each in stats),
         bytes_written=sum(each.bytes_written for each in stats),
-        wait_s=dict(executor.wait_s),
+        wait_s=executor.wait_s | (keeper.wait_s if keeper is not None else {}),
         off_plan=tuple(f"{visit} x{count}" for visit, count in executor.off_plan.items()),
         device_budget_bytes=budget.device_limit_bytes,
         device_peak_bytes=memory.device_peak_bytes(session.torch_device),

@@ -80,11 +80,12 @@ class Location:
 
 @dataclass(frozen=True, slots=True)
 class _Call:
-    """The call of the root module that is running, forward and backward."""
+    """A call of the root module, forward and backward; each of its visits takes `visit_bytes` at most."""
 
     rehearsal: Rehearsal
     shape: BatchShape
     tile_rows: int
+    visit_bytes: int
 
 
 class Session:
@@ -119,6 +120,8 @@ class Session:
         self.executor: Executor | None = None
         self.versions: Versions | None = None
         """Where records are kept beyond the process, if they are."""
+        self.committed: Source | None = None
+        """What the commit holds that the session will start from; until it does."""
         self.keeper: Keeper | None = None
         self._is_closed = False
         self._kept_whole: set[str] = set()
@@ -259,7 +262,8 @@ class Session:
                     needed = rehearse(self, args, {**kwargs, **_uncached(kwargs)}, shape)
             self._settle(needed, shape)
         assert self.executor is not None
-        self._call = _Call(rehearsal, shape, self.budget.begin_call(rehearsal, shape))
+        tile_rows = self.budget.begin_call(rehearsal, shape)
+        self._call = _Call(rehearsal, shape, tile_rows, self.budget.visit_bytes)
         if torch.is_grad_enabled():
             self.last_training_call = self._call
         self.executor.begin(rehearsal.visits)
@@ -389,7 +393,8 @@ class Session:
         """The parameters in `blocks` by name: as plain views, or as leaves of a graph that outlives the visit."""
         values_of = self._leaves if as_leaves else self._values
         visits = [Visit(name, direction, joins_next=name != blocks[-1]) for name in blocks]
-        with self.budget.guarded(), self._running.visit(visits, self.budget.make_room) as states:
+        make_room = partial(self.budget.make_room, self.budget.visit_bytes)
+        with self.budget.guarded(), self._running.visit(visits, make_room) as states:
             yield {name: value for state in states for name, value in values_of(state).items()}
 
     @contextmanager
@@ -398,7 +403,11 @@ class Session:
     ) -> Iterator[dict[str, torch.Tensor]]:
         """As `visit`; trainable parameters are leaves whose gradients go to the block's sum as they arise."""
         visits = backward_visits(self, blocks, needs_weights)
-        with self.budget.guarded(), self._running.visit(visits, self.budget.make_room) as states:
+        # Calls without a graph may have come since, and be smaller.
+        call = self.last_training_call
+        visit_bytes = self.budget.visit_bytes if call is None else call.visit_bytes
+        make_room = partial(self.budget.make_room, visit_bytes)
+        with self.budget.guarded(), self._running.visit(visits, make_room) as states:
             yield {
                 name: value
                 for state in states
@@ -490,8 +499,9 @@ class Session:
         if self.executor is None:
             piece = self._blocks[at.block].pieces[at.index]
             exact = torch.empty(piece.shape, dtype=torch.float32)
-            assert self.source is not None
-            self.source.read(Block(at.block, (piece,)), [exact])
+            source = self.committed or self.source
+            assert source is not None
+            source.read(Block(at.block, (piece,)), [exact])
             value = exact if self.dtype is torch.float32 else split(exact.view(-1))[0].view(piece.shape)
             return value.to(self.torch_device)
         with self.executor.touch(at.block) as state:
@@ -691,6 +701,7 @@ class Session:
                 inputs = self._open_disk("inputs", placement.inputs_bytes) if is_disk else None
                 self.keeper = Keeper(self.device, placement.inputs_bytes, inputs)
             store.restore(restored)
+            self._forget_committed()
             if self.rule is not None and isinstance(self.source, InitSource | TensorSource):
                 store.import_all(self._touch)
                 self.source = None
@@ -701,6 +712,11 @@ class Session:
             with suppress(BaseException):  # the first error is the one to report
                 self.close()
             raise
+
+    def _forget_committed(self) -> None:
+        if self.committed is not None:
+            self.committed.close()
+            self.committed = None
 
     def _touch(self, state: BlockState) -> None:
         assert self.executor is not None
@@ -746,8 +762,7 @@ class Session:
         """Give memory and disk back. Weights that were updated or taken over are gone: save them before."""
         executor, self.executor, self.budget.placement = self.executor, None, None
         keeper, self.keeper = self.keeper, None
-        if keeper is not None:
-            keeper.close()
+        self._forget_committed()
         with ExitStack() as stack:
             if self.versions is not None:
                 stack.callback(self.versions.close)
@@ -756,7 +771,9 @@ class Session:
                     self.versions.is_closing()
                 self._finalizer.detach()
                 self._is_closed = self.source is None or any(state.is_stored for state in executor.store)
-                executor.close()
+                stack.callback(executor.close)
+            if keeper is not None:
+                stack.callback(keeper.close)
 
     def _check_parameters(self) -> None:
         """Refuse to run with parameters that are no longer ours, or that train without a place for gradients."""

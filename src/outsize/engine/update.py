@@ -23,7 +23,7 @@ import torch
 from outsize.block import CHUNK, Plane, Record, align
 from outsize.engine.recorder import Recorder
 from outsize.optim import Hyper, Kernel, part
-from outsize.tier import Region, Tier, Transfer
+from outsize.tier import Region, Tier, Transfer, wait_all
 
 CHUNKS_IN_MEMORY = 8
 """Chunks that are updated at once where no plane streams: the interpreter's part is spread over more."""
@@ -92,14 +92,12 @@ class UpdateJob:
     def wait(self) -> None:
         """Wait until the update is on disk, and on the device."""
         self.wait_applied()
-        for transfer in (*self.weight_writes, *self.state_writes, *self.sent):
-            transfer.wait()
+        wait_all((*self.weight_writes, *self.state_writes, *self.sent))
 
     def wait_slot_free(self) -> None:
         """Wait until nothing is being written from, or sent to, where the block computes."""
         self.wait_applied()
-        for transfer in self.weight_writes if self.send_up is None else self.sent:
-            transfer.wait()
+        wait_all(self.weight_writes if self.send_up is None else self.sent)
 
     def is_done(self) -> bool:
         """Whether `wait` would not block."""
@@ -239,8 +237,7 @@ class UpdateLane:
         if not (streams_state or streams_gradient or job.streams_weight):
             return
         chunk.buffer, writes = self._idle.get()
-        for write in writes:
-            write.wait()
+        wait_all(writes)
         assert self._disk is not None
         if streams_state:
             extent = record.state_extent(chunk.start, chunk.trainable_stop)
@@ -272,8 +269,7 @@ class UpdateLane:
             job = chunk.job
             writes: list[Transfer] = []
             try:
-                for read in chunk.reads:
-                    read.wait()
+                wait_all(chunk.reads)
                 if chunk.error is not None:
                     raise chunk.error
                 if job.error is None:

@@ -11,7 +11,6 @@ recorded. As JSON it is one object; times are seconds from the start of the step
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -20,12 +19,17 @@ from outsize.errors import ConfigError
 from outsize.plan.profile import Resource
 from outsize.plan.simulate import Simulation, Stall
 
+_LONGEST_S = 1e9
+_MOST_BYTES = 1 << 62
+"""What a file may say at most, so that whatever is computed of it is finite."""
+
 
 @dataclass(frozen=True, slots=True)
 class Span:
     """A resource works from `start_s` to `end_s`, in seconds; `num_bytes` is 0 where nothing is moved.
 
-    What was under way when the step began starts below 0, and what went on after it ends above `step_s`.
+    In a simulation, what was under way when the step began starts below 0, and what went on after it ends above `step_s`.
+    A recording holds what began within the step and was over with it, and what a device was given to copy meanwhile.
     """
 
     resource: Resource
@@ -112,6 +116,8 @@ class Timeline:
         try:
             part = "step_s"
             step_s = _seconds(values["step_s"])
+            if step_s <= 0:
+                raise ValueError(f"{step_s} is no length")
             part = "spans"
             spans = [
                 Span(Resource(resource), *_interval(start_s, end_s), _text(label), _count(num_bytes))
@@ -148,7 +154,8 @@ def tracks(spans: Iterable[Span]) -> list[list[Span]]:
 
 
 def _seconds(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    # Not `> _LONGEST_S`: a NaN is neither above nor below.
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= _LONGEST_S:
         raise ValueError(f"{value!r} is no time")
     return float(value)
 
@@ -163,10 +170,11 @@ def _interval(start_s: Any, end_s: Any) -> tuple[float, float]:
 def _text(value: Any) -> str:
     if not isinstance(value, str):
         raise ValueError(f"{value!r} is no text")
+    value.encode()  # a lone surrogate, which no file can hold, is a ValueError too
     return value
 
 
 def _count(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= _MOST_BYTES:
         raise ValueError(f"{value!r} is no number of bytes")
     return value

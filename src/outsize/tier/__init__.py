@@ -3,7 +3,7 @@
 Only this room opens files for state. `base` says what a tier is; everything else is one file per tier.
 """
 
-from outsize.tier.base import DurableTier, Tier, Transfer
+from outsize.tier.base import DurableTier, Tier, Transfer, follow_all, wait_all
 from outsize.tier.device import (
     CudaDevice,
     Device,
@@ -62,4 +62,6 @@ __all__ = [
     "VersionedTier",
     "Way",
     "at",
+    "follow_all",
+    "wait_all",
 ]

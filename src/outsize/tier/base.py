@@ -6,9 +6,12 @@ what moves (`L07.state[3]`), so that an error can name it.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from typing import Protocol
 
 from outsize.block import Extent
+from outsize.errors import OutsizeError
 from outsize.tier.digests import Check
 from outsize.tier.stats import TierStats
 from outsize.tier.transfer import Listener
@@ -25,6 +28,32 @@ class Transfer(Protocol):
 
     def is_done(self) -> bool:
         """Whether `wait` would return (or raise) at once."""
+
+
+def wait_all(transfers: Iterable[Transfer]) -> None:
+    """Wait for all, those too that come after one that failed; then raise what went wrong first.
+
+    Whoever was told of an error may give away what the transfers used: nothing must be under way any more.
+    """
+    error: OutsizeError | None = None
+    for transfer in transfers:
+        try:
+            transfer.wait()
+        except OutsizeError as failure:
+            error = error or failure
+    if error is not None:
+        raise error
+
+
+def follow_all(transfers: Sequence[Transfer]) -> None:
+    """Let computing come after all; where one failed, wait for the others and raise what went wrong first."""
+    try:
+        for transfer in transfers:
+            transfer.follow()
+    except OutsizeError:
+        with suppress(OutsizeError):
+            wait_all(transfers)
+        raise
 
 
 class Tier(Protocol):

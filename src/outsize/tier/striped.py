@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from typing import cast
 
 from outsize.block import Extent, align
-from outsize.tier.base import DurableTier, Tier, Transfer
+from outsize.errors import OutsizeError
+from outsize.tier.base import DurableTier, Tier, Transfer, wait_all
 from outsize.tier.digests import Check
 from outsize.tier.stats import TierStats
 from outsize.tier.together import Together
@@ -49,14 +51,15 @@ class StripedTier:
         view: memoryview,
         label: str,
     ) -> Transfer:
-        together = Together()
+        started: list[Transfer] = []
         try:
             for index, place, begin, end in self._parts(offset, len(view)):
-                together.transfers.append(verb_of(self._tiers[index])(place, view[begin:end], label))
+                started.append(verb_of(self._tiers[index])(place, view[begin:end], label))
         except BaseException:
-            together.settle()  # nothing may still write into the buffer when the caller has it back
+            with suppress(OutsizeError):
+                wait_all(started)  # nothing may still write into the buffer when the caller has it back
             raise
-        return together
+        return Together(started)
 
     def _parts(self, offset: int, num_bytes: int) -> Iterator[tuple[int, int, int, int]]:
         """`(tier, offset in it, begin, end)` of each part of a request, `begin` and `end` in the buffer."""

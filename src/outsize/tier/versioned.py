@@ -15,11 +15,12 @@ import threading
 from bisect import bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from outsize.block import Extent
-from outsize.errors import StorageFullError
-from outsize.tier.base import DurableTier, Transfer
+from outsize.errors import OutsizeError, StorageFullError
+from outsize.tier.base import DurableTier, Transfer, wait_all
 from outsize.tier.digests import Check
 from outsize.tier.stats import TierStats
 from outsize.tier.together import Together
@@ -231,12 +232,13 @@ class VersionedTier:
         self, verb: Verb, parts: Sequence[tuple[Extent, int, int, int]], view: memoryview, label: str
     ) -> Transfer:
         start = self._inner.start_read if verb is Verb.READ else self._inner.start_write
-        together = Together()
+        started: list[Transfer] = []
         try:
             for cell, inside, begin, end in parts:
                 assert cell.offset in self._places, f"{label} is read and was never written"
-                together.transfers.append(start(self._places[cell.offset] + inside, view[begin:end], label))
+                started.append(start(self._places[cell.offset] + inside, view[begin:end], label))
         except BaseException:
-            together.settle()  # nothing may still write into the buffer when the caller has it back
+            with suppress(OutsizeError):
+                wait_all(started)  # nothing may still write into the buffer when the caller has it back
             raise
-        return together.transfers[0] if len(together.transfers) == 1 else together
+        return started[0] if len(started) == 1 else Together(started)

@@ -41,6 +41,10 @@ class Report(Protocol):
         """The most bytes of memory used so far."""
 
     @property
+    def device_peak_bytes(self) -> int:
+        """The same of a device with memory of its own; else 0."""
+
+    @property
     def bytes_read(self) -> int:
         """Bytes read from the disk tier so far."""
 
@@ -63,6 +67,10 @@ class Predicted(Protocol):
     @property
     def host_bytes(self) -> int:
         """Memory of the process, at most."""
+
+    @property
+    def device_bytes(self) -> int:
+        """Memory of the device, at most; 0 where the host computes."""
 
     @property
     def stalled_s(self) -> float:

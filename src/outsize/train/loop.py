@@ -26,7 +26,7 @@ from outsize.errors import TrainingError
 from outsize.plan.profile import Profile
 from outsize.train.api import Api, ClippingOptimizer, Predicted, Report, optimizer_of, public_api
 from outsize.train.checkpoints import Progress, read_history
-from outsize.train.compare import FIRST_STEADY_STEP, compare
+from outsize.train.compare import Steady, compare
 from outsize.train.data import Batch, DataOptions, Dataset, Position, check_files, open_dataset
 from outsize.train.evaluate import Evaluator, loss_of
 from outsize.train.interrupt import Interruption
@@ -129,9 +129,9 @@ def _train(
     started_s = time.monotonic()
     predicted: Predicted | None = None
     save = _saver(settings, api, run.model)
-    recorded = (
-        settings.trace_step and run.num_steps + settings.trace_step
-    )  # the first steps of a process are not like others
+    steady = Steady()
+    # What is first in a process is not like what follows, whatever its number.
+    recorded = settings.trace_step and run.num_steps + settings.trace_step
     tracing = Tracing(api, run.model, recorded, folder.timeline)
     with Interruption(watchers.stopping) as interruption:
         try:
@@ -147,26 +147,22 @@ def _train(
                         run.commit(settings)
                     if profile is not None and predicted is None:
                         predicted = api.predict(run.model, profile)
-                    if profile is not None and len(run.metrics) == FIRST_STEADY_STEP:
+                    if steady.stepped(metrics) and profile is not None:
                         advice = api.advise(run.model, profile, metrics.step_s, sum(metrics.wait_s.values()))
                         if advice is not None:
                             watchers.say(f"another plan would be faster: {advice}")
                     if evaluator is not None and evaluator.is_due(metrics.step, run.pace.num_steps()):
                         watchers.evaluated(evaluator.evaluate(run.model, metrics.step, save))
                         tracing.evaluated()
+                        steady.evaluated()
                 if settings.checkpointing.is_on:
                     run.finish(settings)
                 stays = interruption.requested and settings.checkpointing.is_on
-                if (
-                    evaluator is not None
-                    and run.metrics
-                    and evaluator.last_step != run.num_steps
-                    and not stays
-                ):
+                if evaluator is not None and not stays and evaluator.last_step != run.num_steps:
                     watchers.evaluated(evaluator.evaluate(run.model, run.num_steps, None))
                 watchers.ended(run.report(), interruption.requested)
                 if predicted is not None:
-                    watchers.compared(compare(predicted, run.metrics))
+                    watchers.compared(compare(predicted, steady.steps, run.report(), tracing.trace))
         except _LossNotFinite as error:
             raise _save_and_explain(error, folder, save, run) from error
         interrupted = interruption.requested
@@ -228,8 +224,6 @@ class Run:
         """Updates that were made, those of earlier processes included."""
         self.losses: list[float] = []
         """As far as they are known, from the first step on."""
-        self.metrics: list[StepMetrics] = []
-        """Of the steps of this process."""
         self.notes: list[str] = []
         self._began_s = time.monotonic()
         self._committed_step: int | None = None
@@ -280,8 +274,7 @@ class Run:
         self.num_steps += 1
         self.pace.step_done()
         step_s = time.perf_counter() - started_s
-        self.metrics.append(self._metrics(lr, batch["input_ids"].numel(), step_s, before))
-        return self.metrics[-1]
+        return self._metrics(lr, batch["input_ids"].numel(), step_s, before)
 
     def report(self) -> Report:
         """What the model has used so far."""
@@ -431,7 +424,7 @@ def _save_and_explain(
     error: _LossNotFinite, folder: OutputFolder, save: Callable[[Path], None], run: Run
 ) -> TrainingError:
     """Save the weights as they were before the step that failed, if any step was taken, and say so."""
-    if not run.metrics:
+    if not run.num_steps:
         return TrainingError(
             f"{error}; no step was taken and nothing was saved",
             hint="the model's weights or the data are at fault; try --dtype float32",

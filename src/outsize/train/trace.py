@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,10 @@ from outsize.train.output import METRICS, TIMELINE
 
 VERSION = 1
 """Of the format; a file of another version is refused."""
+
+
+MOST_DIFFERENCES = 3
+"""That are told of a step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +77,7 @@ class Trace:
         path = _timeline_of(run)
         try:
             values: Any = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError(
                 f"{path}: not JSON: {error}", hint="the file is damaged: train again to record another"
             ) from error
@@ -89,7 +94,7 @@ class Trace:
             )
         predicted = values.get("predicted")
         return cls(
-            run.resolve().name,
+            os.fsencode(run.resolve().name).decode(errors="replace"),  # a name is bytes, and a page is text
             step,
             None if predicted is None else Timeline.from_json(predicted, f"{path}: predicted"),
             Timeline.from_json(values.get("measured"), f"{path}: measured"),
@@ -99,9 +104,10 @@ class Trace:
 def seconds(value: float) -> str:
     """A time in three digits.
 
-    >>> [seconds(value) for value in (0.0, 0.0000042, 0.01234, 1.5, 1234.5)]
-    ['0 s', '4.2 µs', '12.3 ms', '1.5 s', '1,234 s']
+    >>> [seconds(value) for value in (0.0, 0.0000042, 0.01234, 0.9997, 1.5, 1234.5)]
+    ['0 s', '4.2 µs', '12.3 ms', '1 s', '1.5 s', '1,234 s']
     """
+    value = float(f"{value:.3g}") if value < 1000 else value  # before the unit is chosen: 999.7 ms are 1 s
     if value >= 1000:
         return f"{value:,.0f} s"
     for scale, unit in ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs")):

@@ -13,9 +13,10 @@ from outsize.train.trace import Trace
 
 
 class Tracing:
-    """Records one step, `first_step` or the next that no evaluation comes before, and writes it to `path`.
+    """Records one step, `first_step` or the next that is like others, and writes it to `path`.
 
-    An evaluation applies the updates that a step would otherwise find. With 0 no step is recorded.
+    The first that it sees is not, since everything is given its place then; nor is one that an evaluation comes before,
+    which applies the updates that a step would otherwise find. With 0 no step is recorded.
     """
 
     def __init__(self, api: Api, model: nn.Module, first_step: int, path: Path) -> None:
@@ -24,21 +25,24 @@ class Tracing:
         self._first_step = first_step
         self._path = path
         self._is_over = first_step == 0
-        self._was_evaluated = False
+        self._is_left_out = True
+        self.trace: Trace | None = None
+        """What was recorded, once it was."""
 
     @contextmanager
     def step(self, number: int, predicted: Predicted | None) -> Iterator[None]:
         """The body makes step `number` (from 1); it is recorded where it is the one."""
-        if self._is_over or number < self._first_step or self._was_evaluated:
-            self._was_evaluated = False
+        if self._is_over or number < self._first_step or self._is_left_out:
+            self._is_left_out = False
             yield
             return
         with self._api.record(self._model) as recording:
             yield
         self._is_over = True
         expected = predicted.timeline() if predicted is not None else None
-        Trace(self._path.parent.name, number, expected, recording.timeline).write(self._path)
+        self.trace = Trace(self._path.parent.name, number, expected, recording.timeline)
+        self.trace.write(self._path)
 
     def evaluated(self) -> None:
         """An evaluation was made since the last step."""
-        self._was_evaluated = True
+        self._is_left_out = True
