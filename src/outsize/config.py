@@ -199,6 +199,8 @@ class Settings:
     home: Home | None
     compute_type: ComputeType
     pins: Pins
+    commits: int = 0
+    """How many are kept, where any are."""
 
 
 def cache_folder() -> Path:

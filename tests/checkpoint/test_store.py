@@ -127,9 +127,8 @@ def test_data_that_is_gone_or_cut_is_named(store, tmp_path):
     data.write_bytes(kept[: len(kept) // 2])
     with pytest.raises(CorruptionError, match="reach to"):
         verify(store, None, quiet)
-    run = Run(tmp_path, keep=2)
     with pytest.raises(CorruptionError, match="reach to"):
-        run.go(batches(1))
+        Run(tmp_path, keep=2)
     assert len(manifests(store)) == 2
     assert len(data.read_bytes()) == len(kept) // 2, "nothing was done to it"
 

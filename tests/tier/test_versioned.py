@@ -95,6 +95,22 @@ def test_a_cell_may_be_written_in_parts_once_it_has_moved():
     assert read(tier, cell) == b"".join(bytes([value]) * ALIGNMENT for value in (7, 8, 9))
 
 
+def test_what_was_claimed_has_its_place_when_the_store_is_full(tmp_path):
+    tier, _ = tier_with(2, sizes=(1, 1))
+    first, second = cells_of((1, 1))
+    for cell in (first, second):
+        write(tier, cell, 1)
+        tier.capture(cell)
+    tier.claim(second, "test")
+    write(tier, first, 2)
+    tier.capture(first)
+    with pytest.raises(StorageFullError):
+        write(tier, first, 3)
+    write(tier, second, 2)
+    assert read(tier, second) == bytes([2]) * ALIGNMENT
+    tier.check_books()
+
+
 def test_a_full_store_says_so_where_no_commit_is_under_way():
     tier, _ = tier_with(1)
     cell = cells_of(SIZES)[1]

@@ -175,9 +175,8 @@ def _attach(session: Session, path: Path, keep: int) -> Store:
             "the model was called before it had a store, and lives in scratch space",
             hint="call outsize.checkpoint.resume(model, optimizer, path) before the first call of the model",
         )
-    session.versions = store = Store.claim(
-        path, keep, [disk.folder for disk in session.settings.budgets.disks]
-    )
+    store = Store.claim(path, keep, [disk.folder for disk in session.settings.budgets.disks])
+    session.live_in(store)
     return store
 
 

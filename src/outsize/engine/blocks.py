@@ -538,9 +538,13 @@ class BlockStore:
         if not state.is_stored or state.is_flushed or not self._at_home(state):
             self._note(state, capture, () if job is None else (job,))
             return
-        # A device's planes are copied in the order of computing, beginning here.
-        parcels = [parcel for parcel in self._at_home(state) if parcel.home is None]
-        drained = [transfer for parcel in parcels for transfer in self._carrier.drain(parcel)]
+        assert self.versions is not None
+        drained: list[Transfer] = []
+        for parcel in self._at_home(state):
+            for chunk in parcel.parts:
+                self.versions.claim(chunk.extent, parcel.label)
+            if parcel.home is None:  # a device's planes are copied in the order of computing, beginning here
+                drained += self._carrier.drain(parcel)
         state.flush = Job(self._flusher.submit(self._flush, state, capture, drained, job))
         state.is_flushed = True
 

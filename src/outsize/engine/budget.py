@@ -454,6 +454,7 @@ class Budget:
                 always_resident=self._always_resident,
                 kept=needs.kept,
                 pins=pins,
+                commits=self._settings.commits > 0,
             )
         inputs = needs.inputs if needs.moved_bytes else None
         return replace(placement, kept=needs.kept, inputs=inputs, inputs_bytes=needs.moved_bytes)

@@ -586,12 +586,20 @@ class Session:
 
     # -- what a commit asks for ----------------------------------------------------------------------------------
 
+    def live_in(self, versions: Versions) -> None:
+        """Keep all records in a store, from the first call on."""
+        self.versions = versions
+        self._change_settings(replace(self.settings, commits=versions.commits))
+
+    def _change_settings(self, settings: Settings) -> None:
+        self.settings = settings
+        self.budget.change_settings(settings)
+
     def keep_tiles(self, rows: int) -> bool:
         """Compute `rows` rows of a batch at once, as an earlier process did; False where a pin says otherwise."""
         pins = self.settings.pins
         if pins.tile_rows is None:
-            self.settings = replace(self.settings, pins=replace(pins, tile_rows=rows))
-            self.budget.change_settings(self.settings)
+            self._change_settings(replace(self.settings, pins=replace(pins, tile_rows=rows)))
         return self.settings.pins.tile_rows == rows
 
     def updated_on_device(self) -> list[str]:

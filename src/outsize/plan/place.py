@@ -227,6 +227,7 @@ def place_apart(
     always_resident: frozenset[str] = frozenset(),
     kept: frozenset[str] = frozenset(),
     pins: Pins,
+    commits: bool = False,
 ) -> Placement:
     """The placement that uses `device_bytes` beside a device and `host_bytes` of the host's memory best.
 
@@ -234,12 +235,12 @@ def place_apart(
     block moves nothing and is updated there. They are spread evenly over the model, so that what still moves has time
     beside them (in the manner of the k-th block of Deep Optimizer States, https://arxiv.org/abs/2410.21316). The host's
     memory holds weights first, then gradients, then state, as far as it goes; the disk holds the rest. `home` pins all
-    three: DEVICE, HOST or DISK.
+    three: DEVICE, HOST or DISK. Where there are `commits`, what lives on the device passes through relays to the disk.
     Raises BudgetError, naming what is short, where nothing fits.
     """
     groups = _ordered(records)
     everything = frozenset((record.name, group) for record, group in groups)
-    whole = _placed(records, everything, 1, 1)
+    whole = _placed(records, everything, 1, 1, frozenset() if commits else None, commits)
     if pins.resident is not None:
         raise BudgetError(
             "Pins(resident=...) is for machines whose blocks compute in the host's memory",
@@ -276,7 +277,7 @@ def place_apart(
     limit = pins.resident_bytes if pins.resident_bytes is not None else (left if home is None else 0)
     resident |= _spread(records, everything - resident, min(left, limit))
     hosted = _hosted(records, groups, resident, home, has_disk, host_bytes, (weight_slots, gradient_slots))
-    placement = _placed(records, resident, weight_slots, gradient_slots, hosted)
+    placement = _placed(records, resident, weight_slots, gradient_slots, hosted, commits)
     if placement.home_bytes > host_bytes:
         raise BudgetError(
             f"what lives in the host's memory takes {format_bytes(placement.home_bytes)}, "
@@ -361,6 +362,7 @@ def _placed(
     weight_slots: int,
     gradient_slots: int,
     hosted: frozenset[tuple[str, Plane]] | None = None,
+    commits: bool = False,
 ) -> Placement:
     """The placement with these homes; `hosted` is None where blocks compute in the host's memory."""
     is_apart = hosted is not None
@@ -389,6 +391,7 @@ def _placed(
             for group in (Plane.WEIGHT, Plane.GRADIENT)
         )
     ]
+    is_relayed = bool(from_disk) or (commits and is_apart and bool(resident))
     staged = max(
         (r.plane_bytes(Plane.WEIGHT) for r in from_disk if (r.name, Plane.WEIGHT) not in homes), default=0
     )
@@ -409,8 +412,8 @@ def _placed(
         ),
         hosted=hosted or frozenset(),
         hosted_bytes=sum(group_bytes(by_name[name], group) for name, group in hosted or ()),
-        relay_buffers=RELAY_BUFFERS if from_disk else 0,
-        relay_bytes=CHUNK * GRADIENT_SUM_BYTES if from_disk else 0,
+        relay_buffers=RELAY_BUFFERS if is_relayed else 0,
+        relay_bytes=CHUNK * GRADIENT_SUM_BYTES if is_relayed else 0,
         staging_buffers=STAGING_BUFFERS if staged else 0,
         staging_bytes=staged,
     )

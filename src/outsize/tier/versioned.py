@@ -147,6 +147,16 @@ class VersionedTier:
             self._is_closing = True
             self._changed.notify_all()
 
+    def claim(self, extent: Extent, label: str) -> None:
+        """Give the cells that `extent` touches their free extents now, for writes that come later.
+
+        A version of a cell must have its place before the next version of any other cell is written: the next one might
+        take the last free extent, and wait for a commit that waits for this one.
+        """
+        with self._changed:
+            for cell, _, _, _ in self._parts(extent.offset, extent.num_bytes):
+                self._make_writable(cell, label)
+
     def capture(self, extent: Extent) -> tuple[Stored, ...]:
         """Hold the cells within `extent` that were ever written, as they are now, for a commit."""
         first = bisect_right(self._starts, extent.offset - 1)
