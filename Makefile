@@ -8,12 +8,13 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help setup browser demo test format bench docs clean
+.PHONY: help setup browser demo test soak format bench docs clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo     train a small model out of core on this machine (about three minutes after the setup)"
 	@echo "make test     format, lint, types, import direction, tests"
+	@echo "make soak     kill, and fail, a run that commits hundreds of times (half an hour)"
 	@echo "make format   let ruff format and fix what it can"
 	@echo "make bench    run the benchmarks"
 	@echo "make docs     build the pages of docs/ into build/site"
@@ -49,6 +50,10 @@ test: $(READY) browser
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest
+
+soak: $(READY)
+	folder=$$(mktemp -d -p /var/tmp) && $(BIN)/python -m tests.checkpoint.kill $$folder/runs --count 200; status=$$?; rm -rf $$folder; exit $$status
+	OUTSIZE_SOAK=1 $(BIN)/python -m pytest tests/checkpoint/test_faults.py
 
 format: $(READY)
 	$(BIN)/ruff format .

@@ -378,6 +378,26 @@ def test_a_plain_optimizer_is_refused(tmp_path):
         )
 
 
+def test_a_step_is_committed_once(tmp_path):
+    run = Run(tmp_path)
+    run.go(batches(2))
+    for _ in range(3):
+        outsize.checkpoint.commit(run.model, run.optimizer, run.path)
+    run.optimizer.step()  # there is no gradient: nothing changes
+    outsize.checkpoint.commit(run.model, run.optimizer, run.path)
+    run.finish()
+    run.versions.check_books()
+    run.end()
+    again = Run(tmp_path)
+    assert again.resumed.step == 2
+    again.model(**batches(1)[0])
+    outsize.checkpoint.commit(again.model, again.optimizer, again.path)
+    again.go(batches(1, first=2))
+    again.finish()
+    again.versions.check_books()
+    assert [manifest.step for manifest in manifests(again.path)] == [3]
+
+
 def test_what_json_cannot_hold_is_refused_and_training_goes_on(tmp_path):
     run = Run(tmp_path)
     run.go(batches(1))

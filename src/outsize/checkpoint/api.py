@@ -102,7 +102,7 @@ def commit(
 
     It becomes durable during the next step, when the last block has applied its update, or with `finish`; a kill before
     that resumes from the commit before. `extra` is what the loop wants back: anything that JSON can hold. Gradients are
-    no part of a commit.
+    no part of a commit; a second one after the same `step()` changes nothing.
 
     Raises what went wrong with an earlier commit, UsageError where the model was called before it had a store.
     """

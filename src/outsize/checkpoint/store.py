@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import threading
 import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -80,7 +79,7 @@ class Store:
         self._records: Mapping[str, Record] = {}
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="outsize-commit")
         self._pending: list[Future[Committed]] = []
-        self._lock = threading.Lock()
+        self._declared_step: int | None = None
         self._finalizer = weakref.finalize(self, os.close, lock_fd)
 
     @classmethod
@@ -132,6 +131,7 @@ class Store:
         manifests = [read_manifest(path, self._header) for path in paths]
         self._manifests = {manifest.step: manifest.offsets() for manifest in manifests}
         self.resumed = manifests[-1]
+        self._declared_step = self.resumed.step
         return self.resumed
 
     def reader(self) -> CommitReader:
@@ -194,9 +194,12 @@ class Store:
     def commit(self, draft: Manifest, begin: Callable[[Callable[[Capture], None]], None]) -> None:
         """Declare a commit of what `draft` says and of all blocks, as they are once their pending updates are applied.
 
-        `begin` starts the capture. Returns at once. Raises what went wrong with an earlier commit.
+        `begin` starts the capture. Returns at once; a step that is committed, or on its way, is left as it is. Raises what
+        went wrong with an earlier commit.
         """
         self.raise_failure()
+        if draft.step == self._declared_step:
+            return
         tier = self._tier
         assert tier is not None, "the session has not laid its records out yet"
         future: Future[Committed] = Future()
@@ -213,6 +216,7 @@ class Store:
             self._pending.remove(future)
             tier.end_commit()
             raise
+        self._declared_step = draft.step
 
     def wait(self) -> Committed | None:
         """Wait until every commit whose blocks are captured is durable; the last. Raises what went wrong."""
@@ -251,6 +255,7 @@ class Store:
             self._manifests[draft.step] = offsets
             self._remove_old()
         except BaseException as error:
+            self._declared_step = None
             future.set_exception(error)
         else:
             future.set_result(Committed(draft.step, path))
