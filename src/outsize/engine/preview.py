@@ -98,8 +98,10 @@ def _summary(session: Session, batch_size: int, seq_len: int) -> PlanSummary:
     budget, profile = session.budget, session.profile
     num_parameters = sum(parameter.numel() for parameter in session.parameters.values())
     rehearsal, shape = _rehearse(session, batch_size, seq_len)
+    # Memory is laid out for a whole prompt; what takes the time of generating is one token after the other.
+    cached = None if torch.is_grad_enabled() else _rehearse(session, batch_size, 1)
     try:
-        records, placement = session.decide(rehearsal, shape)
+        records, placement = session.decide(rehearsal, shape, cached)
         num_disk_bytes = disk_bytes(placement, session.settings)
     except BudgetError as error:
         return PlanSummary(
@@ -116,12 +118,12 @@ def _summary(session: Session, batch_size: int, seq_len: int) -> PlanSummary:
         )
     prediction = None
     if profile is not None:
-        if torch.is_grad_enabled():
-            tile_rows = budget.begin_call(rehearsal, shape)
-        else:  # what takes the time of generating is one token after the other
-            rehearsal, shape = _rehearse(session, batch_size, 1)
-            tile_rows = batch_size
-        prediction = predict_call(session, rehearsal, shape, tile_rows, records, placement, profile)
+        tile_rows = budget.begin_call(rehearsal, shape)
+        timed = cached or (rehearsal, shape)
+        foresight = session.foresight(profile, *timed, records)
+        if cached is not None:
+            foresight = foresight.uncut(batch_size)
+        prediction = predict_call(session, *timed, tile_rows, records, placement, foresight)
     return PlanSummary(
         fits=True,
         reason="",

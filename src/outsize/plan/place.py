@@ -29,7 +29,7 @@ RELAY_BUFFERS = 8
 STAGING_BUFFERS = 2
 _ABSENT = 0
 
-_GROUPS = (Plane.WEIGHT, Plane.GRADIENT, Plane.MOMENT1)
+GROUPS = (Plane.WEIGHT, Plane.GRADIENT, Plane.MOMENT1)
 """What stays or moves as one; MOMENT1 stands for all state."""
 
 
@@ -161,9 +161,9 @@ def place(
             )
         return whole
     limit = pins.resident_bytes if pins.resident_bytes is not None else (0 if home is Home.DISK else None)
-    if limit is None and pins.resident is None:
+    if pins.resident is None and limit != 0:
         whole = _placed(records, _everything(records), 1, 1)
-        if whole.arena_bytes <= arena_bytes:
+        if whole.arena_bytes <= arena_bytes and (limit is None or whole.resident_bytes <= limit):
             return whole
 
     resident = frozenset(
@@ -213,7 +213,7 @@ def _kept(
     order = _spread_evenly(records)
     return always | {
         (record.name, group)
-        for group, count in zip(_GROUPS, counts, strict=True)
+        for group, count in zip(GROUPS, counts, strict=True)
         for record in order[:count]
         if group_bytes(record, group)
     }
@@ -247,8 +247,9 @@ def place_apart(
             "Pins(resident=...) is for machines whose blocks compute in the host's memory",
             hint="with a device, give resident_bytes= instead",
         )
+    limit = pins.resident_bytes if pins.resident_bytes is not None else (None if home is None else 0)
     if home is Home.DEVICE or (
-        home is None and pins.resident_bytes is None and whole.compute_bytes <= device_bytes
+        whole.compute_bytes <= device_bytes and (limit is None or whole.resident_bytes <= limit)
     ):
         if whole.compute_bytes > device_bytes:
             raise BudgetError(
@@ -275,8 +276,7 @@ def place_apart(
             )
 
     left = device_bytes - placement.compute_bytes
-    limit = pins.resident_bytes if pins.resident_bytes is not None else (left if home is None else 0)
-    resident |= _spread(records, everything - resident, min(left, limit))
+    resident |= _spread(records, everything - resident, left if limit is None else min(left, limit))
     hosted = _hosted(records, groups, resident, home, has_disk, host_bytes, (weight_slots, gradient_slots))
     placement = _placed(records, resident, weight_slots, gradient_slots, hosted)
     if placement.home_bytes > host_bytes:
@@ -292,14 +292,14 @@ def place_apart(
 
 def _everything(records: Sequence[Record]) -> frozenset[tuple[str, Plane]]:
     """All groups of planes."""
-    return frozenset((r.name, group) for r in records for group in _GROUPS if group_bytes(r, group))
+    return frozenset((r.name, group) for r in records for group in GROUPS if group_bytes(r, group))
 
 
 def _ordered(records: Sequence[Record]) -> list[tuple[Record, Plane]]:
     """All groups of planes, those first that save most by staying."""
     return [
         (record, group)
-        for group in _GROUPS
+        for group in GROUPS
         for record in _spread_evenly(records)
         if group_bytes(record, group)
     ]
@@ -324,7 +324,7 @@ def _spread(
     """All planes of as many whole blocks as fit, evenly over the model."""
     chosen: set[tuple[str, Plane]] = set()
     for record in _spread_evenly(records):
-        planes = [group for group in _GROUPS if (record.name, group) in keys]
+        planes = [group for group in GROUPS if (record.name, group) in keys]
         cost = sum(group_bytes(record, group) for group in planes)
         if cost <= num_bytes:
             chosen |= {(record.name, group) for group in planes}
@@ -407,7 +407,7 @@ def _placed(
         disk_bytes=sum(
             record.num_bytes
             for record in records
-            if any(group_bytes(record, g) and (record.name, g) not in homes for g in _GROUPS)
+            if any(group_bytes(record, g) and (record.name, g) not in homes for g in GROUPS)
         ),
         hosted=hosted or frozenset(),
         hosted_bytes=sum(group_bytes(by_name[name], group) for name, group in hosted or ()),
@@ -435,7 +435,7 @@ def sums_in_place(record: Record, gradient_is_resident: bool) -> bool:
 
 def _chunk_bytes(record: Record, homes: frozenset[tuple[str, Plane]], is_apart: bool) -> int:
     """What an update of one chunk needs beside planes at home in memory; on a device weights pass through as well."""
-    moving = [(record.name, group) not in homes for group in _GROUPS]
+    moving = [(record.name, group) not in homes for group in GROUPS]
     moving[0] = moving[0] and is_apart
     return sum(size for size, moves in zip(record.chunk_bytes, moving, strict=True) if moves)
 
