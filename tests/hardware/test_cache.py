@@ -37,13 +37,21 @@ def test_again_measures_again(measured, tmp_path):
         (lambda path: path.write_bytes(b"\xff\xfe\x00"), "not text"),
         (lambda path: changed(path, version=0), "version 0, expected 1"),
         (lambda path: changed(path, update=-1), "update is -1"),
+        (lambda path: changed(path, update=10**400), "update is a number too large"),
+        (lambda path: changed(path, matmul=None), "matmul is None"),
+        (lambda path: changed(path, contention={"read": 0.5}), "contention.read is 0.5"),
+        (lambda path: changed(path, name=5), "name is 5"),
+        (lambda path: path.write_text("[" * 100_000), "not JSON"),
         (
             lambda path: changed(path, identity="a machine sold long ago"),
             "holds for a machine sold long ago, this is",
         ),
         (lambda path: changed(path, identity=""), "holds for no machine, this is"),
     ],
-    ids=["cut", "binary", "version", "value", "identity", "shipped"],
+    ids=[
+        *("cut", "binary", "version", "value", "huge", "null", "flat", "text", "deep"),
+        *("identity", "shipped"),
+    ],
 )
 def test_what_does_not_hold_is_measured_again_and_that_is_said(spoil, reason, measured, tmp_path):
     first, said = load_or_measure(tmp_path, lambda line: None), []

@@ -27,7 +27,14 @@ HOST = Profile(
     num_threads=2,
 )
 DEVICE = dataclasses.replace(
-    HOST, name="a device", up=20e9, down=20e9, device_memory=1e12, device_update=1e12, update=200e9
+    HOST,
+    name="a device",
+    up=20e9,
+    down=20e9,
+    device_bytes=24 * GIB,
+    device_memory=1e12,
+    device_update=1e12,
+    update=200e9,
 )
 UNIT = 25_000_000
 """Elements of a block: 100 MB of fp32 weights."""
