@@ -95,3 +95,17 @@ def test_what_is_kept_is_given_without_measuring(measured, tmp_path):
     assert kept(tmp_path) is None and not measured
     profile = load_or_measure(tmp_path, lambda text: None)
     assert kept(tmp_path) == profile and len(measured) == 1
+
+
+def test_where_no_cache_can_be_made_nothing_is_known(measured, tmp_path, monkeypatch):
+    (tmp_path / "home").write_text("no folder")
+    monkeypatch.setenv("OUTSIZE_CACHE", str(tmp_path / "home" / "cache"))
+    assert kept(None) is None and kept(tmp_path) is None
+    with pytest.raises(ConfigError, match=r"cache folder .*home/cache: Not a directory"):
+        load_or_measure(None, print)
+    said = []
+    assert load_or_measure(tmp_path, said.append) and "is not kept" in said[-1]
+
+
+def test_what_is_kept_makes_no_folder(measured, own_cache):
+    assert kept(None) is None and not own_cache.exists()
