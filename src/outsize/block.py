@@ -149,7 +149,7 @@ class Record:
 
     def plane_bytes(self, plane: Plane) -> int:
         """Bytes of `plane` when it stands alone (a slot, or resident), aligned."""
-        return align(self.plane_elements(plane) * self.element_bytes[plane])
+        return self._plane_bytes[plane]
 
     def chunks(self, plane: Plane = Plane.GRADIENT) -> Iterator[tuple[int, int]]:
         """Element ranges `[start, stop)` of the chunks that cover `plane`."""
@@ -199,11 +199,30 @@ class Record:
         size = align(self.num_trainable * self.element_bytes[Plane.GRADIENT])
         return Extent(self._gradient_offset, size)
 
-    @property
+    @cached_property
     def num_bytes(self) -> int:
         """Bytes of the whole record on disk."""
         return self._gradient_offset + (
             align(self.num_trainable * self.element_bytes[Plane.GRADIENT]) if self.num_trainable else 0
+        )
+
+    @cached_property
+    def _plane_bytes(self) -> Mapping[Plane, int]:
+        return {plane: align(self.plane_elements(plane) * size) for plane, size in self.element_bytes.items()}
+
+    @cached_property
+    def whole_state_bytes(self) -> int:
+        """Bytes of all state planes, each standing alone."""
+        return sum(self.plane_bytes(plane) for plane in self.state)
+
+    @cached_property
+    def chunk_bytes(self) -> tuple[int, int, int]:
+        """Bytes of the largest chunk of the weights, of the gradient, and of all state planes."""
+        num_elements = min(CHUNK, self.num_trainable)
+        return (
+            align(min(CHUNK, self.num_elements) * self.element_bytes[Plane.WEIGHT]),
+            align(num_elements * self.element_bytes[Plane.GRADIENT]),
+            self.state_bytes(num_elements),
         )
 
     @cached_property

@@ -15,6 +15,7 @@ from outsize.errors import ConfigError, OutsizeError
 from outsize.train.demo import DemoSize
 from tests.plan.test_simulate import HOST
 from tests.train.standin import WORDS, PlainApi, write_model
+from tests.zoo import ZOO
 
 
 @pytest.fixture(autouse=True)
@@ -239,6 +240,26 @@ def test_a_plan_is_predicted_where_the_machine_was_measured(plain, monkeypatch, 
     assert asked["profile"] is HOST and folders == [tmp_path]
     assert capsys.readouterr().out == "fits: True\n"
     assert run("plan", "M", "--disk", str(tmp_path / "absent")) == 1
+
+
+def test_another_machine_is_planned_for_from_the_command_line(tmp_path, capsys, monkeypatch):
+    """A shipped name is that machine, whatever lies in the folder."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rtx4090-1ssd").mkdir()
+    monkeypatch.setattr(quiet, "before_imports", lambda: None)
+    ZOO["llama"].build().config.save_pretrained(tmp_path / "llama")
+    arguments = ["plan", "llama", "--seq-len", "16", "--batch-size", "2", "--json", "--hardware"]
+    assert run(*arguments, "rtx4090-1ssd") == 0
+    values = json.loads(capsys.readouterr().out)
+    assert values["fits"] and values["device_budget_bytes"] == int(0.95 * 24 * 2**30)
+    assert values["prediction"]["step_s"] > 0 and "tile_rows=" in values["pins"]
+    (tmp_path / "desk.json").write_text(HOST.to_json())
+    assert run(*arguments, "desk.json", "--disk", "/nvme/elsewhere:1GiB") == 0
+    assert json.loads(capsys.readouterr().out)["disk_budget_bytes"] == 2**30
+    assert run(*arguments, "rtx4090-1ssd", "--device", "1MiB") == 1
+    assert json.loads(capsys.readouterr().out)["fits"] is False
+    assert run(*arguments, "rtx409-1ssd") == 1
+    assert "did you mean rtx4090-1ssd?" in capsys.readouterr().err
 
 
 def test_pins():

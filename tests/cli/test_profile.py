@@ -52,6 +52,12 @@ def test_a_second_time_nothing_is_measured_unless_asked(tmp_path, capsys, measur
     assert measured == [tmp_path, tmp_path] and capsys.readouterr().err == "measuring\nmeasuring\n"
 
 
+def test_of_several_disks_the_first_is_measured(tmp_path, capsys, measured):
+    (tmp_path / "b").mkdir()
+    assert run("--disk", f"{tmp_path},{tmp_path / 'b'}") == 1
+    assert "one disk is measured at a time" in capsys.readouterr().err and measured == []
+
+
 def test_json_is_all_that_is_printed(capsys, measured):
     assert run("--json") == 0
     printed = capsys.readouterr().out

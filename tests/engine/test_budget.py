@@ -1,6 +1,8 @@
 """The division of memory: room for freed activations, smaller tiles, and memory that is given back in need."""
 
+import dataclasses
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,10 +12,15 @@ import torch
 
 import outsize
 from outsize import Pins
+from outsize.cli.options import pins_of
+from outsize.config import Home, parse_bytes
 from outsize.engine.budget import SLACK_BYTES, Budget
+from outsize.engine.predict import pins_text
 from outsize.engine.session import session_of
 from outsize.errors import BudgetError
+from outsize.hardware import machine
 from outsize.plan import Backward, Forward
+from tests.plan.test_simulate import HOST
 from tests.running import assert_same_losses, assert_same_weights, executor_of, opened, train
 from tests.zoo import ZOO, seeded
 
@@ -159,4 +166,126 @@ def test_a_pin_that_cannot_be_met_is_named(pins, named, tmp_path):
     host = f"{(least.host_bytes >> 20) + 200}MiB"
     refused = outsize.preview(tmp_path / "wide", host=host, pins=pins, **options)
     assert not refused.fits and named in refused.reason
+    larger = re.search(r'host="(\d+MiB)" works', refused.reason)[1]
+    assert outsize.preview(tmp_path / "wide", host=larger, pins=pins, **options).fits
     assert outsize.preview(tmp_path / "wide", host=host, **options).fits
+
+
+def wide(tmp_path, layers=12):
+    config = ZOO["llama"].build().config
+    config.hidden_size, config.intermediate_size, config.num_hidden_layers = 256, 4096, layers
+    config.num_attention_heads = config.num_key_value_heads = 4
+    config.head_dim = 64
+    config.max_position_embeddings = 4096
+    config.save_pretrained(tmp_path / "wide")
+    return tmp_path / "wide"
+
+
+ELSEWHERE = dataclasses.replace(HOST, host_bytes=8 << 30)
+DEVICE = dataclasses.replace(ELSEWHERE, up=20e9, down=20e9, device_bytes=1 << 30, device_memory=1e12)
+
+
+def test_a_host_smaller_than_the_process_is_refused_where_all_is_on_the_device(tmp_path):
+    options = {"hardware": machine("h200"), "seq_len": 16}
+    refused = outsize.preview(wide(tmp_path), host="100MiB", **options)
+    assert not refused.fits and "100.0 MiB of the host" in refused.reason
+    host = re.search(r'host="(\d+MiB)" works', refused.reason)[1]
+    least = outsize.preview(tmp_path / "wide", host=host, **options)
+    assert least.fits and least.host_bytes <= least.host_budget_bytes
+
+
+@pytest.mark.parametrize("profile", [ELSEWHERE, DEVICE], ids=["host", "device"])
+def test_what_a_hint_names_fits_the_disk_too(profile, tmp_path):
+    options = {"hardware": profile, "seq_len": 64, "batch_size": 4, "dtype": "float32"}
+    device = {"device": "100MiB"} if profile.has_device else {}
+    refused = outsize.preview(wide(tmp_path), host="450MiB", disk=f"{tmp_path}:20MiB", **device, **options)
+    assert not refused.fits
+    named = dict(re.findall(r'(device|host|disk)="([^"]+)"', refused.reason))
+    assert named["disk"] != f"{tmp_path}:20MiB"
+    assert outsize.preview(tmp_path / "wide", **named, **options).fits
+
+
+def test_a_plan_that_takes_too_much_of_the_disk_gives_way_to_one_that_does_not(tmp_path):
+    """A record lies whole on the disk as soon as a part of it does: with little disk, whole blocks stay in memory."""
+    folder = wide(tmp_path)
+    options = {"seq_len": 16, "dtype": "float32", "hardware": ELSEWHERE}
+    whole = outsize.preview(folder, home="host", **options)
+    least = outsize.preview(folder, home="disk", disk=tmp_path, **options)
+    host = f"{(whole.host_bytes + least.host_bytes >> 21) + 160}MiB"
+    free = outsize.preview(folder, host=host, disk=tmp_path, **options)
+    limit = f"{(free.disk_bytes >> 20) * 3 // 4}MiB"
+    tight = outsize.preview(folder, host=host, disk=f"{tmp_path}:{limit}", **options)
+    assert tight.fits and 0 < tight.disk_bytes <= parse_bytes(limit) < free.disk_bytes
+    assert tight.prediction.step_s >= free.prediction.step_s
+    refused = outsize.preview(folder, host=host, disk=f"{tmp_path}:1MiB", **options)
+    assert not refused.fits and "may hold 1.00 MiB" in refused.reason
+
+
+REPLANNED = {
+    "whole": (ELSEWHERE, {}),
+    "some in memory": (ELSEWHERE, {"host": "800MiB"}),
+    "least": (ELSEWHERE, {"home": "disk"}),
+    "generate": (ELSEWHERE, {"host": "700MiB", "train": False}),
+    "inputs on disk": (ELSEWHERE, {"host": "1150MiB", "batch_size": 32, "seq_len": 1024}),
+    "device": (DEVICE, {}),
+    "small device": (DEVICE, {"device": "500MiB", "host": "800MiB", "batch_size": 16, "seq_len": 256}),
+    "hosted": (DEVICE, {"device": "600MiB", "home": "host"}),
+    "generate on a device": (DEVICE, {"device": "300MiB", "train": False}),
+}
+
+
+@pytest.mark.parametrize("case", REPLANNED)
+def test_the_pins_that_are_printed_lead_to_the_plan_they_are_printed_for(case, tmp_path, monkeypatch):
+    profile, options = REPLANNED[case]
+    options = {"disk": tmp_path, "batch_size": 4, "seq_len": 64, "dtype": "float32"} | options
+    seen = []
+    place = Budget.place
+    monkeypatch.setattr(Budget, "place", lambda self, *args: seen.append(self) or place(self, *args))
+
+    def planned(**more):
+        monkeypatch.setattr("outsize.engine.memory.resident_bytes", lambda: 350 << 20)
+        summary = outsize.preview(wide(tmp_path), hardware=profile, **options, **more)
+        assert summary.fits, summary
+        return summary, seen[-1]
+
+    summary, budget = planned()
+    told = [summary.pins, *(each.pins for each in summary.alternatives)]
+    for text in told:
+        choice = next(each for each in budget.choices if pins_text(each) == text)
+        again, other = planned(pins=pins_of(text.replace("--pin ", "").split()))
+        assert other.placement == choice.placement and again.pins == text
+        assert again.prediction.step_s == pytest.approx(choice.step_s)
+
+
+def test_generating_is_compared_by_the_token_and_fits_by_the_prompt(tmp_path):
+    folder = wide(tmp_path)
+    options = {"hardware": ELSEWHERE, "disk": tmp_path, "batch_size": 8, "dtype": "float32", "train": False}
+    least = outsize.preview(folder, seq_len=2048, home="disk", **options)
+    host = f"{(least.host_bytes >> 20) + 200}MiB"
+    summary = outsize.preview(folder, host=host, seq_len=2048, **options)
+    assert summary.prediction.num_tokens == 8 and summary.alternatives
+    for each in summary.alternatives:
+        assert summary.prediction.step_s < each.step_s < 20 * summary.prediction.step_s
+    assert not outsize.preview(
+        folder, host=f"{(least.host_bytes >> 20) - 60}MiB", seq_len=2048, **options
+    ).fits
+
+
+def test_on_a_device_plans_that_keep_inputs_there_are_compared_with_those_that_do_not(tmp_path, monkeypatch):
+    compared = []
+    fastest = Budget._fastest
+
+    def spied(self, fits, *args):
+        compared.extend(fits)
+        return fastest(self, fits, *args)
+
+    monkeypatch.setattr(Budget, "_fastest", spied)
+    options = {"hardware": dataclasses.replace(DEVICE, up=1e8, down=1e8), "batch_size": 16, "seq_len": 256}
+    for device in range(240, 700, 20):
+        compared.clear()
+        summary = outsize.preview(
+            wide(tmp_path), device=f"{device}MiB", home="host", dtype="float32", **options
+        )
+        if summary.fits and compared[0].attempt.inputs is Home.HOST and len(compared) > 1:
+            break
+    assert {fit.attempt.inputs for fit in compared} >= {None, Home.HOST}

@@ -7,6 +7,7 @@ import torch
 
 import outsize
 from outsize import Pins
+from outsize.engine import keep
 from outsize.engine.predict import pins_text
 from outsize.engine.session import session_of
 from outsize.plan import Direction
@@ -78,6 +79,24 @@ def test_inference_is_predicted_without_backward(tmp_path):
     assert not any(event.task.label.startswith(str(Direction.BACKWARD)) for event in events)
 
 
+@pytest.mark.parametrize("kept_blocks", [0, 3])
+def test_inputs_on_disk_move_as_many_bytes_as_predicted(kept_blocks, tmp_path, monkeypatch):
+    monkeypatch.setattr(keep, "LEAST_BYTES", 1)
+    pins = Pins(inputs="disk", kept_blocks=kept_blocks)
+    model = outsize.load(wide(tmp_path), disk=tmp_path, dtype="float32", home="host", pins=pins).train()
+    ids = torch.zeros(4, 64, dtype=torch.long)
+    for _ in range(2):
+        before = outsize.report(model)
+        model(input_ids=ids, labels=ids).loss.backward()
+    after, prediction = outsize.report(model), outsize.predict(model, HOST)
+    each = 4 * 64 * 256 * 4
+    assert prediction.bytes_written == after.bytes_written - before.bytes_written
+    assert prediction.bytes_written == (9 - kept_blocks) * each  # the last norm is a visit too
+    assert prediction.bytes_read == after.bytes_read - before.bytes_read
+    profile = dataclasses.replace(HOST, disk_endurance_bytes=1e15)
+    assert outsize.predict(model, profile).endurance_steps == 1e15 / prediction.bytes_written
+
+
 def test_the_life_of_a_drive_is_said_in_steps(tmp_path):
     profile = dataclasses.replace(HOST, disk_endurance_bytes=1.2e15)
     assert "the drive's life is" in str(predicted(tmp_path, profile=profile))
@@ -106,7 +125,7 @@ def test_more_memory_helps_where_the_disk_limits(tmp_path):
 def trained_with_choices(tmp_path):
     """A model that was opened with a profile, one step, and what could have been chosen."""
     folder = wide(tmp_path)
-    host = f"{(outsize.preview(folder, disk=tmp_path, home='disk', dtype='float32', seq_len=16).host_bytes >> 20) + 150}MiB"
+    host = f"{(outsize.preview(folder, disk=tmp_path, home='disk', dtype='float32', seq_len=16).host_bytes >> 20) + 200}MiB"
     model = outsize.load(folder, disk=tmp_path, dtype="float32", host=host, profile=SLOW).train()
     outsize.AdamW(model)
     ids = torch.zeros(1, 16, dtype=torch.long)

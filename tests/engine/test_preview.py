@@ -129,7 +129,10 @@ def test_a_plan_as_json_holds_what_its_page_says(tmp_path):
     assert json.loads(refused.to_json())["prediction"] is None and "does not fit" in str(refused)
 
 
-@pytest.mark.parametrize("parts", [[1, 99], [50, 50], [1, 1, 1, 997], [0.2, 10], [30, 30, 30]])
+@pytest.mark.parametrize(
+    "parts",
+    [[1, 99], [50, 50], [1, 1, 1, 997], [0.2, 10], [30, 30, 30], [998, 1, 1], [1, 990, 1, 1, 1, 1, 1, 1]],
+)
 def test_a_bar_shows_each_part_and_what_is_free(parts):
     text = bar(parts, 100 if sum(parts) <= 100 else 1000)
     inner = text[1:-1]
@@ -138,6 +141,42 @@ def test_a_bar_shows_each_part_and_what_is_free(parts):
     assert len(shades) == len(parts)
     free = 1 - sum(parts) / (100 if sum(parts) <= 100 else 1000)
     assert abs(inner.count(" ") / WIDTH - free) < 0.08
+
+
+def test_the_bar_of_a_disk_shows_its_budget(tmp_path):
+    options = {"seq_len": 16, "hardware": HOST, "home": "disk"}
+    summary = outsize.preview(folder_of(tmp_path), disk=f"{tmp_path}:1GiB", **options)
+    (line,) = (line for line in str(summary).splitlines() if line.startswith("disk "))
+    assert line.endswith("| 1.00 GiB") and line.count(" ") > WIDTH // 2
+    assert "of 1.00 GiB of disk" in str(summary)
+    assert "GiB of disk" not in str(outsize.preview(folder_of(tmp_path), disk=tmp_path, **options))
+
+
+def test_every_part_of_a_tier_has_a_shade_of_its_own():
+    rows = tuple(Row("host", f"part {index}", 1 + index) for index in range(8))
+    page = str(PlanSummary(True, "", rows, (), 10, 1, 4 << 30, 2 << 30, 0))
+    shades = {line.split()[0] for line in page.splitlines() if " part " in line}
+    assert len(shades) == 8 and all(shade in page.splitlines()[2] for shade in shades)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"host": "10TiB"}, r"host=10\.0 TiB: rtx4090-1ssd has 128\.0 GiB"),
+        ({"device": "1TiB"}, r"device=1\.00 TiB: rtx4090-1ssd has 24\.0 GiB"),
+    ],
+)
+def test_more_than_another_machine_has_is_refused(options, message, tmp_path):
+    with pytest.raises(ConfigError, match=message) as caught:
+        outsize.preview(folder_of(tmp_path), seq_len=16, hardware=machine("rtx4090-1ssd"), **options)
+    assert "or leave it out" in caught.value.hint
+
+
+def test_the_disk_of_another_machine_need_not_be_here(tmp_path):
+    options = {"disk": "/nvme/elsewhere:20GiB", "home": "disk", "seq_len": 16}
+    assert outsize.preview(folder_of(tmp_path), hardware=HOST, **options).disk_bytes
+    with pytest.raises(ConfigError, match="no folder /nvme/elsewhere"):
+        outsize.preview(folder_of(tmp_path), **options)
 
 
 def test_each_tier_is_drawn_with_its_parts():

@@ -37,13 +37,21 @@ def test_again_measures_again(measured, tmp_path):
         (lambda path: path.write_bytes(b"\xff\xfe\x00"), "not text"),
         (lambda path: changed(path, version=0), "version 0, expected 1"),
         (lambda path: changed(path, update=-1), "update is -1"),
+        (lambda path: changed(path, update=10**400), "update is a number too large"),
+        (lambda path: changed(path, matmul=None), "matmul is None"),
+        (lambda path: changed(path, contention={"read": 0.5}), "contention.read is 0.5"),
+        (lambda path: changed(path, name=5), "name is 5"),
+        (lambda path: path.write_text("[" * 100_000), "not JSON"),
         (
             lambda path: changed(path, identity="a machine sold long ago"),
             "holds for a machine sold long ago, this is",
         ),
         (lambda path: changed(path, identity=""), "holds for no machine, this is"),
     ],
-    ids=["cut", "binary", "version", "value", "identity", "shipped"],
+    ids=[
+        *("cut", "binary", "version", "value", "huge", "null", "flat", "text", "deep"),
+        *("identity", "shipped"),
+    ],
 )
 def test_what_does_not_hold_is_measured_again_and_that_is_said(spoil, reason, measured, tmp_path):
     first, said = load_or_measure(tmp_path, lambda line: None), []
@@ -87,3 +95,17 @@ def test_what_is_kept_is_given_without_measuring(measured, tmp_path):
     assert kept(tmp_path) is None and not measured
     profile = load_or_measure(tmp_path, lambda text: None)
     assert kept(tmp_path) == profile and len(measured) == 1
+
+
+def test_where_no_cache_can_be_made_nothing_is_known(measured, tmp_path, monkeypatch):
+    (tmp_path / "home").write_text("no folder")
+    monkeypatch.setenv("OUTSIZE_CACHE", str(tmp_path / "home" / "cache"))
+    assert kept(None) is None and kept(tmp_path) is None
+    with pytest.raises(ConfigError, match=r"cache folder .*home/cache: Not a directory"):
+        load_or_measure(None, print)
+    said = []
+    assert load_or_measure(tmp_path, said.append) and "is not kept" in said[-1]
+
+
+def test_what_is_kept_makes_no_folder(measured, own_cache):
+    assert kept(None) is None and not own_cache.exists()

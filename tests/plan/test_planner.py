@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from functools import partial
 
 import pytest
 from hypothesis import given, settings
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from outsize.block import Plane
 from outsize.config import Home, Pins
 from outsize.errors import BudgetError
-from outsize.plan import Direction, Occupancy, Visit, build, check, place, place_apart
+from outsize.plan import Direction, Occupancy, Visit, build, check, place, place_apart, planner
 from outsize.plan.place import _placed
 from outsize.plan.planner import SLOTS, choose, prefer, waits
 from outsize.plan.profile import Resource
@@ -85,6 +86,42 @@ def test_more_memory_is_never_slower(sizes, memory, more, forward_s):
     )
 
 
+BF16 = {Plane.WEIGHT: 2, Plane.GRADIENT: 2, Plane.MOMENT1: 4, Plane.MOMENT2: 4}
+
+
+@given(SIZES, st.booleans(), st.floats(0.2, 1.3), st.floats(0.2, 1.3), st.floats(0, 0.05), st.data())
+@settings(max_examples=60, deadline=None)
+def test_more_memory_is_never_slower_on_a_device_and_in_bf16(sizes, is_bf16, device, host, forward_s, data):
+    records = make_records(
+        {f"L{i}": size for i, size in enumerate(sizes)}, element_bytes=BF16 if is_bf16 else None
+    )
+    own = costs(list(records), forward_s, 3 * forward_s)
+    whole = sum(record.num_bytes for record in records.values())
+
+    def best(device_bytes, host_bytes):
+        def fit(pins):
+            return place_apart(
+                list(records.values()),
+                device_bytes=device_bytes,
+                host_bytes=host_bytes,
+                home=None,
+                has_disk=True,
+                pins=pins,
+            )
+
+        found = choose([("way", fit, lambda: own)], call(list(records)), records, DEVICE, NONE)
+        return found[0].step_s if found else float("inf")
+
+    rooms = [int(device * whole), int(host * whole)]
+    before = best(*rooms)
+    rooms[data.draw(st.integers(0, 1))] *= 2
+    # What stays on a device is updated there, which takes of its computing.
+    assert best(*rooms) <= before * (1 + 1e-3)
+    small = chosen(records, HOST, own, int(device * whole))
+    large = chosen(records, HOST, own, int(2 * device * whole))
+    assert not small or large[0].step_s <= small[0].step_s * (1 + 1e-9)
+
+
 @given(
     SIZES,
     st.floats(1.0, 8.0),
@@ -119,6 +156,26 @@ def test_what_is_chosen_is_near_the_best_of_all(memory, forward_s):
                 if placement.arena_bytes <= arena_bytes:
                     best = min(best, simulate(call(names), records, placement, HOST, own).step_s)
     assert chosen(records, HOST, own, arena_bytes)[0].step_s <= 1.05 * best
+
+
+@pytest.mark.parametrize("forward_s", [0.0, 0.05, 5.0])
+def test_a_deep_model_is_planned_with_a_bounded_number_of_simulations(forward_s, monkeypatch):
+    """A simulation of 80 blocks takes about 35 ms."""
+    count = 0
+
+    def counted(*args):
+        nonlocal count
+        count += 1
+        return simulate(*args)
+
+    monkeypatch.setattr(planner, "simulate", counted)
+    records = blocks(80, 1_000_000)
+    own = costs(list(records), forward_s, 3 * forward_s)
+    ways = [
+        (room, partial(on_host, records, room * least(records)), lambda: own) for room in (3, 8, 10, 12, 15)
+    ]
+    choices = choose(ways, call(list(records)), records, HOST, NONE)
+    assert {choice.way for choice in choices} and 10 < count == len(choices) <= 200
 
 
 def test_what_is_pinned_is_left_as_it_is():

@@ -65,21 +65,40 @@ def test_a_rate_that_is_not_positive_is_named(name, value):
         ({"matmul": {}}, "matmul has no compute type"),
         ({"matmul": {"float8": 1e12}}, "float8"),
         ({"matmul": {"float32": -1.0}}, r"matmul\.float32 is -1\.0"),
-        ({"matmul": 1e12}, r"desk\.json: "),
-        ({"up": 2e10}, "one of up and down is missing"),
+        ({"matmul": 1e12}, "matmul is 1000000000000.0, expected a mapping"),
+        ({"matmul": None}, "matmul is None, expected a mapping"),
+        ({"matmul": [1]}, r"matmul is \[1\], expected a mapping"),
+        ({"matmul": {"float32": True}}, r"matmul\.float32 is True, expected a positive number"),
+        ({"disk_read": True}, "disk_read is True, expected a positive number"),
+        ({"disk_read": 10**400}, "disk_read is a number too large, expected a positive number"),
+        ({"num_threads": 2.5}, r"num_threads is 2\.5, expected a whole number"),
+        ({"host_bytes": 0.5}, r"host_bytes is 0\.5, expected a whole number"),
+        ({"name": 5}, "name is 5, expected text"),
+        ({"source": None}, "source is None, expected text"),
+        ({"identity": [1]}, r"identity is \[1\], expected text"),
+        ({"up": 2e10}, "device_bytes is missing beside up"),
+        ({"up": 2e10, "device_bytes": 1 << 34}, "down is missing beside device_bytes"),
+        ({"up": 2e10, "down": 2e10}, "device_bytes is missing beside up"),
+        ({"device_bytes": 1 << 34}, "up is missing beside device_bytes"),
+        ({"device_bytes": 1.5, "up": 2e10, "down": 2e10}, r"device_bytes is 1\.5, expected a whole number"),
         ({"down": -2e10, "up": 1e10}, "down is -2"),
         ({"contention": {"read": {"write": 1.5}}}, r"contention\.read\.write is 1\.5"),
         ({"contention": {"read": {"write": 0}}}, r"contention\.read\.write is 0"),
         ({"contention": {"tape": {"write": 0.5}}}, "tape"),
-        ({"contention": [1]}, r"desk\.json: "),
+        ({"contention": [1]}, r"contention is \[1\], expected a mapping"),
+        ({"contention": None}, "contention is None, expected a mapping"),
+        ({"contention": {"read": 0.5}}, r"contention\.read is 0\.5, expected a mapping"),
+        ({"contention": {"read": {"write": True}}}, r"contention\.read\.write is True"),
+        ({"contention": {"read": {"write": 10**400}}}, r"contention\.read\.write is a number too large"),
     ],
 )
 def test_what_is_wrong_is_named(changes, message):
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ConfigError, match=message) as caught:
         parse(**changes)
+    assert caught.value.hint
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "3"])
+@pytest.mark.parametrize("text", ["", "{", "[]", "3", "[" * 100_000])
 def test_what_is_no_profile_is_refused(text):
     with pytest.raises(ConfigError, match=r"desk\.json: not "):
         Profile.from_json(text, "desk.json")

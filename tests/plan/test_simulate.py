@@ -27,7 +27,14 @@ HOST = Profile(
     num_threads=2,
 )
 DEVICE = dataclasses.replace(
-    HOST, name="a device", up=20e9, down=20e9, device_memory=1e12, device_update=1e12, update=200e9
+    HOST,
+    name="a device",
+    up=20e9,
+    down=20e9,
+    device_bytes=24 * GIB,
+    device_memory=1e12,
+    device_update=1e12,
+    update=200e9,
 )
 UNIT = 25_000_000
 """Elements of a block: 100 MB of fp32 weights."""
@@ -199,6 +206,54 @@ def test_a_device_computes_while_the_link_moves(home):
     assert slow.step_s == pytest.approx(32.0, rel=0.02) and slow.bottleneck is Resource.COMPUTE
     fast = simulate(call(names), records, placement, DEVICE, costs(names))
     assert fast.step_s < slow.step_s and fast.bytes_moved[Resource.UP] >= 8 * UNIT * 4
+
+
+def waiting(placement, inputs, **options):
+    return dataclasses.replace(placement, inputs=inputs, **options)
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_inputs_that_wait_elsewhere_are_moved_there_and_back(apart):
+    records = blocks(8)
+    names, profile = list(records), DEVICE if apart else HOST
+    if apart:
+        here = place_apart(
+            list(records.values()),
+            device_bytes=1 << 50,
+            host_bytes=1 << 50,
+            home=Home.DEVICE,
+            has_disk=True,
+            pins=Pins(),
+        )
+    else:
+        here = place(list(records.values()), arena_bytes=1 << 50, home=Home.HOST, has_disk=False, pins=Pins())
+    own = dataclasses.replace(costs(names, 1.0, 3.0), input_bytes=dict.fromkeys(names, 1 << 30))
+
+    def moved(placement):
+        counts = simulate(call(names), records, placement, profile, own).bytes_moved
+        return [
+            counts.get(each, 0) >> 30 for each in (Resource.WRITE, Resource.READ, Resource.DOWN, Resource.UP)
+        ]
+
+    assert moved(here) == [0, 0, 0, 0]
+    # Those of the last visits are still there when backward begins.
+    assert moved(waiting(here, Home.DISK)) == [8, 6, 8 * apart, 6 * apart]
+    assert moved(waiting(here, Home.DISK, kept=frozenset(names[4:]))) == [4, 2, 4 * apart, 2 * apart]
+    if apart:
+        assert moved(waiting(here, Home.HOST)) == [0, 0, 8, 6]
+
+
+def test_computing_waits_for_inputs_that_a_slow_disk_brings_back():
+    records = blocks(8)
+    names = list(records)
+    here = place(list(records.values()), arena_bytes=1 << 50, home=Home.HOST, has_disk=False, pins=Pins())
+    own = dataclasses.replace(costs(names, 1.0, 3.0), input_bytes=dict.fromkeys(names, int(2e9)))
+    near = simulate(call(names), records, here, HOST, own)
+    beside = simulate(call(names), records, waiting(here, Home.DISK), HOST, own)
+    assert beside.step_s == pytest.approx(near.step_s, rel=0.01)  # one block ahead is enough
+    slow = dataclasses.replace(HOST, disk_read=2e8)
+    bound = simulate(call(names), records, waiting(here, Home.DISK), slow, own)
+    assert bound.step_s > 6 * 10 and max(bound.stall_s, key=bound.stall_s.get) is Resource.READ
 
 
 SIZES = st.lists(st.sampled_from([100_000, 1_000_000, 5_000_000]), min_size=1, max_size=8)

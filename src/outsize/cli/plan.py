@@ -93,4 +93,5 @@ def _machine(text: str) -> Profile:
     from outsize.plan.profile import Profile
 
     path = Path(text)
-    return Profile.read(path) if path.suffix or path.exists() else machine(text)
+    is_file = text not in _known() and (path.suffix or path.exists())
+    return Profile.read(path) if is_file else machine(text)

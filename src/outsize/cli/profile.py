@@ -49,7 +49,13 @@ def run(options: argparse.Namespace) -> int:
 
     if options.out is not None:
         _check_out(options.out)
-    folder = DiskBudget.parse(options.disk).folder if options.disk is not None else None
+    disks = DiskBudget.parse_all(options.disk) if options.disk is not None else ()
+    if len(disks) > 1:
+        raise ConfigError(
+            f"--disk {options.disk}: one disk is measured at a time",
+            hint="run it with the first of them: that one's profile is used to plan with several",
+        )
+    folder = disks[0].folder if disks else None
     profile = load_or_measure(folder, _say, again=options.again)
     if options.out is not None:
         write(profile, options.out)

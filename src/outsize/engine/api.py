@@ -118,6 +118,20 @@ def resolve_settings(
     """The arguments of `load`, checked. Raises ConfigError naming the one that cannot be used."""
     if device is not None and not torch.cuda.is_available():
         raise ConfigError(f"device={device!r}: this machine has no CUDA device", hint="leave device= out")
+    settings = parse_settings(device, host, disk, home, dtype, pins)
+    settings.budgets.check_folders()
+    return settings
+
+
+def parse_settings(
+    device: str | int | None,
+    host: str | int | None,
+    disk: Disk | None,
+    home: str | None,
+    dtype: str | torch.dtype | None,
+    pins: Pins | None,
+) -> Settings:
+    """The same for a machine that is not there. Raises ConfigError for what is malformed, or contradicts itself."""
     if home is not None and home not in list(Home):
         raise ConfigError(f"home={home!r}", hint=f"one of {', '.join(Home)}")
     if home == Home.DISK and disk is None:
@@ -125,7 +139,6 @@ def resolve_settings(
     if pins is not None and pins.inputs == Home.DISK and disk is None:
         raise ConfigError('Pins(inputs="disk") without a folder', hint='give one with disk="/path/on/an/ssd"')
     budgets = Budgets.parse(device, host, disk)
-    budgets.check_folders()
     return Settings(budgets, Home(home) if home is not None else None, _compute_type(dtype), pins or Pins())
 
 

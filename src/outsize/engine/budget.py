@@ -9,19 +9,20 @@ then for what is hosted and for the buffers that planes pass through.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 
-from outsize.block import ALIGNMENT, Record, align
+from outsize.block import ALIGNMENT, Plane, Record, align
 from outsize.config import Home, Pins, Settings, format_bytes
 from outsize.engine import closing, keep, memory
 from outsize.engine.probe import BatchShape, Rehearsal
 from outsize.errors import BudgetError
 from outsize.plan import Direction, Placement, place, place_apart
+from outsize.plan.place import GROUPS, group_bytes
 from outsize.plan.planner import Choice, choose, prefer, waits
 from outsize.plan.profile import Profile
 from outsize.plan.simulate import Costs
@@ -109,6 +110,10 @@ class Foresight:
     profile: Profile
     costs: Callable[[int], Costs]
 
+    def uncut(self, rows: int) -> Foresight:
+        """For calls with a cache: all `rows` are computed at once, whatever a tile is."""
+        return Foresight(self.profile, lambda tile_rows: self.costs(rows))
+
 
 class Budget:
     """A limit on the whole process, and what it is divided into; fixed by `place`.
@@ -176,11 +181,12 @@ class Budget:
             free = self._device.free_bytes()
             self.device_limit_bytes = self._settings.budgets.device_bytes or int(0.95 * free)
             self.room_bytes = min(self.device_limit_bytes, free) - DEVICE_SLACK_BYTES
-        fits = self._fitting(records, rehearsal, shape)
+        fits = list(self._fitting(records, rehearsal, shape))
         self.choices = []
         fit = self._simplest(fits)
         if foresight is not None:
-            self.choices = self._compared(fit, fits, records, rehearsal, shape, foresight)
+            others = [other for other in fits if other is not fit]
+            self.choices = self._compared(fit, others, records, rehearsal, shape, foresight)
             fit = replace(self.choices[0].way, placement=self.choices[0].placement)
         self.activation_bytes, self.host_inputs_bytes = fit.needs.num_bytes, fit.needs.host_bytes
         self._fit = fit
@@ -316,15 +322,14 @@ class Budget:
         home_room = self._home_room_bytes - needs.host_bytes
         if self._device.is_host:
             taken += needs.host_bytes
-        if needs.host_bytes and home_room < 0:
+        if home_room < 0:
+            what = f"the inputs of blocks take {format_bytes(needs.host_bytes)} of the host's memory"
             raise BudgetError(
-                f"the inputs of blocks take {format_bytes(needs.host_bytes)} of the host's memory, "
-                f"the budget leaves {format_bytes(max(0, self._home_room_bytes))} for them"
+                f"{what if needs.host_bytes else 'nothing fits beside the process itself'}, "
+                f"the budget leaves {format_bytes(max(0, self._home_room_bytes))} for it"
             )
         room = max(0, self.room_bytes - taken)
         placement = self._place(records, needs, room, home_room, self._settings.pins)
-        if needs.inputs is Home.DISK and self._settings.pins.inputs is None:
-            disk_bytes(placement, self._settings)  # another way may do without
         return Fit(attempt, needs, room, home_room, placement)
 
     def _most_rows(self, records: Sequence[Record], rehearsal: Rehearsal, shape: BatchShape) -> int:
@@ -345,7 +350,7 @@ class Budget:
                 return True
         return False
 
-    def _simplest(self, fits: Iterator[Fit]) -> Fit:
+    def _simplest(self, fits: Sequence[Fit]) -> Fit:
         """The largest tiles that fit, unless too few slots are then left for transfers beside computing."""
         moves_for_slots = not self._device.is_host and self._settings.pins.inputs is None
         cramped: Fit | None = None
@@ -361,13 +366,16 @@ class Budget:
     def _compared(
         self,
         fit: Fit,
-        others: Iterator[Fit],
+        others: Sequence[Fit],
         records: Sequence[Record],
         rehearsal: Rehearsal,
         shape: BatchShape,
         foresight: Foresight,
     ) -> list[Choice[Fit]]:
-        """All plans that are worth simulating, the fastest first: with more activations kept, and with smaller tiles."""
+        """All plans that are worth simulating, the fastest first: with more activations kept, and with smaller tiles.
+
+        Tiles that are too small are among them where larger ones cost traffic of inputs to the disk.
+        """
         keeping = []
         if self._settings.pins.kept_blocks is None:
             count = len(rehearsal.activations)
@@ -382,6 +390,8 @@ class Budget:
                 for other in others
                 if min(fit.tile_rows, other.tile_rows) * shape.row_tokens >= FEWEST_TILE_TOKENS
             ]
+            if fit.attempt.inputs is Home.DISK:
+                smaller += [other for other in others if other.attempt.inputs is not Home.DISK][:1]
             best = prefer(best, self._fastest(smaller, records, rehearsal, foresight))
         return best
 
@@ -397,7 +407,37 @@ class Budget:
             for fit in fits
         )
         by_name = {record.name: record for record in records}
-        return choose(ways, rehearsal.visits, by_name, foresight.profile, self._settings.pins)
+        choices = choose(ways, rehearsal.visits, by_name, foresight.profile, self._settings.pins)
+        return [replace(choice, pins=self._exact_pins(choice, by_name)) for choice in choices]
+
+    def _exact_pins(self, choice: Choice[Fit], records: Mapping[str, Record]) -> Pins:
+        """Pins that lead to this choice and no other, whatever is known of the machine."""
+        attempt, placement = choice.way.attempt, choice.placement
+        kept = {(name, group) for name, group in placement.resident if name in placement.kept}
+        always = {(name, group) for name, group in placement.resident if name in self._always_resident}
+        if self._device.is_host:
+            kept = {(name, group) for name, group in kept if group is Plane.WEIGHT}
+        everything = sum(group_bytes(record, group) for record in records.values() for group in GROUPS)
+        is_whole = placement.resident_bytes == everything
+        chosen = placement.resident if is_whole else placement.resident - kept - always
+        slots = [
+            max((group.count for group in classes), default=own)
+            for classes, own in (
+                (placement.weight_classes, choice.pins.weight_slots),
+                (placement.gradient_classes, choice.pins.gradient_slots),
+            )
+        ]
+        return replace(
+            choice.pins,
+            weight_slots=slots[0],
+            gradient_slots=slots[1],
+            tile_rows=attempt.tile_rows,
+            kept_blocks=attempt.kept_blocks,
+            inputs=str(attempt.inputs or self._computes_in),
+            resident_bytes=sum(group_bytes(records[name], group) for name, group in chosen)
+            if choice.pins.resident is None
+            else choice.pins.resident_bytes,
+        )
 
     @property
     def _room_beside_inputs(self) -> int:
@@ -423,17 +463,37 @@ class Budget:
             yield from (_Attempt(rows, False, home, kept) for rows in some for home in homes)
 
     def _place(
+        self, records: Sequence[Record], needs: _Needs, room: int, home_room: int, pins: Pins
+    ) -> Placement:
+        """The placement that needs `room` for planes where blocks compute, and `home_room` in a host that does not.
+
+        Where the rule's takes too much of the disk, on which a record lies whole: one with whole blocks in memory.
+        Raises BudgetError where none fits.
+        """
+        placement = self._place_anywhere(records, needs, room, home_room, pins, self._settings.home)
+        try:
+            disk_bytes(placement, self._settings)
+        except BudgetError:
+            if not self._device.is_host or self._settings.home is not None or pins.resident is not None:
+                raise
+            for count in range(len(records) if pins.resident_bytes is None else 0, 0, -1):
+                with suppress(BudgetError):
+                    whole = replace(pins, resident=(count, count, count))
+                    return self._place(records, needs, room, home_room, whole)
+            raise
+        return placement
+
+    def _place_anywhere(
         self,
         records: Sequence[Record],
         needs: _Needs,
         room: int,
         home_room: int,
         pins: Pins,
-        home: Home | None = None,
+        home: Home | None,
     ) -> Placement:
-        """A placement that leaves `room` for planes where blocks compute, and `home_room` in a host that does not."""
+        """The same, however much of the disk that takes."""
         has_disk = self._settings.budgets.disks != ()
-        home = home or self._settings.home
         if self._device.is_host:
             placement = place(
                 records,
@@ -469,14 +529,24 @@ class Budget:
     def _least(self, records: Sequence[Record]) -> Placement:
         """The placement that takes the least memory."""
         pins = self._settings.pins
-        home = self._settings.home or (Home.DISK if self._settings.budgets.disks != () else Home.HOST)
+        home = self._settings.home
+        if home is None and pins.resident is None:
+            home = Home.DISK if self._settings.budgets.disks != () else Home.HOST
         slots = replace(
             pins,
             weight_slots=pins.weight_slots or 1,
             gradient_slots=pins.gradient_slots or 1,
             resident_bytes=0,
         )
-        return self._place(records, self._least_needs, 1 << 60, 1 << 60, slots, home)
+        return self._place_anywhere(records, self._least_needs, 1 << 60, 1 << 60, slots, home)
+
+    def _with_disk(self, least: Placement) -> str:
+        """What a hint says of the disk, where less was given than the placement that it names takes."""
+        try:
+            disk_bytes(least, self._settings)
+        except BudgetError as error:
+            return f" with {(error.hint or '').removesuffix(' works')}"
+        return ""
 
     def _too_large_for_device(
         self, records: Sequence[Record], error: BudgetError, smaller: str
@@ -492,7 +562,10 @@ class Budget:
             + HINT_MARGIN_BYTES
         )
         has_disk = self._settings.budgets.disks != ()
-        hint = f'device="{-(-device // 2**20)}MiB" with host="{-(-host // 2**20)}MiB" works with this batch{smaller}'
+        hint = (
+            f'device="{-(-device // 2**20)}MiB" with host="{-(-host // 2**20)}MiB"{self._with_disk(least)} '
+            f"works with this batch{smaller}"
+        )
         return BudgetError(
             f"the model does not fit into {format_bytes(self.device_limit_bytes)} of the device and "
             f"{format_bytes(self.limit_bytes)} of the host: {error.message}; activations take "
@@ -505,7 +578,7 @@ class Budget:
         has_disk = self._settings.budgets.disks != ()
         least = self._least(records)
         needed = -(-(fixed_bytes + least.arena_bytes + HINT_MARGIN_BYTES) // (1 << 20))
-        hint = f'host="{needed}MiB" works with this batch{smaller}'
+        hint = f'host="{needed}MiB"{self._with_disk(least)} works with this batch{smaller}'
         return hint if has_disk else f'{hint}; or give a folder on an SSD with disk="..."'
 
     def _wanted_tile_rows(self, shape: BatchShape) -> int:

@@ -11,7 +11,7 @@ from torch import nn
 from outsize.block import Record
 from outsize.config import format_bytes
 from outsize.engine import memory
-from outsize.engine.budget import Fit
+from outsize.engine.budget import Fit, Foresight
 from outsize.engine.probe import BatchShape, Rehearsal
 from outsize.engine.session import Session, session_of
 from outsize.errors import UsageError
@@ -142,8 +142,9 @@ def predict(model: nn.Module, profile: Profile) -> Prediction:
     memory.give_back()  # what is timed takes a visit's memory, and leaves none behind
     try:
         with torch.enable_grad():
+            foresight = session.foresight(profile, call.rehearsal, call.shape, records)
             return predict_call(
-                session, call.rehearsal, call.shape, call.tile_rows, records, placement, profile
+                session, call.rehearsal, call.shape, call.tile_rows, records, placement, foresight
             )
     finally:
         memory.give_back()
@@ -156,10 +157,10 @@ def predict_call(
     tile_rows: int,
     records: Sequence[Record],
     placement: Placement,
-    profile: Profile,
+    foresight: Foresight,
 ) -> Prediction:
     """Simulate steps of such calls, with blocks timed where they were not yet."""
-    foresight = session.foresight(profile, rehearsal, shape, records)
+    profile = foresight.profile
     costs = foresight.costs(tile_rows)
     by_name = {record.name: record for record in records}
     simulation = simulate(rehearsal.visits, by_name, placement, profile, costs)
@@ -236,11 +237,11 @@ def advise(model: nn.Module, profile: Profile, step_s: float, stalled_s: float) 
 
 def pins_text(choice: Choice[Fit]) -> str:
     """The options of the command line that choose a plan."""
-    pins, attempt = choice.pins, choice.way.attempt
+    pins = choice.pins
     values = {
-        "tile_rows": attempt.tile_rows,
-        "kept_blocks": attempt.kept_blocks,
-        "inputs": attempt.inputs,
+        "tile_rows": pins.tile_rows,
+        "kept_blocks": pins.kept_blocks,
+        "inputs": pins.inputs,
         "weight_slots": pins.weight_slots,
         "gradient_slots": pins.gradient_slots,
         "resident": None if pins.resident is None else ",".join(map(str, pins.resident)),

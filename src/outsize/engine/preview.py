@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from outsize.config import Budgets, ComputeType, Disk, Pins, Settings, format_bytes
+from outsize.config import ComputeType, Disk, Pins, Settings, format_bytes
 from outsize.engine import api, memory
 from outsize.engine.blocks import DTYPES
 from outsize.engine.budget import Fit, disk_bytes
@@ -98,8 +97,10 @@ def _summary(session: Session, batch_size: int, seq_len: int) -> PlanSummary:
     budget, profile = session.budget, session.profile
     num_parameters = sum(parameter.numel() for parameter in session.parameters.values())
     rehearsal, shape = _rehearse(session, batch_size, seq_len)
+    # Memory is laid out for a whole prompt; what takes the time of generating is one token after the other.
+    cached = None if torch.is_grad_enabled() else _rehearse(session, batch_size, 1)
     try:
-        records, placement = session.decide(rehearsal, shape)
+        records, placement = session.decide(rehearsal, shape, cached)
         num_disk_bytes = disk_bytes(placement, session.settings)
     except BudgetError as error:
         return PlanSummary(
@@ -116,12 +117,12 @@ def _summary(session: Session, batch_size: int, seq_len: int) -> PlanSummary:
         )
     prediction = None
     if profile is not None:
-        if torch.is_grad_enabled():
-            tile_rows = budget.begin_call(rehearsal, shape)
-        else:  # what takes the time of generating is one token after the other
-            rehearsal, shape = _rehearse(session, batch_size, 1)
-            tile_rows = batch_size
-        prediction = predict_call(session, rehearsal, shape, tile_rows, records, placement, profile)
+        tile_rows = budget.begin_call(rehearsal, shape)
+        timed = cached or (rehearsal, shape)
+        foresight = session.foresight(profile, *timed, records)
+        if cached is not None:
+            foresight = foresight.uncut(batch_size)
+        prediction = predict_call(session, *timed, tile_rows, records, placement, foresight)
     return PlanSummary(
         fits=True,
         reason="",
@@ -134,10 +135,17 @@ def _summary(session: Session, batch_size: int, seq_len: int) -> PlanSummary:
         disk_bytes=num_disk_bytes,
         device_budget_bytes=budget.device_limit_bytes,
         device_bytes=budget.device_bytes(),
+        disk_budget_bytes=_disk_budget(session.settings),
         prediction=prediction,
         alternatives=_alternatives(budget.choices),
         pins=pins_text(budget.choices[0]) if budget.choices else "",
     )
+
+
+def _disk_budget(settings: Settings) -> int:
+    """What all disks together may hold, alike on each; 0 where none was given a size."""
+    sizes = [disk.num_bytes for disk in settings.budgets.disks if disk.num_bytes is not None]
+    return len(settings.budgets.disks) * min(sizes, default=0)
 
 
 def _shorter(session: Session, batch_size: int, seq_len: int) -> str:
@@ -169,16 +177,24 @@ def _settings_elsewhere(
     dtype: str | torch.dtype | None,
     pins: Pins | None,
 ) -> Settings:
-    """The arguments of `load` on another machine, whose disk is there unless a home says that it is not used."""
+    """The arguments of `load` on another machine, which has a disk, and the folders that are named."""
     if dtype is None:
         dtype = next((kind for kind in _PREFERRED if kind in hardware.matmul), None)
     if device is not None and not hardware.has_device:
         raise ConfigError(
             f"device={device!r}: {hardware.name} has no device of its own", hint="leave device= out"
         )
-    settings = api.resolve_settings(None, host, "." if disk is None else disk, home, dtype, pins)
-    device_bytes = Budgets.parse(device, None, None).device_bytes
-    return replace(settings, budgets=replace(settings.budgets, device_bytes=device_bytes))
+    settings = api.parse_settings(device, host, "." if disk is None else disk, home, dtype, pins)
+    for name, given, there in (
+        ("host", settings.budgets.host_bytes, hardware.host_bytes),
+        ("device", settings.budgets.device_bytes, hardware.device_bytes),
+    ):
+        if given is not None and there is not None and given > there:
+            raise ConfigError(
+                f"{name}={format_bytes(given)}: {hardware.name} has {format_bytes(there)}",
+                hint=f'{name}="{int(there) >> 20}MiB" or less, or leave it out',
+            )
+    return settings
 
 
 def _alternatives(choices: Sequence[Choice[Fit]]) -> tuple[Alternative, ...]:

@@ -9,6 +9,7 @@ same shapes. So nothing is guessed from a configuration, and nothing is read fro
 from __future__ import annotations
 
 import mmap
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -105,6 +106,8 @@ class Rehearsal:
     """Of these, what could wait in the memory of another tier: tensors that take a gradient."""
     input_bytes: Linear
     """The most of these that one visit has."""
+    sent_bytes: dict[str, Linear]
+    """Of these, what all visits of a layer are the first to have, by its last block."""
     tile_bytes: Linear
     loss_bytes: Linear
     kinds: tuple[Kind, ...]
@@ -127,6 +130,7 @@ class Probe:
     kept: dict[int, torch.Tensor] = field(default_factory=dict)
     movable: set[int] = field(default_factory=set)
     input_bytes: int = 0
+    sent_bytes: Counter[str] = field(default_factory=Counter)
     tile_bytes: int = 0
     loss_bytes: int = 0
     kinds: list[Kind] = field(default_factory=list)
@@ -163,6 +167,9 @@ class Probe:
         self._record_shapes(layer.point.module, tensors, like)
         if differentiates and any(len(p.shape) > 1 for p in self.session.entry_pieces(layer.blocks)):
             self._record_activations(layer)
+        if differentiates:
+            own = {_storage_key(t): t.untyped_storage().nbytes() for t in tensors if t.requires_grad}
+            self.sent_bytes[layer.blocks[-1]] += sum(own[key] for key in own.keys() - self.movable)
         return self._visit(
             layer.blocks,
             tensors,
@@ -226,7 +233,7 @@ class Probe:
         own: dict[int, int] = {}
         for tensor in inputs:
             # Without its graph, which holds this probe: autograd nodes are not seen by the garbage collector.
-            key = tensor.untyped_storage().data_ptr() if not tensor.is_meta else id(tensor)
+            key = _storage_key(tensor)
             self.kept[key] = tensor.detach()
             if tensor.requires_grad:
                 self.movable.add(key)
@@ -413,6 +420,10 @@ def rehearse(session: Session, args: tuple[Any, ...], kwargs: dict[str, Any], sh
         boundary_bytes=Linear.through({n: float(probe.kept_bytes) for n, probe in probes.items()}),
         movable_bytes=Linear.through({n: float(probe.movable_bytes) for n, probe in probes.items()}),
         input_bytes=Linear.through({n: float(probe.input_bytes) for n, probe in probes.items()}),
+        sent_bytes={
+            block: Linear.through({n: float(probe.sent_bytes[block]) for n, probe in probes.items()})
+            for block in first.sent_bytes
+        },
         tile_bytes=Linear.through({n: float(probe.tile_bytes) for n, probe in probes.items()}),
         loss_bytes=Linear.through({n: float(probe.loss_bytes) for n, probe in probes.items()}),
         kinds=tuple(first.kinds),

@@ -645,10 +645,18 @@ class Session:
             records.append(Record.lay_out(block, trainable, state, sizes))
         return records
 
-    def decide(self, rehearsal: Rehearsal, shape: BatchShape) -> tuple[list[Record], Placement]:
-        """Lay records out and place them, for calls of this shape. Raises BudgetError where they do not fit."""
+    def decide(
+        self, rehearsal: Rehearsal, shape: BatchShape, cached: tuple[Rehearsal, BatchShape] | None = None
+    ) -> tuple[list[Record], Placement]:
+        """Lay records out and place them, for calls of this shape; those that are to be fast are these, or `cached`, which
+        go on with a cache. Raises BudgetError where they do not fit.
+        """
         records = self._lay_out(rehearsal)
-        foresight = self.foresight(self.profile, rehearsal, shape, records) if self.profile else None
+        foresight = None
+        if self.profile is not None and cached is not None:
+            foresight = self.foresight(self.profile, *cached, records).uncut(cached[1].rows or 1)
+        elif self.profile is not None:
+            foresight = self.foresight(self.profile, rehearsal, shape, records)
         return records, self.budget.place(records, rehearsal, shape, foresight)
 
     def foresight(

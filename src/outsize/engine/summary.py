@@ -14,7 +14,7 @@ from outsize.engine.report import Row
 WIDTH = 40
 """Characters of a bar."""
 
-SHADES = "█▓▒░▚▞"
+SHADES = "█▓▒░▚▞▙▟▌▀"
 """Of the parts of a bar, in order; what is free is blank."""
 
 
@@ -41,6 +41,8 @@ class PlanSummary:
     disk_bytes: int
     device_budget_bytes: int = 0
     device_bytes: int = 0
+    disk_budget_bytes: int = 0
+    """0 where the disk was given no size."""
     prediction: Prediction | None = None
     """What a step takes; None where no profile was given."""
     alternatives: tuple[Alternative, ...] = ()
@@ -62,7 +64,13 @@ class PlanSummary:
                 else ""
             )
             + f"{format_bytes(self.host_bytes)} of {format_bytes(self.host_budget_bytes)} of memory"
-            + (f", {format_bytes(self.disk_bytes)} of disk" if self.disk_bytes else "")
+            + (
+                f", {format_bytes(self.disk_bytes)} "
+                + (f"of {format_bytes(self.disk_budget_bytes)} " if self.disk_budget_bytes else "")
+                + "of disk"
+                if self.disk_bytes
+                else ""
+            )
         )
         if self.prediction is not None:
             lines += ["", str(self.prediction)]
@@ -71,17 +79,21 @@ class PlanSummary:
 
     def _drawn(self) -> list[str]:
         """A bar for each tier, and under it what its parts are."""
-        budgets = {"device": self.device_budget_bytes, "host": self.host_budget_bytes}
+        budgets = {
+            "device": self.device_budget_bytes,
+            "host": self.host_budget_bytes,
+            "disk": self.disk_budget_bytes,
+        }
         lines = []
         for tier in ("device", "host", "disk"):
             rows = [row for row in self.rows if row.tier == tier and row.num_bytes]
             if not rows:
                 continue
-            whole = max(budgets.get(tier, 0), sum(row.num_bytes for row in rows))
+            whole = max(budgets[tier], sum(row.num_bytes for row in rows))
             lines.append(f"{tier:<6} {bar([row.num_bytes for row in rows], whole)} {format_bytes(whole)}")
             lines += [
                 f"       {shade} {row.what}  {format_bytes(row.num_bytes)}"
-                for shade, row in zip(_shades(len(rows)), rows, strict=True)
+                for shade, row in zip(SHADES, rows, strict=False)
             ]
         return lines
 
@@ -118,13 +130,10 @@ def _prediction(prediction: Prediction) -> Mapping[str, Any]:
 
 def bar(parts: Sequence[int], whole: int) -> str:
     """A bar of WIDTH characters for `parts` of `whole`; a part that is there at all has a character."""
-    text, done = "", 0
-    for shade, part in zip(_shades(len(parts)), parts, strict=True):
-        done += part
-        end = round(WIDTH * done / whole)
-        text += shade * max(1, end - len(text))
-    return f"|{text[:WIDTH]:<{WIDTH}}|"
-
-
-def _shades(count: int) -> str:
-    return "".join(SHADES[index % len(SHADES)] for index in range(count))
+    assert len(parts) <= len(SHADES), parts
+    ends = [round(WIDTH * sum(parts[: index + 1]) / whole) for index in range(len(parts))]
+    widths = [max(1, end - start) for start, end in zip([0, *ends], ends, strict=False)]
+    while sum(widths) > WIDTH:
+        widths[widths.index(max(widths))] -= 1
+    text = "".join(shade * width for shade, width in zip(SHADES, widths, strict=False))
+    return f"|{text:<{WIDTH}}|"

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from outsize.block import Record
+from outsize.engine import keep
 from outsize.engine.batch import tiles
 from outsize.engine.counting import estimated_s
 from outsize.engine.head import Head, measured_tiles
@@ -85,7 +86,17 @@ def measure_costs(
             for name in point.blocks:
                 forward[name] /= visits[name, Direction.FORWARD] or 1
                 backward[name] /= visits[name, Direction.BACKWARD] or 1
-    return Costs(forward, backward, kept_backward_s=kept_backward)
+    return Costs(forward, backward, kept_backward_s=kept_backward, input_bytes=_input_bytes(rehearsal, shape))
+
+
+def _input_bytes(rehearsal: Rehearsal, shape: BatchShape) -> dict[str, int]:
+    """Bytes that each visit of a block sends to where inputs wait; small ones stay where they are."""
+    visits = Counter(visit.block for visit in rehearsal.visits if visit.direction is Direction.FORWARD)
+    sent = {
+        block: num_bytes.at(shape.rows or rehearsal.rows) // visits[block]
+        for block, num_bytes in rehearsal.sent_bytes.items()
+    }
+    return {block: num_bytes for block, num_bytes in sent.items() if num_bytes >= keep.LEAST_BYTES}
 
 
 def _time_kind(

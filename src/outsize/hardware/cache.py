@@ -45,7 +45,9 @@ def load_or_measure(
 
 
 def kept(folder: Path | None) -> Profile | None:
-    """The profile of this machine that an earlier measurement left, if it still holds; nothing is measured."""
+    """The profile of this machine that an earlier measurement left, if it still holds; nothing is measured or made."""
+    if folder is None and not os.path.isdir(cache_folder()):
+        return None
     return _known(profile_path(folder), identity(_folder(folder)), lambda text: None)
 
 
@@ -64,13 +66,18 @@ def _folder(folder: Path | None) -> Path:
     if folder is not None:
         return folder
     own = cache_folder()
-    own.mkdir(parents=True, exist_ok=True)
+    try:
+        own.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"cache folder {own}: {error.strerror}", hint="name a folder on a local disk with disk="
+        ) from error
     return own
 
 
 def _known(path: Path, wanted: str, say: Callable[[str], None]) -> Profile | None:
     """The profile at `path`, where there is one that holds; says why one does not."""
-    if not path.exists():
+    if not os.path.exists(path):  # nor where it cannot be seen
         return None
     try:
         profile = Profile.read(path)

@@ -29,6 +29,9 @@ RELAY_BUFFERS = 8
 STAGING_BUFFERS = 2
 _ABSENT = 0
 
+GROUPS = (Plane.WEIGHT, Plane.GRADIENT, Plane.MOMENT1)
+"""What stays or moves as one; MOMENT1 stands for all state."""
+
 
 @dataclass(frozen=True, slots=True)
 class SlotClass:
@@ -127,7 +130,7 @@ def _group(plane: Plane) -> Plane:
 def group_bytes(record: Record, group: Plane) -> int:
     """Memory of one resident group of planes of `record`: the weights, the gradient, or all of the state."""
     if group is Plane.MOMENT1:
-        return sum(record.plane_bytes(plane) for plane in record.state)
+        return record.whole_state_bytes
     if group is Plane.GRADIENT and not record.num_trainable:
         return _ABSENT
     return record.plane_bytes(group)
@@ -148,10 +151,8 @@ def place(
     `home` pins where planes live (`HOST`: all resident, `DISK`: none but `always_resident`); without it memory that is
     left after the slots holds planes. Raises BudgetError, naming the least arena that works, where nothing fits.
     """
-    groups = _ordered(records)
-    everything = frozenset((record.name, group) for record, group in groups)
-    whole = _placed(records, everything, 1, 1)
     if home in (Home.HOST, Home.DEVICE) or not has_disk:
+        whole = _placed(records, _everything(records), 1, 1)
         if whole.arena_bytes > arena_bytes:
             raise BudgetError(
                 f"all planes in memory take {format_bytes(whole.arena_bytes)}, "
@@ -160,13 +161,15 @@ def place(
             )
         return whole
     limit = pins.resident_bytes if pins.resident_bytes is not None else (0 if home is Home.DISK else None)
-    if limit is None and pins.resident is None and whole.arena_bytes <= arena_bytes:
-        return whole
+    if pins.resident is None and limit != 0:
+        whole = _placed(records, _everything(records), 1, 1)
+        if whole.arena_bytes <= arena_bytes and (limit is None or whole.resident_bytes <= limit):
+            return whole
 
     resident = frozenset(
         (name, group)
-        for name, group in everything
-        if name in always_resident or (group is Plane.WEIGHT and name in kept)
+        for name, group in _everything([r for r in records if r.name in always_resident | kept])
+        if name in always_resident or group is Plane.WEIGHT
     )
     if pins.resident is not None:
         if home is Home.DISK:
@@ -195,7 +198,7 @@ def place(
     if limit is not None:
         left = min(left, limit)
     chosen = set(resident)
-    for record, group in groups:
+    for record, group in _ordered(records) if left else ():
         cost = group_bytes(record, group)
         if (record.name, group) not in chosen and cost <= left:
             chosen.add((record.name, group))
@@ -208,10 +211,9 @@ def _kept(
 ) -> frozenset[tuple[str, Plane]]:
     """`always`, and weights, gradients and state of so many blocks."""
     order = _spread_evenly(records)
-    kinds = (Plane.WEIGHT, Plane.GRADIENT, Plane.MOMENT1)
     return always | {
         (record.name, group)
-        for group, count in zip(kinds, counts, strict=True)
+        for group, count in zip(GROUPS, counts, strict=True)
         for record in order[:count]
         if group_bytes(record, group)
     }
@@ -239,15 +241,16 @@ def place_apart(
     Raises BudgetError, naming what is short, where nothing fits.
     """
     groups = _ordered(records)
-    everything = frozenset((record.name, group) for record, group in groups)
+    everything = _everything(records)
     whole = _placed(records, everything, 1, 1, frozenset() if commits else None, commits)
     if pins.resident is not None:
         raise BudgetError(
             "Pins(resident=...) is for machines whose blocks compute in the host's memory",
             hint="with a device, give resident_bytes= instead",
         )
+    limit = pins.resident_bytes if pins.resident_bytes is not None else (None if home is None else 0)
     if home is Home.DEVICE or (
-        home is None and pins.resident_bytes is None and whole.compute_bytes <= device_bytes
+        whole.compute_bytes <= device_bytes and (limit is None or whole.resident_bytes <= limit)
     ):
         if whole.compute_bytes > device_bytes:
             raise BudgetError(
@@ -274,8 +277,7 @@ def place_apart(
             )
 
     left = device_bytes - placement.compute_bytes
-    limit = pins.resident_bytes if pins.resident_bytes is not None else (left if home is None else 0)
-    resident |= _spread(records, everything - resident, min(left, limit))
+    resident |= _spread(records, everything - resident, left if limit is None else min(left, limit))
     hosted = _hosted(records, groups, resident, home, has_disk, host_bytes, (weight_slots, gradient_slots))
     placement = _placed(records, resident, weight_slots, gradient_slots, hosted, commits)
     if placement.home_bytes > host_bytes:
@@ -289,11 +291,16 @@ def place_apart(
     return placement
 
 
+def _everything(records: Sequence[Record]) -> frozenset[tuple[str, Plane]]:
+    """All groups of planes."""
+    return frozenset((r.name, group) for r in records for group in GROUPS if group_bytes(r, group))
+
+
 def _ordered(records: Sequence[Record]) -> list[tuple[Record, Plane]]:
     """All groups of planes, those first that save most by staying."""
     return [
         (record, group)
-        for group in (Plane.WEIGHT, Plane.GRADIENT, Plane.MOMENT1)
+        for group in GROUPS
         for record in _spread_evenly(records)
         if group_bytes(record, group)
     ]
@@ -318,9 +325,7 @@ def _spread(
     """All planes of as many whole blocks as fit, evenly over the model."""
     chosen: set[tuple[str, Plane]] = set()
     for record in _spread_evenly(records):
-        planes = [
-            group for group in (Plane.WEIGHT, Plane.GRADIENT, Plane.MOMENT1) if (record.name, group) in keys
-        ]
+        planes = [group for group in GROUPS if (record.name, group) in keys]
         cost = sum(group_bytes(record, group) for group in planes)
         if cost <= num_bytes:
             chosen |= {(record.name, group) for group in planes}
@@ -405,10 +410,7 @@ def _placed(
         disk_bytes=sum(
             record.num_bytes
             for record in records
-            if any(
-                group_bytes(record, g) and (record.name, g) not in homes
-                for g in (Plane.WEIGHT, Plane.GRADIENT, Plane.MOMENT1)
-            )
+            if any(group_bytes(record, g) and (record.name, g) not in homes for g in GROUPS)
         ),
         hosted=hosted or frozenset(),
         hosted_bytes=sum(group_bytes(by_name[name], group) for name, group in hosted or ()),
@@ -436,12 +438,9 @@ def sums_in_place(record: Record, gradient_is_resident: bool) -> bool:
 
 def _chunk_bytes(record: Record, homes: frozenset[tuple[str, Plane]], is_apart: bool) -> int:
     """What an update of one chunk needs beside planes at home in memory; on a device weights pass through as well."""
-    num_elements = min(CHUNK, record.num_trainable)
-    state = 0 if (record.name, Plane.MOMENT1) in homes else record.state_bytes(num_elements)
-    gradient = align(num_elements * record.element_bytes[Plane.GRADIENT])
-    weight = align(min(CHUNK, record.num_elements) * record.element_bytes[Plane.WEIGHT])
-    has_weight = is_apart and (record.name, Plane.WEIGHT) not in homes
-    return state + (0 if (record.name, Plane.GRADIENT) in homes else gradient) + (weight if has_weight else 0)
+    moving = [(record.name, group) not in homes for group in GROUPS]
+    moving[0] = moving[0] and is_apart
+    return sum(size for size, moves in zip(record.chunk_bytes, moving, strict=True) if moves)
 
 
 def _classes(sizes: dict[str, int], count: int) -> tuple[SlotClass, ...]:

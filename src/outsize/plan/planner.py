@@ -7,7 +7,10 @@ for. A way with smaller tiles never computes faster, so it is tried only where c
 
 from __future__ import annotations
 
+import gc
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
@@ -17,10 +20,13 @@ from outsize.errors import BudgetError
 from outsize.plan.build import Visit
 from outsize.plan.place import Placement
 from outsize.plan.profile import Profile
-from outsize.plan.simulate import Costs, Simulation, simulate
+from outsize.plan.simulate import Costs, Simulation, least_s, simulate
 
 SLOTS = ((3, 2), (2, 2), (2, 1), (1, 1), (4, 3), (6, 4))
 """Weight slots and gradient slots that are tried; the first is what is taken where nothing is known of the machine."""
+
+NUM_GRIDS = 4
+"""Of these, the first are tried with all that may stay in memory."""
 
 PARTS = 4
 """Into as many parts the blocks are taken whose weights, or gradients, stay in memory."""
@@ -29,12 +35,19 @@ WORTH_A_CHANGE = 0.02
 """A way that computes less at once is tried only where computing waits for more than this part of a step, and taken only
 where it saves as much: costs are timed, and times are never exact."""
 
+FAR = 1.5
+"""What takes longer than the fastest by this factor, even if the busiest resource never waited, is not simulated."""
+
+CLOSE = 0.01
+ENOUGH = 48
+"""After so many simulations, what cannot be faster by more than this part is not simulated either."""
+
 Way = TypeVar("Way")
 
 
 @dataclass(frozen=True)
 class Choice(Generic[Way]):
-    """A placement that fits, simulated; `pins` lead to it."""
+    """A placement that fits, and the figures of its simulation; `pins` lead to it."""
 
     way: Way
     pins: Pins
@@ -55,19 +68,61 @@ def choose(
     profile: Profile,
     pins: Pins,
 ) -> list[Choice[Way]]:
-    """All that fits, the fastest first; of equals, what was tried first. What is pinned is left as it is.
+    """What fits, the fastest first; of equals, what was tried first. What is pinned is left as it is.
 
     Each way comes with a function that places planes beside it, which raises BudgetError where they do not fit, and one
-    that gives what computing costs, asked only where something fits. Empty where nothing does.
+    that gives what computing costs, asked only where something fits. Of all ways the numbers of slots are tried; of the
+    fastest, what stays in memory too. Empty where nothing fits.
     """
-    found: list[Choice[Way]] = []
-    for way, place, costs_of in ways:
-        for own, placement in _placements(place, len(records), pins):
-            costs = costs_of()
-            found.append(
-                Choice(way, own, placement, costs, simulate(visits, records, placement, profile, costs))
-            )
-    return sorted(found, key=lambda choice: choice.step_s)
+    found: dict[int, list[Choice[Way]]] = {}
+    known = list(ways)
+    for index, (way, place, costs_of) in enumerate(known):
+        tried = _placements(place, _slots(pins), set())
+        found[index] = _simulated(tried, way, costs_of, visits, records, profile)
+    if not any(found.values()):
+        return []
+    best = min((index for index in found if found[index]), key=lambda index: found[index][0].step_s)
+    way, place, costs_of = known[best]
+    seen = {choice.placement for choice in found[best]}
+    tried = _placements(place, _stays(place, len(records), pins), seen)
+    found[best] += _simulated(tried, way, costs_of, visits, records, profile, found[best][0].step_s)
+    return sorted((each for some in found.values() for each in some), key=lambda choice: choice.step_s)
+
+
+def _simulated(
+    tried: Iterable[tuple[Pins, Placement]],
+    way: Way,
+    costs_of: Callable[[], Costs],
+    visits: Sequence[Visit],
+    records: Mapping[str, Record],
+    profile: Profile,
+    best_s: float = math.inf,
+) -> list[Choice[Way]]:
+    """Those of `tried` that may be as fast as `best_s`, or not much slower, the fastest first."""
+    known = list(tried)
+    found: dict[int, Choice[Way]] = {}
+    with _uncollected():
+        least = [least_s(visits, records, placement, profile, costs_of()) for _, placement in known]
+        for index in sorted(range(len(known)), key=lambda index: least[index]):
+            if least[index] > best_s * (FAR if len(found) < ENOUGH else 1 - CLOSE):
+                break
+            own, placement = known[index]
+            simulation = simulate(visits, records, placement, profile, costs_of()).figures()
+            found[index] = Choice(way, own, placement, costs_of(), simulation)
+            best_s = min(best_s, simulation.step_s)
+    return [choice for _, choice in sorted(found.items(), key=lambda item: (item[1].step_s, item[0]))]
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Without the collector of cycles: a simulation makes none, but so many objects that all of the process is searched."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def waits(simulation: Simulation) -> bool:
@@ -84,31 +139,33 @@ def prefer(own: list[Choice[Way]], others: list[Choice[Way]]) -> list[Choice[Way
 
 
 def _placements(
-    place: Callable[[Pins], Placement], num_blocks: int, pins: Pins
+    place: Callable[[Pins], Placement], variants: Iterable[Pins], seen: set[Placement]
 ) -> Iterator[tuple[Pins, Placement]]:
-    """The placements that differ, with pins that lead to them."""
-    seen: set[Placement] = set()
-    for own in _variants(place, num_blocks, pins):
+    """The placements that differ from each other and those in `seen`, with pins that lead to them."""
+    for own in variants:
         placement = _try(place, own)
         if placement is not None and placement not in seen:
             seen.add(placement)
             yield own, placement
 
 
-def _variants(place: Callable[[Pins], Placement], num_blocks: int, pins: Pins) -> Iterator[Pins]:
+def _slots(pins: Pins) -> Iterator[Pins]:
+    """`pins`, and with all numbers of slots that they leave open."""
     yield pins
     for weight_slots, gradient_slots in SLOTS:
-        own = replace(
+        yield replace(
             pins,
             weight_slots=pins.weight_slots or weight_slots,
             gradient_slots=pins.gradient_slots or gradient_slots,
         )
-        yield own
-        if (
-            pins.resident is None
-            and pins.resident_bytes is None
-            and _try(place, replace(own, resident=(0, 0, 0)))
-        ):
+
+
+def _stays(place: Callable[[Pins], Placement], num_blocks: int, pins: Pins) -> Iterator[Pins]:
+    """The same with what stays in memory, where that is left open and can be chosen."""
+    if pins.resident is not None or pins.resident_bytes is not None:
+        return
+    for own in list(_slots(pins))[1 : 1 + NUM_GRIDS]:
+        if _try(place, replace(own, resident=(0, 0, 0))):
             for weights in _parts(num_blocks):
                 for gradients in _parts(num_blocks):
                     yield _filled(place, num_blocks, own, (weights, gradients, 0))
@@ -128,6 +185,8 @@ def _filled(
     for index in (2, 0, 1):
         fits, least = counts[index], counts[index]
         most = num_blocks
+        if _try(place, replace(pins, resident=_with(counts, index, min(fits + 1, most)))) is None:
+            continue
         while least <= most:
             middle = (least + most + 1) // 2
             trial = _with(counts, index, middle)

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from outsize.config import ComputeType
 from outsize.errors import ConfigError
@@ -35,6 +35,8 @@ class Resource(StrEnum):
     """The link from the host to a device with memory of its own."""
     DOWN = "down"
 
+
+Kind = TypeVar("Kind", bound=StrEnum)
 
 WORDS = {
     Resource.COMPUTE: "computing",
@@ -77,32 +79,46 @@ class Profile:
     contention: Mapping[Resource, Mapping[Resource, float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        for name in ("name", "source", "identity"):
+            if not isinstance(getattr(self, name), str):
+                raise self._wrong(name, getattr(self, name), "text")
+        for name in ("matmul", "contention"):
+            if not isinstance(getattr(self, name), Mapping):
+                raise self._wrong(name, getattr(self, name), "a mapping")
         rates = {name: getattr(self, name) for name in _RATES} | {
-            f"matmul.{k}": v for k, v in self.matmul.items()
+            f"matmul.{kind}": rate for kind, rate in self.matmul.items()
         }
         for name, value in rates.items():
-            is_missing = value is None and name in _OPTIONAL
-            if not is_missing and not (isinstance(value, int | float) and math.isfinite(value) and value > 0):
-                raise ConfigError(
-                    f"profile {self.name}: {name} is {value!r}, expected a positive number",
-                    hint="measure this machine with outsize profile, or correct the file",
-                )
+            if value is None and name in _OPTIONAL:
+                continue
+            if not (_is_number(value) and value > 0):
+                raise self._wrong(name, value, "a positive number")
+            if name in _COUNTS and value != int(value):
+                raise self._wrong(name, value, "a whole number")
         if not self.matmul:
             raise ConfigError(
                 f"profile {self.name}: matmul has no compute type",
                 hint=f"give one of {', '.join(ComputeType)}",
             )
-        if (self.up is None) is not (self.down is None):
+        given = [name for name in _OF_DEVICES if getattr(self, name) is not None]
+        if 0 < len(given) < len(_OF_DEVICES):
+            missing = next(name for name in _OF_DEVICES if name not in given)
             raise ConfigError(
-                f"profile {self.name}: one of up and down is missing",
-                hint="a device has both, a host neither",
+                f"profile {self.name}: {missing} is missing beside {given[0]}",
+                hint=f"a device with memory of its own has {', '.join(_OF_DEVICES)}; a host has none of them",
             )
         for first, others in self.contention.items():
+            if not isinstance(others, Mapping):
+                raise self._wrong(f"contention.{first}", others, "a mapping")
             for second, speed in others.items():
-                if not (isinstance(speed, int | float) and 0 < speed <= 1):
-                    raise ConfigError(
-                        f"profile {self.name}: contention.{first}.{second} is {speed!r}, expected more than 0, at most 1"
-                    )
+                if not (_is_number(speed) and 0 < speed <= 1):
+                    raise self._wrong(f"contention.{first}.{second}", speed, "more than 0, at most 1")
+
+    def _wrong(self, name: str, value: Any, expected: str) -> ConfigError:
+        return ConfigError(
+            f"profile {self.name}: {name} is {_shown(value)}, expected {expected}",
+            hint="measure this machine with outsize profile, or correct the file",
+        )
 
     @property
     def has_device(self) -> bool:
@@ -123,7 +139,7 @@ class Profile:
         """The profile that `text` describes. Raises ConfigError naming the field that is missing or wrong."""
         try:
             values: Any = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError(
                 f"{where}: not JSON: {error}", hint="measure it again with outsize profile"
             ) from error
@@ -147,12 +163,12 @@ class Profile:
                 f"{where}: {missing[0]} is missing", hint="measure it again with outsize profile"
             )
         try:
-            values["matmul"] = {ComputeType(kind): rate for kind, rate in values["matmul"].items()}
-            values["contention"] = {
-                Resource(first): {Resource(second): speed for second, speed in others.items()}
-                for first, others in values.get("contention", {}).items()
-            }
-        except (ValueError, AttributeError) as error:
+            values["matmul"] = _keyed(ComputeType, values["matmul"])
+            contention = _keyed(Resource, values.get("contention", {}))
+            if isinstance(contention, dict):
+                contention = {first: _keyed(Resource, others) for first, others in contention.items()}
+            values["contention"] = contention
+        except ValueError as error:
             raise ConfigError(f"{where}: {error}", hint="measure it again with outsize profile") from error
         return cls(**values)
 
@@ -175,3 +191,25 @@ class Profile:
 _OPTIONAL = ("up", "down", "device_bytes", "device_update", "device_memory", "disk_endurance_bytes")
 _RATES = ("disk_read", "disk_write", "host_copy", "update", "host_bytes", "num_threads", *_OPTIONAL)
 _REQUIRED = tuple(name for name in ("name", "source", "matmul", *_RATES) if name not in _OPTIONAL)
+_COUNTS = ("host_bytes", "num_threads", "device_bytes")
+_OF_DEVICES = ("device_bytes", "up", "down")
+
+
+def _keyed(kind: type[Kind], values: Any) -> Any:
+    """A mapping with keys of `kind`; what is none is left for the check of fields. Raises ValueError."""
+    return {kind(key): value for key, value in values.items()} if isinstance(values, dict) else values
+
+
+def _is_number(value: Any) -> bool:
+    """Whether `value` is a number that arithmetic on floats can take."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
+
+
+def _shown(value: Any) -> str:
+    text = "a number too large" if isinstance(value, int) and value.bit_length() > 1024 else repr(value)
+    return text if len(text) < 80 else f"{text[:80]}..."

@@ -1,22 +1,27 @@
 """When each operation of a plan runs: a discrete-event simulation on a profile, in pure Python.
 
 A plan is unrolled into tasks, each of which keeps one resource busy: computing, updating, the disk's two directions, the
-link's two ways. A task starts when those it needs are over and its resource is free, in the order in which tasks become
-ready. Resources that disturb each other slow down while they run together, as the profile measured (a fluid model: the
-speed of a task changes whenever another starts or ends). Three steps are simulated, and the last is what is reported.
+link's two ways. A task starts when those it needs are over, and those of its resource that come before it in the plan
+[Note: the order of tasks]. Resources that disturb each other slow down while they run together, as the profile measured (a
+fluid model: the speed of a task changes whenever another starts or ends). Three steps are simulated; the last is reported.
 
 What the engine does in order (a wait, a block, giving a slot back) holds the next operation up; everything else is begun
 and left to itself, as there. Large transfers and updates are cut into a few parts, so that reading, updating and writing
 of one block overlap as they do chunk by chunk.
+
+[Note: the order of tasks] Each resource runs its tasks in the order in which the plan begins them, as lanes do, even where
+a later one is ready first. Then a shorter task never makes another end later, which does not hold of an order of readiness.
 """
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 from outsize.block import Plane, Record
+from outsize.config import Home
 from outsize.plan.build import Direction, Occupancy, Visit, build, slot_class_of
 from outsize.plan.op import Backward, Claim, Forward, Free, Held, Op, Read, Update, Wait, Write
 from outsize.plan.place import Placement, sums_in_place
@@ -28,32 +33,37 @@ PARTS = 4
 
 NUM_STEPS = 3
 
+INPUTS_LEAVING = 2
+"""Visits whose inputs may be on their way to where they wait; those of the last are still there when backward begins."""
+
 
 @dataclass(frozen=True, slots=True)
 class Costs:
     """Seconds that computing takes with nothing beside it, per visit of a block; `backward_s` includes recomputation,
     which a block that keeps its activations leaves out (`kept_backward_s`).
 
-    `between_s`: per step, outside of all blocks.
+    `between_s`: per step, outside of all blocks. `input_bytes`: of the inputs that a visit's backward needs, where these
+    may wait in another tier.
     """
 
     forward_s: Mapping[str, float]
     backward_s: Mapping[str, float]
     between_s: float = 0.0
     kept_backward_s: Mapping[str, float] = field(default_factory=dict)
+    input_bytes: Mapping[str, int] = field(default_factory=dict)
 
     def scaled(self, factor: float) -> Costs:
         """The same on a machine that takes `factor` times as long."""
-        return Costs(
-            {block: factor * seconds for block, seconds in self.forward_s.items()},
-            {block: factor * seconds for block, seconds in self.backward_s.items()},
-            factor * self.between_s,
-            {block: factor * seconds for block, seconds in self.kept_backward_s.items()},
+        return replace(
+            self,
+            forward_s={block: factor * seconds for block, seconds in self.forward_s.items()},
+            backward_s={block: factor * seconds for block, seconds in self.backward_s.items()},
+            between_s=factor * self.between_s,
+            kept_backward_s={block: factor * seconds for block, seconds in self.kept_backward_s.items()},
         )
 
 
-@dataclass(frozen=True, slots=True)
-class Task:
+class Task(NamedTuple):
     """`alone_s` seconds of one resource, once the tasks `after` (indices) are over."""
 
     resource: Resource
@@ -63,8 +73,7 @@ class Task:
     num_bytes: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Event:
+class Event(NamedTuple):
     """A task in time, in seconds from the start; it was ready at `ready_s`, when the last of what it needs was over."""
 
     task: Task
@@ -105,6 +114,10 @@ class Simulation:
         """What keeps the step from being shorter: the resource that is busy longest."""
         return max(self.busy_s, key=lambda resource: self.busy_s[resource])
 
+    def figures(self) -> Simulation:
+        """The same without its events and stalls, which take memory where many plans are compared."""
+        return replace(self, events=(), stalls=())
+
 
 def simulate(
     visits: Sequence[Visit],
@@ -115,17 +128,8 @@ def simulate(
 ) -> Simulation:
     """Simulate calls that make `visits`, each after a step of the optimizer where blocks train."""
     unrolled = _Unrolled(records, placement, profile, costs)
-    trains = any(visit.trains for visit in visits)
-    pending = (
-        {record.name for record in records.values() if record.num_trainable and record.state}
-        if trains
-        else set()
-    )
     ends: list[int] = []
-    held: list[str] = []
-    for _ in range(NUM_STEPS):
-        plan = build(visits, records, placement, Occupancy(held=tuple(held), pending=frozenset(pending)))
-        held = _held_after(plan)
+    for plan in _plans(visits, records, placement):
         unrolled.add(plan)
         ends.append(unrolled.end_step())
     events = run(unrolled.tasks, profile)
@@ -133,50 +137,91 @@ def simulate(
     return _summary(events, first, last)
 
 
+def least_s(
+    visits: Sequence[Visit],
+    records: Mapping[str, Record],
+    placement: Placement,
+    profile: Profile,
+    costs: Costs,
+) -> float:
+    """Seconds that a simulated step takes at least, those of the resource that has most to do: a fraction of the work."""
+    unrolled = _Unrolled(records, placement, profile, costs)
+    *_, plan = _plans(visits, records, placement)
+    unrolled.add(plan)
+    unrolled.end_step()
+    busy_s = dict.fromkeys(Resource, 0.0)
+    for task in unrolled.tasks:
+        busy_s[task.resource] += task.alone_s
+    return max(busy_s.values())
+
+
+def _plans(visits: Sequence[Visit], records: Mapping[str, Record], placement: Placement) -> Iterator[Plan]:
+    """The plans of the steps that are simulated; each begins with what the one before left in slots."""
+    pending: frozenset[str] = frozenset()
+    if any(visit.trains for visit in visits):
+        pending = frozenset(r.name for r in records.values() if r.num_trainable and r.state)
+    held: list[str] = []
+    for _ in range(NUM_STEPS):
+        plan = build(visits, records, placement, Occupancy(held=tuple(held), pending=pending))
+        held = _held_after(plan)
+        yield plan
+
+
 def run(tasks: Sequence[Task], profile: Profile) -> list[Event]:
     """Let tasks run, each resource on one at a time and in the order of `tasks`, which no task may precede what it needs.
 
     Where nothing disturbs anything, a shorter task never ends another later: the order of each resource is fixed.
     """
-    waits_for = [len(set(task.after)) for task in tasks]
+    resources = list(Resource)
+    lane_of = {resource: lane for lane, resource in enumerate(resources)}
+    waits_for = [0] * len(tasks)
     followers: list[list[int]] = [[] for _ in tasks]
-    queues: dict[Resource, deque[int]] = {resource: deque() for resource in Resource}
+    queues: list[deque[int]] = [deque() for _ in resources]
     for index, task in enumerate(tasks):
-        queues[task.resource].append(index)
-        for other in set(task.after):
+        queues[lane_of[task.resource]].append(index)
+        needed = set(task.after)
+        waits_for[index] = len(needed)
+        for other in needed:
             followers[other].append(index)
     ready_s = [0.0] * len(tasks)
     blame: list[int | None] = [None] * len(tasks)
     starts = [0.0] * len(tasks)
     ends = [0.0] * len(tasks)
-    running: dict[Resource, int] = {}
-    left: dict[Resource, float] = {}
-    known: dict[frozenset[Resource], dict[Resource, float]] = {}
+    running = [0] * len(resources)
+    left = [0.0] * len(resources)
+    idle = set(range(len(resources)))
+    known: dict[frozenset[int], list[tuple[int, float]]] = {}
     now = 0.0
     while True:
-        for resource, queue in queues.items():
-            if resource not in running and queue and not waits_for[queue[0]]:
-                index = queue.popleft()
-                running[resource], left[resource], starts[index] = index, tasks[index].alone_s, now
-        if not running:
-            break
-        busy = frozenset(running)
-        speeds = known.get(busy)
+        for lane in sorted(idle):
+            queue = queues[lane]
+            if queue and not waits_for[queue[0]]:
+                idle.remove(lane)
+                running[lane] = index = queue.popleft()
+                left[lane], starts[index] = tasks[index].alone_s, now
+        still = frozenset(idle)
+        speeds = known.get(still)
         if speeds is None:
-            speeds = known[busy] = {each: profile.speed(each, busy - {each}) for each in busy}
-        step = min(left[resource] / speeds[resource] for resource in running)
+            busy = {resource for lane, resource in enumerate(resources) if lane not in still}
+            speeds = known[still] = [
+                (lane_of[each], profile.speed(each, frozenset(busy - {each}))) for each in busy
+            ]
+        if not speeds:
+            break
+        step = min([left[lane] / speed for lane, speed in speeds])
         now += step
-        for resource in list(running):
-            left[resource] -= step * speeds[resource]
-            if left[resource] > 1e-12:
+        for lane, speed in speeds:
+            left[lane] -= step * speed
+            if left[lane] > 1e-12:
                 continue
-            index = running.pop(resource)
+            index = running[lane]
+            idle.add(lane)
             ends[index] = now
             for follower in followers[index]:
                 waits_for[follower] -= 1
                 if not waits_for[follower]:
                     ready_s[follower], blame[follower] = now, index
-    assert not any(queues.values()), "a task comes before one that it needs"
+    assert not any(queues), "a task comes before one that it needs"
     return [
         Event(task, ready_s[index], starts[index], ends[index], blame[index])
         for index, task in enumerate(tasks)
@@ -241,6 +286,15 @@ class _Block:
     """That bring its gradient home."""
 
 
+@dataclass(eq=False)
+class _Inputs:
+    """Inputs of a visit that wait for its backward: tasks that send them away, and that bring them back once begun."""
+
+    block: str
+    down: list[int]
+    up: list[int] | None = None
+
+
 class _Unrolled:
     """Plans as tasks, one after the other; `main` are the tasks that hold up what the engine does next."""
 
@@ -257,10 +311,20 @@ class _Unrolled:
         self._pending: set[str] = set()
         self._is_apart = profile.has_device
         self._slots: defaultdict[int | None, list[tuple[int, ...]]] = defaultdict(list)
+        self._rates = {
+            Resource.READ: profile.disk_read,
+            Resource.WRITE: profile.disk_write,
+            Resource.UP: profile.up,
+            Resource.DOWN: profile.down,
+        }
+        self._inputs: list[_Inputs] = []
+        self._leaving: deque[_Inputs] = deque()
 
     def add(self, plan: Plan) -> None:
         """Unroll one call."""
         updated = {op.block for op in plan if isinstance(op, Update)}
+        self._inputs = []
+        self._let_inputs_go(0)
         for op in plan:
             self._add(op, updated)
 
@@ -292,8 +356,10 @@ class _Unrolled:
             case Claim(block, Plane.GRADIENT):
                 self._claim(block)
             case Forward(block):
+                self._send_inputs(block)
                 self._compute(self._costs.forward_s.get(block, 0.0), str(op))
             case Backward(block):
+                self._bring_inputs(block)
                 is_kept = block in self._placement.kept
                 seconds = self._costs.kept_backward_s if is_kept else self._costs.backward_s
                 self._compute(seconds.get(block, 0.0), str(op))
@@ -371,16 +437,7 @@ class _Unrolled:
         if self._placement.is_resident(block, plane):
             return []
         num_bytes = int(record.plane_elements(plane) * record.element_bytes[plane])
-        label = f"{block}.{plane}"
-        if self._is_apart and self._placement.is_hosted(block, plane):
-            return [self._transfer(Resource.UP, num_bytes, after, f"up {label}")]
-        parts = []
-        for _ in range(PARTS):
-            part = self._transfer(Resource.READ, num_bytes / PARTS, after, f"read {label}")
-            if self._is_apart:
-                part = self._transfer(Resource.UP, num_bytes / PARTS, (part,), f"up {label}")
-            parts.append(part)
-        return parts
+        return self._fetch(num_bytes, self._placement.is_hosted(block, plane), after, f"{block}.{plane}")
 
     def _send_gradient(self, block: str) -> None:
         record, state = self._records[block], self._blocks[block]
@@ -395,16 +452,8 @@ class _Unrolled:
         state.gradient = []
         if is_resident:
             return
-        num_bytes = record.num_trainable * size
-        label = f"{block}.gradient"
-        if self._is_apart and self._placement.is_hosted(block, Plane.GRADIENT):
-            state.gradient = [self._transfer(Resource.DOWN, num_bytes, self._main, f"down {label}")]
-            return
-        for _ in range(PARTS):
-            after = self._main
-            if self._is_apart:
-                after = (self._transfer(Resource.DOWN, num_bytes / PARTS, after, f"down {label}"),)
-            state.gradient.append(self._transfer(Resource.WRITE, num_bytes / PARTS, after, f"write {label}"))
+        is_hosted = self._placement.is_hosted(block, Plane.GRADIENT)
+        state.gradient = self._send(record.num_trainable * size, is_hosted, f"{block}.gradient")
 
     def _claim(self, block: str) -> None:
         """On a device a slot may still be on its way down: computing comes after that."""
@@ -412,7 +461,67 @@ class _Unrolled:
         if self._is_apart and group is not None and self._slots[group]:
             self._wait(self._slots[group].pop(0))
 
+    # -- inputs of blocks ------------------------------------------------------------------------------------------
+
+    def _send_inputs(self, block: str) -> None:
+        """What a visit is given goes to where it waits, beside the visit; a few visits later computing waits for that."""
+        num_bytes = self._costs.input_bytes.get(block, 0)
+        if self._placement.inputs is None or not num_bytes or block in self._placement.kept:
+            return
+        self._let_inputs_go(INPUTS_LEAVING - 1)
+        is_hosted = self._placement.inputs is Home.HOST
+        inputs = _Inputs(block, self._send(num_bytes, is_hosted, f"{block}.input"))
+        self._inputs.append(inputs)
+        self._leaving.append(inputs)
+
+    def _let_inputs_go(self, num_visits: int) -> None:
+        while len(self._leaving) > num_visits:
+            self._wait(self._leaving.popleft().down)
+
+    def _bring_inputs(self, block: str) -> None:
+        """The inputs of a visit, which were begun to come one visit before, and now those of the one that comes next."""
+        index = max((i for i, each in enumerate(self._inputs) if each.block == block), default=None)
+        if index is None:
+            return
+        arriving = self._fetch_inputs(self._inputs.pop(index))
+        if index:
+            self._fetch_inputs(self._inputs[index - 1])
+        self._wait(arriving)
+
+    def _fetch_inputs(self, inputs: _Inputs) -> list[int]:
+        if inputs.up is None:
+            is_hosted = self._placement.inputs is Home.HOST
+            num_bytes = self._costs.input_bytes[inputs.block]
+            after = (*self._main, *inputs.down)
+            is_here = inputs in self._leaving
+            inputs.up = [] if is_here else self._fetch(num_bytes, is_hosted, after, f"{inputs.block}.input")
+        return inputs.up
+
     # -- tasks -----------------------------------------------------------------------------------------------------
+
+    def _fetch(self, num_bytes: float, is_hosted: bool, after: Sequence[int], label: str) -> list[int]:
+        """Tasks that bring bytes from the host's memory beside a device, or from the disk, to where blocks compute."""
+        if self._is_apart and is_hosted:
+            return [self._transfer(Resource.UP, num_bytes, after, f"up {label}")]
+        parts = []
+        for _ in range(PARTS):
+            part = self._transfer(Resource.READ, num_bytes / PARTS, after, f"read {label}")
+            if self._is_apart:
+                part = self._transfer(Resource.UP, num_bytes / PARTS, (part,), f"up {label}")
+            parts.append(part)
+        return parts
+
+    def _send(self, num_bytes: float, is_hosted: bool, label: str) -> list[int]:
+        """The way back, of what was computed."""
+        if self._is_apart and is_hosted:
+            return [self._transfer(Resource.DOWN, num_bytes, self._main, f"down {label}")]
+        parts = []
+        for _ in range(PARTS):
+            after = self._main
+            if self._is_apart:
+                after = (self._transfer(Resource.DOWN, num_bytes / PARTS, after, f"down {label}"),)
+            parts.append(self._transfer(Resource.WRITE, num_bytes / PARTS, after, f"write {label}"))
+        return parts
 
     def _is_here(self, block: str, plane: Plane) -> bool:
         """Whether a plane is at home in the memory in which the host updates it."""
@@ -427,13 +536,7 @@ class _Unrolled:
         self._main = (*self._main, *tasks)
 
     def _transfer(self, resource: Resource, num_bytes: float, after: Sequence[int], label: str) -> int:
-        rates = {
-            Resource.READ: self._profile.disk_read,
-            Resource.WRITE: self._profile.disk_write,
-            Resource.UP: self._profile.up,
-            Resource.DOWN: self._profile.down,
-        }
-        rate = rates[resource]
+        rate = self._rates[resource]
         assert rate is not None, f"{label}: the profile has no {resource}"
         return self._task(resource, num_bytes / rate, after, label, int(num_bytes))
 
