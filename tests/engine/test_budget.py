@@ -286,6 +286,8 @@ def test_on_a_device_plans_that_keep_inputs_there_are_compared_with_those_that_d
         summary = outsize.preview(
             wide(tmp_path), device=f"{device}MiB", home="host", dtype="float32", **options
         )
-        if summary.fits and compared[0].attempt.inputs is Home.HOST and len(compared) > 1:
-            break
-    assert {fit.attempt.inputs for fit in compared} >= {None, Home.HOST}
+        if summary.fits and compared[0].attempt.inputs is Home.HOST:
+            cramped = [fit for fit in compared[1:] if fit.tile_rows == compared[0].tile_rows]
+            if any(fit.attempt.inputs is None for fit in cramped):
+                return
+    raise AssertionError("what has few slots and no traffic of inputs was not compared")

@@ -386,11 +386,9 @@ def test_a_disk_that_is_full_is_named_and_nothing_is_kept(tmp_path, monkeypatch)
 
 def attempts_of(model, room, monkeypatch, **options):
     """Where inputs wait, and rows of a tile, where blocks compute in `room` bytes beside the arenas."""
-    tried = []
     needs = budget._needs
 
     def limited(rehearsal, shape, tile_rows, inputs=None, kept=frozenset()):
-        tried.append((tile_rows, inputs))
         own = needs(rehearsal, shape, tile_rows, inputs, kept)
         boundary, visit = (1000, 100 * tile_rows) if inputs is None else (200, 100 * tile_rows)
         short = 1 << 50 if boundary + visit > room else 0
@@ -398,11 +396,10 @@ def attempts_of(model, room, monkeypatch, **options):
 
     with monkeypatch.context() as patch:
         patch.setattr(budget, "_needs", limited)
-        patch.setattr(
-            budget.Budget, "begin_call", lambda self, rehearsal, shape: next(iter(reversed(tried)))[0]
-        )
+        patch.setattr(budget.Budget, "begin_call", lambda self, rehearsal, shape: self._fit.tile_rows)
         model(**ZOO["llama"].batch(rows=8, length=options.get("length", 12)))
-    return session_of(model).budget.placement.inputs, tried[-1][0]
+    own = session_of(model).budget
+    return own.placement.inputs, own._fit.tile_rows
 
 
 @pytest.mark.parametrize(
