@@ -35,8 +35,8 @@ SLACK_BYTES = 128 << 20
 UNPLANNED_BYTES = 48 << 20
 """What of that is taken as a rule: 16 to 100 MiB over a grid of runs (benchmarks/results)."""
 
-HINT_MARGIN_BYTES = 8 << 20
-"""Added to a budget that is recommended: two processes that do the same differ by 1 to 2 MiB."""
+HINT_MARGIN_BYTES = 16 << 20
+"""Added to what a hint names: the process may have grown when it is tried."""
 
 DEVICE_SLACK_BYTES = 64 << 20
 """Memory of the device left for what is not planned: libraries' workspaces, rounding of tensors."""
@@ -170,17 +170,7 @@ class Budget:
 
         Raises BudgetError where they do not fit, naming what does.
         """
-        closing.finish()  # of models that were dropped, what they had is free
-        memory.give_back()
-        self.base_bytes = memory.resident_bytes()
-        limit = self._settings.budgets.host_bytes
-        self.limit_bytes = limit or self.base_bytes + int(0.9 * self._free_host_bytes())
-        self._home_room_bytes = self.limit_bytes - self.base_bytes - SLACK_BYTES - _source_bytes(records)
-        self.room_bytes = self._home_room_bytes
-        if not self._device.is_host:
-            free = self._device.free_bytes()
-            self.device_limit_bytes = self._settings.budgets.device_bytes or int(0.95 * free)
-            self.room_bytes = min(self.device_limit_bytes, free) - DEVICE_SLACK_BYTES
+        self._measure(records)
         fits = list(self._fitting(records, rehearsal, shape))
         self.choices = []
         fit = self._simplest(fits)
@@ -196,6 +186,25 @@ class Budget:
             small = max(0, SLACK_BYTES // 2 - fit.needs.visit_bytes)
             self._ceiling.expected_bytes = self.host_bytes() + fit.needs.visit_bytes + small
         return self.placement
+
+    def fits(self, records: Sequence[Record], rehearsal: Rehearsal, shape: BatchShape) -> bool:
+        """Whether calls of this shape fit, with as much to spare as what a hint names should have."""
+        self._measure(records)
+        return self._any_fits(records, rehearsal, shape)
+
+    def _measure(self, records: Sequence[Record]) -> None:
+        """What the process has now, and what that leaves."""
+        closing.finish()  # of models that were dropped, what they had is free
+        memory.give_back()
+        self.base_bytes = memory.resident_bytes()
+        limit = self._settings.budgets.host_bytes
+        self.limit_bytes = limit or self.base_bytes + int(0.9 * self._free_host_bytes())
+        self._home_room_bytes = self.limit_bytes - self.base_bytes - SLACK_BYTES - _source_bytes(records)
+        self.room_bytes = self._home_room_bytes
+        if not self._device.is_host:
+            free = self._device.free_bytes()
+            self.device_limit_bytes = self._settings.budgets.device_bytes or int(0.95 * free)
+            self.room_bytes = min(self.device_limit_bytes, free) - DEVICE_SLACK_BYTES
 
     def choices_with(
         self, more_bytes: int, records: Sequence[Record], rehearsal: Rehearsal, foresight: Foresight
@@ -313,13 +322,18 @@ class Budget:
         ) from error
 
     def _fit_for(
-        self, attempt: _Attempt, records: Sequence[Record], rehearsal: Rehearsal, shape: BatchShape
+        self,
+        attempt: _Attempt,
+        records: Sequence[Record],
+        rehearsal: Rehearsal,
+        shape: BatchShape,
+        spare_bytes: int = 0,
     ) -> Fit:
-        """Raises BudgetError where it does not fit in this way."""
+        """Raises BudgetError where it does not fit in this way, with so much to spare."""
         needs = _needs_of(attempt, rehearsal, shape)
         # Freed activations fit badly into one another; with room for a second visit nothing has to be given back.
         taken = needs.num_bytes + (needs.visit_bytes if attempt.is_roomy else 0)
-        home_room = self._home_room_bytes - needs.host_bytes
+        home_room = self._home_room_bytes - needs.host_bytes - spare_bytes
         if self._device.is_host:
             taken += needs.host_bytes
         if home_room < 0:
@@ -328,7 +342,7 @@ class Budget:
                 f"{what if needs.host_bytes else 'nothing fits beside the process itself'}, "
                 f"the budget leaves {format_bytes(max(0, self._home_room_bytes))} for it"
             )
-        room = max(0, self.room_bytes - taken)
+        room = max(0, self.room_bytes - taken - spare_bytes)
         placement = self._place(records, needs, room, home_room, self._settings.pins)
         return Fit(attempt, needs, room, home_room, placement)
 
@@ -346,7 +360,7 @@ class Budget:
     def _any_fits(self, records: Sequence[Record], rehearsal: Rehearsal, shape: BatchShape) -> bool:
         for attempt in self._attempts(shape):
             with suppress(BudgetError):
-                self._fit_for(attempt, records, rehearsal, shape)
+                self._fit_for(attempt, records, rehearsal, shape, HINT_MARGIN_BYTES)
                 return True
         return False
 

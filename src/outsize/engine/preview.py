@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -150,13 +150,11 @@ def _disk_budget(settings: Settings) -> int:
 
 def _shorter(session: Session, batch_size: int, seq_len: int) -> str:
     """The longest of some shorter sequences that fits, as a part of a hint."""
-    session.profile = None  # whether it fits is all that is asked
     for length in (seq_len * 3 // 4, seq_len // 2, seq_len // 4, seq_len // 8):
         if length < LEAST_LENGTH:
             break
-        with suppress(BudgetError):
-            _, placement = session.decide(*_rehearse(session, batch_size, length))
-            disk_bytes(placement, session.settings)
+        rehearsal, shape = _rehearse(session, batch_size, length)
+        if session.fits(rehearsal, shape):
             return f"; or sequences of {length}"
     return ""
 

@@ -659,6 +659,10 @@ class Session:
             foresight = self.foresight(self.profile, rehearsal, shape, records)
         return records, self.budget.place(records, rehearsal, shape, foresight)
 
+    def fits(self, rehearsal: Rehearsal, shape: BatchShape) -> bool:
+        """Whether calls of this shape fit, with something to spare; nothing is decided."""
+        return self.budget.fits(self._lay_out(rehearsal), rehearsal, shape)
+
     def foresight(
         self, profile: Profile, rehearsal: Rehearsal, shape: BatchShape, records: Sequence[Record]
     ) -> Foresight:
