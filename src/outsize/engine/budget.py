@@ -20,6 +20,7 @@ from outsize.block import ALIGNMENT, Plane, Record, align
 from outsize.config import Home, Pins, Settings, format_bytes
 from outsize.engine import closing, keep, memory
 from outsize.engine.probe import BatchShape, Rehearsal
+from outsize.engine.versions import Layout
 from outsize.errors import BudgetError
 from outsize.plan import Direction, Placement, place, place_apart
 from outsize.plan.place import GROUPS, group_bytes
@@ -289,12 +290,15 @@ class Budget:
         """What fits: activations get memory first, then arenas. Raises BudgetError where nothing does."""
         least: _Needs | None = None
         error: BudgetError | None = None
+        shortage: DiskShortage | None = None
         any_fits = False
         for attempt in self._attempts(shape):
             try:
                 fit = self._fit_for(attempt, records, rehearsal, shape)
             except BudgetError as failure:
                 error = failure
+                if isinstance(failure, DiskShortage):
+                    shortage = shortage or failure  # memory was enough
                 needs = _needs_of(attempt, rehearsal, shape)
                 if least is None or needs.num_bytes + needs.host_bytes <= least.num_bytes + least.host_bytes:
                     least = needs
@@ -303,6 +307,8 @@ class Budget:
             yield fit
         if any_fits:
             return
+        if shortage is not None:
+            raise shortage
         assert error is not None and least is not None
         self._least_needs = least
         self.activation_bytes, self.host_inputs_bytes = least.num_bytes, least.host_bytes
@@ -485,8 +491,10 @@ class Budget:
         Raises BudgetError where none fits.
         """
         placement = self._place_anywhere(records, needs, room, home_room, pins, self._settings.home)
+        commits = self._settings.commits
+        versions_bytes = Layout.of(records, placement).num_bytes(commits) if commits else None
         try:
-            disk_bytes(placement, self._settings)
+            disk_bytes(placement, self._settings, versions_bytes)
         except BudgetError:
             if not self._device.is_host or self._settings.home is not None or pins.resident is not None:
                 raise
@@ -613,6 +621,10 @@ def _pinned(pins: Pins) -> str:
     return f"; or pin less than {', '.join(named)}" if named else ""
 
 
+class DiskShortage(BudgetError):
+    """The disk is what is short; the hint names a size of it that works."""
+
+
 def disk_bytes(placement: Placement, settings: Settings, versions_bytes: int | None = None) -> int:
     """What records and inputs of blocks take on disk. Raises BudgetError where that is not allowed.
 
@@ -629,8 +641,9 @@ def disk_bytes(placement: Placement, settings: Settings, versions_bytes: int | N
         if disk.num_bytes is not None and share > disk.num_bytes:
             part = "" if len(disks) == 1 else f", {format_bytes(share)} on each of {len(disks)}"
             what = "the state" if not inputs else "the state and the inputs of blocks"
-            raise BudgetError(
-                f"{what} {'takes' if not inputs else 'take'} {format_bytes(num_bytes)} on disk{part}; "
+            what += " and commits of it" if versions_bytes is not None else ""
+            raise DiskShortage(
+                f"{what} {'takes' if what == 'the state' else 'take'} {format_bytes(num_bytes)} on disk{part}; "
                 f"{disk.folder} may hold {format_bytes(disk.num_bytes)}",
                 hint=f'disk="{disk.folder}:{-(-share // 2**20)}MiB" works',
             )

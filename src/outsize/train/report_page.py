@@ -112,7 +112,7 @@ class ReportPage(Watcher):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._facts is None or self._report is None:
+        if self._facts is None or self._kept.last is None or self._report is None:
             return
         if isinstance(error, KeyboardInterrupt):
             self._ending = "stopped at once on request; the weights were not saved"
