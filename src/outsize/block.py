@@ -192,6 +192,11 @@ class Record:
                 yield self.state_extent(start, stop)
 
     @property
+    def kept_bytes(self) -> int:
+        """Bytes of what a commit keeps: all but the gradient, which comes last."""
+        return self._gradient_offset
+
+    @property
     def gradient_extent(self) -> Extent | None:
         """Where the gradient plane lies on disk; None where nothing trains."""
         if not self.num_trainable:

@@ -16,6 +16,7 @@ The state of the model lives in the store from the first step on, so that a comm
 from __future__ import annotations
 
 import base64
+import os
 import platform
 import random
 import warnings
@@ -82,7 +83,7 @@ def resume(
         notes = _notes(session, manifest)
         session.committed = _Committed(store.reader(), session.source)
     except BaseException:
-        session.versions = None
+        session.live_in(None)
         store.close()
         raise
     for note in notes:
@@ -111,13 +112,13 @@ def commit(
     if store is None:
         store = _attach(session, Path(path), keep)
         if store.resume() is not None:
-            session.versions = None
+            session.live_in(None)
             store.close()
             raise UsageError(
                 f"{path} holds commits of an earlier run", hint="call outsize.checkpoint.resume first"
             )
     assert isinstance(store, Store)
-    if store.folder != Path(path).absolute():
+    if os.path.realpath(path) != os.path.realpath(store.folder):
         raise UsageError(f"the model lives in {store.folder}", hint=f'commit to "{store.folder}"')
     if session.executor is None:
         return  # nothing was done yet
@@ -134,6 +135,8 @@ def commit(
     )
     if not (store.folder / MODEL).exists():
         write_companions(model, store.folder / MODEL)
+    if session.executor.store.is_capturing:
+        session.executor.settle_updates()
     store.commit(draft, session.executor.store.begin_capture)
 
 

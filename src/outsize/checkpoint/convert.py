@@ -45,7 +45,7 @@ def convert(
             continue
         at = {entry: place for entry, place in found.items() if place is not None}
         _write_weights(reader, record, at, bases[record.name], tier)
-        if record.state:
+        if record.state and record.num_trainable:
             _write_state(reader, record, at, bases[record.name], tier)
         done.add(record.name)
     return done

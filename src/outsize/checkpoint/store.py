@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import uuid
 import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -27,6 +28,7 @@ from outsize.checkpoint.convert import convert
 from outsize.checkpoint.files import (
     COMMITS,
     DATA,
+    HEADER,
     LOCK,
     Header,
     commit_path,
@@ -43,9 +45,10 @@ from outsize.checkpoint.files import (
 )
 from outsize.checkpoint.manifest import Manifest, StoredBlock, StoredCell
 from outsize.checkpoint.reading import CommitReader, open_data
+from outsize.config import format_bytes
 from outsize.engine.capture import Capture, CapturedBlock
 from outsize.engine.versions import Layout, Opened
-from outsize.errors import ConfigError, CorruptionError, StorageError, UsageError
+from outsize.errors import BudgetError, ConfigError, CorruptionError, StorageError, UsageError
 from outsize.tier import DiskTier, DurableTier, StripedTier, VersionedTier
 from outsize.tier.probe import is_memory_backed
 from outsize.tier.store import give_space_back, lock_file
@@ -141,7 +144,14 @@ class Store:
 
     # -- what a session asks (`outsize.engine.versions.Versions`) ---------------------------------------------------
 
-    def open(self, records: Sequence[Record], layout: Layout, *, verify: bool) -> Opened:
+    def open(
+        self,
+        records: Sequence[Record],
+        layout: Layout,
+        *,
+        limits: Sequence[int | None] = (),
+        verify: bool,
+    ) -> Opened:
         """Lay the data out for `records`; blocks of the commit that was resumed are there, whatever their form was."""
         if self._tier is not None:
             raise UsageError("the model lives in its store already", hint="open a model once")
@@ -155,7 +165,7 @@ class Store:
         self._remove_old()
         self._records = {record.name: record for record in records}
         placed, known, others = self._placed(records)
-        tier = self._open_tier(layout, placed, verify)
+        tier = self._open_tier(layout, placed, limits, verify)
         try:
             for cell in known:
                 for check in cell.checks:
@@ -198,13 +208,12 @@ class Store:
         went wrong with an earlier commit.
         """
         self.raise_failure()
-        if draft.step == self._declared_step:
+        if draft.step == self._declared_step or draft.step in self._manifests:
             return
         tier = self._tier
         assert tier is not None, "the session has not laid its records out yet"
         future: Future[Committed] = Future()
         self._pending.append(future)
-        tier.begin_commit()
 
         def complete(capture: Capture) -> None:
             if future.set_running_or_notify_cancel():
@@ -214,7 +223,6 @@ class Store:
             begin(complete)
         except BaseException:
             self._pending.remove(future)
-            tier.end_commit()
             raise
         self._declared_step = draft.step
 
@@ -321,16 +329,16 @@ class Store:
                 others.append(record.name)
         return placed, known, others
 
-    def _open_tier(self, layout: Layout, placed: Mapping[int, int], verify: bool) -> DurableTier:
+    def _open_tier(
+        self, layout: Layout, placed: Mapping[int, int], limits: Sequence[int | None], verify: bool
+    ) -> DurableTier:
         needed = Counter(cell.num_bytes for cell in layout.kept)
         needed = Counter({size: count * (1 + self.commits) for size, count in needed.items()})
         needed.update(cell.num_bytes for cell in layout.scratch)
         held = {offset for offsets in self._manifests.values() for offset in offsets}
         # What commits hold in another form stays beside what is laid out now.
         for size, count in Counter(self._size_of(offset) for offset in held - set(placed.values())).items():
-            extra = count - needed[size] * self.commits // (1 + self.commits)
-            if extra > 0:
-                needed[size] += extra
+            needed[size] += count
         before = self._header
         names = before.data if before is not None else self._data_names()
         slabs, gone = plan_slabs(before.slabs if before is not None else (), dict(needed), held)
@@ -343,12 +351,23 @@ class Store:
         if gone and len(paths) == 1 and paths[0].exists():
             give_space_back(paths[0], gone)
         size = header.num_bytes if len(paths) == 1 else part_bytes(header.num_bytes, len(paths))
+        limit = min((each for each in limits if each is not None), default=None)
+        if limit is not None and size > limit:
+            raise BudgetError(
+                f"the store takes {format_bytes(size)} on a disk that may hold {format_bytes(limit)}: commits of other "
+                "forms (parameters frozen, compute type) are kept beside what is laid out now",
+                hint="allow more disk, or export the commit and begin a new run from it",
+            )
+        # A file never ends before what the header says: it is written first where the file becomes shorter.
+        is_shorter = before is not None and header.num_bytes < before.num_bytes
         opened: list[DurableTier] = []
         try:
+            if is_shorter:
+                write_durably(self.folder / HEADER, header.dumps())
             for path in paths:
                 opened.append(DiskTier(path.parent, size, name=path.name, verify=verify, is_kept=True))
-            if header != before:
-                write_durably(self.folder / "store.json", header.dumps())
+            if header != before and not is_shorter:
+                write_durably(self.folder / HEADER, header.dumps())
         except BaseException:
             for tier in opened:
                 tier.close()
@@ -367,7 +386,7 @@ class Store:
         own = os.stat(self.folder).st_dev
         if len(self._disks) == 1 and os.stat(self._disks[0]).st_dev == own:
             return (DATA,)
-        name = f"outsize-{self.folder.name}.{DATA}"
+        name = f"outsize-{self.folder.name}-{uuid.uuid4().hex[:12]}.{DATA}"
         return tuple(str(disk.resolve() / name) for disk in self._disks)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,6 +21,7 @@ from outsize.engine import memory
 from outsize.engine.capture import Capture, CapturedBlock
 from outsize.engine.carrier import Carrier, DirectCarrier, Job, Parcel, Part, StagedCarrier, Staging
 from outsize.engine.update import CHUNKS_IN_MEMORY, Pending, UpdateJob, UpdateLane, runs
+from outsize.errors import StorageError
 from outsize.model import Source
 from outsize.optim import Kernel, Rule, part, split
 from outsize.plan import Placement, SlotClass, slot_class_of, sums_in_place
@@ -90,8 +91,10 @@ class BlockState:
     update: UpdateJob | None = None
     flush: Transfer | None = None
     """The copying of planes that live in memory to the disk, for a commit; before the next update it must be over."""
-    is_flushed: bool = False
-    """Whether the disk has planes that live in memory as they are."""
+    flushing_at: int | None = None
+    """After which update (`num_steps`) such planes were last copied, or are being; None: never, or it failed."""
+    flushed_at: int | None = None
+    """The same of a copy that is over."""
 
     @property
     def name(self) -> str:
@@ -310,7 +313,6 @@ class BlockStore:
         if self.updates_in_place(state):
             self._update_on_device(state)
             return
-        state.is_flushed = False
         planes = [self._in_memory(state, plane) for plane in state.record.state]
         present_planes = [plane for plane in planes if plane is not None]
         state.update = job = UpdateJob(
@@ -381,7 +383,6 @@ class BlockStore:
         state.weight_reads = []
         if state.flush is not None:
             state.flush.wait()
-        state.is_flushed = False
         planes = [self._resident(state, plane) for plane in record.state]
         gradient = self._resident(state, Plane.GRADIENT)
         is_new = record.num_trainable and not state.is_stored
@@ -401,11 +402,14 @@ class BlockStore:
 
     def wait_weights(self, state: BlockState) -> None:
         """Let computing wait until the weights in memory are current; raise what went wrong."""
-        self.load_resident(state)
-        for read in state.weight_reads:
-            read.follow()
-        if state.update is not None:
-            state.update.follow_applied()
+        try:
+            self.load_resident(state)
+            follow_all(state.weight_reads)
+            if state.update is not None:
+                state.update.follow_applied()
+        except BaseException as error:
+            self._fail_capture(state, error)
+            raise
         state.weight_reads = []
         if self._capture is not None and state.name in self._capture.waiting:
             self._take_down(state, self._capture)
@@ -519,66 +523,107 @@ class BlockStore:
 
         What an earlier capture waits for must have been applied (`Executor.settle_updates`).
         """
-        assert self.versions is not None
-        assert self._capture is None or not self._capture.waiting, "a commit is being taken down"
+        assert not self.is_capturing, "a commit is being taken down"
         self._capture = capture = Capture(self.states, complete)
         for state in self:
             if state.pending is None:
                 self._take_down(state, capture)
+
+    @property
+    def is_capturing(self) -> bool:
+        """Whether a commit waits for pending updates."""
+        return self._capture is not None and bool(self._capture.waiting)
 
     def finish_capture(self) -> None:
         """Wait until what is being copied for a commit is on disk; errors are the commit's."""
         self._flusher.submit(lambda: None).result()
 
     def _take_down(self, state: BlockState, capture: Capture) -> None:
-        capture.waiting.discard(state.name)
-        job = state.update
-        if job is not None:
-            job.wait_applied()
-        if not state.is_stored or state.is_flushed or not self._at_home(state):
-            self._note(state, capture, () if job is None else (job,))
+        """Note a block as it is now, or let it be copied and noted before its next update."""
+        try:
+            if state.update is not None:
+                state.update.wait_applied()
+            parcels = self._at_home(state) if state.is_stored else []
+            drained: list[Transfer] = []
+            is_new = bool(parcels) and state.flushing_at != state.num_steps
+            if is_new:
+                assert self.versions is not None
+                for parcel in parcels:
+                    for chunk in parcel.parts:
+                        self.versions.claim(chunk.extent, parcel.label)
+                    if (
+                        parcel.home is None
+                    ):  # a device's planes are copied in the order of computing, beginning here
+                        drained += self._carrier.drain(parcel)
+        except BaseException as error:
+            self._fail_capture(state, error)
+            raise
+        self._is_taken(state, capture)
+        if not parcels:
+            self._note(state, capture, state.update)
             return
-        assert self.versions is not None
-        drained: list[Transfer] = []
-        for parcel in self._at_home(state):
-            for chunk in parcel.parts:
-                self.versions.claim(chunk.extent, parcel.label)
-            if parcel.home is None:  # a device's planes are copied in the order of computing, beginning here
-                drained += self._carrier.drain(parcel)
-        state.flush = Job(self._flusher.submit(self._flush, state, capture, drained, job))
-        state.is_flushed = True
+        state.flushing_at = state.num_steps
+        task = self._flusher.submit(
+            self._flush, state, capture, drained if is_new else None, state.num_steps, state.update
+        )
+        state.flush = _Over(task)
+
+    def _is_taken(self, state: BlockState, capture: Capture) -> None:
+        """Nothing that comes will change what the commit has of this block."""
+        capture.waiting.discard(state.name)
+        if not capture.waiting:
+            assert self.versions is not None
+            self.versions.begin_commit()
+
+    def _fail_capture(self, state: BlockState, error: BaseException) -> None:
+        capture = self._capture
+        if capture is not None and state.name in capture.waiting:
+            self._is_taken(state, capture)
+            capture.fail(state.name, error)
 
     def _flush(
-        self, state: BlockState, capture: Capture, drained: Sequence[Transfer], job: UpdateJob | None
+        self,
+        state: BlockState,
+        capture: Capture,
+        drained: Sequence[Transfer] | None,
+        version: int,
+        job: UpdateJob | None,
     ) -> None:
-        """Copy planes that live in the host's memory to the disk, one chunk after the other, and note the block."""
-        try:
-            for transfer in drained:
-                transfer.wait()
-            for label, extent, buffer in self._host_parts(state):
-                assert self.disk is not None
-                self.disk.start_write(extent.offset, buffer, label).wait()
-            self._note(state, capture, () if job is None else (job,))
-        except BaseException as error:
-            state.is_flushed = False
-            capture.fail(state.name, error)
-            raise
+        """Copy planes that live in memory to the disk, a chunk at a time, unless they are there; then note the block.
 
-    def _note(self, state: BlockState, capture: Capture, transfers: Sequence[Transfer]) -> None:
+        What goes wrong is the commit's: training goes on.
+        """
+        try:
+            if drained is not None:
+                wait_all(drained)
+                for label, extent, buffer in self._host_parts(state):
+                    assert self.disk is not None
+                    self.disk.start_write(extent.offset, buffer, label).wait()
+                state.flushed_at = version
+            if state.flushed_at != version:
+                raise StorageError(f"{state.name} could not be copied to the disk for an earlier commit")
+            self._note(state, capture, job)
+        except BaseException as error:
+            state.flushing_at = None
+            capture.fail(state.name, error)
+
+    def _note(self, state: BlockState, capture: Capture, job: UpdateJob | None) -> None:
         assert self.versions is not None
-        record = state.record
-        cells: list[Stored] = []
+        cells: tuple[Stored, ...] = ()
         if state.is_stored:
-            for cell in record.cells():
-                cells += self.versions.capture(Extent(state.disk_offset + cell.offset, cell.num_bytes))
-        capture.add(CapturedBlock(state.name, state.disk_offset, tuple(cells), state.is_stored), transfers)
+            cells = self.versions.capture(Extent(state.disk_offset, state.record.kept_bytes))
+        capture.add(
+            CapturedBlock(state.name, state.disk_offset, cells, state.is_stored),
+            () if job is None else (job,),
+        )
 
     def restore(self, blocks: Iterable[str]) -> None:
         """Take `blocks` from the disk, where an earlier process left them; planes that live in memory are read now."""
         transfers: list[Transfer] = []
         for name in blocks:
             state = self.states[name]
-            state.is_stored = state.is_loaded = state.is_flushed = True
+            state.is_stored = state.is_loaded = True
+            state.flushing_at = state.flushed_at = state.num_steps
             for label, extent, buffer in self._host_parts(state):
                 assert self.disk is not None
                 transfers.append(self.disk.start_read(extent.offset, buffer, label))
@@ -655,11 +700,12 @@ class BlockStore:
         with ExitStack() as stack:
             stack.callback(self._free_memory)
             stack.callback(close_workers, *self.workers())
-            stack.callback(self._flusher.shutdown)
 
-    def workers(self) -> tuple[UpdateLane | None, ThreadPoolExecutor, Carrier, Device, Tier | None]:
+    def workers(
+        self,
+    ) -> tuple[UpdateLane | None, ThreadPoolExecutor, ThreadPoolExecutor, Carrier, Device, Tier | None]:
         """What must be closed where the store itself is dropped (`close_workers`); it does not hold the store."""
-        return self.lane, self._reader, self._carrier, self.device, self.disk
+        return self.lane, self._reader, self._flusher, self._carrier, self.device, self.disk
 
     def _free_memory(self) -> None:
         for state in self:
@@ -801,6 +847,25 @@ class BlockStore:
         return remainder
 
 
+class _Over:
+    """The end of a task, whatever came of it."""
+
+    def __init__(self, task: Future[None]) -> None:
+        self._task = task
+
+    def wait(self) -> None:
+        """Wait until the task is over."""
+        self._task.exception()
+
+    def follow(self) -> None:
+        """As `wait`."""
+        self.wait()
+
+    def is_done(self) -> bool:
+        """Whether `wait` would not block."""
+        return self._task.done()
+
+
 def _finish(state: BlockState) -> None:
     """Wait for the gradient's transfers; a failure is raised once."""
     transfers, state.gradient_transfers = state.gradient_transfers, []
@@ -816,6 +881,7 @@ def _follow(state: BlockState) -> None:
 def close_workers(
     lane: UpdateLane | None,
     reader: ThreadPoolExecutor,
+    flusher: ThreadPoolExecutor,
     carrier: Carrier,
     device: Device,
     disk: Tier | None,
@@ -824,6 +890,7 @@ def close_workers(
     if lane is not None:
         lane.close()
     reader.shutdown()
+    flusher.shutdown()
     carrier.close()
     device.finish()
     if disk is not None:

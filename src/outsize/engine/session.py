@@ -586,10 +586,10 @@ class Session:
 
     # -- what a commit asks for ----------------------------------------------------------------------------------
 
-    def live_in(self, versions: Versions) -> None:
-        """Keep all records in a store, from the first call on."""
+    def live_in(self, versions: Versions | None) -> None:
+        """Keep all records in a store, from the first call on; None: in scratch space, as ever."""
         self.versions = versions
-        self._change_settings(replace(self.settings, commits=versions.commits))
+        self._change_settings(replace(self.settings, commits=versions.commits if versions is not None else 0))
 
     def _change_settings(self, settings: Settings) -> None:
         self.settings = settings
@@ -693,7 +693,8 @@ class Session:
         else:
             layout = Layout.of(records, placement)
             disk_bytes(placement, self.settings, layout.num_bytes(self.versions.commits))
-            opened = self.versions.open(records, layout, verify=self.settings.pins.verify)
+            limits = [disk.num_bytes for disk in self.settings.budgets.disks]
+            opened = self.versions.open(records, layout, limits=limits, verify=self.settings.pins.verify)
             disk, restored = opened.tier, opened.restored
         try:
             store = BlockStore(
@@ -788,6 +789,7 @@ class Session:
                 stack.callback(self.versions.close)
             if executor is not None:
                 if self.versions is not None:
+                    executor.store.finish_capture()
                     self.versions.is_closing()
                 self._finalizer.detach()
                 self._is_closed = self.source is None or any(state.is_stored for state in executor.store)

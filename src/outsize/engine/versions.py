@@ -55,8 +55,13 @@ class Versions(Protocol):
 
     commits: int
 
-    def open(self, records: Sequence[Record], layout: Layout, *, verify: bool) -> Opened:
-        """Lay the store out for `records` and bring what it holds into that form."""
+    def open(
+        self, records: Sequence[Record], layout: Layout, *, limits: Sequence[int | None], verify: bool
+    ) -> Opened:
+        """Lay the store out for `records` and bring what it holds into that form.
+
+        `limits` are bytes of each disk that was named, None where it may be filled.
+        """
 
     def is_closing(self) -> None:
         """The session is about to close the disk: what is being committed is over first, or given up."""

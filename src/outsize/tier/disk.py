@@ -96,6 +96,8 @@ class DiskTier:
 
     def sync(self) -> None:
         """Make durable what was written. Raises StorageError."""
+        if not self._file.is_open:
+            raise UsageError(f"{self.path} was closed before it was made durable")
         try:
             os.fdatasync(self._file.fd)
         except OSError as error:

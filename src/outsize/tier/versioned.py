@@ -12,7 +12,7 @@ Extents of one size come in **slabs**: there is no fragmentation, and the space 
 from __future__ import annotations
 
 import threading
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -131,7 +131,8 @@ class VersionedTier:
     # -- commits -------------------------------------------------------------------------------------------------
 
     def begin_commit(self) -> None:
-        """A commit is under way that will `end_commit`: who finds no free extent waits for it."""
+        """A commit is under way that waits for no further write, and will `end_commit`: who finds no free extent waits
+        for it."""
         with self._changed:
             self._num_pending += 1
 
@@ -159,13 +160,11 @@ class VersionedTier:
 
     def capture(self, extent: Extent) -> tuple[Stored, ...]:
         """Hold the cells within `extent` that were ever written, as they are now, for a commit."""
-        first = bisect_right(self._starts, extent.offset - 1)
-        end = extent.offset + extent.num_bytes
+        first = bisect_left(self._starts, extent.offset)
+        last = bisect_left(self._starts, extent.offset + extent.num_bytes)
         found = []
         with self._changed:
-            for cell in self._cells[first:]:
-                if cell.offset >= end:
-                    break
+            for cell in self._cells[first:last]:
                 if (place := self._places.get(cell.offset)) is not None:
                     found.append(Stored(cell, place))
                     self._holders[place] += 1
