@@ -37,6 +37,7 @@ from outsize.checkpoint.files import MODEL, to_jsonable
 from outsize.checkpoint.manifest import Manifest
 from outsize.checkpoint.reading import CommitReader
 from outsize.checkpoint.store import Committed, Store
+from outsize.engine.executor import Executor
 from outsize.engine.optimizer import Optimizer
 from outsize.engine.session import Session, session_of
 from outsize.errors import StorageError, UsageError
@@ -136,7 +137,7 @@ def commit(
     if not (store.folder / MODEL).exists():
         write_companions(model, store.folder / MODEL)
     if session.executor.store.is_capturing:
-        session.executor.settle_updates()
+        _settle(session.executor)
     store.commit(draft, session.executor.store.begin_capture)
 
 
@@ -148,8 +149,15 @@ def finish(model: nn.Module) -> Committed | None:
     session = session_of(model)
     if not isinstance(session.versions, Store) or session.executor is None:
         return None
-    session.executor.settle_updates()
+    _settle(session.executor)
     return session.versions.wait()
+
+
+def _settle(executor: Executor) -> None:
+    try:
+        executor.settle_updates()
+    finally:
+        executor.store.settle_capture()
 
 
 def close(model: nn.Module) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import mmap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -21,7 +21,7 @@ from outsize.engine import memory
 from outsize.engine.capture import Capture, CapturedBlock
 from outsize.engine.carrier import Carrier, DirectCarrier, Job, Parcel, Part, StagedCarrier, Staging
 from outsize.engine.update import CHUNKS_IN_MEMORY, Pending, UpdateJob, UpdateLane, runs
-from outsize.errors import StorageError
+from outsize.errors import OutsizeError, StorageError
 from outsize.model import Source
 from outsize.optim import Kernel, Rule, part, split
 from outsize.plan import Placement, SlotClass, slot_class_of, sums_in_place
@@ -407,7 +407,7 @@ class BlockStore:
             follow_all(state.weight_reads)
             if state.update is not None:
                 state.update.follow_applied()
-        except BaseException as error:
+        except Exception as error:  # what was interrupted is noted later
             self._fail_capture(state, error)
             raise
         state.weight_reads = []
@@ -534,6 +534,13 @@ class BlockStore:
         """Whether a commit waits for pending updates."""
         return self._capture is not None and bool(self._capture.waiting)
 
+    def settle_capture(self) -> None:
+        """Note blocks that no visit came to because an error was in between; what is wrong with them is the commit's."""
+        for state in self:
+            if self._capture is not None and state.name in self._capture.waiting and state.pending is None:
+                with suppress(OutsizeError):
+                    self._take_down(state, self._capture)
+
     def finish_capture(self) -> None:
         """Wait until what is being copied for a commit is on disk; errors are the commit's."""
         self._flusher.submit(lambda: None).result()
@@ -555,7 +562,7 @@ class BlockStore:
                         parcel.home is None
                     ):  # a device's planes are copied in the order of computing, beginning here
                         drained += self._carrier.drain(parcel)
-        except BaseException as error:
+        except Exception as error:
             self._fail_capture(state, error)
             raise
         self._is_taken(state, capture)
