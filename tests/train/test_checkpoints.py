@@ -12,9 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import outsize
 from outsize.checkpoint.catalogue import contents
 from outsize.cli.main import main
 from outsize.errors import ConfigError
+from outsize.train import evaluate
+from outsize.train.evaluate import mean_loss
 from outsize.train.loop import train
 from outsize.train.schedule import Shape
 from outsize.train.settings import Checkpointing, Evaluating, Learning, Length, Place
@@ -103,6 +106,34 @@ def test_a_run_that_goes_on_is_the_run(kind, home, model, data, tmp_path):
     assert "complete" in (out / "report.html").read_text()
 
 
+def test_an_evaluation_that_a_kill_broke_off_is_made_when_the_run_goes_on(model, data, tmp_path, monkeypatch):
+    place = Place(disk=str(tmp_path), home="disk", dtype="float32")
+    options = {"evaluating": Evaluating(fraction=0.2, every=2), "place": place, "length": Length(steps=8)}
+    whole = train(settings_for(model, data, tmp_path / "whole", **options))
+    close_all()
+    out = tmp_path / "out"
+    calls = []
+
+    def killed(*arguments):
+        calls.append(arguments)
+        measured = mean_loss(*arguments)
+        if len(calls) == 2:
+            outsize.checkpoint.finish(arguments[0])
+            raise RuntimeError("killed")
+        return measured
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
+        patch.setattr(evaluate, "mean_loss", killed)
+        train(settings(model, data, out, **options))
+    close_all()
+    assert contents(tmp_path / "out.checkpoint").commits[-1].step == 4
+    result = train(settings(model, data, out, resume=True, **options))
+    assert [e.step for e in result.evaluations] == [2, 4, 6, 8]
+    assert [e.loss for e in result.evaluations] == [e.loss for e in whole.evaluations]
+    assert result.losses == whole.losses
+    assert list(map(without_times, lines(out))) == list(map(without_times, lines(tmp_path / "whole")))
+
+
 def test_a_longer_run_goes_on_from_one_that_is_complete(model, data, tmp_path):
     learning = Learning(lr=1e-2, warmup_steps=2, schedule=Shape.CONSTANT)
     out = tmp_path / "out"
@@ -165,8 +196,6 @@ def test_what_would_make_it_another_run_is_refused(changes, name, model, data, t
 
 
 def test_commits_of_a_loop_of_ones_own_are_named(model, data, tmp_path):
-    import outsize
-
     own = outsize.load(model, disk=str(tmp_path), dtype="float32").train()
     optimizer = outsize.AdamW(own, outsize.decay_groups(own, 0.01), lr=1e-3)
     outsize.checkpoint.resume(own, optimizer, tmp_path / "out.checkpoint")

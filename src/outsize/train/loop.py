@@ -133,12 +133,22 @@ def _train(
     # What is first in a process is not like what follows, whatever its number.
     recorded = settings.trace_step and run.num_steps + settings.trace_step
     tracing = Tracing(api, run.model, recorded, folder.timeline)
+
+    def evaluate() -> None:
+        assert evaluator is not None
+        watchers.evaluated(evaluator.evaluate(run.model, run.num_steps, save))
+        tracing.evaluated()
+        steady.evaluated()
+
     with Interruption(watchers.stopping) as interruption:
         try:
             with watchers:
                 watchers.started(_facts(settings, training, held_out, run.pace))
                 if history is not None:
                     watchers.resumed(*history)
+                    # A commit comes before the evaluation of its step: a kill between them leaves that one to be made.
+                    if evaluator is not None and evaluator.is_left_out(run.num_steps, run.pace.num_steps()):
+                        evaluate()
                 while not (run.pace.is_over() or interruption.requested):
                     with tracing.step(run.num_steps + 1, predicted):
                         metrics = run.step()
@@ -152,9 +162,7 @@ def _train(
                         if advice is not None:
                             watchers.say(f"another plan would be faster: {advice}")
                     if evaluator is not None and evaluator.is_due(metrics.step, run.pace.num_steps()):
-                        watchers.evaluated(evaluator.evaluate(run.model, metrics.step, save))
-                        tracing.evaluated()
-                        steady.evaluated()
+                        evaluate()
                 if settings.checkpointing.is_on:
                     run.finish(settings)
                 stays = interruption.requested and settings.checkpointing.is_on
