@@ -107,7 +107,7 @@ class CommitReader:
             return (interleave(values) if is_split else values)[:num_elements]
         groups = self._range(block, plane, entry.start, stop, torch.uint8).view(-1, CODED_GROUP_BYTES)
         if is_split:
-            codes = torch.stack([interleave(group[:GROUP]) for group in groups])
+            codes = interleave(groups[:, :GROUP].reshape(-1)).view(-1, GROUP)
             groups = torch.cat([codes, groups[:, GROUP:]], 1)
         return groups
 
