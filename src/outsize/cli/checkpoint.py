@@ -101,11 +101,11 @@ def _list(options: argparse.Namespace) -> int:
 def _show(options: argparse.Namespace) -> int:
     quiet.after_imports()
     from outsize.checkpoint.catalogue import describe
-    from outsize.checkpoint.export import open_commit
+    from outsize.checkpoint.export import read_commit
 
-    with open_commit(options.folder, options.step) as reader:
-        for name, words in describe(reader.manifest):
-            print(f"{name:<16}{words}")
+    manifest = read_commit(options.folder, options.step, lambda reader: reader.manifest)
+    for name, words in describe(manifest):
+        print(f"{name:<16}{words}")
     return 0
 
 
