@@ -172,6 +172,9 @@ def test_fsdp_users_can_come(tmp_path):
     model_state, optimizer_state = get_state_dict(plain, optimizer)
     dcp.save({"model": model_state, "optim": optimizer_state}, checkpoint_id=tmp_path / "dcp", no_dist=True)
     import_dcp(tmp_path / "dcp", tmp_path / "run", model=folder)
+    (found,) = contents(tmp_path / "run").commits
+    shown = dict(catalogue.describe(found.manifest))
+    assert shown["step"] == "3" and "learning rate" not in shown, "it is that of who resumes"
     run = Loaded(tmp_path, folder)
     assert run.resumed.step == 3
     assert run.go(batches(3, first=3)) == pytest.approx(

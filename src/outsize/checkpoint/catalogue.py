@@ -93,8 +93,9 @@ def describe(manifest: Manifest) -> Iterator[tuple[str, str]]:
     yield "parameters", f"{num_elements:,}, {trainable:,} of them train"
     yield "computed in", manifest.compute_type
     yield "optimizer", f"{manifest.optimizer['kind']}: {', '.join(sorted(planes)) or 'no state'}"
-    rates = ", ".join(f"{group['lr']:.3g}" for group in manifest.optimizer["groups"])
-    yield "learning rate", rates
+    groups = manifest.optimizer["groups"]
+    if groups is not None:  # what was imported has none
+        yield "learning rate", ", ".join(f"{group['lr']:.3g}" for group in groups)
     yield "blocks", f"{len(blocks)}, {len(stored)} stored, {format_bytes(manifest.num_bytes)}"
     weights = sum(block.record.plane_bytes(Plane.WEIGHT) for block in stored)
     yield "of that weights", format_bytes(weights)
@@ -104,4 +105,5 @@ def describe(manifest: Manifest) -> Iterator[tuple[str, str]]:
             "computed by",
             f"tiles of {run['tile_rows']} rows, {run['threads']} threads, {run['backend']} updates",
         )
-    yield "versions", ", ".join(f"{name} {number}" for name, number in manifest.run["libraries"].items())
+    if libraries := manifest.run["libraries"]:
+        yield "versions", ", ".join(f"{name} {number}" for name, number in libraries.items())
