@@ -159,11 +159,12 @@ def _remove(options: argparse.Namespace) -> int:
     from outsize.checkpoint.catalogue import contents
     from outsize.checkpoint.store import remove_commit, remove_store
 
-    found = contents(options.folder)
     if options.all:
-        remove_store(options.folder)
-        print(f"removed {options.folder}: {format_bytes(found.num_bytes)} are free again")
+        freed = remove_store(options.folder)
+        what = f"the commits in {options.folder}" if options.folder.exists() else str(options.folder)
+        print(f"removed {what}: {format_bytes(freed)} are free again")
         return 0
+    found = contents(options.folder)
     steps = [commit.step for commit in found.commits]
     if options.step not in steps:
         raise ConfigError(
