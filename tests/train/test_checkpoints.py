@@ -1,5 +1,6 @@
 """Runs of `train` that commit, are broken off, and go on."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -17,6 +18,7 @@ from outsize.checkpoint.catalogue import contents
 from outsize.cli.main import main
 from outsize.errors import ConfigError
 from outsize.train import evaluate
+from outsize.train.data import DataFile
 from outsize.train.evaluate import mean_loss
 from outsize.train.loop import train
 from outsize.train.schedule import Shape
@@ -193,6 +195,30 @@ def test_what_would_make_it_another_run_is_refused(changes, name, model, data, t
     close_all()
     assert contents(tmp_path / "out.checkpoint").commits[-1].step == 4
     assert train(settings(model, data, out, resume=True, length=Length(steps=5))).num_steps == 5
+
+
+def test_the_data_are_known_by_what_they_hold(model, data, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    train(settings(model, data, out, length=Length(steps=8)), watchers=[Interrupt(4)])
+    close_all()
+    text = data.read_text()
+    data.write_text(text.upper())
+    with pytest.raises(ConfigError, match=r"text\.txt is not what the run that is resumed had") as caught:
+        train(settings(model, data, out, resume=True, length=Length(steps=8)))
+    assert "export the commit" in caught.value.hint
+    close_all()
+    data.write_text(text)
+    weighted = dataclasses.replace(settings(model, data, out, resume=True), data=(DataFile(data, 0.5),) * 2)
+    with pytest.raises(ConfigError, match=r"data: .*text\.txt@0\.5 .*, and the run that is resumed had"):
+        train(weighted)
+    close_all()
+    monkeypatch.chdir(tmp_path)
+    result = train(settings(model, Path("text.txt"), out, resume=True, length=Length(steps=5)))
+    assert result.num_steps == 5, "the same file by another path"
+    close_all()
+    data.rename(tmp_path / "moved.txt")
+    moved = settings(model, tmp_path / "moved.txt", out, resume=True, length=Length(steps=6))
+    assert train(moved).num_steps == 6
 
 
 def test_commits_of_a_loop_of_ones_own_are_named(model, data, tmp_path):
