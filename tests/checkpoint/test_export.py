@@ -7,8 +7,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import outsize
+from outsize.checkpoint import catalogue
+from outsize.checkpoint import export as export_module
+from outsize.checkpoint.catalogue import contents, verify
 from outsize.checkpoint.export import export
-from outsize.errors import ConfigError, StorageError
+from outsize.checkpoint.files import read_manifest
+from outsize.checkpoint.reading import CommitReader, CommitReplaced
+from outsize.errors import ConfigError, CorruptionError, StorageError
 from tests.checkpoint.runs import Run, batches, manifests
 from tests.running import adamw, values_of
 from tests.zoo import ZOO
@@ -167,6 +172,9 @@ def test_fsdp_users_can_come(tmp_path):
     model_state, optimizer_state = get_state_dict(plain, optimizer)
     dcp.save({"model": model_state, "optim": optimizer_state}, checkpoint_id=tmp_path / "dcp", no_dist=True)
     import_dcp(tmp_path / "dcp", tmp_path / "run", model=folder)
+    (found,) = contents(tmp_path / "run").commits
+    shown = dict(catalogue.describe(found.manifest))
+    assert shown["step"] == "3" and "learning rate" not in shown, "it is that of who resumes"
     run = Loaded(tmp_path, folder)
     assert run.resumed.step == 3
     assert run.go(batches(3, first=3)) == pytest.approx(
@@ -184,3 +192,93 @@ def test_an_optimizer_that_torch_does_not_have_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="AdamW8bit"):
         export_dcp(run.path, tmp_path / "dcp")
     assert not (tmp_path / "dcp").exists()
+
+
+def test_a_damaged_commit_is_named_by_every_export(tmp_path):
+    from outsize.checkpoint.dcp import export_dcp
+
+    run = Loaded(tmp_path, saved_model(tmp_path))
+    run.go(batches(1))
+    run.end()
+    block = manifests(run.path)[-1].blocks[1]
+    with (run.path / "data").open("r+b") as file:
+        file.seek(block.cells[0].offset + 100)
+        file.write(b"xxxx")
+    for write in (export, export_dcp):
+        with pytest.raises(CorruptionError, match=rf"{block.record.name}\.weight"):
+            write(run.path, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+
+class Replacing:
+    """Lets `run` replace its commit once a reader has read so many cells: three steps, so that its space is used again."""
+
+    def __init__(self, run, monkeypatch, cells, times=1):
+        self.run = run
+        self.cells = cells
+        self.times = times
+        self.read = CommitReader._read_cell
+        self.count = 0
+        monkeypatch.setattr(CommitReader, "_read_cell", lambda *arguments: self(*arguments))
+
+    def __call__(self, reader, block, index, cell):
+        self.count += 1
+        if self.count == self.cells and self.times:
+            self.times -= 1
+            self.count = 0
+            self.run.go(batches(3, first=self.run.step))
+            self.run.finish()
+        return self.read(reader, block, index, cell)
+
+
+def ways_to_read():
+    from outsize.checkpoint.dcp import export_dcp
+
+    return {
+        "verify": lambda store, out, step: verify(store, step, lambda *told: None),
+        "export": lambda store, out, step: export(store, out, step=step),
+        "dcp": lambda store, out, step: export_dcp(store, out, step=step),
+    }
+
+
+@pytest.mark.parametrize("way", ["verify", "export", "dcp"])
+def test_a_commit_that_is_replaced_while_it_is_read_is_not_called_damaged(way, tmp_path, monkeypatch):
+    run = Loaded(tmp_path, saved_model(tmp_path))
+    run.go(batches(2))
+    run.finish()
+    read = ways_to_read()[way]
+    with monkeypatch.context() as patch:
+        Replacing(run, patch, 3)
+        assert read(run.path, tmp_path / "out", None).step == 5, "the newest is read again"
+    with monkeypatch.context() as patch:
+        Replacing(run, patch, 3)
+        with pytest.raises(CommitReplaced, match="commit of step 5 was replaced") as caught:
+            read(run.path, tmp_path / "named", 5)
+        assert "--keep" in caught.value.hint
+    assert not (tmp_path / "named").exists()
+    with monkeypatch.context() as patch:
+        Replacing(run, patch, 3, times=1000)
+        with pytest.raises(CommitReplaced):
+            read(run.path, tmp_path / "never", None)
+    assert not (tmp_path / "never").exists()
+
+
+@pytest.mark.parametrize("way", ["contents", "verify"])
+def test_a_manifest_that_vanishes_before_it_is_read_is_passed_over(way, tmp_path, monkeypatch):
+    run = Loaded(tmp_path, saved_model(tmp_path))
+    run.go(batches(2))
+    run.finish()
+
+    def replaced_first(path, header=None):
+        if int(path.stem) == 2 and path.exists():
+            run.go(batches(1, first=2))
+            run.finish()
+        return read_manifest(path, header)
+
+    for module in (export_module, catalogue):
+        monkeypatch.setattr(module, "read_manifest", replaced_first)
+    if way == "contents":
+        (found,) = contents(run.path).commits
+        assert found.step == 3 and found.manifest is not None
+    else:
+        assert verify(run.path, None, lambda *told: None).step == 3

@@ -168,12 +168,12 @@ def test_the_learning_rate_and_step_counts_go_on(tmp_path):
     first = Run(tmp_path)
     first.go(batches(2), every=0)
     first.optimizer.param_groups[0]["lr"] = 0.0123
-    first.go(batches(1, first=2))
+    losses = first.go(batches(1, first=2))
     first.end()
     second = Run(tmp_path)
     assert second.optimizer.param_groups[0]["lr"] == 0.0123
     assert set(second.optimizer._num_steps.values()) == {3}
-    assert second.resumed.extra == {"losses": second.resumed.extra["losses"]}
+    assert second.resumed.extra == {"losses": losses}
 
 
 @pytest.mark.parametrize(("before", "after"), [("float32", "bfloat16"), ("bfloat16", "float32")])
@@ -251,6 +251,27 @@ def test_other_parameters_may_be_frozen(tmp_path):
     )
     second.end()
     check_store(second.path)
+
+
+def test_parameters_stay_in_their_groups(tmp_path):
+    def groups(order=1, frozen=None):
+        def make(model):
+            dict(model.named_parameters()).get(frozen, torch.nn.Parameter()).requires_grad_(False)
+            return outsize.AdamW(model, outsize.decay_groups(model, 0.5)[::order], lr=1e-3)
+
+        return make
+
+    first = Run(tmp_path, optimizer=groups(frozen="model.norm.weight"))
+    first.go(batches(2))
+    first.end()
+    with pytest.raises(UsageError, match=r"weight is in parameter group 0, and was in group 1") as caught:
+        Run(tmp_path, optimizer=groups(-1))
+    assert "same groups" in caught.value.hint
+    second = Run(tmp_path, optimizer=groups(frozen="model.layers.0.mlp.up_proj.weight"))
+    assert second.resumed.step == 2
+    assert [group["betas"] for group in second.optimizer.param_groups] == [(0.9, 0.999)] * 2
+    assert [group["weight_decay"] for group in second.optimizer.param_groups] == [0.5, 0.0]
+    second.go(batches(1, first=2))
 
 
 def test_frozen_parameters_go_on_with_the_same_bits(tmp_path):

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import xxhash
@@ -16,6 +17,7 @@ from outsize.checkpoint.catalogue import contents, verify
 from outsize.checkpoint.files import Header, commit_paths, plan_slabs, read_header
 from outsize.checkpoint.manifest import Manifest
 from outsize.checkpoint.store import Store, remove_commit, remove_store
+from outsize.cli.main import main
 from outsize.errors import ConfigError, CorruptionError, OutsizeError, StorageError
 from outsize.tier import Slab
 from tests.checkpoint.runs import Run, batches, check_store, manifests
@@ -234,10 +236,40 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path):
     with pytest.raises(ConfigError, match="something else"):
         Run(tmp_path)
     assert [path.name for path in folder.iterdir()] == ["thesis.txt"]
+    with pytest.raises(ConfigError, match="no checkpoint"):
+        remove_store(folder)
+    assert [path.name for path in folder.iterdir()] == ["thesis.txt"]
     with pytest.raises(ConfigError, match="is a file"):
         Store.claim(folder / "thesis.txt", 1)
     with pytest.raises(ConfigError, match="no checkpoint"):
         contents(folder)
+
+
+@pytest.mark.parametrize("names", [("data/x", "model/y"), ("commits/one.json",), ("lock", "data/x")])
+def test_a_folder_with_names_like_ours_is_left_alone(names, tmp_path):
+    for name in names:
+        path = tmp_path / "run" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("years of work")
+    with pytest.raises(ConfigError, match="something else"):
+        Run(tmp_path)
+    with pytest.raises(ConfigError, match="no checkpoint"):
+        remove_store(tmp_path / "run")
+    assert all((tmp_path / "run" / name).read_text() == "years of work" for name in names)
+
+
+@pytest.mark.parametrize(
+    "names", [(), ("commits/",), ("commits/", "lock"), ("commits/", "lock", "data", ".store.json.partial")]
+)
+def test_the_beginnings_of_a_store_are_taken_over(names, tmp_path):
+    (tmp_path / "run").mkdir()
+    for name in names:
+        path = tmp_path / "run" / name
+        path.mkdir() if name.endswith("/") else path.touch()
+    run = Run(tmp_path)
+    run.go(batches(1))
+    run.end()
+    verify(run.path, None, quiet)
 
 
 def test_what_a_killed_process_left_half_written_goes(store, tmp_path):
@@ -259,6 +291,61 @@ def test_one_commit_and_all_can_be_removed(store, tmp_path):
     check_store(store)
     remove_store(store)
     assert not store.exists()
+
+
+def test_a_store_that_is_removed_takes_nothing_else_with_it(store, tmp_path, capsys):
+    (store / "notes.txt").write_text("mine")
+    link = tmp_path / "link"
+    link.symlink_to(store)
+    assert main(["checkpoint", "remove", str(link), "--all"]) == 0
+    assert "MiB are free again" in capsys.readouterr().out
+    assert [path.name for path in store.iterdir()] == ["notes.txt"]
+    assert main(["checkpoint", "remove", str(link), "--all"]) == 1
+    assert "no checkpoint" in capsys.readouterr().err
+    assert [path.name for path in store.iterdir()] == ["notes.txt"]
+    (store / "notes.txt").unlink()
+    run = Run(tmp_path, link.name)
+    run.go(batches(1))
+    run.end()
+    remove_store(link)
+    assert store.is_dir() and not list(store.iterdir()), "the link leads somewhere"
+    Run(tmp_path).end(finish=False)
+
+
+@pytest.mark.parametrize("text", ["{", None])
+def test_a_store_without_a_usable_header_can_be_removed(text, store, capsys):
+    if text is None:
+        (store / "store.json").unlink()
+    else:
+        (store / "store.json").write_text(text)
+    assert main(["checkpoint", "remove", str(store), "--all"]) == 0
+    assert not store.exists()
+
+
+def test_a_kill_while_a_store_is_removed_leaves_nothing_that_names_missing_bytes(store, monkeypatch):
+    """Whatever is removed last, what is there before it is a whole store, or one that can be removed again."""
+    copies = 0
+    unlink = Path.unlink
+
+    def killed(path, missing_ok=False):
+        nonlocal copies
+        if path.exists() and store in path.parents:
+            copies += 1
+            copy = store.with_name(f"copy{copies}")
+            shutil.copytree(store, copy)
+        unlink(path, missing_ok=missing_ok)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", killed)
+        remove_store(store)
+    assert copies == 5, "two commits, data, header, lock"
+    for number in range(1, copies + 1):
+        copy = store.with_name(f"copy{number}")
+        if (copy / "store.json").exists():
+            for found in contents(copy).commits:
+                verify(copy, found.step, quiet)
+        remove_store(copy)
+        assert not copy.exists()
 
 
 def test_too_little_disk_is_refused_before_anything_is_written(tmp_path):

@@ -1,5 +1,6 @@
 """Runs of `train` that commit, are broken off, and go on."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -12,9 +13,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import outsize
 from outsize.checkpoint.catalogue import contents
 from outsize.cli.main import main
 from outsize.errors import ConfigError
+from outsize.train import evaluate
+from outsize.train.data import DataFile
+from outsize.train.evaluate import mean_loss
 from outsize.train.loop import train
 from outsize.train.schedule import Shape
 from outsize.train.settings import Checkpointing, Evaluating, Learning, Length, Place
@@ -103,6 +108,34 @@ def test_a_run_that_goes_on_is_the_run(kind, home, model, data, tmp_path):
     assert "complete" in (out / "report.html").read_text()
 
 
+def test_an_evaluation_that_a_kill_broke_off_is_made_when_the_run_goes_on(model, data, tmp_path, monkeypatch):
+    place = Place(disk=str(tmp_path), home="disk", dtype="float32")
+    options = {"evaluating": Evaluating(fraction=0.2, every=2), "place": place, "length": Length(steps=8)}
+    whole = train(settings_for(model, data, tmp_path / "whole", **options))
+    close_all()
+    out = tmp_path / "out"
+    calls = []
+
+    def killed(*arguments):
+        calls.append(arguments)
+        measured = mean_loss(*arguments)
+        if len(calls) == 2:
+            outsize.checkpoint.finish(arguments[0])
+            raise RuntimeError("killed")
+        return measured
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
+        patch.setattr(evaluate, "mean_loss", killed)
+        train(settings(model, data, out, **options))
+    close_all()
+    assert contents(tmp_path / "out.checkpoint").commits[-1].step == 4
+    result = train(settings(model, data, out, resume=True, **options))
+    assert [e.step for e in result.evaluations] == [2, 4, 6, 8]
+    assert [e.loss for e in result.evaluations] == [e.loss for e in whole.evaluations]
+    assert result.losses == whole.losses
+    assert list(map(without_times, lines(out))) == list(map(without_times, lines(tmp_path / "whole")))
+
+
 def test_a_longer_run_goes_on_from_one_that_is_complete(model, data, tmp_path):
     learning = Learning(lr=1e-2, warmup_steps=2, schedule=Shape.CONSTANT)
     out = tmp_path / "out"
@@ -164,9 +197,31 @@ def test_what_would_make_it_another_run_is_refused(changes, name, model, data, t
     assert train(settings(model, data, out, resume=True, length=Length(steps=5))).num_steps == 5
 
 
-def test_commits_of_a_loop_of_ones_own_are_named(model, data, tmp_path):
-    import outsize
+def test_the_data_are_known_by_what_they_hold(model, data, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    train(settings(model, data, out, length=Length(steps=8)), watchers=[Interrupt(4)])
+    close_all()
+    text = data.read_text()
+    data.write_text(text.upper())
+    with pytest.raises(ConfigError, match=r"text\.txt is not what the run that is resumed had") as caught:
+        train(settings(model, data, out, resume=True, length=Length(steps=8)))
+    assert "export the commit" in caught.value.hint
+    close_all()
+    data.write_text(text)
+    weighted = dataclasses.replace(settings(model, data, out, resume=True), data=(DataFile(data, 0.5),) * 2)
+    with pytest.raises(ConfigError, match=r"data: .*text\.txt@0\.5 .*, and the run that is resumed had"):
+        train(weighted)
+    close_all()
+    monkeypatch.chdir(tmp_path)
+    result = train(settings(model, Path("text.txt"), out, resume=True, length=Length(steps=5)))
+    assert result.num_steps == 5, "the same file by another path"
+    close_all()
+    data.rename(tmp_path / "moved.txt")
+    moved = settings(model, tmp_path / "moved.txt", out, resume=True, length=Length(steps=6))
+    assert train(moved).num_steps == 6
 
+
+def test_commits_of_a_loop_of_ones_own_are_named(model, data, tmp_path):
     own = outsize.load(model, disk=str(tmp_path), dtype="float32").train()
     optimizer = outsize.AdamW(own, outsize.decay_groups(own, 0.01), lr=1e-3)
     outsize.checkpoint.resume(own, optimizer, tmp_path / "out.checkpoint")

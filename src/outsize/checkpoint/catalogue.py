@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from outsize.block import Plane
-from outsize.checkpoint.export import open_commit
-from outsize.checkpoint.files import commit_paths, data_paths, read_header, read_manifest
+from outsize.checkpoint.export import ATTEMPTS, read_commit
+from outsize.checkpoint.files import Header, commit_paths, data_paths, read_header, read_manifest
 from outsize.checkpoint.manifest import Manifest
+from outsize.checkpoint.reading import CommitReader
 from outsize.errors import ConfigError, OutsizeError
 
 
@@ -34,30 +35,46 @@ class Contents:
 
 def contents(folder: Path) -> Contents:
     """What the store at `folder` holds. Raises ConfigError where it is none."""
+    for _ in range(ATTEMPTS):
+        header, commits, is_all = _found(folder)
+        if is_all:
+            break
+    taken = sum(path.stat().st_blocks * 512 for path in data_paths(folder, header) if path.exists())
+    return Contents(folder, tuple(commits), taken)
+
+
+def _found(folder: Path) -> tuple[Header, list[Found], bool]:
+    """The header, the commits, and whether none was replaced meanwhile: such a one is left out."""
+    # In this order: a header has the extents of all manifests that were there before it was read, and still are.
+    paths = commit_paths(folder)
     header = read_header(folder)
     if header is None:
         raise ConfigError(f"{folder} is no checkpoint", hint="pass a folder such as tuned.checkpoint")
     commits = []
-    for path in commit_paths(folder):
+    for path in paths:
         try:
             commits.append(Found(int(path.stem), path, read_manifest(path, header)))
         except OutsizeError as error:
-            commits.append(Found(int(path.stem), path, None, error))
-    taken = sum(path.stat().st_blocks * 512 for path in data_paths(folder, header) if path.exists())
-    return Contents(folder, tuple(commits), taken)
+            if path.exists():
+                commits.append(Found(int(path.stem), path, None, error))
+    return header, commits, len(commits) == len(paths)
 
 
 def verify(folder: Path, step: int | None, tell: Callable[[str, int, int], None]) -> Manifest:
     """Read and check all of a commit; `tell(block, bytes so far, bytes of all)` follows each block.
 
-    Raises CorruptionError naming file, block and plane, StorageError.
+    Where no `step` is given and a run replaces the commit meanwhile, the newest is begun with. Raises CorruptionError
+    naming file, block and plane, StorageError.
     """
-    with open_commit(folder, step) as reader:
+
+    def check(reader: CommitReader) -> Manifest:
         done = 0
         for block in reader.manifest.blocks:
             done += reader.verify(block)
             tell(block.record.name, done, reader.manifest.num_bytes)
         return reader.manifest
+
+    return read_commit(folder, step, check)
 
 
 def describe(manifest: Manifest) -> Iterator[tuple[str, str]]:
@@ -76,8 +93,9 @@ def describe(manifest: Manifest) -> Iterator[tuple[str, str]]:
     yield "parameters", f"{num_elements:,}, {trainable:,} of them train"
     yield "computed in", manifest.compute_type
     yield "optimizer", f"{manifest.optimizer['kind']}: {', '.join(sorted(planes)) or 'no state'}"
-    rates = ", ".join(f"{group['lr']:.3g}" for group in manifest.optimizer["groups"])
-    yield "learning rate", rates
+    groups = manifest.optimizer["groups"]
+    if groups is not None:  # what was imported has none
+        yield "learning rate", ", ".join(f"{group['lr']:.3g}" for group in groups)
     yield "blocks", f"{len(blocks)}, {len(stored)} stored, {format_bytes(manifest.num_bytes)}"
     weights = sum(block.record.plane_bytes(Plane.WEIGHT) for block in stored)
     yield "of that weights", format_bytes(weights)
@@ -87,4 +105,5 @@ def describe(manifest: Manifest) -> Iterator[tuple[str, str]]:
             "computed by",
             f"tiles of {run['tile_rows']} rows, {run['threads']} threads, {run['backend']} updates",
         )
-    yield "versions", ", ".join(f"{name} {number}" for name, number in manifest.run["libraries"].items())
+    if libraries := manifest.run["libraries"]:
+        yield "versions", ", ".join(f"{name} {number}" for name, number in libraries.items())

@@ -112,7 +112,7 @@ def _fill(
         )
         return
     if is_split:
-        codes = torch.stack([deinterleave(group[:GROUP]) for group in moment])
+        codes = deinterleave(moment[:, :GROUP].reshape(-1)).view(-1, GROUP)
         moment = torch.cat([codes, moment[:, GROUP:]], 1)
     first = entry.start // GROUP * CODED_GROUP_BYTES
     total = record.num_trainable // GROUP * CODED_GROUP_BYTES

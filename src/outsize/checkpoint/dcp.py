@@ -9,12 +9,14 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
@@ -24,7 +26,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from outsize.block import Block, Entry, Extent, Piece, Plane, Record
 from outsize.checkpoint.convert import convert
-from outsize.checkpoint.export import model_folder, open_commit, source_folder
+from outsize.checkpoint.export import model_folder, read_commit, source_folder
 from outsize.checkpoint.files import MODEL
 from outsize.checkpoint.manifest import Manifest, StoredBlock
 from outsize.checkpoint.reading import CommitReader
@@ -32,7 +34,7 @@ from outsize.checkpoint.store import Store
 from outsize.config import ComputeType
 from outsize.engine.capture import Capture, CapturedBlock
 from outsize.engine.versions import Layout
-from outsize.errors import ConfigError, StorageError
+from outsize.errors import ConfigError, OutsizeError, StorageError
 from outsize.model import SafetensorsSource, cut, open_skeleton, write_companions
 from outsize.model.names import persistent_buffers
 from outsize.optim import RULES
@@ -46,29 +48,47 @@ def export_dcp(folder: Path, out: Path, *, step: int | None = None, overwrite: b
     """Write the commit as the DCP folder `out`. Raises ConfigError where its optimizer has no counterpart in torch."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())) and not overwrite:
         raise ConfigError(f"{out} is not empty", hint="pass another folder, or --overwrite")
-    with open_commit(folder, step) as reader:
-        values = _Values(folder, reader)
-        partial = out.with_name(f".{out.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        try:
+    return read_commit(folder, step, lambda reader: _export(reader, folder, out))
+
+
+def _export(reader: CommitReader, folder: Path, out: Path) -> Manifest:
+    values = _Values(folder, reader)
+    partial = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        with _own_errors():
             save(
                 values.state_dict(),
                 storage_writer=FileSystemWriter(partial, thread_count=1),
                 planner=_Streaming(values),
                 no_dist=True,
             )
-            if out.exists():
-                shutil.rmtree(out)
-            os.rename(partial, out)
-        except OSError as error:
-            kind = "no space left" if error.errno in FULL_ERRNOS else error.strerror
-            raise StorageError(
-                f"{out} cannot be written: {kind}", hint="pass a folder on another disk"
-            ) from error
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-            values.close()
-        return reader.manifest
+        if out.exists():
+            shutil.rmtree(out)
+        os.rename(partial, out)
+    except OutsizeError:
+        raise
+    except OSError as error:
+        kind = "no space left" if error.errno in FULL_ERRNOS else error.strerror
+        raise StorageError(
+            f"{out} cannot be written: {kind}", hint="pass a folder on another disk"
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        values.close()
+    return reader.manifest
+
+
+@contextmanager
+def _own_errors() -> Iterator[None]:
+    """Raise what went wrong, which torch wraps in an exception of its own."""
+    try:
+        yield
+    except CheckpointException as error:
+        for cause, _ in error.failures.values():
+            if isinstance(cause, OSError | OutsizeError):
+                raise cause from None
+        raise
 
 
 class _Values:

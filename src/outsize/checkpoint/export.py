@@ -2,27 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
 from outsize.block import Block, Plane
 from outsize.checkpoint.files import MODEL, commit_paths, read_header, read_manifest
 from outsize.checkpoint.manifest import Manifest
-from outsize.checkpoint.reading import CommitReader
+from outsize.checkpoint.reading import CommitReader, CommitReplaced
 from outsize.config import ComputeType
 from outsize.errors import ConfigError, StorageError
 from outsize.model import SafetensorsSource, cut, open_skeleton, write_folder
+
+ATTEMPTS = 5
+"""At reading the newest commit, where a run replaces it each time."""
+
+T = TypeVar("T")
 
 _DTYPES = {ComputeType.FLOAT32: torch.float32, ComputeType.BFLOAT16: torch.bfloat16}
 
 
 def open_commit(folder: Path, step: int | None = None) -> CommitReader:
-    """The commit after `step` in the store at `folder`, or the newest. Raises ConfigError where there is none."""
+    """The commit after `step` in the store at `folder`, or the newest.
+
+    Raises ConfigError where there is none, CommitReplaced where it vanishes meanwhile.
+    """
+    # In this order: a header has the extents of all manifests that were there before it was read, and still are.
+    paths = commit_paths(folder)
     header = read_header(folder)
     if header is None:
         raise ConfigError(f"{folder} is no checkpoint", hint="pass a folder such as tuned.checkpoint")
-    paths = commit_paths(folder)
     if step is not None:
         steps = ", ".join(str(int(path.stem)) for path in paths) or "none"
         paths = [path for path in paths if int(path.stem) == step]
@@ -30,7 +41,28 @@ def open_commit(folder: Path, step: int | None = None) -> CommitReader:
             raise ConfigError(f"{folder} has no commit of step {step}", hint=f"it has {steps}")
     if not paths:
         raise ConfigError(f"{folder} holds no commit yet")
-    return CommitReader(folder, header, read_manifest(paths[-1], header))
+    try:
+        manifest = read_manifest(paths[-1], header)
+    except StorageError as error:
+        if paths[-1].exists():
+            raise
+        raise CommitReplaced(folder, int(paths[-1].stem)) from error
+    return CommitReader(folder, header, manifest)
+
+
+def read_commit(folder: Path, step: int | None, use: Callable[[CommitReader], T]) -> T:
+    """What `use` makes of the commit. Where no step is given and a run replaces the newest meanwhile, the newest again.
+
+    Raises as `open_commit` and `use`; CommitReplaced where the run is faster each time.
+    """
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            with open_commit(folder, step) as reader:
+                return use(reader)
+        except CommitReplaced:
+            if step is not None or attempt == ATTEMPTS:
+                raise
+    raise AssertionError(folder)
 
 
 def export(
@@ -41,42 +73,45 @@ def export(
     Weights are written in the type that blocks computed in, or as `dtype`; "float32" gives the exact masters. Raises
     ConfigError, StorageError; `out` is there completely or not at all.
     """
-    with open_commit(folder, step) as reader:
-        compute_type = ComputeType(dtype) if dtype is not None else reader.compute_type
-        torch_dtype = _DTYPES[compute_type]
-        module = open_skeleton(model_folder(folder), torch_dtype)
-        source: SafetensorsSource | None = None
+    return read_commit(folder, step, lambda reader: _export(reader, folder, out, dtype, overwrite))
 
-        def fetch(block: Block) -> list[torch.Tensor]:
-            nonlocal source
-            values: list[torch.Tensor] = []
-            for piece in block.pieces:
-                found = reader.find(piece)
-                if found is None:
-                    source = source or SafetensorsSource(source_folder(reader.manifest), module)
-                    value = torch.empty(piece.shape, dtype=torch_dtype)
-                    source.read(Block(block.name, (piece,)), [value])
-                elif compute_type is reader.compute_type:
-                    value = reader.plane(*found, Plane.WEIGHT, torch_dtype).view(piece.shape)
-                else:
-                    value = reader.master(*found).to(torch_dtype).view(piece.shape)
-                values.append(value)
-            return values
 
-        try:
-            write_folder(
-                module,
-                cut(module).blocks,
-                fetch,
-                out,
-                tokenizer_from=model_folder(folder),
-                dtype=torch_dtype,
-                overwrite=overwrite,
-            )
-        finally:
-            if source is not None:
-                source.close()
-        return reader.manifest
+def _export(reader: CommitReader, folder: Path, out: Path, dtype: str | None, overwrite: bool) -> Manifest:
+    compute_type = ComputeType(dtype) if dtype is not None else reader.compute_type
+    torch_dtype = _DTYPES[compute_type]
+    module = open_skeleton(model_folder(folder), torch_dtype)
+    source: SafetensorsSource | None = None
+
+    def fetch(block: Block) -> list[torch.Tensor]:
+        nonlocal source
+        values: list[torch.Tensor] = []
+        for piece in block.pieces:
+            found = reader.find(piece)
+            if found is None:
+                source = source or SafetensorsSource(source_folder(reader.manifest), module)
+                value = torch.empty(piece.shape, dtype=torch_dtype)
+                source.read(Block(block.name, (piece,)), [value])
+            elif compute_type is reader.compute_type:
+                value = reader.plane(*found, Plane.WEIGHT, torch_dtype).view(piece.shape)
+            else:
+                value = reader.master(*found).to(torch_dtype).view(piece.shape)
+            values.append(value)
+        return values
+
+    try:
+        write_folder(
+            module,
+            cut(module).blocks,
+            fetch,
+            out,
+            tokenizer_from=model_folder(folder),
+            dtype=torch_dtype,
+            overwrite=overwrite,
+        )
+    finally:
+        if source is not None:
+            source.close()
+    return reader.manifest
 
 
 def model_folder(folder: Path) -> Path:

@@ -11,14 +11,24 @@ import torch
 import xxhash
 
 from outsize.block import Block, Entry, Piece, Plane, Record
-from outsize.checkpoint.files import Header, data_paths
+from outsize.checkpoint.files import Header, commit_path, data_paths
 from outsize.checkpoint.manifest import Manifest, StoredBlock, StoredCell
 from outsize.config import ComputeType
-from outsize.errors import CorruptionError, WeightsError
+from outsize.errors import CorruptionError, OutsizeError, StorageError, WeightsError
 from outsize.optim import CODED_GROUP_BYTES, GROUP, interleave, join
 from outsize.tier import DurableTier, StripedTier
 from outsize.tier.readonly import ReadOnlyTier
 from outsize.tier.striped import part_bytes
+
+
+class CommitReplaced(StorageError):
+    """The commit is gone that was being read: its run has made a newer one. Never raised where it is damaged."""
+
+    def __init__(self, folder: Path, step: int) -> None:
+        super().__init__(
+            f"{folder}: the commit of step {step} was replaced while it was read",
+            hint="read the newest again, or let the run keep more commits: --keep",
+        )
 
 
 def open_data(folder: Path, header: Header) -> DurableTier:
@@ -37,7 +47,8 @@ def open_data(folder: Path, header: Header) -> DurableTier:
 class CommitReader:
     """The blocks of one commit. Everything that is read is checked against the manifest's digests.
 
-    Memory is that of what is asked for, and one cell. Raises CorruptionError naming file, block and plane.
+    Memory is that of what is asked for, and one cell. Raises CorruptionError naming file, block and plane, and
+    CommitReplaced where a process that writes has given the commit's space to another meanwhile.
     """
 
     def __init__(self, folder: Path, header: Header, manifest: Manifest) -> None:
@@ -107,7 +118,7 @@ class CommitReader:
             return (interleave(values) if is_split else values)[:num_elements]
         groups = self._range(block, plane, entry.start, stop, torch.uint8).view(-1, CODED_GROUP_BYTES)
         if is_split:
-            codes = torch.stack([interleave(group[:GROUP]) for group in groups])
+            codes = interleave(groups[:, :GROUP].reshape(-1)).view(-1, GROUP)
             groups = torch.cat([codes, groups[:, GROUP:]], 1)
         return groups
 
@@ -162,13 +173,34 @@ class CommitReader:
         what = f"weight[{index}]" if index < num_weights else f"state[{index - num_weights}]"
         label = f"{record.name}.{what}"
         view = memoryview(self._scratch)[: cell.cell.num_bytes]
-        self._tier.start_read(cell.offset, view, label).wait()
+        try:
+            self._tier.start_read(cell.offset, view, label).wait()
+        except StorageError as error:
+            self._check_not_replaced(error)
+            raise
         for check in cell.checks:
             part = view[check.start - cell.offset : check.stop - cell.offset]
             if xxhash.xxh3_64_intdigest(part) != check.digest:
+                self._check_not_replaced(None)
                 raise CorruptionError(
                     f"{self._folder}: {label} of the commit of step {self.manifest.step}: bytes {check.start} to "
                     f"{check.stop} of the data are not those that were written",
                     hint="the drive is failing, or another program wrote to the file; an earlier commit may be whole",
                 )
         return view
+
+    def _check_not_replaced(self, cause: StorageError | None) -> None:
+        """Raise CommitReplaced where the manifest is not there any more.
+
+        A commit's name goes before its extents are written over: where these are not as they were and the name is
+        there, something else wrote to them.
+        """
+        path = commit_path(self._folder, self.manifest.step)
+        try:
+            is_there = Manifest.loads(path.read_bytes(), path) == self.manifest
+        except FileNotFoundError:
+            is_there = False
+        except (OSError, OutsizeError):
+            return
+        if not is_there:
+            raise CommitReplaced(self._folder, self.manifest.step) from cause

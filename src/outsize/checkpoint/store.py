@@ -30,6 +30,7 @@ from outsize.checkpoint.files import (
     DATA,
     HEADER,
     LOCK,
+    MODEL,
     Header,
     commit_path,
     commit_paths,
@@ -399,24 +400,64 @@ def remove_commit(folder: Path, step: int) -> None:
         os.close(lock_fd)
 
 
-def remove_store(folder: Path) -> None:
-    """Remove a whole store, data on other drives included. Raises StorageError where a process has it open."""
-    header = read_header(folder)
+def remove_store(folder: Path) -> int:
+    """Remove a whole store, data on other drives included; the bytes that are free again.
+
+    Nothing else that lies in the folder is touched; the folder stays where there is any, or a link leads to it. A store
+    whose header is damaged can be removed too: data that it has on drives of its own then stays. Commits go first: a
+    kill in between leaves none that names missing bytes. Raises ConfigError where there is no store, StorageError where
+    a process has it open.
+    """
+    is_link = folder.is_symlink()
+    folder = folder.resolve()
+    if not (folder / HEADER).exists() and not (folder.is_dir() and _is_begun(folder)):
+        raise ConfigError(f"{folder} is no checkpoint", hint="pass a folder such as tuned.checkpoint")
+    try:
+        header = read_header(folder)
+    except StorageError:
+        header = None
+    paths = data_paths(folder, header) if header is not None else [folder / DATA]
     lock_fd = lock_file(folder / LOCK)
     try:
-        for path in data_paths(folder, header) if header is not None else ():
+        for path in commit_paths(folder):
+            remove_durably(path)
+        freed = 0
+        for path in paths:
             with storage_errors(path):
-                path.unlink(missing_ok=True)
+                if path.is_file():
+                    freed += path.stat().st_blocks * 512
+                    remove_durably(path)
         with storage_errors(folder):
-            shutil.rmtree(folder)
+            tidy(folder)
+            shutil.rmtree(folder / MODEL, ignore_errors=True)
+            with suppress(OSError):  # something else lies there
+                (folder / COMMITS).rmdir()
+            # As long as there is a header it is a store, and can be removed again.
+            remove_durably(folder / HEADER)
+            (folder / LOCK).unlink()
+            if not is_link:
+                with suppress(OSError):
+                    folder.rmdir()
             sync_folder(folder.parent)
     finally:
         os.close(lock_fd)
+    return freed
 
 
 def _is_begun(folder: Path) -> bool:
-    """Whether nothing but the beginnings of a store are here: a process was killed before it wrote the header."""
-    return {path.name for path in folder.iterdir()} <= {COMMITS, LOCK, DATA, "model", ".store.json.partial"}
+    """Whether nothing but the beginnings of a store are here: a process was killed before it wrote the header.
+
+    The lock comes before everything but an empty folder of commits, and the data are a file.
+    """
+    found = {path.name: path for path in folder.iterdir()}
+    if found.keys() == {COMMITS}:
+        return found[COMMITS].is_dir() and not any(found[COMMITS].iterdir())
+    return (
+        found.keys() <= {COMMITS, LOCK, DATA, MODEL, f".{MODEL}.partial", f".{HEADER}.partial"}
+        and LOCK in found
+        and found[LOCK].is_file()
+        and (DATA not in found or found[DATA].is_file())
+    )
 
 
 def _check_disk(path: Path) -> None:

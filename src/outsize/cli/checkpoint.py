@@ -101,11 +101,11 @@ def _list(options: argparse.Namespace) -> int:
 def _show(options: argparse.Namespace) -> int:
     quiet.after_imports()
     from outsize.checkpoint.catalogue import describe
-    from outsize.checkpoint.export import open_commit
+    from outsize.checkpoint.export import read_commit
 
-    with open_commit(options.folder, options.step) as reader:
-        for name, words in describe(reader.manifest):
-            print(f"{name:<16}{words}")
+    manifest = read_commit(options.folder, options.step, lambda reader: reader.manifest)
+    for name, words in describe(manifest):
+        print(f"{name:<16}{words}")
     return 0
 
 
@@ -159,11 +159,12 @@ def _remove(options: argparse.Namespace) -> int:
     from outsize.checkpoint.catalogue import contents
     from outsize.checkpoint.store import remove_commit, remove_store
 
-    found = contents(options.folder)
     if options.all:
-        remove_store(options.folder)
-        print(f"removed {options.folder}: {format_bytes(found.num_bytes)} are free again")
+        freed = remove_store(options.folder)
+        what = f"the commits in {options.folder}" if options.folder.exists() else str(options.folder)
+        print(f"removed {what}: {format_bytes(freed)} are free again")
         return 0
+    found = contents(options.folder)
     steps = [commit.step for commit in found.commits]
     if options.step not in steps:
         raise ConfigError(

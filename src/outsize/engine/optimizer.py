@@ -216,7 +216,11 @@ class Optimizer(torch.optim.Optimizer, ABC):
         }
 
     def restore_state(self, state: Mapping[str, Any]) -> None:
-        """Take over what `commit_state` gave, in another process. Raises UsageError where the optimizer is another."""
+        """Take over what `commit_state` gave, in another process.
+
+        Parameters may be frozen now, or train now, that were not. Raises UsageError where the optimizer is another, or a
+        parameter is in another group than before.
+        """
         kind, groups = type(self).__name__, state["groups"]
         if groups is None:  # what was imported has none
             groups = [{} for _ in self.param_groups]
@@ -226,8 +230,19 @@ class Optimizer(torch.optim.Optimizer, ABC):
                 f"and this is {kind} of {len(self.param_groups)}",
                 hint=f"resume with outsize.{state['kind']} and the same groups",
             )
+        before = {name: index for index, group in enumerate(groups) for name in group.get("params", ())}
+        for index, own in enumerate(self.param_groups):
+            for name in (self._names[id(parameter)] for parameter in own["params"]):
+                if before.get(name, index) != index:
+                    raise UsageError(
+                        f"{name} is in parameter group {index}, and was in group {before[name]} when the commit was made",
+                        hint="pass the same groups in the same order",
+                    )
         for own, stored in zip(self.param_groups, groups, strict=True):
-            own.update({key: value for key, value in stored.items() if key != "params"})
+            for key, value in stored.items():
+                if key != "params":
+                    # JSON knows no tuples.
+                    own[key] = tuple(value) if isinstance(own.get(key), tuple) else value
         for name, book in self._books.items():
             book.clear()
             book.update(state["books"][name])

@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from outsize.errors import ConfigError
+from outsize.train.data import DataFile, Dataset
 from outsize.train.metrics import Evaluation, StepMetrics
 from outsize.train.settings import TrainSettings, flat
 
 _FREE = {
     *(
         "model",
+        "data",
         "out",
         "overwrite",
         "steps",
@@ -44,17 +46,20 @@ _FREE = {
         "resume",
     ),
 }
-"""Options that a run may change when it goes on; `eval-split` takes sequences from training and is checked apart."""
+"""Options that a run may change when it goes on; `eval-split` takes sequences from training and is checked apart, and so
+are the data, whose files may lie elsewhere."""
 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a run had come: `position` in the data, the schedule's state, seconds spent, settings by name."""
+    """How far a run had come: `position` in the data, the schedule's state, seconds spent, settings by name, and what the
+    data were (`facts_of`)."""
 
     position: tuple[int, int]
     scheduler: Mapping[str, Any]
     elapsed_s: float
     settings: Mapping[str, Any]
+    data: Sequence[Mapping[str, Any]]
 
     def to_extra(self) -> dict[str, Any]:
         """As a commit keeps it."""
@@ -71,8 +76,8 @@ class Progress:
         epoch, index = extra["train"]["position"]
         return cls(**{**extra["train"], "position": (int(epoch), int(index))})
 
-    def check(self, settings: TrainSettings) -> None:
-        """Raise ConfigError naming an option with which the run would not be the same run."""
+    def check(self, settings: TrainSettings, data: Sequence[Mapping[str, Any]]) -> None:
+        """Raise ConfigError naming an option, or a file of `data`, with which the run would not be the same run."""
         now = flat(settings)
         fixed = [name for name in now if name not in _FREE or name == "eval-split"]
         for name in fixed:
@@ -82,6 +87,39 @@ class Progress:
                     f"--{name}: {_shown(now[name])}, and the run that is resumed had {_shown(before)}",
                     hint=f"pass --{name} {_shown(before)}, or export the commit and begin a new run from it",
                 )
+        self._check_data(data)
+
+    def _check_data(self, data: Sequence[Mapping[str, Any]]) -> None:
+        again = "or export the commit and begin a new run from it"
+        if [file["weight"] for file in data] != [file["weight"] for file in self.data]:
+            raise ConfigError(
+                f"data: {_files(data)}, and the run that is resumed had {_files(self.data)}",
+                hint=f"pass {_files(self.data)}, {again}",
+            )
+        for now, before in zip(data, self.data, strict=True):
+            if now["digest"] != before["digest"]:
+                raise ConfigError(
+                    f"data: {now['file']} is not what the run that is resumed had: {now['num_tokens']:,} tokens, "
+                    f"{before['num_tokens']:,} before",
+                    hint=f"pass {_files(self.data)} as it was, with the model's own tokenizer, {again}",
+                )
+
+
+def facts_of(dataset: Dataset) -> list[dict[str, Any]]:
+    """What each file of `dataset` is, by its tokens and not by where it lies."""
+    return [
+        {
+            "file": str(source.tokens.source),
+            "weight": source.weight,
+            "num_tokens": source.tokens.num_tokens,
+            "digest": source.tokens.digest(),
+        }
+        for source in dataset.sources
+    ]
+
+
+def _files(data: Sequence[Mapping[str, Any]]) -> str:
+    return " ".join(str(DataFile(Path(file["file"]), file["weight"])) for file in data)
 
 
 def _shown(value: object) -> str:

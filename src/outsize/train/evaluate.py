@@ -42,6 +42,10 @@ class Evaluator:
         every = self._every or (-(-num_steps // TIMES) if num_steps is not None else None)
         return every is not None and step % every == 0
 
+    def is_left_out(self, step: int, num_steps: int | None) -> bool:
+        """Whether the evaluation after `step` was due, and is not among those that were made."""
+        return self.last_step < step and self.is_due(step, num_steps)
+
     def evaluate(self, model: nn.Module, step: int, save: Callable[[Path], None] | None) -> Evaluation:
         """Evaluate `model`; where it is better than ever, `save` it (None: it is saved anyway, the run being over).
 

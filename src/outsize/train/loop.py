@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -25,7 +26,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from outsize.errors import TrainingError
 from outsize.plan.profile import Profile
 from outsize.train.api import Api, ClippingOptimizer, Predicted, Report, optimizer_of, public_api
-from outsize.train.checkpoints import Progress, read_history
+from outsize.train.checkpoints import Progress, facts_of, read_history
 from outsize.train.compare import Steady, compare
 from outsize.train.data import Batch, DataOptions, Dataset, Position, check_files, open_dataset
 from outsize.train.evaluate import Evaluator, loss_of
@@ -133,12 +134,22 @@ def _train(
     # What is first in a process is not like what follows, whatever its number.
     recorded = settings.trace_step and run.num_steps + settings.trace_step
     tracing = Tracing(api, run.model, recorded, folder.timeline)
+
+    def evaluate() -> None:
+        assert evaluator is not None
+        watchers.evaluated(evaluator.evaluate(run.model, run.num_steps, save))
+        tracing.evaluated()
+        steady.evaluated()
+
     with Interruption(watchers.stopping) as interruption:
         try:
             with watchers:
                 watchers.started(_facts(settings, training, held_out, run.pace))
                 if history is not None:
                     watchers.resumed(*history)
+                    # A commit comes before the evaluation of its step: a kill between them leaves that one to be made.
+                    if evaluator is not None and evaluator.is_left_out(run.num_steps, run.pace.num_steps()):
+                        evaluate()
                 while not (run.pace.is_over() or interruption.requested):
                     with tracing.step(run.num_steps + 1, predicted):
                         metrics = run.step()
@@ -152,9 +163,7 @@ def _train(
                         if advice is not None:
                             watchers.say(f"another plan would be faster: {advice}")
                     if evaluator is not None and evaluator.is_due(metrics.step, run.pace.num_steps()):
-                        watchers.evaluated(evaluator.evaluate(run.model, metrics.step, save))
-                        tracing.evaluated()
-                        steady.evaluated()
+                        evaluate()
                 if settings.checkpointing.is_on:
                     run.finish(settings)
                 stays = interruption.requested and settings.checkpointing.is_on
@@ -227,6 +236,7 @@ class Run:
         self.notes: list[str] = []
         self._began_s = time.monotonic()
         self._committed_step: int | None = None
+        self._data: list[dict[str, Any]] = []
         self._optimizer = optimizer
         self._scheduler = scheduler
         self._batches = batches
@@ -287,6 +297,7 @@ class Run:
     ) -> tuple[list[StepMetrics], list[Evaluation]] | None:
         """Give the model a store, and go on from its last commit; what was done before, None where nothing was."""
         checkpointing = settings.checkpointing
+        self._data = facts_of(self._batches.dataset)
         resumed = self._api.checkpoint.resume(
             self.model, self._optimizer, settings.checkpoint, keep=checkpointing.keep
         )
@@ -295,7 +306,7 @@ class Run:
                 self.notes.append(f"{settings.checkpoint} holds no commit yet: the run begins")
             return None
         progress = Progress.of_extra(resumed.extra, settings.checkpoint)
-        progress.check(settings)
+        progress.check(settings, self._data)
         self.notes += [f"going on after step {resumed.step}", *resumed.notes]
         self.num_steps = self._committed_step = resumed.step
         self._batches.position = Position(*progress.position)
@@ -313,6 +324,7 @@ class Run:
             scheduler=self._scheduler.state_dict(),
             elapsed_s=time.monotonic() - self._began_s,
             settings=flat(settings),
+            data=self._data,
         )
         self._api.checkpoint.commit(
             self.model,
@@ -388,19 +400,19 @@ class Batches:
 
     def __init__(self, dataset: Dataset, batch_size: int, position: Position | None = None) -> None:
         self.position = self._last = position or Position()
-        self._dataset = dataset
+        self.dataset = dataset
         self._batch_size = batch_size
 
     def next(self) -> Batch:
         """The next batch."""
         self._last = self.position
-        batch = self._dataset.batch(self.position, self._batch_size)
-        self.position = self._dataset.advance(self.position, self._batch_size)
+        batch = self.dataset.batch(self.position, self._batch_size)
+        self.position = self.dataset.advance(self.position, self._batch_size)
         return batch
 
     def names(self) -> str:
         """Where the batch that came last stands, for messages."""
-        places = self._dataset.places(self._last, self._batch_size)
+        places = self.dataset.places(self._last, self._batch_size)
         more = f" and {len(places) - 3} more sequences" if len(places) > 3 else ""
         return f" (the batch begins at {', '.join(places[:3])}{more})"
 

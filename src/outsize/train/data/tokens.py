@@ -6,6 +6,7 @@
         starts     uint64 per example, where it begins, and the end of the last
         numbers    uint64 per example, its line or row
         meta.json  written last
+        digest     of all of them, once something asked for it
 
 The key holds the file's path, size and time of change, and the tokenizer's own files. What was not used for 30 days
 is removed when something is added. Arrays are read by range and never mapped: pages of a mapping would count as this
@@ -27,6 +28,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import xxhash
 
 from outsize.config import cache_folder
 from outsize.errors import DataError, StorageError
@@ -34,6 +36,7 @@ from outsize.train.data.examples import Example, Ids, Mask
 
 KEEP_DAYS = 30
 _VERSION = 2
+_DIGEST_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,26 @@ class Tokens:
         if not (self.folder / "learned").exists():
             return ids, np.ones(count, dtype=np.bool_)
         return ids, np.fromfile(self.folder / "learned", dtype=np.bool_, count=count, offset=start)
+
+    def digest(self) -> str:
+        """What tells these tokens from others, wherever their file lies. Computed once: it reads all of them."""
+        known = self.folder / "digest"
+        with suppress(OSError):
+            return known.read_text()
+        digest = xxhash.xxh3_128(str(self.may_be_cut).encode())
+        for name in ("ids", "learned", "starts"):
+            path = self.folder / name
+            if path.exists():
+                digest.update(f"{name} {path.stat().st_size}".encode())
+                with path.open("rb") as file:
+                    while part := file.read(_DIGEST_BYTES):
+                        digest.update(part)
+        found = digest.hexdigest()
+        with suppress(OSError):
+            partial = self.folder / f"digest.{uuid.uuid4().hex[:8]}.partial"
+            partial.write_text(found)
+            partial.rename(known)
+        return found
 
     def place(self, example: int) -> str:
         """Where example `example` stands in its file, for messages."""
