@@ -14,7 +14,7 @@ from outsize.engine.counting import LiveBytes
 
 Result = TypeVar("Result")
 
-_M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 KERNELS = 64
@@ -75,9 +75,6 @@ def keep_freed_memory() -> None:
     if (libc := _glibc()) is not None:
         libc.mallopt(_M_MMAP_MAX, 0)
         libc.mallopt(_M_TRIM_THRESHOLD, -1)
-        libc.mallopt(
-            _M_ARENA_MAX, 1
-        )  # what one thread freed fits another: peaks of the same run differed by a fifth
 
 
 def bound_kernel_caches() -> None:
