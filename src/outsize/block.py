@@ -175,8 +175,12 @@ class Record:
         """Bytes of one chunk of `num_elements` over all state planes, each part aligned."""
         return sum(align(num_elements * self.element_bytes[plane]) for plane in self.state)
 
-    def state_parts(self, plane: Plane) -> Iterator[tuple[int, int, Extent]]:
-        """`(start, stop, extent)` of each chunk of a state plane on disk, beside its neighbours of the other planes."""
+    def plane_parts(self, plane: Plane) -> Iterator[tuple[int, int, Extent]]:
+        """`(start, stop, extent)` of each chunk of a plane on disk; of state, beside its neighbours of the other planes."""
+        if plane in (Plane.WEIGHT, Plane.GRADIENT):
+            for start, stop in self.chunks(plane):
+                yield start, stop, self.chunk_extent(plane, start, stop)
+            return
         for start, stop in self.chunks():
             place = self.state_extent(start, stop).offset
             for other in self.state[: self.state.index(plane)]:
@@ -185,8 +189,8 @@ class Record:
 
     def cells(self) -> Iterator[Extent]:
         """What a commit keeps of the record, in the runs that are written as a whole: weights and state, not gradients."""
-        for start, stop in self.chunks(Plane.WEIGHT):
-            yield self.chunk_extent(Plane.WEIGHT, start, stop)
+        for _, _, extent in self.plane_parts(Plane.WEIGHT):
+            yield extent
         if self.state:
             for start, stop in self.chunks():
                 yield self.state_extent(start, stop)

@@ -122,22 +122,27 @@ def fork(folder: Path, task, *, lives_s: float | None = None) -> int:
             os._exit(1)
         os._exit(0)
     if lives_s is not None:
-        deadline = time.monotonic() + lives_s
-        while time.monotonic() < deadline:
-            done, status = os.waitpid(pid, os.WNOHANG)
-            if done:
-                return os.waitstatus_to_exitcode(status)
-            time.sleep(0.005)
+        status = _ended(pid, lives_s)
+        if status is not None:
+            return status
         os.kill(pid, signal.SIGKILL)
-    deadline = time.monotonic() + HANGS_S
+    status = _ended(pid, HANGS_S)
+    if status is not None:
+        return status
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    raise AssertionError(f"a life hung: {(folder / 'error').read_text()}")
+
+
+def _ended(pid: int, within_s: float) -> int | None:
+    """The exit status of a life that ends within this time, else None."""
+    deadline = time.monotonic() + within_s
     while time.monotonic() < deadline:
         done, status = os.waitpid(pid, os.WNOHANG)
         if done:
             return os.waitstatus_to_exitcode(status)
-        time.sleep(0.01)
-    os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
-    raise AssertionError(f"a life hung: {(folder / 'error').read_text()}")
+        time.sleep(0.005)
+    return None
 
 
 def check(folder: Path, expected: dict[int, str]) -> list[int]:

@@ -34,6 +34,17 @@ def uninterrupted(folder, count=8, **options):
     return losses, values
 
 
+def interrupted(folder, before, after=None, *, at=3, count=6):
+    """The losses of a run that ended after `at` steps and of the one that went on, and that one."""
+    name = before.get("name", "llama")
+    first = Run(folder, **before)
+    losses = first.go(batches(at, name))
+    first.end()
+    second = Run(folder, **(before if after is None else after))
+    assert second.resumed.step == at
+    return losses + second.go(batches(count - at, name, first=at)), second
+
+
 def assert_equal(values, expected):
     assert values.keys() == expected.keys()
     for name, value in values.items():
@@ -45,12 +56,7 @@ def assert_equal(values, expected):
 def test_a_resumed_run_has_the_bits_of_one_that_was_not_interrupted(place, name, tmp_path):
     options = {"name": name, **PLACES[place]}
     expected, weights = uninterrupted(tmp_path, **options)
-    first = Run(tmp_path, **options)
-    losses = first.go(batches(5, name))
-    first.end()
-    second = Run(tmp_path, **options)
-    assert second.resumed.step == 5
-    losses += second.go(batches(3, name, first=5))
+    losses, second = interrupted(tmp_path, options, at=5, count=8)
     assert losses == expected
     assert_equal(values_of(second.model), weights)
     second.finish()
@@ -61,11 +67,7 @@ def test_a_resumed_run_has_the_bits_of_one_that_was_not_interrupted(place, name,
 @pytest.mark.parametrize(("before", "after"), [("disk", "host"), ("host", "disk"), ("mixed", "one slot")])
 def test_placement_may_change(before, after, tmp_path):
     expected, weights = uninterrupted(tmp_path)
-    first = Run(tmp_path, **PLACES[before])
-    losses = first.go(batches(5))
-    first.end()
-    second = Run(tmp_path, **PLACES[after])
-    losses += second.go(batches(3, first=5))
+    losses, second = interrupted(tmp_path, PLACES[before], PLACES[after], at=5, count=8)
     assert losses == expected
     assert_equal(values_of(second.model), weights)
 
@@ -79,11 +81,7 @@ def test_a_device_with_memory_of_its_own_goes_on_too(home, dtype, tmp_path, monk
     pins = Pins(resident_bytes=300_000) if home is None else Pins()
     options = {"home": home, "dtype": dtype, "pins": pins}
     expected, weights = uninterrupted(tmp_path, 6, **options)
-    first = Run(tmp_path, **options)
-    losses = first.go(batches(3))
-    first.end()
-    second = Run(tmp_path, **options)
-    losses += second.go(batches(3, first=3))
+    losses, second = interrupted(tmp_path, options)
     assert losses == expected
     assert_equal(values_of(second.model), weights)
     second.finish()
@@ -155,11 +153,7 @@ def test_every_optimizer_goes_on(kind, dtype, tmp_path):
 
     options = {"optimizer": make, "dtype": dtype}
     expected, weights = uninterrupted(tmp_path, 6, **options)
-    first = Run(tmp_path, **options)
-    losses = first.go(batches(3))
-    first.end()
-    second = Run(tmp_path, **options)
-    losses += second.go(batches(3, first=3))
+    losses, second = interrupted(tmp_path, options)
     assert losses == expected
     assert_equal(values_of(second.model), weights)
 
@@ -280,11 +274,7 @@ def test_frozen_parameters_go_on_with_the_same_bits(tmp_path):
             parameter.requires_grad_("layers.1" in name)
 
     expected, weights = uninterrupted(tmp_path, 6, prepare=prepare)
-    first = Run(tmp_path, prepare=prepare)
-    losses = first.go(batches(3))
-    first.end()
-    second = Run(tmp_path, prepare=prepare)
-    losses += second.go(batches(3, first=3))
+    losses, second = interrupted(tmp_path, {"prepare": prepare})
     assert losses == expected
     assert_equal(values_of(second.model), weights)
 

@@ -31,7 +31,7 @@ def test_a_master_begins_with_every_bit_of_the_source(from_files, tmp_path):
     seen = 0
     for state in executor.store:
         weight = executor.store.weights(state)
-        remainder = executor.store._resident(state, Plane.REMAINDER)
+        remainder = executor.store.resident_plane(state, Plane.REMAINDER)
         for entry in state.record.entries:
             piece = entry.piece
             expected = plain.get_parameter(piece.parameter).detach()

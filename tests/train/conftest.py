@@ -1,5 +1,7 @@
 import pytest
 
+from tests.train.standin import WORDS, write_model
+
 
 @pytest.fixture(autouse=True)
 def own_token_cache(tmp_path_factory, monkeypatch):
@@ -7,3 +9,15 @@ def own_token_cache(tmp_path_factory, monkeypatch):
     folder = tmp_path_factory.mktemp("cache")
     monkeypatch.setattr("outsize.train.data.tokens.cache_folder", lambda: folder)
     return folder / "tokens"
+
+
+@pytest.fixture
+def model(tmp_path):
+    return write_model(tmp_path / "model")
+
+
+@pytest.fixture
+def data(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text((" ".join(WORDS) + "\n") * 20)
+    return path

@@ -25,7 +25,6 @@ from outsize.train.schedule import Shape
 from outsize.train.settings import Checkpointing, Evaluating, Learning, Length, Place
 from outsize.train.watch import Watcher
 from tests.running import close_all, settled  # noqa: F401
-from tests.train.standin import WORDS, write_model
 from tests.train.test_loop import settings_for
 
 SOURCES = Path(__file__).parents[2] / "src"
@@ -43,18 +42,6 @@ class Interrupt(Watcher):
             if self.kind is None:
                 raise RuntimeError("the machine is gone")
             os.kill(os.getpid(), self.kind)
-
-
-@pytest.fixture
-def model(tmp_path):
-    return write_model(tmp_path / "model")
-
-
-@pytest.fixture
-def data(tmp_path):
-    path = tmp_path / "text.txt"
-    path.write_text((" ".join(WORDS) + "\n") * 20)
-    return path
 
 
 def settings(model, data, out, *, resume=False, every=2, **changes):

@@ -11,19 +11,7 @@ from outsize.train.data import DataFile, DataOptions, open_dataset
 from outsize.train.evaluate import Evaluator, mean_loss
 from outsize.train.loop import train
 from outsize.train.settings import Evaluating, Learning, Length, TrainSettings
-from tests.train.standin import WORDS, PlainApi, write_model
-
-
-@pytest.fixture
-def model(tmp_path):
-    return write_model(tmp_path / "model")
-
-
-@pytest.fixture
-def data(tmp_path):
-    path = tmp_path / "text.txt"
-    path.write_text((" ".join(WORDS) + "\n") * 20)
-    return path
+from tests.train.standin import WORDS, PlainApi
 
 
 def settings_for(model, data, out, **changes):

@@ -19,19 +19,7 @@ from outsize.train.progress import PlainProgress, course, fixed, progress_on, sp
 from outsize.train.schedule import Shape
 from outsize.train.settings import Evaluating, Learning, Length, Place, TrainSettings
 from outsize.train.watch import Watcher
-from tests.train.standin import WORDS, PlainAdamW, PlainApi, PlainReport, write_model
-
-
-@pytest.fixture
-def model(tmp_path):
-    return write_model(tmp_path / "model")
-
-
-@pytest.fixture
-def data(tmp_path):
-    path = tmp_path / "text.txt"
-    path.write_text((" ".join(WORDS) + "\n") * 20)
-    return path
+from tests.train.standin import WORDS, PlainAdamW, PlainApi, PlainReport
 
 
 def settings_for(model, data, out, **changes):

@@ -20,7 +20,7 @@ import os
 import platform
 import random
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -32,16 +32,15 @@ import transformers
 from torch import nn
 
 import outsize
-from outsize.block import Block
 from outsize.checkpoint.files import MODEL, to_jsonable
 from outsize.checkpoint.manifest import Manifest
-from outsize.checkpoint.reading import CommitReader
+from outsize.checkpoint.reading import CommitSource
 from outsize.checkpoint.store import Committed, Store
 from outsize.engine.executor import Executor
 from outsize.engine.optimizer import Optimizer
 from outsize.engine.session import Session, session_of
 from outsize.errors import StorageError, UsageError
-from outsize.model import Source, write_companions
+from outsize.model import SafetensorsSource, write_companions
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +81,7 @@ def resume(
         if manifest.random is not None:
             _restore_random(manifest.random)
         notes = _notes(session, manifest)
-        session.committed = _Committed(store.reader(), session.source)
+        session.committed = CommitSource(store.reader(), session.own_source)
     except BaseException:
         session.live_in(None)
         store.close()
@@ -136,9 +135,11 @@ def commit(
     )
     if not (store.folder / MODEL).exists():
         write_companions(model, store.folder / MODEL)
-    if session.executor.store.is_capturing:
+    captures = session.executor.store.captures
+    assert captures is not None
+    if captures.is_under_way:
         _settle(session.executor)
-    store.commit(draft, session.executor.store.begin_capture)
+    store.commit(draft, captures.begin)
 
 
 def finish(model: nn.Module) -> Committed | None:
@@ -157,7 +158,8 @@ def _settle(executor: Executor) -> None:
     try:
         executor.settle_updates()
     finally:
-        executor.store.settle_capture()
+        if executor.store.captures is not None:
+            executor.store.captures.settle()
 
 
 def close(model: nn.Module) -> None:
@@ -191,32 +193,12 @@ def _attach(session: Session, path: Path, keep: int) -> Store:
     return store
 
 
-class _Committed:
-    """The weights of a commit as a source: what is read, or saved, before the model's first call."""
-
-    def __init__(self, reader: CommitReader, others: Source | None) -> None:
-        self._reader = reader
-        self._others = others
-
-    def read(self, block: Block, targets: Sequence[torch.Tensor]) -> None:
-        """Fill one target per piece; what was never updated comes from the model's own files."""
-        for piece, target in zip(block.pieces, targets, strict=True):
-            if self._reader.find(piece) is not None:
-                self._reader.read(Block(block.name, (piece,)), [target])
-            elif self._others is not None:
-                self._others.read(Block(block.name, (piece,)), [target])
-
-    def close(self) -> None:
-        """Close the commit."""
-        self._reader.close()
-
-
 def _check_source(session: Session, manifest: Manifest) -> None:
     """Weights that were never updated still come from the model's own files: those must be the same."""
     before = manifest.run["source"]["files"]
     if all(block.is_stored for block in manifest.blocks) or not before:
         return
-    now = session.source_files()["files"]
+    now = _source_files(session)["files"]
     if now != before:
         different = next(
             (name for name in before if now.get(name) != before[name]), next(iter(now), "the model's folder")
@@ -225,6 +207,22 @@ def _check_source(session: Session, manifest: Manifest) -> None:
             f"{different} is missing or has another size: the commit takes weights from there that were never updated",
             hint=f"open the model that the run began with: {manifest.run['source']['folder']}",
         )
+
+
+def _source_files(session: Session) -> dict[str, Any]:
+    """The folder that weights come from until they are updated, and the sizes of its files."""
+    source = session.source
+    if not isinstance(source, SafetensorsSource):
+        return {"folder": "", "files": {}}
+    return {"folder": str(source.folder.resolve()), "files": source.file_bytes()}
+
+
+def _updated_on_device(session: Session) -> list[str]:
+    """Blocks that a device with memory of its own updates; the host's kernel rounds some operations differently."""
+    if session.executor is None:
+        return []
+    store = session.executor.store
+    return [state.name for state in store if store.updates_in_place(state)]
 
 
 def _random_state() -> dict[str, Any]:
@@ -269,8 +267,8 @@ def _run_facts(session: Session) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "backend": str(kernel.backend) if kernel is not None else None,
         "device": str(session.torch_device),
-        "updated_on_device": session.updated_on_device(),
-        "source": session.source_files(),
+        "updated_on_device": _updated_on_device(session),
+        "source": _source_files(session),
         "libraries": {
             "outsize": outsize.__version__,
             "torch": torch.__version__,

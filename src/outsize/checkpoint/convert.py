@@ -44,9 +44,8 @@ def convert(
         if any(at is None for at in found.values()):
             continue
         at = {entry: place for entry, place in found.items() if place is not None}
-        _write_weights(reader, record, at, bases[record.name], tier)
-        if record.state and record.num_trainable:
-            _write_state(reader, record, at, bases[record.name], tier)
+        for plane in (Plane.WEIGHT, *(record.state if record.num_trainable else ())):
+            _write(reader, record, at, plane, bases[record.name], tier)
         done.add(record.name)
     return done
 
@@ -54,36 +53,18 @@ def convert(
 Places = Mapping[Entry, tuple[StoredBlock, Entry]]
 
 
-def _write_weights(reader: Reader, record: Record, at: Places, base: int, tier: VersionedTier) -> None:
-    is_split = record.element_bytes[Plane.WEIGHT] == 2
-    with mmap.mmap(-1, record.plane_bytes(Plane.WEIGHT)) as memory:
-        plane = _tensor(memory, torch.bfloat16 if is_split else torch.float32, record.num_elements)
+def _write(reader: Reader, record: Record, at: Places, plane: Plane, base: int, tier: VersionedTier) -> None:
+    """Write one plane, put together in memory."""
+    size = record.element_bytes[plane]
+    with mmap.mmap(-1, record.plane_bytes(plane)) as memory:
         for entry in record.entries:
-            master = reader.master(*at[entry])
-            plane[entry.start : entry.stop] = split(master)[0] if is_split else master
-        view = memoryview(memory)
-        for index, (start, stop) in enumerate(record.chunks(Plane.WEIGHT)):
-            extent = record.chunk_extent(Plane.WEIGHT, start, stop)
-            part = view[extent.offset : extent.offset + extent.num_bytes]
-            tier.start_write(base + extent.offset, part, f"{record.name}.weight[{index}]").wait()
-            part.release()
-        view.release()
-        del plane
-
-
-def _write_state(reader: Reader, record: Record, at: Places, base: int, tier: VersionedTier) -> None:
-    for plane in record.state:
-        with mmap.mmap(-1, record.plane_bytes(plane)) as memory:
-            for entry in record.entries:
-                if entry.trainable:
-                    _fill(reader, record, entry, at[entry], plane, memory)
-            view = memoryview(memory)
-            for index, (start, _, extent) in enumerate(record.state_parts(plane)):
-                begin = int(start * record.element_bytes[plane])
-                part = view[begin : begin + extent.num_bytes]
-                tier.start_write(base + extent.offset, part, f"{record.name}.state[{index}]").wait()
-                part.release()
-            view.release()
+            if entry.trainable or plane is Plane.WEIGHT:
+                _fill(reader, record, entry, at[entry], plane, memory)
+        with memoryview(memory) as view:
+            for index, (start, _, extent) in enumerate(record.plane_parts(plane)):
+                begin = int(start * size)
+                with view[begin : begin + extent.num_bytes] as part:
+                    tier.start_write(base + extent.offset, part, f"{record.name}.{plane}[{index}]").wait()
 
 
 def _fill(
@@ -96,6 +77,11 @@ def _fill(
 ) -> None:
     block, old = place
     is_split = record.element_bytes[Plane.WEIGHT] == 2
+    if plane is Plane.WEIGHT:
+        master = reader.master(block, old)
+        values = split(master)[0] if is_split else master
+        _tensor(memory, values.dtype, record.num_elements)[entry.start : entry.stop] = values
+        return
     if plane is Plane.REMAINDER:
         values = split(reader.master(block, old))[1]
         _tensor(memory, torch.int16, record.num_trainable)[entry.start : entry.stop] = values

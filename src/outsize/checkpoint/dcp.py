@@ -26,19 +26,19 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from outsize.block import Block, Entry, Extent, Piece, Plane, Record
 from outsize.checkpoint.convert import convert
-from outsize.checkpoint.export import model_folder, read_commit, source_folder
+from outsize.checkpoint.export import model_folder, read_commit, weights_of
 from outsize.checkpoint.files import MODEL
 from outsize.checkpoint.manifest import Manifest, StoredBlock
-from outsize.checkpoint.reading import CommitReader
+from outsize.checkpoint.reading import CommitReader, CommitSource
 from outsize.checkpoint.store import Store
 from outsize.config import ComputeType
 from outsize.engine.capture import Capture, CapturedBlock
 from outsize.engine.versions import Layout
-from outsize.errors import ConfigError, OutsizeError, StorageError
-from outsize.model import SafetensorsSource, cut, open_skeleton, write_companions
+from outsize.errors import ConfigError, OutsizeError
+from outsize.model import cut, open_skeleton, write_companions
 from outsize.model.names import persistent_buffers
+from outsize.model.writer import storage_errors
 from outsize.optim import RULES
-from outsize.tier.store import FULL_ERRNOS
 
 NAMES = {Plane.MOMENT1: "exp_avg", Plane.MOMENT2: "exp_avg_sq"}
 """What torch's AdamW calls its moments; of other rules' optimizers torch has none, or one of other numerics."""
@@ -52,30 +52,28 @@ def export_dcp(folder: Path, out: Path, *, step: int | None = None, overwrite: b
 
 
 def _export(reader: CommitReader, folder: Path, out: Path) -> Manifest:
-    values = _Values(folder, reader)
+    if reader.manifest.rule != "adamw":
+        raise ConfigError(
+            f"the commit was made with {reader.manifest.optimizer['kind']}, which torch does not have",
+            hint="export a Hugging Face folder: leave --dcp out",
+        )
+    module = open_skeleton(model_folder(folder), torch.float32)
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        with _own_errors():
+        with weights_of(reader, module) as weights, storage_errors(out), _own_errors():
+            values = _Values(reader, module, weights)
             save(
                 values.state_dict(),
                 storage_writer=FileSystemWriter(partial, thread_count=1),
                 planner=_Streaming(values),
                 no_dist=True,
             )
-        if out.exists():
-            shutil.rmtree(out)
-        os.rename(partial, out)
-    except OutsizeError:
-        raise
-    except OSError as error:
-        kind = "no space left" if error.errno in FULL_ERRNOS else error.strerror
-        raise StorageError(
-            f"{out} cannot be written: {kind}", hint="pass a folder on another disk"
-        ) from error
+            if out.exists():
+                shutil.rmtree(out)
+            os.rename(partial, out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-        values.close()
     return reader.manifest
 
 
@@ -94,15 +92,10 @@ def _own_errors() -> Iterator[None]:
 class _Values:
     """What the folder will hold: meta tensors by key, and each tensor's value when it is asked for."""
 
-    def __init__(self, folder: Path, reader: CommitReader) -> None:
-        if reader.manifest.rule != "adamw":
-            raise ConfigError(
-                f"the commit was made with {reader.manifest.optimizer['kind']}, which torch does not have",
-                hint="export a Hugging Face folder: leave --dcp out",
-            )
+    def __init__(self, reader: CommitReader, module: nn.Module, weights: CommitSource) -> None:
         self._reader = reader
-        self._module = open_skeleton(model_folder(folder), torch.float32)
-        self._source: SafetensorsSource | None = None
+        self._module = module
+        self._weights = weights
         self._pieces: dict[str, list[Piece]] = {}
         for block in cut(self._module).blocks:
             for piece in block.pieces:
@@ -142,31 +135,16 @@ class _Values:
                 return self._whole(key.removeprefix("optim.state.").removesuffix(f".{name}"), plane)
         return None
 
-    def close(self) -> None:
-        """Let go of the model's own files."""
-        if self._source is not None:
-            self._source.close()
-
     def _whole(self, parameter: str, plane: Plane | None) -> torch.Tensor:
+        """A parameter's masters, or one of its moments, which is zero where it does not train."""
         value = torch.zeros(self._shapes[parameter])
         for piece in self._pieces[parameter]:
             part = value if piece.is_whole else value[piece.row_start : piece.row_stop]
-            found = self._reader.find(piece)
-            if found is not None:
-                part.copy_(self._stored(*found, plane).view(piece.shape))
-            elif plane is None:
-                self._source = self._source or SafetensorsSource(
-                    source_folder(self._reader.manifest), self._module
-                )
-                self._source.read(Block("", (piece,)), [part])
+            if plane is None:
+                self._weights.read(Block("", (piece,)), [part])
+            elif (found := self._reader.find(piece)) is not None and found[1].trainable:
+                part.copy_(self._reader.moment(*found, plane).view(piece.shape))
         return value
-
-    def _stored(self, block: StoredBlock, entry: Entry, plane: Plane | None) -> torch.Tensor:
-        if plane is None:
-            return self._reader.master(block, entry)
-        if not entry.trainable:
-            return torch.zeros(entry.stop - entry.start)
-        return self._reader.moment(block, entry, plane)
 
 
 def _meta(shape: Sequence[int]) -> torch.Tensor:
@@ -195,61 +173,26 @@ def import_dcp(dcp_folder: Path, folder: Path, *, model: Path, dtype: str = "flo
     """
     module = open_skeleton(model, torch.float32)
     reader = _DcpReader(dcp_folder, module)
-    compute_type = ComputeType(dtype)
-    rule = RULES["adamw"]
-    records = [
-        Record.lay_out(
-            block,
-            [piece.parameter in reader.steps for piece in block.pieces],
-            rule.state(compute_type),
-            {Plane.WEIGHT: 4, Plane.GRADIENT: 4, **rule.element_bytes(compute_type)},
-        )
-        for block in cut(module).blocks
-    ]
-    reader.blocks = {
-        entry.piece: (StoredBlock(record, True, ()), entry) for record in records for entry in record.entries
-    }
+    records = _lay_out(reader, module, ComputeType(dtype))
     step = max(reader.steps.values(), default=0)
     store = Store.claim(folder, 1)
     try:
         if store.resume() is not None:
             raise ConfigError(f"{folder} holds commits already", hint="pass a new folder")
-        layout = Layout(
-            tuple(
-                Extent(base + cell.offset, cell.num_bytes)
-                for record, base in _with_bases(records)
-                for cell in record.cells()
-            ),
-            (),
-        )
+        layout = Layout.of(records)
         tier = store.open(records, layout, verify=True).tier
         try:
-            convert(reader, records, {record.name: base for record, base in _with_bases(records)}, tier)
-            draft = Manifest(
-                step=step,
-                written=datetime.now(UTC).isoformat(timespec="seconds"),
-                compute_type=compute_type,
-                rule=rule.name,
-                optimizer={
-                    "kind": "AdamW",
-                    "groups": None,
-                    "books": {"num_steps": reader.steps},
-                    "num_updates": step,
-                },
-                random=None,
-                extra={},
-                run={"tile_rows": None, "source": {"folder": "", "files": {}}, "libraries": {}},
-                blocks=(),
-            )
+            convert(reader, records, layout.bases, tier)
             write_companions(module, store.folder / MODEL)
 
             def begin(complete: Callable[[Capture], None]) -> None:
-                capture = Capture([record.name for record in records], complete)
-                for record, base in _with_bases(records):
-                    cells = tier.capture(Extent(base, record.num_bytes))
+                capture = Capture(layout.bases, complete)
+                for record in records:
+                    base = layout.bases[record.name]
+                    cells = tier.capture(Extent(base, record.kept_bytes))
                     capture.add(CapturedBlock(record.name, base, cells, is_stored=True))
 
-            store.commit(draft, begin)
+            store.commit(_draft(reader, step, ComputeType(dtype)), begin)
             store.wait()
         finally:
             tier.close()
@@ -258,18 +201,48 @@ def import_dcp(dcp_folder: Path, folder: Path, *, model: Path, dtype: str = "flo
     return step
 
 
-def _with_bases(records: Sequence[Record]) -> Iterator[tuple[Record, int]]:
-    base = 0
-    for record in records:
-        yield record, base
-        base += record.num_bytes
+def _lay_out(reader: _DcpReader, module: nn.Module, compute_type: ComputeType) -> list[Record]:
+    """Records of all blocks, as a run with AdamW would have them; `reader` learns where their pieces are."""
+    rule = RULES["adamw"]
+    records = [
+        Record.lay_out(
+            block,
+            [piece.parameter in reader.steps for piece in block.pieces],
+            rule.state(compute_type),
+            rule.element_bytes(compute_type),
+        )
+        for block in cut(module).blocks
+    ]
+    reader.blocks = {
+        entry.piece: (StoredBlock(record, True, ()), entry) for record in records for entry in record.entries
+    }
+    return records
+
+
+def _draft(reader: _DcpReader, step: int, compute_type: ComputeType) -> Manifest:
+    """What a commit says beside its blocks, as far as a DCP folder knows it."""
+    return Manifest(
+        step=step,
+        written=datetime.now(UTC).isoformat(timespec="seconds"),
+        compute_type=compute_type,
+        rule="adamw",
+        optimizer={
+            "kind": "AdamW",
+            "groups": None,
+            "books": {"num_steps": reader.steps},
+            "num_updates": step,
+        },
+        random=None,
+        extra={},
+        run={"tile_rows": None, "source": {"folder": "", "files": {}}, "libraries": {}},
+        blocks=(),
+    )
 
 
 class _DcpReader:
     """A DCP folder, read as `convert` reads a commit: a tensor at a time, of which the last is kept."""
 
     def __init__(self, folder: Path, module: nn.Module) -> None:
-        self._folder = folder
         try:
             self._reader = FileSystemReader(folder)
             metadata = self._reader.read_metadata().state_dict_metadata

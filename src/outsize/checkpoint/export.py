@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TypeVar
 
 import torch
+from torch import nn
 
-from outsize.block import Block, Plane
+from outsize.block import Block
 from outsize.checkpoint.files import MODEL, commit_paths, read_header, read_manifest
 from outsize.checkpoint.manifest import Manifest
-from outsize.checkpoint.reading import CommitReader, CommitReplaced
+from outsize.checkpoint.reading import CommitReader, CommitReplaced, CommitSource
 from outsize.config import ComputeType
 from outsize.errors import ConfigError, StorageError
 from outsize.model import SafetensorsSource, cut, open_skeleton, write_folder
@@ -77,28 +79,15 @@ def export(
 
 
 def _export(reader: CommitReader, folder: Path, out: Path, dtype: str | None, overwrite: bool) -> Manifest:
-    compute_type = ComputeType(dtype) if dtype is not None else reader.compute_type
-    torch_dtype = _DTYPES[compute_type]
+    torch_dtype = _DTYPES[ComputeType(dtype) if dtype is not None else reader.compute_type]
     module = open_skeleton(model_folder(folder), torch_dtype)
-    source: SafetensorsSource | None = None
+    with weights_of(reader, module) as source:
 
-    def fetch(block: Block) -> list[torch.Tensor]:
-        nonlocal source
-        values: list[torch.Tensor] = []
-        for piece in block.pieces:
-            found = reader.find(piece)
-            if found is None:
-                source = source or SafetensorsSource(source_folder(reader.manifest), module)
-                value = torch.empty(piece.shape, dtype=torch_dtype)
-                source.read(Block(block.name, (piece,)), [value])
-            elif compute_type is reader.compute_type:
-                value = reader.plane(*found, Plane.WEIGHT, torch_dtype).view(piece.shape)
-            else:
-                value = reader.master(*found).to(torch_dtype).view(piece.shape)
-            values.append(value)
-        return values
+        def fetch(block: Block) -> list[torch.Tensor]:
+            values = [torch.empty(piece.shape, dtype=torch_dtype) for piece in block.pieces]
+            source.read(block, values)
+            return values
 
-    try:
         write_folder(
             module,
             cut(module).blocks,
@@ -108,10 +97,20 @@ def _export(reader: CommitReader, folder: Path, out: Path, dtype: str | None, ov
             dtype=torch_dtype,
             overwrite=overwrite,
         )
-    finally:
-        if source is not None:
-            source.close()
     return reader.manifest
+
+
+@contextmanager
+def weights_of(reader: CommitReader, module: nn.Module) -> Iterator[CommitSource]:
+    """All weights of a commit; those that were never updated come from the files that the run took them from."""
+    with ExitStack() as stack:
+
+        def open_files() -> SafetensorsSource:
+            files = SafetensorsSource(source_folder(reader.manifest), module)
+            stack.callback(files.close)
+            return files
+
+        yield CommitSource(reader, open_files)
 
 
 def model_folder(folder: Path) -> Path:

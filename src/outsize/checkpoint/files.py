@@ -12,16 +12,15 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from outsize.block import ALIGNMENT, Extent
 from outsize.checkpoint.manifest import Manifest, check_format
-from outsize.errors import CorruptionError, StorageError, StorageFullError
-from outsize.tier.store import FULL_ERRNOS
+from outsize.errors import CorruptionError, StorageError
+from outsize.model.writer import storage_errors
 from outsize.tier.versioned import Slab
 
 FORMAT = "outsize-store"
@@ -91,11 +90,11 @@ def read_header(folder: Path) -> Header | None:
     """The header of the store in `folder`; None where there is no store."""
     path = folder / HEADER
     try:
-        return Header.loads(path.read_bytes(), path)
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise _storage_error(path, "read", error) from error
+        return Header.loads(_read(path), path)
+    except StorageError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            return None
+        raise
 
 
 def commit_paths(folder: Path) -> list[Path]:
@@ -109,26 +108,22 @@ def commit_path(folder: Path, step: int) -> Path:
     return folder / COMMITS / f"{step:012}.json"
 
 
-def read_manifest(path: Path, header: Header | None = None) -> Manifest:
+def read_manifest(path: Path, header: Header) -> Manifest:
     """Read one manifest. Raises CorruptionError where it is damaged, or holds extents that `header` does not have."""
-    try:
-        manifest = Manifest.loads(path.read_bytes(), path)
-    except OSError as error:
-        raise _storage_error(path, "read", error) from error
+    manifest = Manifest.loads(_read(path), path)
     if manifest.step != int(path.stem):
         raise CorruptionError(f"{path}: the manifest is that of step {manifest.step}")
-    if header is not None:
-        sizes = {offset: slab.extent_bytes for slab in header.slabs for offset in slab.extents()}
-        seen: set[int] = set()
-        for block in manifest.blocks:
-            for cell in block.cells:
-                if sizes.get(cell.offset) != cell.cell.num_bytes or cell.offset in seen:
-                    raise CorruptionError(
-                        f"{path}: {block.record.name} lies in an extent at byte {cell.offset} that the store does "
-                        "not have, or has given to another",
-                        hint="the files of two stores were mixed, or store.json was altered",
-                    )
-                seen.add(cell.offset)
+    sizes = {offset: slab.extent_bytes for slab in header.slabs for offset in slab.extents()}
+    seen: set[int] = set()
+    for block in manifest.blocks:
+        for cell in block.cells:
+            if sizes.get(cell.offset) != cell.cell.num_bytes or cell.offset in seen:
+                raise CorruptionError(
+                    f"{path}: {block.record.name} lies in an extent at byte {cell.offset} that the store does "
+                    "not have, or has given to another",
+                    hint="the files of two stores were mixed, or store.json was altered",
+                )
+            seen.add(cell.offset)
     return manifest
 
 
@@ -167,22 +162,6 @@ def sync_folder(folder: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
-
-
-@contextmanager
-def storage_errors(path: Path) -> Iterator[None]:
-    """Turn an OSError into a named error about `path`."""
-    try:
-        yield
-    except OSError as error:
-        raise _storage_error(path, "written", error) from error
-
-
-def _storage_error(path: Path, verb: str, cause: OSError) -> StorageError:
-    message = f"{path} cannot be {verb}: {cause.strerror or cause}"
-    if cause.errno in FULL_ERRNOS:
-        return StorageFullError(message, hint=f"free space on the disk that holds {path.parent}")
-    return StorageError(message, hint="pass a folder that this user may read and write")
 
 
 def tidy(folder: Path) -> None:
@@ -231,3 +210,10 @@ def to_jsonable(value: Any, what: str) -> Any:
         raise StorageError(
             f"{what} cannot be kept in a commit: {error}", hint="pass numbers, texts, lists and mappings"
         ) from error
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise StorageError(f"{path} cannot be read: {error.strerror}") from error

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -47,10 +47,6 @@ class StoredBlock:
     record: Record
     is_stored: bool
     cells: tuple[StoredCell, ...]
-
-    def has_layout_of(self, record: Record) -> bool:
-        """Whether its bytes are laid out as `record` says."""
-        return self.record == record
 
 
 @dataclass(frozen=True)
@@ -127,10 +123,6 @@ class Manifest:
                 f"{path}: the manifest has no usable field {error}",
                 hint="it was written by another program, or altered",
             ) from error
-
-    def without_blocks(self) -> Manifest:
-        """All but where blocks lie."""
-        return replace(self, blocks=())
 
 
 def check_format(body: Mapping[str, Any], name: str, version: int, path: Path) -> None:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 
 import torch
 import xxhash
 
-from outsize.block import Block, Entry, Piece, Plane, Record
+from outsize.block import Block, Entry, Piece, Plane
 from outsize.checkpoint.files import Header, commit_path, data_paths
 from outsize.checkpoint.manifest import Manifest, StoredBlock, StoredCell
 from outsize.config import ComputeType
 from outsize.errors import CorruptionError, OutsizeError, StorageError, WeightsError
+from outsize.model import Source
 from outsize.optim import CODED_GROUP_BYTES, GROUP, interleave, join
 from outsize.tier import DurableTier, StripedTier
 from outsize.tier.readonly import ReadOnlyTier
@@ -56,7 +58,6 @@ class CommitReader:
         self.compute_type = ComputeType(manifest.compute_type)
         self._folder = folder
         self._tier = open_data(folder, header)
-        self._blocks = {block.record.name: block for block in manifest.blocks}
         self._at = {
             (piece.parameter, piece.row_start): (block, entry)
             for block in manifest.blocks
@@ -87,14 +88,6 @@ class CommitReader:
                 hint="it was made of another model; pass the model that it was made of",
             )
         return found if found[0].is_stored else None
-
-    def read(self, block: Block, targets: Sequence[torch.Tensor]) -> None:
-        """Fill `targets`, one per piece, with master weights. A source, as far as blocks were stored."""
-        for piece, target in zip(block.pieces, targets, strict=True):
-            found = self.find(piece)
-            if found is None:
-                raise WeightsError(f"{piece.parameter} was never updated: the commit does not hold it")
-            target.copy_(self.master(*found).view(piece.shape))
 
     def master(self, block: StoredBlock, entry: Entry) -> torch.Tensor:
         """The fp32 master weights of an entry, `[num_elements]`."""
@@ -140,31 +133,18 @@ class CommitReader:
         size = record.element_bytes[plane]
         values = torch.empty(int((last - first) * size) // dtype.itemsize, dtype=dtype)
         data = memoryview(values.view(torch.uint8).numpy().data)
-        for index, (start, stop, inside) in self._chunks(record, plane):
+        starts = [cell.cell.offset for cell in block.cells]
+        for start, stop, extent in record.plane_parts(plane):
             begin, end = max(first, start), min(last, stop)
             if begin >= end:
                 continue
-            cell = self._read_cell(block, index, block.cells[index])
-            at = inside + int((begin - start) * size)
-            data[int((begin - first) * size) : int((end - first) * size)] = cell[
-                at : at + int((end - begin) * size)
-            ]
-            cell.release()
+            index = bisect_right(starts, extent.offset) - 1
+            at = extent.offset - starts[index] + int((begin - start) * size)
+            with self._read_cell(block, index, block.cells[index]) as cell:
+                data[int((begin - first) * size) : int((end - first) * size)] = cell[
+                    at : at + int((end - begin) * size)
+                ]
         return values
-
-    @staticmethod
-    def _chunks(record: Record, plane: Plane) -> list[tuple[int, tuple[int, int, int]]]:
-        """`(cell, (start, stop, byte of the cell))` of each chunk of a plane."""
-        weights = list(record.chunks(Plane.WEIGHT))
-        if plane is Plane.WEIGHT:
-            return [(index, (start, stop, 0)) for index, (start, stop) in enumerate(weights)]
-        return [
-            (
-                len(weights) + index,
-                (start, stop, extent.offset - record.state_extent(start, stop).offset),
-            )
-            for index, (start, stop, extent) in enumerate(record.state_parts(plane))
-        ]
 
     def _read_cell(self, block: StoredBlock, index: int, cell: StoredCell) -> memoryview:
         """The bytes of a cell, valid until the next is read."""
@@ -204,3 +184,28 @@ class CommitReader:
             return
         if not is_there:
             raise CommitReplaced(self._folder, self.manifest.step) from cause
+
+
+class CommitSource:
+    """The weights of a commit as a source; what was never updated comes from the model's own files, opened at need."""
+
+    def __init__(self, reader: CommitReader, open_others: Callable[[], Source]) -> None:
+        self._reader = reader
+        self._open_others = open_others
+        self._others: Source | None = None
+
+    def read(self, block: Block, targets: Sequence[torch.Tensor]) -> None:
+        """Fill one target per piece: bf16 ones with the weights that a run in bf16 computed with, others with masters."""
+        for piece, target in zip(block.pieces, targets, strict=True):
+            found = self._reader.find(piece)
+            if found is None:
+                self._others = self._others or self._open_others()
+                self._others.read(Block(block.name, (piece,)), [target])
+            elif target.dtype is torch.bfloat16 and self._reader.compute_type is ComputeType.BFLOAT16:
+                target.copy_(self._reader.plane(*found, Plane.WEIGHT, torch.bfloat16).view(piece.shape))
+            else:
+                target.copy_(self._reader.master(*found).view(piece.shape))
+
+    def close(self) -> None:
+        """Close the commit; the other source is closed by whoever opens it."""
+        self._reader.close()

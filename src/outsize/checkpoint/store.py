@@ -39,7 +39,6 @@ from outsize.checkpoint.files import (
     read_header,
     read_manifest,
     remove_durably,
-    storage_errors,
     sync_folder,
     tidy,
     write_durably,
@@ -50,6 +49,7 @@ from outsize.config import format_bytes
 from outsize.engine.capture import Capture, CapturedBlock
 from outsize.engine.versions import Layout, Opened
 from outsize.errors import BudgetError, ConfigError, CorruptionError, StorageError, UsageError
+from outsize.model.writer import storage_errors
 from outsize.tier import DiskTier, DurableTier, StripedTier, VersionedTier
 from outsize.tier.probe import is_memory_backed
 from outsize.tier.store import give_space_back, lock_file
@@ -76,7 +76,6 @@ class Store:
         self.commits = commits
         self.resumed: Manifest | None = None
         self._disks = tuple(disks)
-        self._lock_fd = lock_fd
         self._header = read_header(folder)
         self._manifests: dict[int, list[int]] = {}
         self._tier: VersionedTier | None = None
@@ -165,12 +164,18 @@ class Store:
         # needed for what comes.
         self._remove_old()
         self._records = {record.name: record for record in records}
-        placed, known, others = self._placed(records)
-        tier = self._open_tier(layout, placed, limits, verify)
+        as_they_are, others = self._restored(records)
+        placed = {
+            layout.bases[block.record.name] + cell.cell.offset: cell.offset
+            for block in as_they_are
+            for cell in block.cells
+        }
+        tier = self._open_tier(layout, set(placed.values()), limits, verify)
         try:
-            for cell in known:
-                for check in cell.checks:
-                    tier.expect(check)
+            for block in as_they_are:
+                for cell in block.cells:
+                    for check in cell.checks:
+                        tier.expect(check)
             versions = VersionedTier(
                 tier,
                 (*layout.kept, *layout.scratch),
@@ -178,14 +183,10 @@ class Store:
                 placed=placed,
                 held=[offset for offsets in self._manifests.values() for offset in offsets],
             )
-            restored = {
-                name for name in self._records if name not in others and self._stored(name) is not None
-            }
+            restored = {block.record.name for block in as_they_are}
             if others:
                 with self.reader() as reader:
-                    restored |= convert(
-                        reader, [self._records[name] for name in others], self._bases(), versions
-                    )
+                    restored |= convert(reader, others, layout.bases, versions)
         except BaseException:
             tier.close()
             raise
@@ -197,8 +198,6 @@ class Store:
         for future in self._pending:
             if not future.done() and not future.cancel():
                 future.exception()
-        if self._tier is not None:
-            self._tier.stop_waiting()
 
     # -- committing ----------------------------------------------------------------------------------------------
 
@@ -219,6 +218,8 @@ class Store:
         def complete(capture: Capture) -> None:
             if future.set_running_or_notify_cancel():
                 self._threads.submit(self._publish, tier, draft, capture, future)
+            else:
+                tier.end_commit()
 
         try:
             begin(complete)
@@ -292,26 +293,10 @@ class Store:
 
     # -- laying out ----------------------------------------------------------------------------------------------
 
-    def _stored(self, name: str) -> StoredBlock | None:
-        blocks = self.resumed.blocks if self.resumed is not None else ()
-        found = next((block for block in blocks if block.record.name == name), None)
-        return found if found is not None and found.is_stored else None
-
-    def _bases(self) -> dict[str, int]:
-        bases, base = {}, 0
-        for name, record in self._records.items():
-            bases[name] = base
-            base += record.num_bytes
-        return bases
-
-    def _placed(self, records: Sequence[Record]) -> tuple[dict[int, int], list[StoredCell], list[str]]:
-        """Where cells of the resumed commit lie that stay as they are, and the blocks that must be brought into form."""
-        placed: dict[int, int] = {}
-        known: list[StoredCell] = []
-        others: list[str] = []
-        bases = self._bases()
+    def _restored(self, records: Sequence[Record]) -> tuple[list[StoredBlock], list[Record]]:
+        """Blocks of the resumed commit that stay as they are, and records that must be brought into another form."""
         if self.resumed is None:
-            return placed, known, others
+            return [], []
         by_name = {block.record.name: block for block in self.resumed.blocks}
         if by_name.keys() != self._records.keys():
             raise StorageError(
@@ -319,26 +304,20 @@ class Store:
                 f"the model has {len(self._records)}, and they are not the same",
                 hint="resume with the model that the commit was made of",
             )
-        for record in records:
-            block = by_name[record.name]
-            if not block.is_stored:
-                continue
-            if block.has_layout_of(record):
-                known += block.cells
-                placed |= {bases[record.name] + cell.cell.offset: cell.offset for cell in block.cells}
-            else:
-                others.append(record.name)
-        return placed, known, others
+        stored = [record for record in records if by_name[record.name].is_stored]
+        as_they_are = [by_name[record.name] for record in stored if by_name[record.name].record == record]
+        others = [record for record in stored if by_name[record.name].record != record]
+        return as_they_are, others
 
     def _open_tier(
-        self, layout: Layout, placed: Mapping[int, int], limits: Sequence[int | None], verify: bool
+        self, layout: Layout, placed: set[int], limits: Sequence[int | None], verify: bool
     ) -> DurableTier:
         needed = Counter(cell.num_bytes for cell in layout.kept)
         needed = Counter({size: count * (1 + self.commits) for size, count in needed.items()})
         needed.update(cell.num_bytes for cell in layout.scratch)
         held = {offset for offsets in self._manifests.values() for offset in offsets}
         # What commits hold in another form stays beside what is laid out now.
-        for size, count in Counter(self._size_of(offset) for offset in held - set(placed.values())).items():
+        for size, count in Counter(self._size_of(offset) for offset in held - placed).items():
             needed[size] += count
         before = self._header
         names = before.data if before is not None else self._data_names()

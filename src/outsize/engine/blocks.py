@@ -7,9 +7,9 @@ of autograd: it moves bytes, hands updates to the lane, and keeps the books.
 from __future__ import annotations
 
 import mmap
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -18,10 +18,9 @@ import torch
 from outsize.block import CHUNK, Block, Entry, Extent, Plane, Record
 from outsize.config import ComputeType
 from outsize.engine import memory
-from outsize.engine.capture import Capture, CapturedBlock
+from outsize.engine.captures import Captures
 from outsize.engine.carrier import Carrier, DirectCarrier, Job, Parcel, Part, StagedCarrier, Staging
 from outsize.engine.update import CHUNKS_IN_MEMORY, Pending, UpdateJob, UpdateLane, runs
-from outsize.errors import OutsizeError, StorageError
 from outsize.model import Source
 from outsize.optim import Kernel, Rule, part, split
 from outsize.plan import Placement, SlotClass, slot_class_of, sums_in_place
@@ -34,7 +33,6 @@ from outsize.tier import (
     Region,
     Slot,
     SlotPool,
-    Stored,
     Tier,
     Transfer,
     VersionedTier,
@@ -89,11 +87,11 @@ class BlockState:
     """What last read the weights at home."""
     gradient_transfers: list[Transfer] = field(default_factory=list)
     update: UpdateJob | None = None
-    flush: Transfer | None = None
+    copy: Transfer | None = None
     """The copying of planes that live in memory to the disk, for a commit; before the next update it must be over."""
-    flushing_at: int | None = None
+    copying_at: int | None = None
     """After which update (`num_steps`) such planes were last copied, or are being; None: never, or it failed."""
-    flushed_at: int | None = None
+    copied_at: int | None = None
     """The same of a copy that is over."""
 
     @property
@@ -108,7 +106,10 @@ class BlockState:
 
 
 class BlockStore:
-    """All blocks of a model, with the memory and the disk they live in."""
+    """All blocks of a model, with the memory and the disk they live in.
+
+    `bases` says where each record begins on the disk; None: those that live there, one after the other.
+    """
 
     def __init__(
         self,
@@ -122,6 +123,7 @@ class BlockStore:
         kernel: Callable[[], Kernel] | None,
         device: Device | None = None,
         device_kernel: Callable[[], Kernel] | None = None,
+        bases: Mapping[str, int] | None = None,
     ) -> None:
         self.placement = placement
         self.device = device or HostDevice()
@@ -130,8 +132,6 @@ class BlockStore:
         self.source: Source | None = source
         self.disk = disk
         self.versions = disk if isinstance(disk, VersionedTier) else None
-        self._capture: Capture | None = None
-        self._flusher = ThreadPoolExecutor(1, thread_name_prefix="outsize-flush")
         self.plane_dtypes = {Plane.WEIGHT: self.dtype, Plane.GRADIENT: self.dtype}
         if rule is not None:
             self.plane_dtypes |= rule.dtypes(compute_type)
@@ -156,8 +156,9 @@ class BlockStore:
                 if placement.is_hosted(record.name, plane)
             }
             gradients = [GradientState() for _ in record.entries]
-            self.states[record.name] = BlockState(record, offset, resident, hosted, gradients)
-            if self.versions is not None or len(resident) + len(hosted) < len(planes):
+            base = offset if bases is None else bases[record.name]
+            self.states[record.name] = BlockState(record, base, resident, hosted, gradients)
+            if len(resident) + len(hosted) < len(planes):
                 offset += record.num_bytes
         self._weight_pools = self._pools("weights", placement.weight_classes)
         self._gradient_pools = self._pools("gradients", placement.gradient_classes)
@@ -170,6 +171,7 @@ class BlockStore:
         )
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="outsize-source")
         self._norms: list[tuple[GradientState, torch.Tensor]] = []
+        self.captures = Captures(self, self.versions, self._carrier) if self.versions is not None else None
         self.lane = UpdateLane(self._chunks, disk, kernel, self.plane_dtypes) if kernel is not None else None
 
     def _pools(self, name: str, classes: Sequence[SlotClass]) -> list[SlotPool]:
@@ -246,7 +248,7 @@ class BlockStore:
         record = state.record
         entry, dtype = record.entries[index], self._gradient_dtype(state)
         _finish(state)
-        stored = self._resident(state, Plane.GRADIENT)
+        stored = self.resident_plane(state, Plane.GRADIENT)
         if stored is None:
             stored = self._hosted(state, Plane.GRADIENT)
         with mmap.mmap(-1, record.chunk_extent(Plane.GRADIENT, 0, CHUNK).num_bytes) as scratch:
@@ -313,7 +315,7 @@ class BlockStore:
         if self.updates_in_place(state):
             self._update_on_device(state)
             return
-        planes = [self._in_memory(state, plane) for plane in state.record.state]
+        planes = [self.host_plane(state, plane) for plane in state.record.state]
         present_planes = [plane for plane in planes if plane is not None]
         state.update = job = UpdateJob(
             record=state.record,
@@ -323,11 +325,11 @@ class BlockStore:
             weight_buffer=None,
             weight_reads=(),
             state_planes=present_planes if len(present_planes) == len(planes) else None,
-            gradient=self._in_memory(state, Plane.GRADIENT),
+            gradient=self.host_plane(state, Plane.GRADIENT),
             is_first=not state.is_stored,
             read_remainder=partial(self._read_remainder, state),
             after=state.update,
-            before=() if state.flush is None else (state.flush,),
+            before=() if state.copy is None else (state.copy,),
         )
         if self.device.is_host:
             job.weight, job.weight_reads = self.weights(state), state.weight_reads
@@ -381,10 +383,10 @@ class BlockStore:
         for read in state.weight_reads:
             read.follow()
         state.weight_reads = []
-        if state.flush is not None:
-            state.flush.wait()
-        planes = [self._resident(state, plane) for plane in record.state]
-        gradient = self._resident(state, Plane.GRADIENT)
+        if state.copy is not None:
+            state.copy.wait()
+        planes = [self.resident_plane(state, plane) for plane in record.state]
+        gradient = self.resident_plane(state, Plane.GRADIENT)
         is_new = record.num_trainable and not state.is_stored
         remainder = self._read_remainder(state) if is_new else None
         if remainder is not None:
@@ -408,11 +410,12 @@ class BlockStore:
             if state.update is not None:
                 state.update.follow_applied()
         except Exception as error:  # what was interrupted is noted later
-            self._fail_capture(state, error)
+            if self.captures is not None:
+                self.captures.failed(state, error)
             raise
         state.weight_reads = []
-        if self._capture is not None and state.name in self._capture.waiting:
-            self._take_down(state, self._capture)
+        if self.captures is not None:
+            self.captures.applied(state)
 
     def free_weights(self, state: BlockState) -> None:
         """Give the weight slot back once nothing is read into or written from it."""
@@ -439,7 +442,7 @@ class BlockStore:
         """Claim a slot and start bringing what was summed so far into it."""
         self.claim_gradient(state)
         assert state.gradient_slot is not None
-        if self._resident(state, Plane.GRADIENT) is None:
+        if self.resident_plane(state, Plane.GRADIENT) is None:
             offset = self._narrow_offset(state)
             parcel = self._parcel(state, Plane.GRADIENT, state.gradient_slot, offset)
             state.gradient_transfers = self._carrier.fill(parcel, tuple(state.gradient_transfers))
@@ -451,7 +454,7 @@ class BlockStore:
             return
         slot = state.gradient_slot
         assert slot is not None
-        stored = self._resident(state, Plane.GRADIENT)
+        stored = self.resident_plane(state, Plane.GRADIENT)
         if stored is None:
             # The narrow plane lies at the end of the slot; widening it front to back never overtakes it.
             dtype = self.plane_dtypes[Plane.GRADIENT]
@@ -474,7 +477,7 @@ class BlockStore:
         """Round the sum to the gradient type, take its norm, and start moving it home."""
         total = self._sum(state)
         rounded = total
-        resident = self._resident(state, Plane.GRADIENT)
+        resident = self.resident_plane(state, Plane.GRADIENT)
         if not self._sums_as_stored(state):
             dtype = self.plane_dtypes[Plane.GRADIENT]
             rounded = resident if resident is not None else self._narrow_view(state, dtype)
@@ -516,172 +519,6 @@ class BlockStore:
         finally:
             pool.give(slot)
 
-    # -- commits -------------------------------------------------------------------------------------------------
-
-    def begin_capture(self, complete: Callable[[Capture], None]) -> None:
-        """From now on note each block once its pending update is applied, as it is then; `complete` follows the last.
-
-        What an earlier capture waits for must have been applied (`Executor.settle_updates`).
-        """
-        assert not self.is_capturing, "a commit is being taken down"
-        self._capture = capture = Capture(self.states, complete)
-        for state in self:
-            if state.pending is None:
-                self._take_down(state, capture)
-
-    @property
-    def is_capturing(self) -> bool:
-        """Whether a commit waits for pending updates."""
-        return self._capture is not None and bool(self._capture.waiting)
-
-    def settle_capture(self) -> None:
-        """Note blocks that no visit came to because an error was in between; what is wrong with them is the commit's."""
-        for state in self:
-            if self._capture is not None and state.name in self._capture.waiting and state.pending is None:
-                with suppress(OutsizeError):
-                    self._take_down(state, self._capture)
-
-    def finish_capture(self) -> None:
-        """Wait until what is being copied for a commit is on disk; errors are the commit's."""
-        self._flusher.submit(lambda: None).result()
-
-    def _take_down(self, state: BlockState, capture: Capture) -> None:
-        """Note a block as it is now, or let it be copied and noted before its next update."""
-        try:
-            if state.update is not None:
-                state.update.wait_applied()
-            parcels = self._at_home(state) if state.is_stored else []
-            drained: list[Transfer] = []
-            is_new = bool(parcels) and state.flushing_at != state.num_steps
-            if is_new:
-                assert self.versions is not None
-                for parcel in parcels:
-                    for chunk in parcel.parts:
-                        self.versions.claim(chunk.extent, parcel.label)
-                    if (
-                        parcel.home is None
-                    ):  # a device's planes are copied in the order of computing, beginning here
-                        drained += self._carrier.drain(parcel)
-        except Exception as error:
-            self._fail_capture(state, error)
-            raise
-        self._is_taken(state, capture)
-        if not parcels:
-            self._note(state, capture, state.update)
-            return
-        state.flushing_at = state.num_steps
-        task = self._flusher.submit(
-            self._flush, state, capture, drained if is_new else None, state.num_steps, state.update
-        )
-        state.flush = _Over(task)
-
-    def _is_taken(self, state: BlockState, capture: Capture) -> None:
-        """Nothing that comes will change what the commit has of this block."""
-        capture.waiting.discard(state.name)
-        if not capture.waiting:
-            assert self.versions is not None
-            self.versions.begin_commit()
-
-    def _fail_capture(self, state: BlockState, error: BaseException) -> None:
-        capture = self._capture
-        if capture is not None and state.name in capture.waiting:
-            self._is_taken(state, capture)
-            capture.fail(state.name, error)
-
-    def _flush(
-        self,
-        state: BlockState,
-        capture: Capture,
-        drained: Sequence[Transfer] | None,
-        version: int,
-        job: UpdateJob | None,
-    ) -> None:
-        """Copy planes that live in memory to the disk, a chunk at a time, unless they are there; then note the block.
-
-        What goes wrong is the commit's: training goes on.
-        """
-        try:
-            if drained is not None:
-                wait_all(drained)
-                for label, extent, buffer in self._host_parts(state):
-                    assert self.disk is not None
-                    self.disk.start_write(extent.offset, buffer, label).wait()
-                state.flushed_at = version
-            if state.flushed_at != version:
-                raise StorageError(f"{state.name} could not be copied to the disk for an earlier commit")
-            self._note(state, capture, job)
-        except BaseException as error:
-            state.flushing_at = None
-            capture.fail(state.name, error)
-
-    def _note(self, state: BlockState, capture: Capture, job: UpdateJob | None) -> None:
-        assert self.versions is not None
-        cells: tuple[Stored, ...] = ()
-        if state.is_stored:
-            cells = self.versions.capture(Extent(state.disk_offset, state.record.kept_bytes))
-        capture.add(
-            CapturedBlock(state.name, state.disk_offset, cells, state.is_stored),
-            () if job is None else (job,),
-        )
-
-    def restore(self, blocks: Iterable[str]) -> None:
-        """Take `blocks` from the disk, where an earlier process left them; planes that live in memory are read now."""
-        transfers: list[Transfer] = []
-        for name in blocks:
-            state = self.states[name]
-            state.is_stored = state.is_loaded = True
-            state.flushing_at = state.flushed_at = state.num_steps
-            for label, extent, buffer in self._host_parts(state):
-                assert self.disk is not None
-                transfers.append(self.disk.start_read(extent.offset, buffer, label))
-            for parcel in self._at_home(state):
-                if parcel.home is None:
-                    transfers += self._carrier.fill(parcel)
-        for transfer in transfers:
-            transfer.wait()
-
-    def _at_home(self, state: BlockState) -> list[Parcel]:
-        """Weights and state that live in memory, as they would be stored; `home` is None where that is a device's."""
-        parcels = []
-        record = state.record
-        for plane in (Plane.WEIGHT, *record.state):
-            in_host = self._in_memory(state, plane)
-            place = in_host if in_host is not None else self._resident(state, plane)
-            if place is None or not place.numel():
-                continue
-            chunks = (
-                (
-                    (start, stop, record.chunk_extent(plane, start, stop))
-                    for start, stop in record.chunks(plane)
-                )
-                if plane is Plane.WEIGHT
-                else record.state_parts(plane)
-            )
-            size = record.element_bytes[plane]
-            parts = tuple(
-                Part(
-                    int(start * size) // place.itemsize,
-                    int(stop * size) // place.itemsize,
-                    Extent(state.disk_offset + extent.offset, extent.num_bytes),
-                )
-                for start, stop, extent in chunks
-            )
-            parcels.append(Parcel(f"{state.name}.{plane}", parts, in_host, None, place))
-        return parcels
-
-    def _host_parts(self, state: BlockState) -> Iterator[tuple[str, Extent, memoryview]]:
-        """`(label, place on disk, bytes)` of each chunk of weights and state in the host's memory."""
-        for parcel in self._at_home(state):
-            if parcel.home is None:
-                continue
-            plane = Plane(parcel.label.rpartition(".")[2])
-            region = state.hosted.get(plane) or state.resident[plane]
-            assert isinstance(region, Region)
-            for index, chunk in enumerate(parcel.parts):
-                begin = chunk.start * parcel.place.itemsize
-                buffer = region.buffer[begin : begin + chunk.extent.num_bytes]
-                yield f"{parcel.label}[{index}]", chunk.extent, buffer
-
     # -- the whole store -----------------------------------------------------------------------------------------
 
     def import_all(self, reach: Callable[[BlockState], None]) -> None:
@@ -710,9 +547,12 @@ class BlockStore:
 
     def workers(
         self,
-    ) -> tuple[UpdateLane | None, ThreadPoolExecutor, ThreadPoolExecutor, Carrier, Device, Tier | None]:
+    ) -> tuple[
+        UpdateLane | None, ThreadPoolExecutor, ThreadPoolExecutor | None, Carrier, Device, Tier | None
+    ]:
         """What must be closed where the store itself is dropped (`close_workers`); it does not hold the store."""
-        return self.lane, self._reader, self._flusher, self._carrier, self.device, self.disk
+        copier = self.captures.thread if self.captures is not None else None
+        return self.lane, self._reader, copier, self._carrier, self.device, self.disk
 
     def _free_memory(self) -> None:
         for state in self:
@@ -735,15 +575,16 @@ class BlockStore:
         assert index is not None, f"{state.name} passes through no slot"
         return pools[index]
 
-    def _resident(self, state: BlockState, plane: Plane) -> torch.Tensor | None:
+    def resident_plane(self, state: BlockState, plane: Plane) -> torch.Tensor | None:
+        """The plane at home where blocks compute, if it is."""
         return self._plane(state, plane, state.resident.get(plane))
 
     def _hosted(self, state: BlockState, plane: Plane) -> torch.Tensor | None:
         return self._plane(state, plane, state.hosted.get(plane))
 
-    def _in_memory(self, state: BlockState, plane: Plane) -> torch.Tensor | None:
+    def host_plane(self, state: BlockState, plane: Plane) -> torch.Tensor | None:
         """The plane at home in the host's memory, if it is."""
-        return self._resident(state, plane) if self.device.is_host else self._hosted(state, plane)
+        return self.resident_plane(state, plane) if self.device.is_host else self._hosted(state, plane)
 
     def _plane(
         self, state: BlockState, plane: Plane, region: Region | DeviceRegion | None
@@ -761,8 +602,7 @@ class BlockStore:
         place = slot.tensor(dtype, state.record.plane_elements(plane), byte_offset)
         home = self._hosted(state, plane)
         parts = []
-        for start, stop in state.record.chunks(plane):
-            extent = state.record.chunk_extent(plane, start, stop)
+        for start, stop, extent in state.record.plane_parts(plane):
             extent = Extent(state.disk_offset + extent.offset, extent.num_bytes)
             parts.append(Part(start, stop, extent))
         return Parcel(f"{state.name}.{plane}", tuple(parts), home, slot, place, byte_offset)
@@ -854,25 +694,6 @@ class BlockStore:
         return remainder
 
 
-class _Over:
-    """The end of a task, whatever came of it."""
-
-    def __init__(self, task: Future[None]) -> None:
-        self._task = task
-
-    def wait(self) -> None:
-        """Wait until the task is over."""
-        self._task.exception()
-
-    def follow(self) -> None:
-        """As `wait`."""
-        self.wait()
-
-    def is_done(self) -> bool:
-        """Whether `wait` would not block."""
-        return self._task.done()
-
-
 def _finish(state: BlockState) -> None:
     """Wait for the gradient's transfers; a failure is raised once."""
     transfers, state.gradient_transfers = state.gradient_transfers, []
@@ -888,7 +709,7 @@ def _follow(state: BlockState) -> None:
 def close_workers(
     lane: UpdateLane | None,
     reader: ThreadPoolExecutor,
-    flusher: ThreadPoolExecutor,
+    copier: ThreadPoolExecutor | None,
     carrier: Carrier,
     device: Device,
     disk: Tier | None,
@@ -897,7 +718,8 @@ def close_workers(
     if lane is not None:
         lane.close()
     reader.shutdown()
-    flusher.shutdown()
+    if copier is not None:
+        copier.shutdown()
     carrier.close()
     device.finish()
     if disk is not None:

@@ -42,7 +42,7 @@ from outsize.engine.probe import BatchShape, Probe, Rehearsal, batch_shape, rehe
 from outsize.engine.timing import measure_costs
 from outsize.engine.versions import Layout, Versions
 from outsize.errors import UsageError
-from outsize.model import Cut, InitSource, Point, PointKind, SafetensorsSource, Source, TensorSource
+from outsize.model import Cut, InitSource, Point, PointKind, Source, TensorSource
 from outsize.optim import Kernel, Rule, split
 from outsize.plan import Direction, Placement, Visit
 from outsize.plan.profile import Profile
@@ -499,13 +499,17 @@ class Session:
         if self.executor is None:
             piece = self._blocks[at.block].pieces[at.index]
             exact = torch.empty(piece.shape, dtype=torch.float32)
-            source = self.committed or self.source
-            assert source is not None
+            source = self.committed or self.own_source()
             source.read(Block(at.block, (piece,)), [exact])
             value = exact if self.dtype is torch.float32 else split(exact.view(-1))[0].view(piece.shape)
             return value.to(self.torch_device)
         with self.executor.touch(at.block) as state:
             return self._store.pieces(state)[at.index].clone()
+
+    def own_source(self) -> Source:
+        """Where weights come from that were never updated."""
+        assert self.source is not None, "the source is gone"
+        return self.source
 
     def block_values(self, block: Block) -> list[torch.Tensor]:
         """Copies of the current values of all pieces of a block of the cut."""
@@ -602,18 +606,6 @@ class Session:
             self._change_settings(replace(self.settings, pins=replace(pins, tile_rows=rows)))
         return self.settings.pins.tile_rows == rows
 
-    def updated_on_device(self) -> list[str]:
-        """Blocks that a device with memory of its own updates; the host's kernel rounds some operations differently."""
-        if self.executor is None:
-            return []
-        return [state.name for state in self._store if self._store.updates_in_place(state)]
-
-    def source_files(self) -> dict[str, Any]:
-        """The folder that weights come from until they are updated, and the sizes of its files."""
-        if not isinstance(self.source, SafetensorsSource):
-            return {"folder": "", "files": {}}
-        return {"folder": str(self.source.folder.resolve()), "files": self.source.file_bytes()}
-
     # -- settling ------------------------------------------------------------------------------------------------
 
     @property
@@ -686,6 +678,7 @@ class Session:
             self.device_kernel()
         assert self.source is not None
         restored: frozenset[str] = frozenset()
+        bases: Mapping[str, int] | None = None
         disk: Tier | None
         if self.versions is None:
             disk_bytes(placement, self.settings)
@@ -695,7 +688,7 @@ class Session:
             disk_bytes(placement, self.settings, layout.num_bytes(self.versions.commits))
             limits = [disk.num_bytes for disk in self.settings.budgets.disks]
             opened = self.versions.open(records, layout, limits=limits, verify=self.settings.pins.verify)
-            disk, restored = opened.tier, opened.restored
+            disk, restored, bases = opened.tier, opened.restored, layout.bases
         try:
             store = BlockStore(
                 records,
@@ -707,6 +700,7 @@ class Session:
                 kernel=self.kernel,
                 device=self.device,
                 device_kernel=self.device_kernel,
+                bases=bases,
             )
         except BaseException:
             if disk is not None:
@@ -721,7 +715,8 @@ class Session:
                 is_disk = placement.inputs is Home.DISK
                 inputs = self._open_disk("inputs", placement.inputs_bytes) if is_disk else None
                 self.keeper = Keeper(self.device, placement.inputs_bytes, inputs)
-            store.restore(restored)
+            if store.captures is not None:
+                store.captures.restore(restored)
             self._forget_committed()
             if self.rule is not None and isinstance(self.source, InitSource | TensorSource):
                 store.import_all(self._touch)
@@ -789,7 +784,8 @@ class Session:
                 stack.callback(self.versions.close)
             if executor is not None:
                 if self.versions is not None:
-                    executor.store.finish_capture()
+                    assert executor.store.captures is not None
+                    executor.store.captures.finish()
                     self.versions.is_closing()
                 self._finalizer.detach()
                 self._is_closed = self.source is None or any(state.is_stored for state in executor.store)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -13,28 +13,33 @@ from outsize.tier import VersionedTier
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """The address space of all records, one after the other, in cells; `scratch` cells hold gradients, which no commit
-    keeps."""
+    """The address space of all records, one after the other, in cells; `bases` is where each record begins. `scratch`
+    cells hold gradients, which no commit keeps."""
 
+    bases: Mapping[str, int]
     kept: tuple[Extent, ...]
     scratch: tuple[Extent, ...]
 
     @classmethod
-    def of(cls, records: Sequence[Record], placement: Placement) -> Layout:
-        """Every record has its place, whatever lives in memory: a commit keeps all of them."""
+    def of(cls, records: Sequence[Record], placement: Placement | None = None) -> Layout:
+        """Every record has its place, whatever lives in memory: a commit keeps all of them. Without a placement there are
+        no gradients."""
+        bases: dict[str, int] = {}
         kept: list[Extent] = []
         scratch: list[Extent] = []
         base = 0
         for record in records:
+            bases[record.name] = base
             kept += [Extent(base + cell.offset, cell.num_bytes) for cell in record.cells()]
             gradient = record.gradient_extent
             if gradient is not None and not (
-                placement.is_resident(record.name, Plane.GRADIENT)
+                placement is None
+                or placement.is_resident(record.name, Plane.GRADIENT)
                 or placement.is_hosted(record.name, Plane.GRADIENT)
             ):
                 scratch.append(Extent(base + gradient.offset, gradient.num_bytes))
             base += record.num_bytes
-        return cls(tuple(kept), tuple(scratch))
+        return cls(bases, tuple(kept), tuple(scratch))
 
     def num_bytes(self, commits: int) -> int:
         """What the store takes on disk: what is being worked on, and so many commits."""

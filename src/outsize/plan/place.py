@@ -11,7 +11,7 @@ last forward is visited first backward, and stays in its slot.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from outsize.block import ALIGNMENT, CHUNK, Plane, Record, align
@@ -178,21 +178,16 @@ def place(
                 hint="leave one of them out",
             )
         resident, limit = _kept(records, resident, pins.resident), 0
-    weight_slots = pins.weight_slots or WANTED_WEIGHT_SLOTS
-    gradient_slots = pins.gradient_slots or WANTED_GRADIENT_SLOTS
-    placement = _placed(records, resident, weight_slots, gradient_slots)
-    while placement.arena_bytes > arena_bytes:
-        if weight_slots > 1 and pins.weight_slots is None and weight_slots >= gradient_slots:
-            weight_slots -= 1
-        elif gradient_slots > 1 and pins.gradient_slots is None:
-            gradient_slots -= 1
-        else:
-            raise BudgetError(
-                f"the slots and buffers that streaming needs take {format_bytes(placement.arena_bytes)}, "
-                f"the budget leaves {format_bytes(arena_bytes)} for them",
-                hint="give more memory with host=, a smaller batch or shorter sequences",
-            )
-        placement = _placed(records, resident, weight_slots, gradient_slots)
+    for slots in _fewer_and_fewer(pins):
+        placement = _placed(records, resident, *slots)
+        if placement.arena_bytes <= arena_bytes:
+            break
+    else:
+        raise BudgetError(
+            f"the slots and buffers that streaming needs take {format_bytes(placement.arena_bytes)}, "
+            f"the budget leaves {format_bytes(arena_bytes)} for them",
+            hint="give more memory with host=, a smaller batch or shorter sequences",
+        )
 
     left = arena_bytes - placement.arena_bytes
     if limit is not None:
@@ -203,7 +198,21 @@ def place(
         if (record.name, group) not in chosen and cost <= left:
             chosen.add((record.name, group))
             left -= cost
-    return _placed(records, frozenset(chosen), weight_slots, gradient_slots)
+    return _placed(records, frozenset(chosen), *slots)
+
+
+def _fewer_and_fewer(pins: Pins) -> Iterator[tuple[int, int]]:
+    """Numbers of weight and gradient slots, from as many as transfers can use, or were pinned, down to the least."""
+    weight_slots = pins.weight_slots or WANTED_WEIGHT_SLOTS
+    gradient_slots = pins.gradient_slots or WANTED_GRADIENT_SLOTS
+    while True:
+        yield weight_slots, gradient_slots
+        if weight_slots > 1 and pins.weight_slots is None and weight_slots >= gradient_slots:
+            weight_slots -= 1
+        elif gradient_slots > 1 and pins.gradient_slots is None:
+            gradient_slots -= 1
+        else:
+            return
 
 
 def _kept(
@@ -260,26 +269,21 @@ def place_apart(
             )
         return whole
     resident = frozenset(key for key in everything if key[0] in always_resident | kept)
-    weight_slots = pins.weight_slots or WANTED_WEIGHT_SLOTS
-    gradient_slots = pins.gradient_slots or WANTED_GRADIENT_SLOTS
-    while (
-        placement := _placed(records, resident, weight_slots, gradient_slots)
-    ).compute_bytes > device_bytes:
-        if weight_slots > 1 and pins.weight_slots is None and weight_slots >= gradient_slots:
-            weight_slots -= 1
-        elif gradient_slots > 1 and pins.gradient_slots is None:
-            gradient_slots -= 1
-        else:
-            raise BudgetError(
-                f"the slots that streaming needs take {format_bytes(placement.compute_bytes)} of the device, "
-                f"the budget leaves {format_bytes(device_bytes)} for them",
-                hint="give more memory with device=, a smaller batch or shorter sequences",
-            )
+    for slots in _fewer_and_fewer(pins):
+        placement = _placed(records, resident, *slots)
+        if placement.compute_bytes <= device_bytes:
+            break
+    else:
+        raise BudgetError(
+            f"the slots that streaming needs take {format_bytes(placement.compute_bytes)} of the device, "
+            f"the budget leaves {format_bytes(device_bytes)} for them",
+            hint="give more memory with device=, a smaller batch or shorter sequences",
+        )
 
     left = device_bytes - placement.compute_bytes
     resident |= _spread(records, everything - resident, left if limit is None else min(left, limit))
-    hosted = _hosted(records, groups, resident, home, has_disk, host_bytes, (weight_slots, gradient_slots))
-    placement = _placed(records, resident, weight_slots, gradient_slots, hosted, commits)
+    hosted = _hosted(records, groups, resident, home, has_disk, host_bytes, slots)
+    placement = _placed(records, resident, *slots, hosted, commits)
     if placement.home_bytes > host_bytes:
         raise BudgetError(
             f"what lives in the host's memory takes {format_bytes(placement.home_bytes)}, "

@@ -83,7 +83,6 @@ class VersionedTier:
         self._holders = Counter(held)
         self._changed = threading.Condition()
         self._num_pending = 0
-        self._is_closing = False
         taken = {*self._places.values(), *self._holders}
         self._free: defaultdict[int, list[int]] = defaultdict(list)
         self._sizes: dict[int, int] = {}
@@ -140,12 +139,6 @@ class VersionedTier:
         """A commit is over, and what it releases was released."""
         with self._changed:
             self._num_pending -= 1
-            self._changed.notify_all()
-
-    def stop_waiting(self) -> None:
-        """The tier is about to be closed: no commit that is under way will be over, so nobody waits for one."""
-        with self._changed:
-            self._is_closing = True
             self._changed.notify_all()
 
     def claim(self, extent: Extent, label: str) -> None:
@@ -213,7 +206,7 @@ class VersionedTier:
                 return
             if free:
                 break
-            if not self._num_pending or self._is_closing:
+            if not self._num_pending:
                 raise StorageFullError(
                     f"{label}: no extent of {cell.num_bytes} bytes is free in the store",
                     hint="more commits are kept than the store was laid out for: keep fewer, or open it again",

@@ -13,38 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from outsize.checkpoint.files import commit_paths
 from outsize.errors import ConfigError
 from outsize.train.data import DataFile, Dataset
 from outsize.train.metrics import Evaluation, StepMetrics
 from outsize.train.settings import TrainSettings, flat
 
 _FREE = {
-    *(
-        "model",
-        "data",
-        "out",
-        "overwrite",
-        "steps",
-        "epochs",
-        "minutes",
-        "eval",
-        "eval-split",
-        "eval-every",
-        "tracker",
-    ),
-    *(
-        "trace-step",
-        "device",
-        "host",
-        "disk",
-        "home",
-        "dtype",
-        "pin",
-        "checkpoint",
-        "checkpoint-every",
-        "keep",
-        "resume",
-    ),
+    *("model", "data", "out", "overwrite", "steps", "epochs", "minutes"),
+    *("eval", "eval-split", "eval-every", "tracker", "trace-step"),
+    *("device", "host", "disk", "home", "dtype", "pin", "checkpoint", "checkpoint-every", "keep"),
 }
 """Options that a run may change when it goes on; `eval-split` takes sequences from training and is checked apart, and so
 are the data, whose files may lie elsewhere."""
@@ -105,6 +83,17 @@ class Progress:
                 )
 
 
+def check_store(settings: TrainSettings) -> None:
+    """Raise ConfigError where commits of an earlier run are there that this one is not to go on from."""
+    if settings.checkpointing.is_on and not settings.checkpointing.resume:
+        commits = commit_paths(settings.checkpoint)
+        if commits:
+            raise ConfigError(
+                f"{settings.checkpoint} holds a commit of an earlier run, after step {int(commits[-1].stem)}",
+                hint=f"--resume goes on from it; outsize checkpoint remove {settings.checkpoint} --all forgets it",
+            )
+
+
 def facts_of(dataset: Dataset) -> list[dict[str, Any]]:
     """What each file of `dataset` is, by its tokens and not by where it lies."""
     return [
@@ -126,7 +115,11 @@ def _shown(value: object) -> str:
     return "none" if value is None else str(value)
 
 
-def read_history(path: Path, num_steps: int) -> tuple[list[StepMetrics], list[Evaluation]]:
+History = tuple[list[StepMetrics], list[Evaluation]]
+"""The steps and the evaluations of earlier processes."""
+
+
+def read_history(path: Path, num_steps: int) -> History:
     """The steps and evaluations in `metrics.jsonl` up to `num_steps`; what cannot be read, or is missing, is left out."""
     steps: dict[int, StepMetrics] = {}
     evaluations: dict[int, Evaluation] = {}

@@ -10,12 +10,11 @@ and what is saved is always the state after a whole step.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from outsize.errors import TrainingError
 from outsize.plan.profile import Profile
 from outsize.train.api import Api, ClippingOptimizer, Predicted, Report, optimizer_of, public_api
-from outsize.train.checkpoints import Progress, facts_of, read_history
+from outsize.train.checkpoints import History, Progress, check_store, facts_of, read_history
 from outsize.train.compare import Steady, compare
 from outsize.train.data import Batch, DataOptions, Dataset, Position, check_files, open_dataset
 from outsize.train.evaluate import Evaluator, loss_of
@@ -83,7 +82,7 @@ def train(
     files = (*settings.data, *settings.evaluating.files)
     check_files(files)
     settings.place.check()
-    settings.check_checkpoint()
+    check_store(settings)
     folder = OutputFolder.claim(
         settings.out,
         overwrite=settings.overwrite,
@@ -120,70 +119,113 @@ def _train(
     history = run.resume(settings, folder.metrics) if settings.checkpointing.is_on else None
     for note in run.notes:
         watchers.say(note)
-    if evaluator is not None and history is not None:
-        evaluator.evaluations += history[1]
     num_steps, warmup_steps = run.pace.num_steps(), settings.learning.warmup_steps
     if num_steps is not None and (shorter := warmup_within(warmup_steps, num_steps)) < warmup_steps:
         watchers.say(
             f"warming up in {shorter} of {num_steps} steps: a warm-up of {warmup_steps} would not end"
         )
     started_s = time.monotonic()
-    predicted: Predicted | None = None
     save = _saver(settings, api, run.model)
-    steady = Steady()
     # What is first in a process is not like what follows, whatever its number.
     recorded = settings.trace_step and run.num_steps + settings.trace_step
     tracing = Tracing(api, run.model, recorded, folder.timeline)
-
-    def evaluate() -> None:
-        assert evaluator is not None
-        watchers.evaluated(evaluator.evaluate(run.model, run.num_steps, save))
-        tracing.evaluated()
-        steady.evaluated()
-
+    loop = _Loop(settings, api, run, watchers, profile, evaluator, save, tracing)
     with Interruption(watchers.stopping) as interruption:
         try:
             with watchers:
                 watchers.started(_facts(settings, training, held_out, run.pace))
-                if history is not None:
-                    watchers.resumed(*history)
-                    # A commit comes before the evaluation of its step: a kill between them leaves that one to be made.
-                    if evaluator is not None and evaluator.is_left_out(run.num_steps, run.pace.num_steps()):
-                        evaluate()
-                while not (run.pace.is_over() or interruption.requested):
-                    with tracing.step(run.num_steps + 1, predicted):
-                        metrics = run.step()
-                    watchers.stepped(metrics, run.report(), run.pace.num_steps())
-                    if settings.checkpointing.every and run.num_steps % settings.checkpointing.every == 0:
-                        run.commit(settings)
-                    if profile is not None and predicted is None:
-                        predicted = api.predict(run.model, profile)
-                    if steady.stepped(metrics) and profile is not None:
-                        advice = api.advise(run.model, profile, metrics.step_s, sum(metrics.wait_s.values()))
-                        if advice is not None:
-                            watchers.say(f"another plan would be faster: {advice}")
-                    if evaluator is not None and evaluator.is_due(metrics.step, run.pace.num_steps()):
-                        evaluate()
-                if settings.checkpointing.is_on:
-                    run.finish(settings)
-                stays = interruption.requested and settings.checkpointing.is_on
-                if evaluator is not None and not stays and evaluator.last_step != run.num_steps:
-                    watchers.evaluated(evaluator.evaluate(run.model, run.num_steps, None))
-                watchers.ended(run.report(), interruption.requested)
-                if predicted is not None:
-                    watchers.compared(compare(predicted, steady.steps, run.report(), tracing.trace))
+                loop.steps(history, interruption)
+                loop.end(interruption.requested)
         except _LossNotFinite as error:
             raise _save_and_explain(error, folder, save, run) from error
         interrupted = interruption.requested
-        if interrupted and settings.checkpointing.is_on:
-            return run.result(folder.out, started_s, evaluator, settings, interrupted=True)
-        watchers.say(f"saving {folder.out}")
-        is_last_best = (
-            evaluator is not None and bool(evaluator.evaluations) and evaluator.evaluations[-1].is_best
-        )
-        folder.publish(save, keep_best=not is_last_best)
-    result = run.result(folder.out, started_s, evaluator, settings, interrupted=interrupted)
-    return dataclasses.replace(result, best=folder.published_best)
+        goes_on_later = interrupted and settings.checkpointing.is_on
+        if not goes_on_later:
+            watchers.say(f"saving {folder.out}")
+            is_last_best = (
+                evaluator is not None and bool(evaluator.evaluations) and evaluator.evaluations[-1].is_best
+            )
+            folder.publish(save, keep_best=not is_last_best)
+    return TrainResult(
+        out=folder.out,
+        num_steps=run.num_steps,
+        losses=tuple(run.losses),
+        num_tokens=run.num_steps * settings.batch_size * settings.seq_len,
+        duration_s=time.monotonic() - started_s,
+        interrupted=interrupted,
+        report=run.report(),
+        evaluations=tuple(evaluator.evaluations) if evaluator is not None else (),
+        best=folder.published_best if not goes_on_later else None,
+        checkpoint=settings.checkpoint if settings.checkpointing.is_on else None,
+    )
+
+
+@dataclass
+class _Loop:
+    """The steps of a run, and what is done between them."""
+
+    settings: TrainSettings
+    api: Api
+    run: Run
+    watchers: Watcher
+    profile: Profile | None
+    evaluator: Evaluator | None
+    save: Callable[[Path], None]
+    tracing: Tracing
+    predicted: Predicted | None = None
+    steady: Steady = field(default_factory=Steady)
+
+    def steps(self, history: History | None, interruption: Interruption) -> None:
+        """All steps, or as many as are made until the run is interrupted."""
+        run, watchers, evaluator = self.run, self.watchers, self.evaluator
+        if history is not None:
+            watchers.resumed(*history)
+            # A commit comes before the evaluation of its step: a kill between them leaves that one to be made.
+            if evaluator is not None:
+                evaluator.evaluations += history[1]
+                if evaluator.is_left_out(run.num_steps, run.pace.num_steps()):
+                    self._evaluate(evaluator)
+        while not (run.pace.is_over() or interruption.requested):
+            with self.tracing.step(run.num_steps + 1, self.predicted):
+                metrics = run.step()
+            watchers.stepped(metrics, run.report(), run.pace.num_steps())
+            every = self.settings.checkpointing.every
+            if every and run.num_steps % every == 0:
+                run.commit(self.settings)
+            self._foresee(metrics)
+            if evaluator is not None and evaluator.is_due(metrics.step, run.pace.num_steps()):
+                self._evaluate(evaluator)
+
+    def end(self, interrupted: bool) -> None:
+        """The last commit, the last evaluation, and how right the prediction was."""
+        run, checkpointing = self.run, self.settings.checkpointing
+        if checkpointing.is_on:
+            run.finish(self.settings)
+        goes_on_later = interrupted and checkpointing.is_on
+        if self.evaluator is not None and not goes_on_later and self.evaluator.last_step != run.num_steps:
+            self.watchers.evaluated(self.evaluator.evaluate(run.model, run.num_steps, None))
+        self.watchers.ended(run.report(), interrupted)
+        if self.predicted is not None:
+            compared = compare(self.predicted, self.steady.steps, run.report(), self.tracing.trace)
+            self.watchers.compared(compared)
+
+    def _foresee(self, metrics: StepMetrics) -> None:
+        """Predict the run after its first step, and name a faster plan after the first that is like others."""
+        is_first_steady = self.steady.stepped(metrics)
+        if self.profile is None:
+            return
+        if self.predicted is None:
+            self.predicted = self.api.predict(self.run.model, self.profile)
+        if is_first_steady:
+            waited_s = sum(metrics.wait_s.values())
+            advice = self.api.advise(self.run.model, self.profile, metrics.step_s, waited_s)
+            if advice is not None:
+                self.watchers.say(f"another plan would be faster: {advice}")
+
+    def _evaluate(self, evaluator: Evaluator) -> None:
+        self.watchers.evaluated(evaluator.evaluate(self.run.model, self.run.num_steps, self.save))
+        self.tracing.evaluated()
+        self.steady.evaluated()
 
 
 def open_data(settings: TrainSettings) -> tuple[Dataset, Dataset | None]:
@@ -235,7 +277,6 @@ class Run:
         """As far as they are known, from the first step on."""
         self.notes: list[str] = []
         self._began_s = time.monotonic()
-        self._committed_step: int | None = None
         self._data: list[dict[str, Any]] = []
         self._optimizer = optimizer
         self._scheduler = scheduler
@@ -292,9 +333,7 @@ class Run:
 
     # -- commits -------------------------------------------------------------------------------------------------
 
-    def resume(
-        self, settings: TrainSettings, metrics: Path
-    ) -> tuple[list[StepMetrics], list[Evaluation]] | None:
+    def resume(self, settings: TrainSettings, metrics: Path) -> History | None:
         """Give the model a store, and go on from its last commit; what was done before, None where nothing was."""
         checkpointing = settings.checkpointing
         self._data = facts_of(self._batches.dataset)
@@ -308,7 +347,7 @@ class Run:
         progress = Progress.of_extra(resumed.extra, settings.checkpoint)
         progress.check(settings, self._data)
         self.notes += [f"going on after step {resumed.step}", *resumed.notes]
-        self.num_steps = self._committed_step = resumed.step
+        self.num_steps = resumed.step
         self._batches.position = Position(*progress.position)
         self._scheduler.load_state_dict(dict(progress.scheduler))
         self._began_s -= progress.elapsed_s
@@ -333,35 +372,12 @@ class Run:
             keep=settings.checkpointing.keep,
             extra=progress.to_extra(),
         )
-        self._committed_step = self.num_steps
 
     def finish(self, settings: TrainSettings) -> None:
         """Let the last commit be of the last step, and durable."""
-        if self.num_steps and self._committed_step != self.num_steps:
+        if self.num_steps:
             self.commit(settings)
         self._api.checkpoint.finish(self.model)
-
-    def result(
-        self,
-        out: Path,
-        started_s: float,
-        evaluator: Evaluator | None,
-        settings: TrainSettings,
-        *,
-        interrupted: bool,
-    ) -> TrainResult:
-        """What was done."""
-        return TrainResult(
-            out=out,
-            num_steps=self.num_steps,
-            losses=tuple(self.losses),
-            num_tokens=self.num_steps * settings.batch_size * settings.seq_len,
-            duration_s=time.monotonic() - started_s,
-            interrupted=interrupted,
-            report=self.report(),
-            evaluations=tuple(evaluator.evaluations) if evaluator is not None else (),
-            checkpoint=settings.checkpoint if settings.checkpointing.is_on else None,
-        )
 
     def _forward(self, batch: Batch) -> torch.Tensor:
         loss = loss_of(self.model, batch)

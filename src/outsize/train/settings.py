@@ -201,16 +201,6 @@ class TrainSettings:
         """The folder of the run's commits."""
         return self.checkpointing.folder or self.out.with_name(f"{self.out.name}.checkpoint")
 
-    def check_checkpoint(self) -> None:
-        """Raise ConfigError where commits of an earlier run are there that this one is not to go on from."""
-        if self.checkpointing.is_on and not self.checkpointing.resume:
-            commits = sorted(path.stem for path in (self.checkpoint / "commits").glob("*.json"))
-            if commits:
-                raise ConfigError(
-                    f"{self.checkpoint} holds a commit of an earlier run, after step {int(commits[-1])}",
-                    hint=f"--resume goes on from it; outsize checkpoint remove {self.checkpoint} --all forgets it",
-                )
-
 
 def flat(settings: TrainSettings) -> dict[str, str | int | float | bool | None]:
     """All settings by the names of the command line's options, as `outsize train --config` reads them."""
