@@ -31,7 +31,7 @@ WIDTHS = {"S": (384, 6, 1024, 4096), "M": (768, 8, 2048, 8192), "L": (1024, 12, 
 
 @dataclass(frozen=True)
 class Run:
-    """One run of the grid; `resident` is the part of the state that may stay in memory."""
+    """One run of the grid; `resident` is the part of the state that may stay in memory; each step may be committed."""
 
     size: str
     dtype: str
@@ -39,6 +39,7 @@ class Run:
     rows: int
     seq_len: int
     resident: float = 0.0
+    commits: bool = False
 
 
 def grid() -> list[Run]:
@@ -51,6 +52,7 @@ def grid() -> list[Run]:
     ]
     runs += [Run("L", "float32", "disk", 4, 256), Run("L", "bfloat16", "disk", 4, 256)]
     runs += [Run("M", "float32", "disk", 4, 256, 0.5), Run("L", "float32", "disk", 8, 256, 0.3)]
+    runs += [Run("M", "float32", home, 4, 256, commits=True) for home in ("disk", "host")]
     return runs
 
 
@@ -87,6 +89,8 @@ def one(run: Run, folder: Path, num_steps: int) -> dict[str, Any]:
         pins=pins if run.home == "disk" else None,
     ).train()
     optimizer = outsize.AdamW(model, lr=1e-5, max_grad_norm=1.0)
+    if run.commits:
+        outsize.checkpoint.resume(model, optimizer, folder / "run")
     generator = torch.Generator().manual_seed(0)
     times: list[float] = []
     prediction = None
@@ -97,10 +101,12 @@ def one(run: Run, folder: Path, num_steps: int) -> dict[str, Any]:
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+        if run.commits:
+            outsize.checkpoint.commit(model, optimizer, folder / "run")
         loss.item()
         times.append(time.perf_counter() - start)
         if prediction is None:
-            prediction = outsize.predict(model, profile)
+            prediction = outsize.predict(model, profile, commit_every=int(run.commits))
     assert prediction is not None
     report = outsize.report(model)
     return {
@@ -146,8 +152,8 @@ def main() -> None:
         errors_bytes.append(answer["predicted_bytes"] / answer["measured_bytes"] - 1)
         print(
             f"{run.size} {run.dtype:<8} {run.home}{f' {run.resident:.0%}' if run.resident else '':<5} "
-            f"{run.rows} x {run.seq_len:<4}  step {answer['predicted_s']:6.2f} of {answer['measured_s']:6.2f} s "
-            f"{errors_s[-1]:+6.1%}   memory {answer['predicted_bytes'] / 2**20:6.0f} of "
+            f"{run.rows} x {run.seq_len:<4} {'committed ' if run.commits else ''} step {answer['predicted_s']:6.2f} "
+            f"of {answer['measured_s']:6.2f} s {errors_s[-1]:+6.1%}   memory {answer['predicted_bytes'] / 2**20:6.0f} of "
             f"{answer['measured_bytes'] / 2**20:6.0f} MiB {errors_bytes[-1]:+6.1%}   {answer['bottleneck']}",
             flush=True,
         )

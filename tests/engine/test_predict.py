@@ -1,6 +1,7 @@
 """Predictions: what is timed, and that a plan's simulation follows the machine and the batch."""
 
 import dataclasses
+from itertools import pairwise
 
 import pytest
 import torch
@@ -95,6 +96,39 @@ def test_inputs_on_disk_move_as_many_bytes_as_predicted(kept_blocks, tmp_path, m
     assert prediction.bytes_read == after.bytes_read - before.bytes_read
     profile = dataclasses.replace(HOST, disk_endurance_bytes=1e15)
     assert outsize.predict(model, profile).endurance_steps == 1e15 / prediction.bytes_written
+
+
+@pytest.mark.parametrize(
+    ("home", "pins"), [("host", Pins()), ("disk", Pins()), (None, Pins(resident=(4, 0, 6)))]
+)
+def test_a_commit_copies_as_many_bytes_as_predicted(home, pins, tmp_path):
+    """What lives in memory is copied for each commit, what lives on disk is not."""
+    model = outsize.load(wide(tmp_path), disk=tmp_path, dtype="float32", home=home, pins=pins).train()
+    optimizer = outsize.AdamW(model, lr=1e-3)
+    outsize.checkpoint.resume(model, optimizer, tmp_path / "run")
+    ids = torch.zeros(2, 8, dtype=torch.long)
+    written = []
+    for step in range(6):
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if step >= 3:
+            outsize.checkpoint.commit(model, optimizer, tmp_path / "run")
+            outsize.checkpoint.finish(model)
+        written.append(outsize.report(model).bytes_written)
+    slow = dataclasses.replace(HOST, disk_write=1e7)
+    every, rarely, never = (outsize.predict(model, slow, commit_every=every) for every in (1, 10, 0))
+    measured = [b - a for a, b in pairwise(written)]
+    assert measured[-1] == pytest.approx(every.bytes_written, rel=0.02)
+    assert every.bytes_written - rarely.bytes_written == pytest.approx(every.commit_bytes, rel=0.02, abs=1)
+    assert rarely.bytes_written == never.bytes_written and never.commit_bytes == never.commit_s == 0
+    assert every.step_s == pytest.approx(rarely.step_s + rarely.commit_s)
+    if home == "disk":
+        assert every.commit_bytes == 0 and "copies nothing" in str(every)
+    else:
+        assert every.commit_s > 0 and every.step_s > every.bytes_written / 1e7 * 0.9
+        assert "a commit, every 10 steps, copies" in str(rarely) and "a commit, each step" in str(every)
+    assert "a commit" not in str(never)
 
 
 def test_the_life_of_a_drive_is_said_in_steps(tmp_path):

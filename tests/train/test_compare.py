@@ -45,7 +45,7 @@ class PredictingApi(PlainApi):
         self.advised.append(self.calls)
         return "--pin weight_slots=4"
 
-    def predict(self, model, profile):
+    def predict(self, model, profile, commit_every):
         self.predicted.append((self.calls, profile))
         return Expected()
 

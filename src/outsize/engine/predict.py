@@ -60,6 +60,12 @@ class Prediction:
     """What would make a step shorter, most first."""
     device_bytes: int = 0
     """Of a device with memory of its own."""
+    commit_every: int = 0
+    """A commit follows each so many steps; 0: none. Where it is each, it is a part of the step."""
+    commit_s: float = 0.0
+    """By how much a commit makes a step longer, beside what the disk takes to make it durable."""
+    commit_bytes: int = 0
+    """That it copies from memory to the disk; what lives there is not copied."""
 
     @property
     def tokens_per_s(self) -> float:
@@ -123,13 +129,18 @@ class Prediction:
                 f"{format_bytes(1000 * self.bytes_written)} in 1,000 steps"
                 + (f"; the drive's life is {worn:,.0f} steps" if worn else "")
             )
+        if self.commit_every:
+            copied = f"{format_bytes(self.commit_bytes)} from memory" if self.commit_bytes else "nothing"
+            every = "each step" if self.commit_every == 1 else f"every {self.commit_every:,} steps"
+            lines.append(f"a commit, {every}, copies {copied}: {self.commit_s:.2f} s of the step")
         return "\n".join(lines)
 
 
-def predict(model: nn.Module, profile: Profile) -> Prediction:
+def predict(model: nn.Module, profile: Profile, *, commit_every: int = 0) -> Prediction:
     """Predict the steps of a model from its last training call. Takes a few visits of one block of each kind.
 
-    Raises UsageError where the model was not called with gradients on.
+    `commit_every`: a commit follows each so many steps; 0: none. Raises UsageError where the model was not called with
+    gradients on.
     """
     session = session_of(model)
     call, executor, placement = session.last_training_call, session.executor, session.budget.placement
@@ -144,7 +155,14 @@ def predict(model: nn.Module, profile: Profile) -> Prediction:
         with torch.enable_grad():
             foresight = session.foresight(profile, call.rehearsal, call.shape, records)
             return predict_call(
-                session, call.rehearsal, call.shape, call.tile_rows, records, placement, foresight
+                session,
+                call.rehearsal,
+                call.shape,
+                call.tile_rows,
+                records,
+                placement,
+                foresight,
+                commit_every,
             )
     finally:
         memory.give_back()
@@ -158,16 +176,19 @@ def predict_call(
     records: Sequence[Record],
     placement: Placement,
     foresight: Foresight,
+    commit_every: int = 0,
 ) -> Prediction:
     """Simulate steps of such calls, with blocks timed where they were not yet."""
     profile = foresight.profile
     costs = foresight.costs(tile_rows)
     by_name = {record.name: record for record in records}
-    simulation = simulate(rehearsal.visits, by_name, placement, profile, costs)
+    plain = simulate(rehearsal.visits, by_name, placement, profile, costs)
+    committed = simulate(rehearsal.visits, by_name, placement, profile, costs, commits=commit_every > 0)
+    simulation = committed if commit_every == 1 else plain
     num_tokens = (shape.rows or 1) * shape.row_tokens
 
     def step_with(other: Profile, own: Costs = costs) -> float:
-        return simulate(rehearsal.visits, by_name, placement, other, own).step_s
+        return simulate(rehearsal.visits, by_name, placement, other, own, commits=commit_every == 1).step_s
 
     remedies = _remedies(profile, costs, step_with)
     budget = session.budget
@@ -185,6 +206,9 @@ def predict_call(
         profile.disk_endurance_bytes,
         tuple(sorted((r for r in found if r.speedup >= WORTH_SAYING), key=lambda r: -r.speedup)),
         budget.device_bytes(),
+        commit_every,
+        committed.step_s - plain.step_s,
+        committed.bytes_moved.get(Resource.WRITE, 0) - plain.bytes_moved.get(Resource.WRITE, 0),
     )
 
 

@@ -125,9 +125,14 @@ def simulate(
     placement: Placement,
     profile: Profile,
     costs: Costs,
+    *,
+    commits: bool = False,
 ) -> Simulation:
-    """Simulate calls that make `visits`, each after a step of the optimizer where blocks train."""
-    unrolled = _Unrolled(records, placement, profile, costs)
+    """Simulate calls that make `visits`, each after a step of the optimizer where blocks train.
+
+    With `commits` each of these steps is committed: what lives in memory is copied to the disk before its next update.
+    """
+    unrolled = _Unrolled(records, placement, profile, costs, commits)
     ends: list[int] = []
     for plan in _plans(visits, records, placement):
         unrolled.add(plan)
@@ -284,6 +289,8 @@ class _Block:
     state_writes: list[int] = field(default_factory=list)
     gradient: list[int] = field(default_factory=list)
     """That bring its gradient home."""
+    copies: list[int] = field(default_factory=list)
+    """That copy to the disk, for a commit, what lives in memory."""
 
 
 @dataclass(eq=False)
@@ -299,9 +306,15 @@ class _Unrolled:
     """Plans as tasks, one after the other; `main` are the tasks that hold up what the engine does next."""
 
     def __init__(
-        self, records: Mapping[str, Record], placement: Placement, profile: Profile, costs: Costs
+        self,
+        records: Mapping[str, Record],
+        placement: Placement,
+        profile: Profile,
+        costs: Costs,
+        commits: bool = False,
     ) -> None:
         self.tasks: list[Task] = []
+        self._commits = commits
         self._records = records
         self._placement = placement
         self._profile = profile
@@ -388,7 +401,9 @@ class _Unrolled:
         touched = record.num_trainable * (2 * element_bytes + 2 * weight_bytes + gradient_bytes)
         if self._is_apart and in_place:
             rate = self._profile.device_update or self._profile.device_memory or self._profile.update
+            self._wait(state.copies)
             self._compute(touched / rate, f"update {block}")
+            self._copy(block, self._main)
             return
         streams_state = not self._is_here(block, Plane.MOMENT1)
         streams_gradient = not self._is_here(block, Plane.GRADIENT)
@@ -400,6 +415,7 @@ class _Unrolled:
             *self._main,
             *state.gradient,
             *state.state_writes,
+            *state.copies,
             *(state.weight_writes if self._is_apart else ()),
         )
         arrived: list[int] = []
@@ -430,6 +446,25 @@ class _Unrolled:
             arrived.append(rule)
         state.weights = arrived
         state.weight_writes, state.state_writes = weight_writes, state_writes
+        self._copy(block, arrived)
+
+    def _copy(self, block: str, updated: Sequence[int]) -> None:
+        """Copy to the disk what was updated in memory, where that is committed."""
+        if not self._commits:
+            return
+        record, state = self._records[block], self._blocks[block]
+        state.copies = []
+        for plane in (Plane.WEIGHT, *record.state):
+            is_resident = self._placement.is_resident(block, plane)
+            if not is_resident and not self._placement.is_hosted(block, plane):
+                continue
+            label = f"{block}.{plane} for a commit"
+            num_bytes = record.plane_elements(plane) * float(record.element_bytes[plane]) / PARTS
+            for _ in range(PARTS):
+                after = tuple(updated)
+                if self._is_apart and is_resident:
+                    after = (self._transfer(Resource.DOWN, num_bytes, after, f"down {label}"),)
+                state.copies.append(self._transfer(Resource.WRITE, num_bytes, after, f"write {label}"))
 
     def _bring(self, block: str, plane: Plane, after: Sequence[int]) -> list[int]:
         """Tasks that bring a plane from its home to a slot."""

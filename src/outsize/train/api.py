@@ -180,8 +180,8 @@ class Api(Protocol):
     def report(self, model: nn.Module) -> Report:
         """What `model` has used so far."""
 
-    def predict(self, model: nn.Module, profile: Profile) -> Predicted:
-        """What a step like the last one will take on a machine."""
+    def predict(self, model: nn.Module, profile: Profile, *, commit_every: int = 0) -> Predicted:
+        """What a step like the last one will take on a machine, where a commit follows each so many."""
 
     def advise(self, model: nn.Module, profile: Profile, step_s: float, stalled_s: float) -> object | None:
         """A plan that would be faster, as far as a measured step shows; `str` of it says which."""

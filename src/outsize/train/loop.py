@@ -215,7 +215,8 @@ class _Loop:
         if self.profile is None:
             return
         if self.predicted is None:
-            self.predicted = self.api.predict(self.run.model, self.profile)
+            every = self.settings.checkpointing.every
+            self.predicted = self.api.predict(self.run.model, self.profile, commit_every=every or 0)
         if is_first_steady:
             waited_s = sum(metrics.wait_s.values())
             advice = self.api.advise(self.run.model, self.profile, metrics.step_s, waited_s)
