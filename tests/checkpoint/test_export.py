@@ -115,6 +115,29 @@ def test_a_commit_that_is_not_there_is_named(tmp_path):
     assert (tmp_path / "out" / "thesis").exists()
 
 
+def test_an_export_for_fsdp_holds_one_piece_at_a_time(tmp_path, monkeypatch):
+    """Tables are written by rows, and nothing stays in memory that was written."""
+    from outsize.checkpoint import dcp as own
+
+    run = Loaded(tmp_path, saved_model(tmp_path))
+    run.go(batches(1))
+    run.finish()
+    given = []
+    real = own._Values.value
+
+    def spy(values, key, piece):
+        assert not any(value.untyped_storage().nbytes() for value in given)
+        given.append(real(values, key, piece))
+        return given[-1]
+
+    monkeypatch.setattr(own._Values, "value", spy)
+    own.export_dcp(run.path, tmp_path / "dcp")
+    metadata = dcp.FileSystemReader(tmp_path / "dcp").read_metadata().state_dict_metadata
+    tables = [entry for key, entry in metadata.items() if "embed_tokens" in key and hasattr(entry, "chunks")]
+    assert sum(len(entry.size) == 2 and len(entry.chunks) > 1 for entry in tables) == 3
+    assert max(value.numel() for value in given) < max(entry.size.numel() for entry in tables)
+
+
 def test_fsdp_users_can_read_an_exported_commit(tmp_path):
     """The folder loads into a plain model and torch's AdamW through torch's own state-dict functions, and goes on."""
     from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict

@@ -1,7 +1,7 @@
 """Commits as `torch.distributed.checkpoint` folders, and back: for those who come from FSDP2, or go there.
 
 The folder holds what `get_state_dict` gives there: `model.<name>`, `optim.state.<name>.exp_avg` and its like, and
-`optim.param_groups`, all in fp32 and whole. Tensors are written and read one at a time.
+`optim.param_groups`, all in fp32. Tensors are written piece by piece, as shards, and read one at a time.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,8 @@ from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.checkpoint.planner import WriteItem
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import SavePlan, WriteItem, WriteItemType
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
@@ -32,6 +33,7 @@ from outsize.checkpoint.manifest import Manifest, StoredBlock
 from outsize.checkpoint.reading import CommitReader, CommitSource
 from outsize.checkpoint.store import Store
 from outsize.config import ComputeType
+from outsize.engine import memory
 from outsize.engine.capture import Capture, CapturedBlock
 from outsize.engine.versions import Layout
 from outsize.errors import ConfigError, OutsizeError
@@ -65,7 +67,8 @@ def _export(reader: CommitReader, folder: Path, out: Path) -> Manifest:
             values = _Values(reader, module, weights)
             save(
                 values.state_dict(),
-                storage_writer=FileSystemWriter(partial, thread_count=1),
+                # One item after the other: none is asked for before the one before it is written.
+                storage_writer=FileSystemWriter(partial, thread_count=1, per_thread_copy_ahead=0),
                 planner=_Streaming(values),
                 no_dist=True,
             )
@@ -125,26 +128,28 @@ class _Values:
         model |= persistent_buffers(self._module)
         return {"model": model, "optim": {"state": state, "param_groups": groups}}
 
-    def value(self, key: str) -> torch.Tensor | None:
-        """The tensor of a flat key; None where it is not one of ours."""
+    def pieces(self, key: str) -> Sequence[Piece]:
+        """What the tensor of a flat key is read in, from the first row to the last; nothing where it is not one of ours."""
+        parameter, _ = self._parameter(key)
+        return self._pieces[parameter] if parameter is not None else ()
+
+    def value(self, key: str, piece: Piece) -> torch.Tensor:
+        """A piece of a parameter's masters, or of one of its moments, which is zero where it does not train."""
+        _, plane = self._parameter(key)
+        value = torch.zeros(piece.shape)
+        if plane is None:
+            self._weights.read(Block("", (piece,)), [value])
+        elif (found := self._reader.find(piece)) is not None and found[1].trainable:
+            value.copy_(self._reader.moment(*found, plane).view(piece.shape))
+        return value
+
+    def _parameter(self, key: str) -> tuple[str | None, Plane | None]:
         if key.startswith("model."):
-            first = self._first.get(key.removeprefix("model."))
-            return self._whole(first, None) if first is not None else None
+            return self._first.get(key.removeprefix("model.")), None
         for plane, name in NAMES.items():
             if key.startswith("optim.state.") and key.endswith(f".{name}"):
-                return self._whole(key.removeprefix("optim.state.").removesuffix(f".{name}"), plane)
-        return None
-
-    def _whole(self, parameter: str, plane: Plane | None) -> torch.Tensor:
-        """A parameter's masters, or one of its moments, which is zero where it does not train."""
-        value = torch.zeros(self._shapes[parameter])
-        for piece in self._pieces[parameter]:
-            part = value if piece.is_whole else value[piece.row_start : piece.row_stop]
-            if plane is None:
-                self._weights.read(Block("", (piece,)), [part])
-            elif (found := self._reader.find(piece)) is not None and found[1].trainable:
-                part.copy_(self._reader.moment(*found, plane).view(piece.shape))
-        return value
+                return key.removeprefix("optim.state.").removesuffix(f".{name}"), plane
+        return None, None
 
 
 def _meta(shape: Sequence[int]) -> torch.Tensor:
@@ -152,16 +157,48 @@ def _meta(shape: Sequence[int]) -> torch.Tensor:
 
 
 class _Streaming(DefaultSavePlanner):
-    """Gives each tensor its value when it is written, and not before."""
+    """Writes each tensor piece by piece, as a run over several ranks would, and reads a piece when it is written."""
 
     def __init__(self, values: _Values) -> None:
         super().__init__()
         self._values = values
+        self._last = torch.empty(0)
+
+    def create_local_plan(self) -> SavePlan:
+        """The plan of one rank."""
+        plan = super().create_local_plan()
+        self.plan = replace(plan, items=[part for item in plan.items for part in self._parts(item)])
+        return self.plan
 
     def resolve_data(self, write_item: WriteItem) -> Any:
         """The value of one item."""
-        value = self._values.value(write_item.index.fqn)
-        return value if value is not None else super().resolve_data(write_item)
+        index = write_item.index
+        for piece in self._values.pieces(index.fqn):
+            if index.offset is None or not index.offset or index.offset[0] == (piece.row_start or 0):
+                # The writer holds what it has written until the file is closed (torch 2.13): its memory is taken back.
+                self._last.untyped_storage().resize_(0)
+                memory.give_back()
+                self._last = self._values.value(index.fqn, piece)
+                return self._last
+        return super().resolve_data(write_item)
+
+    def _parts(self, item: WriteItem) -> list[WriteItem]:
+        pieces = self._values.pieces(item.index.fqn)
+        if len(pieces) < 2:
+            return [item]
+        assert item.tensor_data is not None
+        parts = []
+        for piece in pieces:
+            offsets = torch.Size([piece.row_start or 0] + [0] * (len(piece.shape) - 1))
+            chunk = ChunkStorageMetadata(offsets=offsets, sizes=torch.Size(piece.shape))
+            parts.append(
+                WriteItem(
+                    index=MetadataIndex(item.index.fqn, offsets),
+                    type=WriteItemType.SHARD,
+                    tensor_data=replace(item.tensor_data, chunk=chunk),
+                )
+            )
+        return parts
 
 
 def import_dcp(dcp_folder: Path, folder: Path, *, model: Path, dtype: str = "float32") -> int:

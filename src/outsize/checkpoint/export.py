@@ -15,6 +15,7 @@ from outsize.checkpoint.files import MODEL, commit_paths, read_header, read_mani
 from outsize.checkpoint.manifest import Manifest
 from outsize.checkpoint.reading import CommitReader, CommitReplaced, CommitSource
 from outsize.config import ComputeType
+from outsize.engine import memory
 from outsize.errors import ConfigError, StorageError
 from outsize.model import SafetensorsSource, cut, open_skeleton, write_folder
 
@@ -84,6 +85,7 @@ def _export(reader: CommitReader, folder: Path, out: Path, dtype: str | None, ov
     with weights_of(reader, module) as source:
 
         def fetch(block: Block) -> list[torch.Tensor]:
+            memory.give_back()  # what other blocks have freed may fit into nothing of this one
             values = [torch.empty(piece.shape, dtype=torch_dtype) for piece in block.pieces]
             source.read(block, values)
             return values
