@@ -9,7 +9,7 @@ from torch import nn
 
 from outsize.errors import ModelError, StorageError, WeightsError
 from outsize.model import InitSource, SafetensorsSource, TensorSource, cut, open_skeleton
-from outsize.model.shards import Shards
+from outsize.model.direct import FileReader
 from tests.model.helpers import assert_reads, edit_json, read, rows
 from tests.zoo import ZOO, plain_stack, seeded
 
@@ -62,13 +62,13 @@ def test_a_read_touches_only_its_keys_and_rows(tmp_path, monkeypatch):
     ZOO["mixtral"].build().save_pretrained(tmp_path)
     skeleton = open_skeleton(tmp_path, torch.float32)
     touched = []
-    original = Shards._read_bytes
+    original = FileReader.start_read
 
-    def spy(self, file, destination, offset):
-        touched.append((offset, destination.numel()))
-        original(self, file, destination, offset)
+    def spy(self, path, offset, buffer):
+        touched.append((offset, len(buffer)))
+        return original(self, path, offset, buffer)
 
-    monkeypatch.setattr(Shards, "_read_bytes", spy)
+    monkeypatch.setattr(FileReader, "start_read", spy)
     source = SafetensorsSource(tmp_path, skeleton)
     assert touched == []
     for block in cut(skeleton, 1).blocks:

@@ -199,12 +199,29 @@ class CommitSource:
         for piece, target in zip(block.pieces, targets, strict=True):
             found = self._reader.find(piece)
             if found is None:
-                self._others = self._others or self._open_others()
-                self._others.read(Block(block.name, (piece,)), [target])
+                self._rest().read(Block(block.name, (piece,)), [target])
             elif target.dtype is torch.bfloat16 and self._reader.compute_type is ComputeType.BFLOAT16:
                 target.copy_(self._reader.plane(*found, Plane.WEIGHT, torch.bfloat16).view(piece.shape))
             else:
                 target.copy_(self._reader.master(*found).view(piece.shape))
+
+    def stored_dtype(self, piece: Piece) -> torch.dtype | None:
+        """The compute type of the commit, in which `read` gives exact weights; else what the other source says."""
+        if self._reader.find(piece) is None:
+            return self._rest().stored_dtype(piece)
+        return torch.bfloat16 if self._reader.compute_type is ComputeType.BFLOAT16 else torch.float32
+
+    def conversion_bytes(self, piece: Piece) -> int:
+        """Planes in memory, and the master that is put together of them."""
+        return (
+            8 * piece.num_elements
+            if self._reader.find(piece) is not None
+            else self._rest().conversion_bytes(piece)
+        )
+
+    def _rest(self) -> Source:
+        self._others = self._others or self._open_others()
+        return self._others
 
     def close(self) -> None:
         """Close the commit; the other source is closed by whoever opens it."""

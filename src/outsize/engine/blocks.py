@@ -21,7 +21,7 @@ from outsize.engine import memory
 from outsize.engine.captures import Captures
 from outsize.engine.carrier import Carrier, DirectCarrier, Job, Parcel, Part, StagedCarrier, Staging
 from outsize.engine.update import CHUNKS_IN_MEMORY, Pending, UpdateJob, UpdateLane, runs
-from outsize.model import Source
+from outsize.model import READ_BUFFERS_BYTES, Source
 from outsize.optim import Kernel, Rule, part, split
 from outsize.plan import Placement, SlotClass, slot_class_of, sums_in_place
 from outsize.tier import (
@@ -666,13 +666,21 @@ class BlockStore:
 
     def _fill_from_source(self, record: Record, plane: torch.Tensor) -> None:
         assert self.source is not None, f"{record.name}: the source is gone"
-        views = [plane[e.start : e.stop].view(e.piece.shape) for e in record.entries]
-        if self.dtype is torch.float32:
-            self.source.read(Block(record.name, tuple(e.piece for e in record.entries)), views)
-        else:
-            for entry, view in zip(record.entries, views, strict=True):
+        views = [(entry, plane[entry.start : entry.stop].view(entry.piece.shape)) for entry in record.entries]
+        dtypes = {entry.piece: self.source.stored_dtype(entry.piece) for entry in record.entries}
+        as_read = [
+            (entry.piece, view)
+            for entry, view in views
+            if self.dtype is torch.float32 or dtypes[entry.piece] is self.dtype
+        ]
+        self.source.read(
+            Block(record.name, tuple(piece for piece, _ in as_read)), [view for _, view in as_read]
+        )
+        for entry, view in views:
+            if self.dtype is not torch.float32 and dtypes[entry.piece] is not self.dtype:
                 view.copy_(self._exact_piece(record, entry)[0].view(entry.piece.shape))
-        memory.give_back()  # a source is read once: nobody will ask for its copies and conversions again
+        if any(dtype is not self.dtype for dtype in dtypes.values()):
+            memory.give_back()  # nobody asks soon for what casts and conversions took
 
     def _exact_piece(self, record: Record, entry: Entry) -> tuple[torch.Tensor, torch.Tensor]:
         """Weight and remainder of one entry's fp32 value in the source."""
@@ -692,6 +700,20 @@ class BlockStore:
                 remainder[entry.start : entry.stop] = self._exact_piece(record, entry)[1]
         memory.give_back()
         return remainder
+
+
+def reading_bytes(source: Source, records: Sequence[Record], dtype: torch.dtype) -> int:
+    """What reading a block from `source` takes beside where it is read to: one parameter at a time, in fp32 where it has to
+    be rounded, and what it is converted from."""
+    most = 0
+    for record in records:
+        for entry in record.entries:
+            is_rounded = dtype is not torch.float32 and (
+                Plane.REMAINDER in record.state or source.stored_dtype(entry.piece) is not dtype
+            )
+            rounding = 8 * entry.piece.num_elements if is_rounded else 0
+            most = max(most, rounding, source.conversion_bytes(entry.piece))
+    return READ_BUFFERS_BYTES + most
 
 
 def _finish(state: BlockState) -> None:

@@ -119,7 +119,8 @@ class Foresight:
 class Budget:
     """A limit on the whole process, and what it is divided into; fixed by `place`.
 
-    `always_resident`: blocks that cannot be streamed. A limit is the user's, or what is free when memory is placed.
+    `always_resident`: blocks that cannot be streamed. `reading_bytes`: what reading any of them from where it comes from
+    takes beside the memory that it is read into. A limit is the user's, or what is free when memory is placed.
     """
 
     def __init__(
@@ -127,6 +128,7 @@ class Budget:
         settings: Settings,
         always_resident: frozenset[str],
         device: Device,
+        reading_bytes: Callable[[Sequence[Record]], int],
         free_host_bytes: Callable[[], int] = memory.available_bytes,
     ) -> None:
         self.limit_bytes = 0
@@ -140,6 +142,7 @@ class Budget:
         self.placement: Placement | None = None
         self._settings = settings
         self._device = device
+        self._reading_bytes = reading_bytes
         self._free_host_bytes = free_host_bytes
         self._home_room_bytes = 0
         self._always_resident = always_resident
@@ -200,7 +203,9 @@ class Budget:
         self.base_bytes = memory.resident_bytes()
         limit = self._settings.budgets.host_bytes
         self.limit_bytes = limit or self.base_bytes + int(0.9 * self._free_host_bytes())
-        self._home_room_bytes = self.limit_bytes - self.base_bytes - SLACK_BYTES - _source_bytes(records)
+        self._home_room_bytes = (
+            self.limit_bytes - self.base_bytes - SLACK_BYTES - self._reading_bytes(records)
+        )
         self.room_bytes = self._home_room_bytes
         if not self._device.is_host:
             free = self._device.free_bytes()
@@ -321,7 +326,7 @@ class Budget:
             f"the model does not fit into {format_bytes(self.limit_bytes)}: {error.message}; "
             f"the process itself has {format_bytes(self.base_bytes)}, "
             f"activations take {format_bytes(self.activation_bytes)}, "
-            f"{format_bytes(SLACK_BYTES + _source_bytes(records))} are kept free",
+            f"{format_bytes(SLACK_BYTES + self._reading_bytes(records))} are kept free",
             hint=self._hint(
                 records, self.limit_bytes - self._room_beside_inputs + self.activation_bytes, smaller
             ),
@@ -690,8 +695,3 @@ def _needs(
 def _needs_of(attempt: _Attempt, rehearsal: Rehearsal, shape: BatchShape) -> _Needs:
     kept = last_layers(rehearsal, attempt.kept_blocks)
     return _needs(rehearsal, shape, attempt.tile_rows, attempt.inputs, kept)
-
-
-def _source_bytes(records: Sequence[Record]) -> int:
-    """What reading a block for the first time takes: a parameter in fp32, and what it is converted to."""
-    return 8 * max((e.piece.num_elements for record in records for e in record.entries), default=0)

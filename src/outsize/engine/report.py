@@ -12,7 +12,7 @@ from outsize.block import Plane, Record
 from outsize.config import Home, format_bytes
 from outsize.engine import memory
 from outsize.engine.session import Session, session_of
-from outsize.plan import Placement
+from outsize.plan import Placement, is_stored
 
 _NAMES = {Plane.WEIGHT: "weights", Plane.GRADIENT: "gradients"}
 _TIERS = ("device", "host", "disk")
@@ -106,7 +106,10 @@ def placement_rows(session: Session, records: Sequence[Record], placement: Place
             tier = "host" if placement.is_hosted(record.name, plane) else "disk"
             if placement.is_resident(record.name, plane):
                 tier = computes_in
-            figures[tier, _NAMES.get(plane, "optimizer state")] += num_bytes
+            what = _NAMES.get(plane, "optimizer state")
+            if tier == "disk" and not is_stored(records):
+                what += ", in their files"
+            figures[tier, what] += num_bytes
     by_name = sorted(figures.items(), key=lambda item: item[0][1], reverse=True)
     planes = sorted(by_name, key=lambda item: _TIERS.index(item[0][0]))
     rows = [Row(tier, what, num_bytes) for (tier, what), num_bytes in planes]

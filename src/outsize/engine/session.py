@@ -28,7 +28,7 @@ from outsize.block import Block, Entry, Piece, Plane, Record
 from outsize.config import Home, Settings
 from outsize.engine import memory
 from outsize.engine.batch import BatchDims, Tile, tiles
-from outsize.engine.blocks import DTYPES, BlockState, BlockStore, close_workers
+from outsize.engine.blocks import DTYPES, BlockState, BlockStore, close_workers, reading_bytes
 from outsize.engine.budget import Budget, Foresight, disk_bytes
 from outsize.engine.closing import when_dropped
 from outsize.engine.embedding import Embedding
@@ -44,7 +44,7 @@ from outsize.engine.versions import Layout, Versions
 from outsize.errors import UsageError
 from outsize.model import Cut, InitSource, Point, PointKind, Source, TensorSource
 from outsize.optim import Kernel, Rule, split
-from outsize.plan import Direction, Placement, Visit
+from outsize.plan import Direction, Placement, Visit, is_stored
 from outsize.plan.profile import Profile
 from outsize.plan.simulate import Costs
 from outsize.tier import Device, DiskTier, HostDevice, StripedTier, Tier
@@ -129,7 +129,9 @@ class Session:
         free_host_bytes = memory.available_bytes
         if self.torch_device.type == "meta" and profile is not None:
             free_host_bytes = partial(int, profile.host_bytes)
-        self.budget = Budget(settings, _never_streamed(cut), self.device, free_host_bytes)
+        self.budget = Budget(
+            settings, _never_streamed(cut), self.device, self._reading_bytes, free_host_bytes
+        )
         self._call: _Call | None = None
         self.last_training_call: _Call | None = None
         self._forward_order: list[Visit] = []
@@ -637,6 +639,9 @@ class Session:
             records.append(Record.lay_out(block, trainable, state, sizes))
         return records
 
+    def _reading_bytes(self, records: Sequence[Record]) -> int:
+        return reading_bytes(self.own_source(), records, self.dtype)
+
     def decide(
         self, rehearsal: Rehearsal, shape: BatchShape, cached: tuple[Rehearsal, BatchShape] | None = None
     ) -> tuple[list[Record], Placement]:
@@ -718,7 +723,8 @@ class Session:
             if store.captures is not None:
                 store.captures.restore(restored)
             self._forget_committed()
-            if self.rule is not None and isinstance(self.source, InitSource | TensorSource):
+            in_memory = isinstance(self.source, InitSource | TensorSource)
+            if self.rule is not None and in_memory and is_stored(records):
                 store.import_all(self._touch)
                 self.source = None
             else:

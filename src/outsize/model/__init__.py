@@ -11,10 +11,12 @@ from outsize.model.cut import cut
 from outsize.model.export import write_companions, write_folder
 from outsize.model.initial import InitSource
 from outsize.model.points import Binding, Cut, Point, PointKind
+from outsize.model.shards import READ_BUFFERS_BYTES
 from outsize.model.skeleton import longest_sequence, open_skeleton, resolve_folder
 from outsize.model.source import SafetensorsSource, Source, TensorSource
 
 __all__ = [
+    "READ_BUFFERS_BYTES",
     "Binding",
     "Cut",
     "InitSource",

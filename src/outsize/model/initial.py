@@ -67,6 +67,14 @@ class InitSource:
                 )
             target.copy_(value)
 
+    def stored_dtype(self, piece: Piece) -> torch.dtype | None:
+        """None: values are computed."""
+        return None
+
+    def conversion_bytes(self, piece: Piece) -> int:
+        """The parameter in fp32, and what it is computed from."""
+        return 8 * piece.num_elements
+
     def close(self) -> None:
         """Nothing to let go of."""
 

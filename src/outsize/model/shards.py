@@ -1,25 +1,26 @@
 """The safetensors files of a folder: which tensors they hold, checked, and read in place.
 
 A safetensors file is `u64 header size | JSON header | data`; the header gives type, shape and byte range of
-each tensor (https://github.com/huggingface/safetensors). Tensors are read with `preadv` straight into their
-destination where the types agree, and through a small buffer where they do not: nothing is mapped, so memory
-use is what is asked for.
+each tensor (https://github.com/huggingface/safetensors). Tensors are read into their destination where the types agree, and
+through two small buffers where they do not: nothing is mapped, so memory use is what is asked for.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import threading
+from concurrent.futures import Future
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
 import torch
 
-from outsize.errors import StorageError, WeightsError
+from outsize.errors import WeightsError
+from outsize.model.direct import BUFFERS_BYTES, FileReader, wait_read
 
-_STAGING_BYTES = 8 << 20
+_STAGING_BYTES = 2 << 20
+READ_BUFFERS_BYTES = BUFFERS_BYTES + 2 * _STAGING_BYTES
+"""Memory that reading takes beside the target, and what converts it."""
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _MAX_HEADER_BYTES = 100_000_000
@@ -71,29 +72,34 @@ class Shards:
         self.tensors: dict[str, StoredTensor] = {}
         for file in _weight_files(folder):
             self.tensors.update(_read_header(file))
-        self._descriptors: dict[Path, int] = {}
-        self._lock = threading.Lock()
+        self._reader = FileReader()
 
     def read_into(self, key: str, target: torch.Tensor, start: int = 0) -> None:
         """Fill `target` with the elements of `key` from the flat index `start` on, cast to its type."""
+        wait_read(self.start_read(key, target, start))
+
+    def start_read(self, key: str, target: torch.Tensor, start: int = 0) -> list[Future[None]]:
+        """Start the same, for `wait_read`; what has to be cast, or goes to a device, is read now."""
         stored = self.tensors[key]
         assert start + target.numel() <= stored.num_elements, (key, start, target.shape, stored.shape)
         if target.device.type != "cpu" or not target.is_contiguous():
             value = torch.empty(target.shape, dtype=stored.dtype)
             self.read_into(key, value, start)
             target.copy_(value)
-            return
+            return []
         flat = target.detach().view(-1)
-        offset = stored.offset + start * stored.dtype.itemsize
         if target.dtype == stored.dtype:
-            self._read_bytes(stored.file, flat.view(torch.uint8), offset)
-            return
-        step = _STAGING_BYTES // stored.dtype.itemsize
-        staging = torch.empty(min(step, flat.numel()), dtype=stored.dtype)
-        for first in range(0, flat.numel(), step):
-            part = staging[: min(step, flat.numel() - first)]
-            self._read_bytes(stored.file, part.view(torch.uint8), offset + first * stored.dtype.itemsize)
-            flat[first : first + part.numel()].copy_(part)
+            return self._start(stored, start, flat)
+        parts = flat.split(_STAGING_BYTES // stored.dtype.itemsize)
+        halves = torch.empty((2, parts[0].numel()), dtype=stored.dtype)
+        staged = [halves[index % 2][: part.numel()] for index, part in enumerate(parts)]
+        reading = self._start(stored, start, staged[0])
+        for part, here, after in zip(parts, staged, [*staged[1:], None], strict=True):
+            wait_read(reading)
+            start += part.numel()
+            reading = [] if after is None else self._start(stored, start, after)
+            part.copy_(here)
+        return []
 
     def read(self, key: str, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The whole tensor `key`, in its stored type or in `dtype`."""
@@ -104,34 +110,12 @@ class Shards:
 
     def close(self) -> None:
         """Close the files; a later read opens them again."""
-        with self._lock:
-            for descriptor in self._descriptors.values():
-                os.close(descriptor)
-            self._descriptors.clear()
+        self._reader.close()
 
-    def _descriptor(self, file: Path) -> int:
-        with self._lock:
-            if file not in self._descriptors:
-                try:
-                    self._descriptors[file] = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
-                except OSError as error:
-                    raise StorageError(f"cannot open {file}: {error.strerror}") from error
-            return self._descriptors[file]
-
-    def _read_bytes(self, file: Path, destination: torch.Tensor, offset: int) -> None:
-        view = memoryview(destination.numpy().data)
-        descriptor = self._descriptor(file)
-        done = 0
-        while done < len(view):
-            try:
-                count = os.preadv(descriptor, [view[done:]], offset + done)
-            except OSError as error:
-                raise StorageError(f"cannot read {file} at byte {offset + done}: {error.strerror}") from error
-            if count == 0:
-                raise StorageError(
-                    f"{file} ends at byte {offset + done}, it has been cut since it was opened"
-                )
-            done += count
+    def _start(self, stored: StoredTensor, start: int, target: torch.Tensor) -> list[Future[None]]:
+        """Start filling `target`, 1-D and of the same type, with elements from the flat index `start` on."""
+        buffer = memoryview(target.view(torch.uint8).numpy().data)
+        return self._reader.start_read(stored.file, stored.offset + start * stored.dtype.itemsize, buffer)
 
 
 def _weight_files(folder: Path) -> list[Path]:

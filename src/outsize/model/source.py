@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
 from typing import Protocol
@@ -18,6 +19,7 @@ from torch import nn
 from outsize.block import Block, Piece
 from outsize.errors import WeightsError
 from outsize.model.conversion import Group, group_keys
+from outsize.model.direct import wait_read
 from outsize.model.initial import InitSource
 from outsize.model.names import parameter_aliases, parameter_shapes, persistent_buffers
 from outsize.model.shards import Shards
@@ -31,6 +33,14 @@ class Source(Protocol):
     def read(self, block: Block, targets: Sequence[torch.Tensor]) -> None:
         """Fill `targets`, one per piece and of its shape, cast to their types. The same block gives the same
         bits."""
+        ...
+
+    def stored_dtype(self, piece: Piece) -> torch.dtype | None:
+        """The type in which the values of `piece` are there; None where they are computed."""
+        ...
+
+    def conversion_bytes(self, piece: Piece) -> int:
+        """Memory that computing or converting `piece` takes while it is read, beside the target."""
         ...
 
     def close(self) -> None:
@@ -84,6 +94,7 @@ class SafetensorsSource:
         """Fill one tensor per piece of `block`; raises StorageError where a file can no longer be read."""
         converted: dict[str, torch.Tensor] = {}
         last: Group | None = None
+        reading: list[Future[None]] = []
         for piece, target in zip(block.pieces, targets, strict=True):
             if piece.parameter in self._computed and self._initial is not None:
                 self._initial.read(Block(piece.parameter, (piece,)), [target])
@@ -95,7 +106,7 @@ class SafetensorsSource:
             first_row = piece.row_start or 0
             if group.converter is None:
                 row_elements = piece.num_elements // max(piece.shape[0], 1) if piece.shape else 1
-                self._shards.read_into(group.keys[0][1], target, first_row * row_elements)
+                reading += self._shards.start_read(group.keys[0][1], target, first_row * row_elements)
                 continue
             if group is not last:
                 converted.clear()
@@ -104,6 +115,24 @@ class SafetensorsSource:
                 last = group
             value = converted[self._stored_name[piece.parameter]]
             target.copy_(value if piece.is_whole else value[piece.row_start : piece.row_stop])
+        wait_read(reading)
+
+    def stored_dtype(self, piece: Piece) -> torch.dtype | None:
+        """The type in the files; None where a conversion computes the values, or the model's rules do."""
+        if piece.parameter in self._computed or not self._group(piece).moves_only:
+            return None
+        dtypes = {self._shards.tensors[key].dtype for _, key in self._group(piece).keys}
+        return dtypes.pop() if len(dtypes) == 1 else None
+
+    def conversion_bytes(self, piece: Piece) -> int:
+        """What the model's own rules or a conversion take; a cast takes two small buffers."""
+        if piece.parameter in self._computed:
+            return 8 * piece.num_elements
+        group = self._group(piece)
+        if group.converter is None:
+            return 0
+        stored = [self._shards.tensors[key] for _, key in group.keys]
+        return 3 * sum(each.num_elements * each.dtype.itemsize for each in stored)
 
     def keys(self, block: Block) -> list[str]:
         """The checkpoint keys that `read(block)` opens."""
@@ -214,6 +243,15 @@ class TensorSource:
                     f"{piece.parameter} has shape {list(value.shape)}, expected {list(piece.shape)}"
                 )
             target.copy_(value)
+
+    def stored_dtype(self, piece: Piece) -> torch.dtype | None:
+        """The type of the tensor."""
+        value = self._tensors.get(piece.parameter)
+        return None if value is None else value.dtype
+
+    def conversion_bytes(self, piece: Piece) -> int:
+        """Nothing."""
+        return 0
 
     def close(self) -> None:
         """Let go of the tensors."""

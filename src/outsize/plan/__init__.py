@@ -3,7 +3,15 @@
 from outsize.plan.build import Direction, Occupancy, Visit, build, slot_class_of
 from outsize.plan.check import Peaks, PlanError, check
 from outsize.plan.op import Backward, Claim, Forward, Free, Held, Op, Read, Update, Wait, Write
-from outsize.plan.place import GRADIENT_SUM_BYTES, Placement, SlotClass, place, place_apart, sums_in_place
+from outsize.plan.place import (
+    GRADIENT_SUM_BYTES,
+    Placement,
+    SlotClass,
+    is_stored,
+    place,
+    place_apart,
+    sums_in_place,
+)
 from outsize.plan.plan import Plan
 
 __all__ = [
@@ -28,6 +36,7 @@ __all__ = [
     "Write",
     "build",
     "check",
+    "is_stored",
     "place",
     "place_apart",
     "slot_class_of",

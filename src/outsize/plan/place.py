@@ -151,6 +151,7 @@ def place(
     `home` pins where planes live (`HOST`: all resident, `DISK`: none but `always_resident`); without it memory that is
     left after the slots holds planes. Raises BudgetError, naming the least arena that works, where nothing fits.
     """
+    has_disk = has_disk or not is_stored(records)
     if home in (Home.HOST, Home.DEVICE) or not has_disk:
         whole = _placed(records, _everything(records), 1, 1)
         if whole.arena_bytes > arena_bytes:
@@ -249,6 +250,7 @@ def place_apart(
     three: DEVICE, HOST or DISK. Where there are `commits`, what lives on the device passes through relays to the disk.
     Raises BudgetError, naming what is short, where nothing fits.
     """
+    has_disk = has_disk or not is_stored(records)
     groups = _ordered(records)
     everything = _everything(records)
     whole = _placed(records, everything, 1, 1, frozenset() if commits else None, commits)
@@ -293,6 +295,11 @@ def place_apart(
             else 'give a folder on an SSD with disk="...", or more memory with host=',
         )
     return placement
+
+
+def is_stored(records: Sequence[Record]) -> bool:
+    """Whether anything is ever written: where nothing trains, weights are read from where they came from, each time."""
+    return any(record.num_trainable for record in records)
 
 
 def _everything(records: Sequence[Record]) -> frozenset[tuple[str, Plane]]:
@@ -415,7 +422,9 @@ def _placed(
             record.num_bytes
             for record in records
             if any(group_bytes(record, g) and (record.name, g) not in homes for g in GROUPS)
-        ),
+        )
+        if is_stored(records)
+        else 0,
         hosted=hosted or frozenset(),
         hosted_bytes=sum(group_bytes(by_name[name], group) for name, group in hosted or ()),
         relay_buffers=RELAY_BUFFERS if is_relayed else 0,

@@ -1,0 +1,79 @@
+"""Where nothing trains, nothing is written: weights are read from the model's own files at each pass."""
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import outsize
+from outsize import Pins
+from outsize.engine import blocks
+from tests.promises.test_device import with_twin
+from tests.running import executor_of
+from tests.zoo import ZOO
+
+STREAMED = Pins(resident_bytes=0)
+
+
+@pytest.fixture(params=["llama", "mixtral", "gpt2"])
+def name(request):
+    return request.param
+
+
+def saved(folder, name, dtype=torch.bfloat16):
+    ZOO[name].build(dtype=dtype).save_pretrained(folder)
+    return folder
+
+
+def logits(folder, name, **options):
+    model = outsize.load(folder, **{"dtype": "bfloat16", **options}).eval()
+    model.requires_grad_(False)
+    with torch.no_grad():
+        found = [model(**ZOO[name].batch(seed=seed)).logits for seed in (1, 2)]
+    return model, found
+
+
+def test_it_streams_without_a_disk_of_its_own(name, tmp_path):
+    folder = saved(tmp_path / "model", name)
+    before = sorted(tmp_path.rglob("*"))
+    streamed, found = logits(folder, name, pins=STREAMED)
+    _, expected = logits(folder, name, home="host")
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    store = executor_of(streamed).store
+    assert store.disk is None and not store.placement.resident
+    assert "disk  weights, in their files" in str(outsize.report(streamed))
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_disk_that_could_not_hold_it_is_enough(tmp_path):
+    folder = saved(tmp_path / "model", "llama")
+    model, _ = logits(folder, "llama", disk=f"{tmp_path}:4KiB", home="disk")
+    assert executor_of(model).store.disk is None
+
+
+def test_a_device_is_fed_from_the_files(name, tmp_path, monkeypatch):
+    folder = saved(tmp_path / "model", name)
+    _, expected = logits(folder, name, home="host")
+    with_twin(monkeypatch, lambda way, label: 0.0)
+    model, found = logits(folder, name, home="disk", disk=str(tmp_path))
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    assert executor_of(model).store.disk is None
+
+
+def test_weights_that_are_there_in_the_compute_type_are_not_converted(name, tmp_path, monkeypatch):
+    folder = saved(tmp_path / "bf16", name)
+    wide = saved(tmp_path / "fp32", name)
+    tensors = {key: value.float() for key, value in load_file(folder / "model.safetensors").items()}
+    save_file(tensors, wide / "model.safetensors", metadata={"format": "pt"})
+    converted = []
+    real = blocks.split
+
+    def spy(values):
+        converted.append(values.numel())
+        return real(values)
+
+    monkeypatch.setattr(blocks, "split", spy)
+    _, found = logits(folder, name, pins=STREAMED)
+    assert not converted
+    _, expected = logits(wide, name, pins=STREAMED)
+    assert converted
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
