@@ -1,5 +1,7 @@
 """Where nothing trains, nothing is written: weights are read from the model's own files at each pass."""
 
+import re
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -7,6 +9,7 @@ from safetensors.torch import load_file, save_file
 import outsize
 from outsize import Pins
 from outsize.engine import blocks
+from outsize.errors import BudgetError
 from tests.promises.test_device import with_twin
 from tests.running import executor_of
 from tests.zoo import ZOO
@@ -77,3 +80,14 @@ def test_weights_that_are_there_in_the_compute_type_are_not_converted(name, tmp_
     _, expected = logits(wide, name, pins=STREAMED)
     assert converted
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+def test_the_memory_that_is_named_is_what_streaming_takes(tmp_path):
+    """A folder on an SSD is not asked for, and what is named works."""
+    folder = saved(tmp_path / "model", "llama")
+    with pytest.raises(BudgetError) as caught:
+        logits(folder, "llama", host="1MiB")
+    assert "SSD" not in caught.value.hint
+    found = re.search(r'host="(\d+MiB)"', caught.value.hint)
+    model, _ = logits(folder, "llama", host=found[1], pins=STREAMED)
+    assert not executor_of(model).store.placement.resident

@@ -22,7 +22,7 @@ from outsize.engine import closing, keep, memory
 from outsize.engine.probe import BatchShape, Rehearsal
 from outsize.engine.versions import Layout
 from outsize.errors import BudgetError
-from outsize.plan import Direction, Placement, place, place_apart
+from outsize.plan import Direction, Placement, is_stored, place, place_apart
 from outsize.plan.place import GROUPS, group_bytes
 from outsize.plan.planner import Choice, choose, prefer, waits
 from outsize.plan.profile import Profile
@@ -520,7 +520,7 @@ class Budget:
         home: Home | None,
     ) -> Placement:
         """The same, however much of the disk that takes."""
-        has_disk = self._settings.budgets.disks != ()
+        has_disk = self._can_stream(records)
         if self._device.is_host:
             placement = place(
                 records,
@@ -553,12 +553,16 @@ class Budget:
     def _beside_activations(self, placement: Placement) -> int:
         return placement.arena_bytes if self._device.is_host else placement.compute_bytes
 
+    def _can_stream(self, records: Sequence[Record]) -> bool:
+        """Whether not everything has to stay in memory: there is a disk, or nothing is ever written to one."""
+        return self._settings.budgets.disks != () or not is_stored(records)
+
     def _least(self, records: Sequence[Record]) -> Placement:
         """The placement that takes the least memory."""
         pins = self._settings.pins
         home = self._settings.home
         if home is None and pins.resident is None:
-            home = Home.DISK if self._settings.budgets.disks != () else Home.HOST
+            home = Home.DISK if self._can_stream(records) else Home.HOST
         slots = replace(
             pins,
             weight_slots=pins.weight_slots or 1,
@@ -588,7 +592,7 @@ class Budget:
             + least.home_bytes
             + HINT_MARGIN_BYTES
         )
-        has_disk = self._settings.budgets.disks != ()
+        has_disk = self._can_stream(records)
         hint = (
             f'device="{-(-device // 2**20)}MiB" with host="{-(-host // 2**20)}MiB"{self._with_disk(least)} '
             f"works with this batch{smaller}"
@@ -602,7 +606,7 @@ class Budget:
 
     def _hint(self, records: Sequence[Record], fixed_bytes: int, smaller: str) -> str:
         """The smallest budget that works."""
-        has_disk = self._settings.budgets.disks != ()
+        has_disk = self._can_stream(records)
         least = self._least(records)
         needed = -(-(fixed_bytes + least.arena_bytes + HINT_MARGIN_BYTES) // (1 << 20))
         hint = f'host="{needed}MiB"{self._with_disk(least)} works with this batch{smaller}'

@@ -151,7 +151,6 @@ def place(
     `home` pins where planes live (`HOST`: all resident, `DISK`: none but `always_resident`); without it memory that is
     left after the slots holds planes. Raises BudgetError, naming the least arena that works, where nothing fits.
     """
-    has_disk = has_disk or not is_stored(records)
     if home in (Home.HOST, Home.DEVICE) or not has_disk:
         whole = _placed(records, _everything(records), 1, 1)
         if whole.arena_bytes > arena_bytes:
@@ -250,7 +249,6 @@ def place_apart(
     three: DEVICE, HOST or DISK. Where there are `commits`, what lives on the device passes through relays to the disk.
     Raises BudgetError, naming what is short, where nothing fits.
     """
-    has_disk = has_disk or not is_stored(records)
     groups = _ordered(records)
     everything = _everything(records)
     whole = _placed(records, everything, 1, 1, frozenset() if commits else None, commits)
