@@ -13,6 +13,7 @@ from outsize.model.initial import InitSource
 from outsize.model.points import Binding, Cut, Point, PointKind
 from outsize.model.skeleton import longest_sequence, open_skeleton, resolve_folder
 from outsize.model.source import SafetensorsSource, Source, TensorSource
+from outsize.model.tokenizer import load_tokenizer
 
 __all__ = [
     "Binding",
@@ -24,6 +25,7 @@ __all__ = [
     "Source",
     "TensorSource",
     "cut",
+    "load_tokenizer",
     "longest_sequence",
     "open_skeleton",
     "resolve_folder",
