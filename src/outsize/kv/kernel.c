@@ -28,24 +28,26 @@ struct Attention {
   float softcap;          // 0: none
 };
 
+typedef float Vector __attribute__((vector_size(4 * LANES)));
+typedef int32_t Integers __attribute__((vector_size(4 * LANES)));
+typedef float Unaligned __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+
+static inline Vector spread(float x) { return x - (Vector){0}; }
+
 // exp(x) for x <= 0, to 1 ulp or so: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2].
-static inline float exponential(float x) {
-  x = x < -87.0f ? -87.0f : x;
-  const float scaled = x * 1.442695041f;
-  const int32_t n = (int32_t)(scaled - 0.5f);
-  const float f = (x - (float)n * 0.693359375f) - (float)n * -2.12194440e-4f;
-  float p = 1.0f / 5040;
-  p = p * f + 1.0f / 720;
+static inline Vector exponential(Vector x) {
+  x = x < -87.0f ? spread(-87.0f) : x;
+  const Integers n = __builtin_convertvector(x * 1.442695041f - 0.5f, Integers);
+  const Vector whole = __builtin_convertvector(n, Vector);
+  const Vector f = (x - whole * 0.693359375f) - whole * -2.12194440e-4f;
+  Vector p = f * (1.0f / 5040) + 1.0f / 720;
   p = p * f + 1.0f / 120;
   p = p * f + 1.0f / 24;
   p = p * f + 1.0f / 6;
   p = p * f + 0.5f;
   p = p * f + 1.0f;
   p = p * f + 1.0f;
-  const int32_t bits = (n + 127) << 23;
-  float power;
-  memcpy(&power, &bits, sizeof power);
-  return p * power;
+  return p * (Vector)((n + 127) << 23);
 }
 
 static void widen(const uint16_t *from, float *to, int64_t count) {
@@ -55,32 +57,70 @@ static void widen(const uint16_t *from, float *to, int64_t count) {
   }
 }
 
-static void scores_of(const float *query, const float *keys, int32_t width, float *scores) {
-  float a[LANES] = {0}, b[LANES] = {0}, c[LANES] = {0}, e[LANES] = {0};
-  int32_t d = 0;
-  for (; d + 4 <= width; d += 4) {
-    const float *k = keys + (int64_t)d * PAGE;
-    for (int j = 0; j < LANES; j++) a[j] += query[d] * k[j];
-    for (int j = 0; j < LANES; j++) b[j] += query[d + 1] * k[PAGE + j];
-    for (int j = 0; j < LANES; j++) c[j] += query[d + 2] * k[2 * PAGE + j];
-    for (int j = 0; j < LANES; j++) e[j] += query[d + 3] * k[3 * PAGE + j];
-  }
-  for (; d < width; d++)
-    for (int j = 0; j < LANES; j++) a[j] += query[d] * keys[(int64_t)d * PAGE + j];
-  for (int j = 0; j < LANES; j++) scores[j] = (a[j] + b[j]) + (c[j] + e[j]);
+static inline Vector at(const float *from) { return *(const Unaligned *)from; }
+static inline void put(float *to, Vector x) { *(Unaligned *)to = x; }
+
+static inline float largest_of(Vector x) {
+  for (int width = LANES / 2; width; width /= 2)
+    for (int j = 0; j < width; j++) x[j] = x[j] > x[j + width] ? x[j] : x[j + width];
+  return x[0];
 }
 
-static void add_values(float *total, const float *values, const float *weights, int first, int stop, int32_t width) {
+static inline float sum_of(Vector x) {
+  for (int width = LANES / 2; width; width /= 2)
+    for (int j = 0; j < width; j++) x[j] += x[j + width];
+  return x[0];
+}
+
+// Pages lie anywhere, so the processor does not guess the next one: its lines are fetched beside computing.
+typedef struct {
+  const char *keys, *values;
+  int64_t key_bytes, num_bytes, done, step;
+} Ahead;
+
+static inline void fetch(Ahead *ahead) {
+  for (int64_t end = ahead->done + ahead->step; ahead->done < end; ahead->done += 64)
+    __builtin_prefetch(
+        ahead->done < ahead->key_bytes ? ahead->keys + ahead->done : ahead->values + ahead->done - ahead->key_bytes, 0, 2);
+}
+
+static inline Vector scores_of(const float *query, const float *keys, int32_t width, Ahead *ahead) {
+  Vector a = {0}, b = {0}, c = {0}, e = {0};
   int32_t d = 0;
-  for (; d + LANES <= width; d += LANES) {
-    float sum[LANES];
-    for (int i = 0; i < LANES; i++) sum[i] = total[d + i];
-    for (int j = first; j < stop; j++)
-      for (int i = 0; i < LANES; i++) sum[i] += weights[j] * values[(int64_t)j * width + d + i];
-    for (int i = 0; i < LANES; i++) total[d + i] = sum[i];
+  for (; d + 4 <= width; d += 4, keys += 4 * PAGE) {
+    if (ahead->done < ahead->num_bytes) fetch(ahead);
+    a += query[d] * at(keys);
+    b += query[d + 1] * at(keys + PAGE);
+    c += query[d + 2] * at(keys + 2 * PAGE);
+    e += query[d + 3] * at(keys + 3 * PAGE);
   }
-  for (; d < width; d++)
+  for (; d < width; d++, keys += PAGE) a += query[d] * at(keys);
+  return (a + b) + (c + e);
+}
+
+// total = total * factor + weights * values, for positions [first, stop) of a page.
+static inline void add_values(
+    float *total, float factor, const float *values, const float *weights, int first, int stop, int32_t width) {
+  int32_t d = 0;
+  for (; d + 4 * LANES <= width; d += 4 * LANES) {
+    Vector a = at(total + d) * factor, b = at(total + d + LANES) * factor;
+    Vector c = at(total + d + 2 * LANES) * factor, e = at(total + d + 3 * LANES) * factor;
+    for (int j = first; j < stop; j++) {
+      const float *v = values + (int64_t)j * width + d;
+      a += weights[j] * at(v);
+      b += weights[j] * at(v + LANES);
+      c += weights[j] * at(v + 2 * LANES);
+      e += weights[j] * at(v + 3 * LANES);
+    }
+    put(total + d, a);
+    put(total + d + LANES, b);
+    put(total + d + 2 * LANES, c);
+    put(total + d + 3 * LANES, e);
+  }
+  for (; d < width; d++) {
+    total[d] *= factor;
     for (int j = first; j < stop; j++) total[d] += weights[j] * values[(int64_t)j * width + d];
+  }
 }
 
 static void attend_unit(const Attention *a, int64_t unit) {
@@ -89,6 +129,8 @@ static void attend_unit(const Attention *a, int64_t unit) {
   const int32_t rows = item[1], first_position = item[3];
   const int32_t *table = a->tables + item[2];
   const int64_t key_size = (int64_t)a->key_width * PAGE, value_size = (int64_t)a->value_width * PAGE;
+  const int64_t element = a->is_bfloat16 ? 2 : 4;
+  const Integers lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   float wide_keys[key_size], wide_values[value_size], top[rows * group], sum[rows * group];
 
   for (int32_t i = 0; i < rows * group; i++) {
@@ -110,6 +152,15 @@ static void attend_unit(const Attention *a, int64_t unit) {
       keys = wide_keys;
       values = wide_values;
     }
+    Ahead ahead = {0};
+    if (page < (first_position + rows - 1) / PAGE) {
+      const int64_t next = (int64_t)table[page + 1] * a->kv_heads + head, steps = rows * group * (a->key_width / 4);
+      ahead.keys = (const char *)a->keys + next * key_size * element;
+      ahead.values = (const char *)a->values + next * value_size * element;
+      ahead.key_bytes = key_size * element;
+      ahead.num_bytes = (key_size + value_size) * element;
+      ahead.step = steps ? (ahead.num_bytes / steps + 63) / 64 * 64 : 0;
+    }
     for (int32_t row = 0; row < rows; row++) {
       const int32_t last = first_position + row - page * PAGE;
       const int32_t lowest = a->window ? last - a->window + 1 : 0;
@@ -118,22 +169,17 @@ static void attend_unit(const Attention *a, int64_t unit) {
       for (int32_t i = 0; i < group; i++) {
         const int64_t vector = (int64_t)(item[0] + row) * a->heads + head * group + i;
         float *output = a->output + vector * a->value_width;
-        float scores[LANES], weights[LANES];
-        scores_of(a->query + vector * a->key_width, keys, a->key_width, scores);
-        for (int j = 0; j < LANES; j++) scores[j] *= a->scale;
+        Vector scores = scores_of(a->query + vector * a->key_width, keys, a->key_width, &ahead) * a->scale;
         if (a->softcap > 0)
           for (int j = 0; j < LANES; j++) scores[j] = tanhf(scores[j] / a->softcap) * a->softcap;
-        float highest = top[row * group + i];
-        for (int j = first; j < stop; j++) highest = scores[j] > highest ? scores[j] : highest;
-        if (highest > top[row * group + i]) {
-          const float factor = exponential(top[row * group + i] - highest);
-          for (int32_t d = 0; d < a->value_width; d++) output[d] *= factor;
-          sum[row * group + i] *= factor;
-          top[row * group + i] = highest;
-        }
-        for (int j = 0; j < LANES; j++) weights[j] = exponential(j < first || j >= stop ? -87.0f : scores[j] - highest);
-        for (int j = first; j < stop; j++) sum[row * group + i] += weights[j];
-        add_values(output, values, weights, first, stop, a->value_width);
+        const float before = top[row * group + i];
+        if (stop - first < LANES) scores = lane >= first && lane < stop ? scores : spread(-INFINITY);
+        const float largest = largest_of(scores), highest = largest > before ? largest : before;
+        const Vector weights = exponential(scores - highest);
+        const float factor = highest > before ? exponential(spread(before - highest))[0] : 1.0f;
+        sum[row * group + i] = sum[row * group + i] * factor + sum_of(weights);
+        top[row * group + i] = highest;
+        add_values(output, factor, values, (const float *)&weights, first, stop, a->value_width);
       }
     }
   }
