@@ -346,7 +346,7 @@ def test_generate_answers_a_file_and_goes_on(plain, model, tmp_path, capsys):
         (["--prompt", "w1", "--prompts", "x", "--out", "y"], "both given"),
         (["--prompts", "x"], "go together"),
         (["--prompts", "x.jsonl", "--out", "y"], "x.jsonl: No such file"),
-        (["--prompt", "w1", "--stop", ""], "a stop text is empty"),
+        (["--prompt", "w1", "--stop", ""], "no text, or empty"),
         (["--prompt", "w1 " * 50], "the model 32 positions"),
         (["--prompt", "w1", "--kv", "3"], "no page of 16 tokens"),
     ],

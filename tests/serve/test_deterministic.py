@@ -23,8 +23,12 @@ def alone(model, request):
     return answer(Engine(model, deterministic=True).submit(request))
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_oss", "qwen3_moe", "phi3"])
-def test_bits_do_not_depend_on_what_else_runs(name, tmp_path, monkeypatch):
+NAMES = ("llama", "gemma2", "gpt2", "gpt_oss", "qwen3_moe", "deepseek_v3", "phi3")
+
+
+@pytest.mark.parametrize(("name", "threads"), [*((name, 1) for name in NAMES), ("llama", 2)])
+def test_bits_do_not_depend_on_what_else_runs(name, threads, tmp_path, monkeypatch):
+    torch.set_num_threads(threads)
     plain, prompts = lively(name), prompts_of((33, 5, 20))
     model = opened(plain, disk=tmp_path, home="disk", pins=Pins(weight_slots=1)).requires_grad_(False)
     requests = [Request(prompt, DRAWN, 8) for prompt in prompts]

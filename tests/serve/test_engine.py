@@ -135,6 +135,23 @@ def test_a_request_is_cancelled_while_it_is_generated(any_model):
     assert len(seen) == 3 and stream.completions[0].finish is Finish.CANCELLED
 
 
+@pytest.mark.parametrize("num_seen", range(1, 10))
+def test_whoever_watches_may_cancel_all_samples_at_any_token(model, num_seen):
+    engine, (prompt,) = Engine(model), prompts_of((33,))
+    seen = []
+
+    def watch(token):
+        seen.append(token)
+        if len(seen) == num_seen:
+            engine.cancel(stream)
+
+    stream = engine.submit(Request(prompt, DRAWN, 3, num_samples=3), watch)
+    stream.wait()
+    assert len(seen) == num_seen and engine.is_idle
+    engine.scheduler.check()
+    assert engine.scheduler.pool.num_free == engine.scheduler.pool.num_usable
+
+
 def test_logprobs_are_those_of_the_model(any_model):
     engine, (prompt,) = open_engine(any_model, pass_tokens=7), prompts_of((20,))
     stream = engine.submit(Request(prompt, DRAWN, 5, logprobs=2, prompt_logprobs=True))

@@ -62,10 +62,16 @@ def test_one_at_a_time(name, caplog):
         assert_greedy(model, prompt, tokens)
 
 
-@pytest.mark.parametrize("type", ["dynamic"])
-def test_rotations_that_depend_on_the_longest_request_are_served_alone(type):
+def test_one_at_a_time_streamed(tmp_path):
+    plain, (prompt,) = lively("bloom"), prompts_of((9,))
+    model = opened(plain, disk=tmp_path, home="disk", pins=Pins(weight_slots=1)).requires_grad_(False)
+    (tokens,) = serve(open_engine(model), [prompt], 5)
+    assert_greedy(plain, prompt, tokens)
+
+
+def test_rotations_that_depend_on_the_longest_request_are_served_alone():
     rope = {
-        "rope_type": type,
+        "rope_type": "dynamic",
         "rope_theta": 10000.0,
         "factor": 2.0,
         "original_max_position_embeddings": 16,

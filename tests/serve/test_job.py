@@ -75,18 +75,19 @@ def test_each_line_is_answered_by_its_own_settings(generate, tmp_path):
         {"prompt": "w1 w2", "max_new_tokens": 2, "num_samples": 2, "temperature": 1.0, "logprobs": 1},
         {"prompt": "w1 " * 40},
         {"prompt": "w1", "top_p": 7},
+        {"prompt": "w1", "stop": 5},
     )
     told = []
     progress = run_job(generate, prompts, tmp_path / "out.jsonl", {"max_new_tokens": 5}, told.append)
     by_line = {answer["line"]: answer for answer in answers(tmp_path / "out.jsonl")}
-    assert sorted(by_line) == [1, 3, 4, 5]
+    assert sorted(by_line) == [1, 3, 4, 5, 6]
     assert by_line[1]["id"] == "a" and by_line[1]["samples"][0]["text"] == generate("w1 w2", max_new_tokens=5)
     assert [len(sample["tokens"]) for sample in by_line[3]["samples"]] == [2, 2]
     assert len(by_line[3]["samples"][0]["logprobs"]) == 2
     assert "40 tokens, the model 32 positions" in by_line[4]["error"]
-    assert "top_p: 7" in by_line[5]["error"]
-    assert (progress.num_done, progress.num_failed, progress.num_prompts) == (4, 2, 4)
-    assert [one.num_done for one in told] == [1, 2, 3, 4, 4] and told[-1].num_tokens == 9
+    assert "top_p: 7" in by_line[5]["error"] and "wrong type" in by_line[6]["error"]
+    assert (progress.num_done, progress.num_failed, progress.num_prompts) == (5, 3, 5)
+    assert [one.num_done for one in told] == [1, 2, 3, 4, 5, 5] and told[-1].num_tokens == 9
 
 
 @pytest.mark.parametrize(

@@ -85,6 +85,8 @@ def test_logprobs():
         {"top_p": 0},
         {"min_p": 2},
         {"repetition_penalty": 0},
+        {"seed": 1.5},
+        {"top_k": 2.5},
     ],
 )
 def test_settings_that_cannot_be(settings):
@@ -94,7 +96,15 @@ def test_settings_that_cannot_be(settings):
 
 
 def test_requests_that_cannot_be():
-    for settings in ({"max_new_tokens": 0}, {"num_samples": 0}, {"logprobs": -1}, {"stop": ("",)}):
+    for settings in (
+        {"max_new_tokens": 0},
+        {"max_new_tokens": 2.5},
+        {"num_samples": 0},
+        {"num_samples": 10**9},
+        {"logprobs": -1},
+        {"stop": ("",)},
+        {"stop": (3,)},
+    ):
         with pytest.raises(ConfigError):
             Request((1,), **settings)
     assert Sampling(temperature=0, top_p=0.5).is_greedy and not Sampling(top_k=2).is_greedy

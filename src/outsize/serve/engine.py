@@ -131,23 +131,28 @@ class Engine:
 
     def _take(self, chunk: Chunk, logits_NV: torch.Tensor) -> None:
         """Choose the tokens whose logits came; guesses hold as far as they are what is chosen."""
-        sample, answer = chunk.sample, self._answers[id(chunk.sample.stream)]
+        sample = chunk.sample
+        if _is_over(sample):
+            return  # who watches a sibling cancelled them all
+        answer = self._answers[id(sample.stream)]
         if chunk.tells_prompt:
             answer.tell_prompt(sample.num_computed, logits_NV)
         self.scheduler.computed(sample, chunk.num_tokens)
         if sample.num_remaining:
             return
-        num_right = 0
+        num_right, finish = 0, None
         for row_V, guess in zip(logits_NV[-1 - len(chunk.guesses) :], (*chunk.guesses, None), strict=True):
             token, finish = answer.choose(sample.index, row_V, sample.tokens, sample.most_tokens)
+            if _is_over(sample):
+                return
             sample.tokens.append(token)
-            if finish is not None:
-                self._end(sample, finish)
-                break
-            if token != guess:
+            if finish is not None or token != guess:
                 break
             num_right += 1
         self.guesser.learn(sample, len(chunk.guesses), num_right)
+        if finish is not None:
+            self._end(sample, finish)
+            return
         self.scheduler.computed(sample, num_right)
         if self._has_turned(sample):
             self.scheduler.turned(sample)
@@ -164,6 +169,10 @@ class Engine:
         answer.finish(sample.index, finish)
         if sample.stream.is_finished:
             del self._answers[id(sample.stream)]
+
+
+def _is_over(sample: Sample) -> bool:
+    return sample.stream.completions[sample.index].finish is not None
 
 
 def _part(chunk: Chunk) -> Part:

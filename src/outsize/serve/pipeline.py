@@ -126,9 +126,9 @@ def request_of(tokenizer: Any, prompt: Prompt, settings: Mapping[str, Any]) -> R
                 hint='pass a text, or messages such as {"role": "user", "content": "..."}',
             ) from error
         tokens = tokens["input_ids"]
-    stop = settings.get("stop", ())
-    given = {**settings, "stop": (stop,) if isinstance(stop, str) else tuple(stop)}
     try:
+        stop = settings.get("stop", ())
+        given = {**settings, "stop": (stop,) if isinstance(stop, str) else tuple(stop)}
         sampling = Sampling(**{name: given[name] for name in given.keys() & _SAMPLING})
         rest = {name: given[name] for name in given.keys() & _REQUEST}
         return Request(tuple(tokens), sampling, **rest)

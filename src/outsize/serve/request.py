@@ -33,8 +33,10 @@ class Sampling:
     def __post_init__(self) -> None:
         if self.temperature is not None and not (math.isfinite(self.temperature) and self.temperature >= 0):
             raise _refuse("temperature", self.temperature, "not zero or more", "0.8")
-        if self.top_k is not None and self.top_k < 1:
-            raise _refuse("top_k", self.top_k, "less than 1", "40")
+        if not isinstance(self.seed, int):
+            raise _refuse("seed", self.seed, "no whole number", "1")
+        if self.top_k is not None and not (isinstance(self.top_k, int) and self.top_k >= 1):
+            raise _refuse("top_k", self.top_k, "no whole number from 1 on", "40")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise _refuse("top_p", self.top_p, "not in (0, 1]", "0.9")
         if self.min_p is not None and not 0 <= self.min_p <= 1:
@@ -47,6 +49,10 @@ class Sampling:
         """Whether no chance is involved."""
         is_plain = self.top_k is None and self.top_p is None and self.min_p is None
         return self.temperature == 0 or (self.temperature is None and is_plain)
+
+
+_MOST = 1 << 20
+"""Of anything that is counted in a request."""
 
 
 def _refuse(name: str, value: float, why: str, example: str) -> ConfigError:
@@ -71,10 +77,11 @@ class Request:
 
     def __post_init__(self) -> None:
         for name, least in (("max_new_tokens", 1), ("num_samples", 1), ("logprobs", 0)):
-            if (value := getattr(self, name)) < least:
-                raise _refuse(name, value, f"less than {least}", str(max(least, 1)))
-        if "" in self.stop:
-            raise ConfigError("a stop text is empty", hint="leave it out")
+            value = getattr(self, name)
+            if not isinstance(value, int) or not least <= value <= _MOST:
+                raise _refuse(name, value, f"no whole number from {least} to {_MOST:,}", str(max(least, 1)))
+        if not all(isinstance(stop, str) and stop for stop in self.stop):
+            raise ConfigError(f"stop: {self.stop} has what is no text, or empty", hint="leave it out")
 
 
 class Finish(StrEnum):

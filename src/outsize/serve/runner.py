@@ -7,7 +7,7 @@ any prompt.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -75,6 +75,7 @@ class Runner:
         self.model: Any = model
         self.deterministic = deterministic
         self.device = next(model.parameters()).device if session is None else session.torch_device
+        self._sends = session is None  # a model of Outsize sends its arguments itself
         self.pageable: Pageable = probe(
             model,
             self._call if session is None else lambda arguments: walk(session, arguments),
@@ -93,7 +94,8 @@ class Runner:
         self.kv = PagedKV(self.pageable.layers, num_pages, dtype, self.device)
         if session is not None and session.executor is None:
             with switched(self.model), self._products(), torch.no_grad():
-                session.settle_for(self._arguments(self._largest()))
+                for parts in self._largest():
+                    session.settle_for(self._arguments(parts))
 
     @torch.no_grad()
     def run(self, parts: Sequence[Part], *, is_long: bool = False) -> list[torch.Tensor]:
@@ -111,11 +113,12 @@ class Runner:
         return list(logits_NV.split([len(part.rows) for part in parts] + [int(not _num_rows(parts))]))
 
     def _call(self, arguments: dict[str, Any]) -> Any:
-        moved = {
-            name: value.to(self.device) if isinstance(value, torch.Tensor) else value
-            for name, value in arguments.items()
-        }
-        return self.model(**moved)
+        if self._sends:
+            arguments = {
+                name: value.to(self.device) if isinstance(value, torch.Tensor) else value
+                for name, value in arguments.items()
+            }
+        return self.model(**arguments)
 
     def _products(self) -> AbstractContextManager[object]:
         return FixedTiles() if self.deterministic else nullcontext()  # type: ignore[no-untyped-call]
@@ -145,17 +148,24 @@ class Runner:
             "paged": Pass(self.kv, segments, one_by_one=self.deterministic),
         }
 
-    def _largest(self) -> list[Part]:
-        """The pass that takes most: as many tokens and rows as there may be, at the end of the longest request."""
+    def _largest(self) -> Iterator[list[Part]]:
+        """The passes that take most: as many tokens and rows as there may be, at the end of the longest request.
+
+        Calls are told apart by whether an id is 0 and whether positions go on from one token to the next: one pass of
+        each kind, so that none is rehearsed in the midst of serving.
+        """
         longest = min(self.pageable.most_positions, (self.kv.num_pages - 1) * PAGE_TOKENS)
-        count = min(self.pass_tokens, longest)
         table = range(1, 1 + pages_for(longest))
-        rows = range(min(self.pass_rows, count))
-        parts = [Part([0] * count, longest - count, table, rows)]
-        # Tokens that one request cannot have: many that decode, beside it.
-        left = self.pass_rows - len(rows)
-        parts += [Part((0,), 0, table, range(int(i < left))) for i in range(self.pass_tokens - count)]
-        return parts
+        for token in (1, 0):
+            for most in (longest, longest // 2):
+                tokens, rows = self.pass_tokens, self.pass_rows
+                parts = []
+                while tokens:
+                    count = min(tokens, most)
+                    wanted = min(rows, count)
+                    parts.append(Part([token] * count, longest - count, table, range(wanted)))
+                    tokens, rows = tokens - count, rows - wanted
+                yield parts
 
     def _num_pages(self, session: Session | None, kv: str | int | None) -> int:
         longest = pages_for(self.pageable.most_positions)
