@@ -289,6 +289,8 @@ def test_generate_streams_the_same_text_for_the_same_seed(plain, model, capsys, 
         assert run(*arguments, "--seed", seed) == 0
         texts.append(capsys.readouterr().out)
     assert texts[0] == texts[1] and texts[0].startswith("w1 w2 ")
+    assert run(*arguments, "--draft", model, "--deterministic") == 0
+    assert capsys.readouterr().out == texts[0]
     monkeypatch.setattr(sys, "stdin", io.StringIO("w3"))
     assert run("generate", model, "--prompt", "-", "--max-new-tokens", 5) == 0
     assert capsys.readouterr().out.startswith("w3 ")
@@ -349,6 +351,7 @@ def test_generate_answers_a_file_and_goes_on(plain, model, tmp_path, capsys):
         (["--prompt", "w1", "--stop", ""], "no text, or empty"),
         (["--prompt", "w1 " * 50], "the model 32 positions"),
         (["--prompt", "w1", "--kv", "3"], "no page of 16 tokens"),
+        (["--prompt", "w1", "--draft", "nowhere"], "no such folder: nowhere"),
     ],
 )
 def test_generate_refuses_what_cannot_be(plain, model, arguments, words, capsys):

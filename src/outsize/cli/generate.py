@@ -76,6 +76,12 @@ def _add_settings(group: Any) -> None:
     add("--kv", metavar="SIZE", help="memory of the KV cache (a quarter of what is free)")
     add("--pass-tokens", type=int, metavar="N", help="tokens that go through the model at once, at most")
     add(
+        "--draft",
+        type=Path,
+        metavar="MODEL",
+        help="a smaller model that guesses ahead; the text stays the same",
+    )
+    add(
         "--deterministic",
         action="store_true",
         help="the same bits whatever else is computed beside it, slower",
@@ -97,22 +103,26 @@ def run(options: argparse.Namespace) -> int:
     for prompt in prompts or ["-"]:
         request_of(tokenizer, prompt, given)  # what is malformed is refused before a model is loaded
     place = shared.place_of(options)
-    model = outsize.load(
-        options.model,
-        device=place.device,
-        host=place.host,
-        disk=place.disk,
-        home=place.home,
-        dtype=place.dtype,
-        pins=place.pins,
-    )
-    model.requires_grad_(False)  # no memory for gradients
+
+    def opened(folder: Path) -> Any:
+        model = outsize.load(
+            folder,
+            device=place.device,
+            host=place.host,
+            disk=place.disk,
+            home=place.home,
+            dtype=place.dtype,
+            pins=place.pins,
+        )
+        return model.requires_grad_(False)  # no memory for gradients
+
     generate = pipeline(
-        model,
+        opened(options.model),
         tokenizer=tokenizer,
         kv=options.kv,
         pass_tokens=options.pass_tokens,
         deterministic=options.deterministic,
+        draft=None if options.draft is None else opened(options.draft),
     )
     if options.prompts is not None:
         return int(run_job(generate, options.prompts, options.out, given, _Teller()).num_failed > 0)
@@ -169,8 +179,9 @@ def _duration(seconds: float) -> str:
 
 
 def _check(options: argparse.Namespace) -> None:
-    if not options.model.is_dir():
-        raise ConfigError(f"no such folder: {options.model}", hint="pass the folder of a Hugging Face model")
+    for folder in (options.model, options.draft):
+        if folder is not None and not folder.is_dir():
+            raise ConfigError(f"no such folder: {folder}", hint="pass the folder of a Hugging Face model")
     if not options.prompt and options.prompts is None:
         raise ConfigError("no prompt", hint='pass --prompt "some text", or --prompts FILE --out FILE')
     if options.prompt and options.prompts is not None:

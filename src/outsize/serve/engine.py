@@ -20,6 +20,7 @@ from torch import nn
 
 from outsize.kv import NotPageableError, PagePool
 from outsize.serve.answer import Answer, end_tokens
+from outsize.serve.draft import Draft
 from outsize.serve.request import Finish, Request, Stream, Token
 from outsize.serve.runner import Part, Runner
 from outsize.serve.schedule import Chunk, Limits, Sample, Scheduler
@@ -55,16 +56,20 @@ def open_engine(
     kv: str | int | None = None,
     pass_tokens: int | None = None,
     deterministic: bool = False,
+    draft: nn.Module | None = None,
 ) -> Serves:
     """An engine for any causal model of transformers, plain or of Outsize.
 
     `kv`: memory of its KV cache, such as "2GiB"; else a quarter of what is free. `pass_tokens`: tokens that go through
     the model at once, at most. `tokenizer`: for texts and stop texts. `deterministic`: tokens and log-probabilities have
-    the same bits whatever else runs, slower. Raises BudgetError where it does not fit.
+    the same bits whatever else runs, slower. `draft`: a smaller model of the same tokens, which guesses ahead; it changes
+    nothing in the output. Raises BudgetError where it does not fit, ConfigError for a draft that cannot be used.
     """
     model.eval()
     try:
-        return Engine(model, tokenizer, kv=kv, pass_tokens=pass_tokens, deterministic=deterministic)
+        return Engine(
+            model, tokenizer, kv=kv, pass_tokens=pass_tokens, deterministic=deterministic, draft=draft
+        )
     except NotPageableError as reason:
         _log.warning(
             "%s is served one request at a time, by its own generate: %s", type(model).__name__, reason
@@ -83,15 +88,19 @@ class Engine:
         kv: str | int | None = None,
         pass_tokens: int | None = None,
         deterministic: bool = False,
+        draft: nn.Module | None = None,
     ) -> None:
         """Raises NotPageableError where the model cannot run over pages, BudgetError where it does not fit."""
+        # The draft comes first: what it takes is then there when the model's weights are placed.
+        self.guesser = Guesser(None if draft is None else Draft(draft, pass_tokens=pass_tokens))
+        if self.guesser.draft is not None:
+            self.guesser.draft.check_against(model)
         self.runner = Runner(model, kv, pass_tokens, deterministic=deterministic)
         pageable = self.runner.pageable
         limits = Limits(
             self.runner.pass_tokens, self.runner.pass_rows, pageable.most_positions, pageable.long_after
         )
         self.scheduler = Scheduler(PagePool(self.runner.kv.num_pages), limits)
-        self.guesser = Guesser()
         self._answers: dict[int, Answer] = {}
         self._tokenizer = tokenizer
         self._ends = end_tokens(model)
@@ -116,8 +125,9 @@ class Engine:
         return self.scheduler.is_idle
 
     def step(self) -> None:
-        """One pass: admit, compose, run, and take what came of it."""
+        """One pass: admit, guess, compose, run, and take what came of it."""
         self.scheduler.admit()
+        self.guesser.prepare(self.scheduler.running)
         chunks = self.scheduler.compose(self.guesser.propose)
         if not chunks:
             return
@@ -165,6 +175,7 @@ class Engine:
 
     def _end(self, sample: Sample, finish: Finish) -> None:
         self.scheduler.remove(sample)
+        self.guesser.forget(sample)
         answer = self._answers[id(sample.stream)]
         answer.finish(sample.index, finish)
         if sample.stream.is_finished:

@@ -39,6 +39,7 @@ def pipeline(
     kv: str | int | None = None,
     pass_tokens: int | None = None,
     deterministic: bool = False,
+    draft: str | Path | nn.Module | None = None,
     device: str | int | None = None,
     host: str | int | None = None,
     disk: Disk | None = None,
@@ -51,20 +52,32 @@ def pipeline(
 
     `kv`: memory of the KV cache, such as "2GiB"; else a quarter of what is free. `pass_tokens`: tokens that go through
     the model at once, at most. `deterministic`: tokens and log-probabilities have the same bits whatever else runs, slower.
+    `draft`: a smaller model of the same tokens (a folder, or open), which guesses ahead and changes nothing in the output.
 
     Raises what `load` raises, and DataError where the folder has no tokenizer.
     """
-    if isinstance(model, nn.Module):
-        if tokenizer is None:
-            raise ConfigError("an open model comes without its tokenizer", hint="pass tokenizer=")
-        engine = open_engine(model, tokenizer, kv=kv, pass_tokens=pass_tokens, deterministic=deterministic)
-        return Pipeline(engine, tokenizer)
-    tokenizer = tokenizer or load_tokenizer(Path(model))
-    opened = load(
-        model, device=device, host=host, disk=disk, home=home, dtype=dtype, pins=pins, profile=profile
+    if isinstance(model, nn.Module) and tokenizer is None:
+        raise ConfigError("an open model comes without its tokenizer", hint="pass tokenizer=")
+    if not isinstance(model, nn.Module):
+        tokenizer = tokenizer or load_tokenizer(Path(model))
+
+    def opened(what: str | Path | nn.Module) -> nn.Module:
+        if isinstance(what, nn.Module):
+            return what
+        module = load(
+            what, device=device, host=host, disk=disk, home=home, dtype=dtype, pins=pins, profile=profile
+        )
+        return module.requires_grad_(False)  # no memory for gradients
+
+    engine = open_engine(
+        opened(model),
+        tokenizer,
+        kv=kv,
+        pass_tokens=pass_tokens,
+        deterministic=deterministic,
+        draft=None if draft is None else opened(draft),
     )
-    opened.requires_grad_(False)  # no memory for gradients
-    return pipeline(opened, tokenizer=tokenizer, kv=kv, pass_tokens=pass_tokens, deterministic=deterministic)
+    return Pipeline(engine, tokenizer)
 
 
 class Pipeline:

@@ -1,4 +1,4 @@
-"""Guessing ahead by copying: what followed the last time the text went like this (CopySpec, Dumitru et al., 2025).
+"""Guessing ahead: copying what followed the last time the text went like this (CopySpec, Dumitru et al., 2025), or a draft.
 
 A guess costs a token in a pass that is made anyway, and one that holds saves a pass. Guesses never change what is said:
 each position's token is chosen with its own noise, and guesses hold as far as they are what is chosen.
@@ -7,11 +7,11 @@ each position's token is chosen with its own noise, and guesses hold as far as t
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from weakref import WeakKeyDictionary
 
+from outsize.serve.draft import Draft
 from outsize.serve.schedule import Chunk, Sample
 
 MATCH = 3
@@ -25,18 +25,40 @@ _MEMORY = 0.8
 
 
 @dataclass(slots=True)
-class _Record:
-    """Of one sample: where each MATCH tokens were last followed by something, and how many guesses held."""
+class _Trust:
+    """In one way of guessing for one sample: the share of guesses that held, and how many are made at once."""
 
-    last: dict[tuple[int, ...], int] = field(default_factory=dict)
-    num_read: int = 0
     share_held: float = 0.5
     num_wanted: int = 4
 
-    def read(self, tokens: Sequence[int]) -> None:
+    def learn(self, num_guessed: int, num_held: int) -> None:
+        """More guesses at once where all held, fewer where few did."""
+        self.share_held = _MEMORY * self.share_held + (1 - _MEMORY) * num_held / num_guessed
+        if num_held == num_guessed:
+            self.num_wanted = min(2 * self.num_wanted, MOST_GUESSES)
+        else:
+            self.num_wanted = max(1, min(self.num_wanted, num_held + 1))
+
+
+@dataclass(slots=True)
+class _Record:
+    """Of one sample: where each MATCH tokens were last followed by something, and what guessing was worth."""
+
+    last: dict[tuple[int, ...], int] = field(default_factory=dict)
+    num_read: int = 0
+    copied: _Trust = field(default_factory=_Trust)
+    drafted: _Trust = field(default_factory=_Trust)
+    guesses: list[int] = field(default_factory=list)
+    """For the next pass."""
+    is_copied: bool = False
+
+    def copies(self, tokens: Sequence[int]) -> list[int]:
+        """What followed the last MATCH tokens the last time they occurred."""
         for end in range(max(self.num_read, MATCH), len(tokens)):
             self.last[tuple(tokens[end - MATCH : end])] = end
         self.num_read = max(self.num_read, len(tokens))
+        place = self.last.get(tuple(tokens[-MATCH:]))
+        return [] if place is None else list(tokens[place : place + self.copied.num_wanted])
 
 
 @dataclass(slots=True)
@@ -70,37 +92,57 @@ class _Cost:
 
 
 class Guesser:
-    """Proposes tokens for samples that decode, as many as measured passes and guesses that held say are worth it."""
+    """Guesses for samples that decode, as many as measured passes and guesses that held say are worth it."""
 
-    def __init__(self) -> None:
+    def __init__(self, draft: Draft | None = None) -> None:
+        self.draft = draft
         self.num_guessed = 0
         self.num_held = 0
-        self._records: WeakKeyDictionary[Sample, _Record] = WeakKeyDictionary()
+        self._records: dict[Sample, _Record] = {}
         self._cost = _Cost()
         self._num_decoding = 1
+        self._draft_s = 0.0
+        """Seconds that a guess of the draft takes."""
+
+    def prepare(self, samples: Iterable[Sample]) -> None:
+        """Guess for the next pass: copied where the text went like this before, else drafted, for all at once."""
+        wanted: dict[Sample, int] = {}
+        for sample in samples:
+            if not sample.is_decoding:
+                continue
+            record = self._records.setdefault(sample, _Record())
+            record.guesses, record.is_copied = record.copies(sample.tokens), True
+            if not (record.guesses and self._pays(record.copied)):
+                record.guesses, record.is_copied = [], False
+                room = sample.most_tokens - len(sample.tokens) - 1
+                if self.draft is not None and room > 0 and self._pays(record.drafted, self._draft_s):
+                    wanted[sample] = min(record.drafted.num_wanted, room)
+        if self.draft is not None and wanted:
+            start = time.perf_counter()
+            for sample, guesses in self.draft.guess(wanted).items():
+                self._records[sample].guesses = guesses
+            a_guess_s = (time.perf_counter() - start) / sum(wanted.values())
+            self._draft_s = _MEMORY * self._draft_s + (1 - _MEMORY) * a_guess_s
 
     def propose(self, sample: Sample, most: int) -> list[int]:
-        """At most `most` guesses of what follows; none where the last tokens are new, or guessing does not pay."""
-        record = self._records.setdefault(sample, _Record())
-        tokens = sample.tokens
-        record.read(tokens)
-        place = record.last.get(tuple(tokens[-MATCH:]))
-        if place is None or not self._pays(record):
-            return []
-        return tokens[place : place + min(most, record.num_wanted)]
+        """At most `most` of the guesses that were made for a sample."""
+        record = self._records.get(sample)
+        return [] if record is None else record.guesses[:most]
 
     def learn(self, sample: Sample, num_guessed: int, num_held: int) -> None:
-        """So many guesses held: more are made where all did, fewer where few did."""
+        """So many guesses were in a pass, and so many held."""
         if not num_guessed:
             return
         self.num_guessed += num_guessed
         self.num_held += num_held
         record = self._records[sample]
-        record.share_held = _MEMORY * record.share_held + (1 - _MEMORY) * num_held / num_guessed
-        if num_held == num_guessed:
-            record.num_wanted = min(2 * record.num_wanted, MOST_GUESSES)
-        else:
-            record.num_wanted = max(1, min(record.num_wanted, num_held + 1))
+        (record.copied if record.is_copied else record.drafted).learn(num_guessed, num_held)
+
+    def forget(self, sample: Sample) -> None:
+        """A sample ended."""
+        self._records.pop(sample, None)
+        if self.draft is not None:
+            self.draft.forget(sample)
 
     @contextmanager
     def timing(self, chunks: Sequence[Chunk]) -> Iterator[None]:
@@ -111,8 +153,8 @@ class Guesser:
         self._cost.add(num_tokens, time.perf_counter() - start)
         self._num_decoding = max(1, sum(chunk.sample.is_decoding for chunk in chunks))
 
-    def _pays(self, record: _Record) -> bool:
-        """Whether a guess, which costs a token, saves more: its part of the passes that are not made."""
+    def _pays(self, trust: _Trust, guess_s: float = 0.0) -> bool:
+        """Whether a guess, which costs a token and `guess_s`, saves more: its part of the passes that are not made."""
         fixed, per_token = self._cost.line()
         saved = fixed / self._num_decoding + per_token
-        return record.share_held * saved > per_token
+        return trust.share_held * saved > per_token + guess_s
