@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
 
 import pytest
 
@@ -132,25 +131,29 @@ def test_answers_to_other_prompts_are_left_alone(generate, tmp_path):
     assert out.read_bytes() == before
 
 
-def test_a_job_that_is_killed_goes_on_and_answers_each_prompt_once(folder, tmp_path):
+def test_a_job_that_is_killed_goes_on_and_answers_each_prompt_once(folder, tmp_path, generate):
     prompts = write(tmp_path / "p.jsonl", *({"prompt": f"w{i % 30} w2"} for i in range(40)))
     out = tmp_path / "out.jsonl"
     code = textwrap.dedent(f"""
+        import os, signal
         from pathlib import Path
-        from outsize.serve import run_job, job
-        from outsize.serve.pipeline import pipeline
         from outsize.model import load_tokenizer
+        from outsize.serve import job
+        from outsize.serve.pipeline import pipeline
         from tests.train.standin import PlainApi
+
+        def tell(progress):
+            if progress.num_done == 7:
+                os.kill(os.getpid(), signal.SIGKILL)
+
         folder = Path({str(folder)!r})
         generate = pipeline(PlainApi().load(folder), tokenizer=load_tokenizer(folder))
-        job.MOST_UNDER_WAY = 2
-        run_job(generate, Path({str(prompts)!r}), Path({str(out)!r}), {{"max_new_tokens": 8}})
+        job.MOST_UNDER_WAY = 4
+        job.run_job(generate, Path({str(prompts)!r}), Path({str(out)!r}), {{"max_new_tokens": 8}}, tell)
     """)
-    child = subprocess.Popen([sys.executable, "-W", "ignore", "-c", code], env=os.environ)
-    while child.poll() is None and (not out.exists() or out.read_bytes().count(b"\n") < 5):
-        time.sleep(0.01)
-    child.send_signal(signal.SIGKILL)
-    child.wait()
-    assert 5 <= out.read_bytes().count(b"\n") < 40, "killed half-way"
-    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], env=os.environ)
+    assert done.returncode == -signal.SIGKILL
+    assert len(answers(out)) == 7
+    progress = run_job(generate, prompts, out, {"max_new_tokens": 8})
+    assert (progress.num_before, progress.num_done) == (7, 40)
     assert sorted(answer["line"] for answer in answers(out)) == list(range(1, 41))
