@@ -66,6 +66,28 @@ _EXTRA = [
         text_batch,
     ),
     Specimen("qwen2", "Qwen2ForCausalLM", "Qwen2Config", _DECODER, text_batch),
+    Specimen(
+        "qwen2_moe",
+        "Qwen2MoeForCausalLM",
+        "Qwen2MoeConfig",
+        {
+            **_DECODER,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 24,
+            "shared_expert_intermediate_size": 24,
+        },
+        text_batch,
+    ),
+    Specimen("granite", "GraniteForCausalLM", "GraniteConfig", _DECODER, text_batch),
+    Specimen(
+        "starcoder2",
+        "Starcoder2ForCausalLM",
+        "Starcoder2Config",
+        {**_DECODER, "sliding_window": 7},
+        text_batch,
+    ),
+    Specimen("nemotron", "NemotronForCausalLM", "NemotronConfig", _DECODER, text_batch),
     Specimen("olmo2", "Olmo2ForCausalLM", "Olmo2Config", {**_DECODER, "num_key_value_heads": 4}, text_batch),
     Specimen(
         "gptj",
@@ -135,13 +157,17 @@ PAGED = (
     "opt",
     "olmo2",
     "mixtral",
+    "qwen2_moe",
     "qwen3_moe",
+    "granite",
+    "starcoder2",
+    "llava",
     "gpt_oss",
     "deepseek_v3",
 )
 """Those that run over pages."""
 
-SINGLE = ("gptj", "falcon", "bloom", "llama4", "mamba")
+SINGLE = ("gptj", "falcon", "bloom", "llama4", "mamba", "nemotron")
 """Those that are served one request at a time."""
 
 

@@ -4,12 +4,13 @@ import pytest
 import torch
 
 import outsize
-from outsize.errors import BudgetError, ConfigError, RequestError
+from outsize.errors import BudgetError, ConfigError, ModelError, RequestError
 from outsize.serve import Engine, Finish, Request, Sampling, Stream, open_engine
 from outsize.serve.schedule import Sample
 from outsize.serve.speculate import Guesser
 from tests.running import opened
 from tests.serve.families import FAMILIES, lively, prompts_of
+from tests.zoo import plain_stack
 
 DRAWN = Sampling(temperature=1.0, top_p=0.95, seed=3)
 
@@ -246,6 +247,19 @@ def test_bad_requests(any_model):
     with pytest.raises(ConfigError, match="need a tokenizer"):
         engine.submit(Request((1,), stop=("x",)))
     assert engine.is_idle
+
+
+@pytest.mark.parametrize("name", ["t5", "vit"])
+def test_what_is_no_causal_model_is_refused(name):
+    with pytest.raises(ModelError, match="no causal language model"):
+        open_engine(FAMILIES[name].build())
+    with pytest.raises(ModelError, match="no causal language model"):
+        open_engine(plain_stack())
+
+
+def test_a_pass_without_tokens_is_refused(model):
+    with pytest.raises(ConfigError, match="less than 1"):
+        Engine(model, pass_tokens=0)
 
 
 def test_a_cache_that_is_too_small_is_refused_with_the_numbers(model):

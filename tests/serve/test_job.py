@@ -14,7 +14,9 @@ from outsize.errors import ConfigError, DataError, RequestError
 from outsize.model import load_tokenizer
 from outsize.serve import run_job
 from outsize.serve.pipeline import pipeline
+from tests.train.families import QWEN3, chat_tokenizer
 from tests.train.standin import PlainApi, write_model
+from tests.zoo import ZOO
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +48,22 @@ def test_texts_come_back_alone_in_lists_and_piece_by_piece(generate):
     assert generate.engine.is_idle
     stop = alone[0].split()[2]
     assert generate("w1 w2", max_new_tokens=6, stop=stop) == alone[0][: alone[0].index(stop)]
+
+
+def test_a_conversation_is_rendered_by_its_template():
+    tokenizer, model = chat_tokenizer(QWEN3), ZOO["qwen3"].build(vocab_size=512, max_position_embeddings=256)
+    generate = pipeline(model, tokenizer=tokenizer)
+    messages = [{"role": "user", "content": "Is the library open?"}]
+    stream = generate.submit(messages, max_new_tokens=3)
+    rendered = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    assert tokenizer.decode(stream.request.prompt) == rendered
+    assert generate.submit(rendered, max_new_tokens=3).wait()[0].tokens == stream.wait()[0].tokens
+
+
+def test_one_prompt_that_cannot_be_served_leaves_nothing_behind(generate):
+    with pytest.raises(RequestError, match="32 positions"):
+        generate(["w1", "w1 " * 40])
+    assert generate.engine.is_idle
 
 
 def test_settings_that_are_none(generate, folder):

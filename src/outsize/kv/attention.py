@@ -44,10 +44,12 @@ def paged_attention(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     *,
-    paged: Attends,
+    paged: Attends | None = None,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
-    """What transformers' layers call in place of their attention."""
+    """What transformers' layers call in place of their attention. Raises TypeError where they do not hand `paged` on."""
+    if paged is None:
+        raise TypeError("its layers do not hand the arguments of a call down to their attention")
     return paged.attend(module.layer_idx, query, key, value, attention_mask, options), None
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from outsize.errors import OutsizeError
 from outsize.kv.attention import Mask, masks_watched, switched
 from outsize.kv.store import LayerShape
 
@@ -109,7 +110,9 @@ def probe(model: torch.nn.Module, call: Callable[[dict[str, Any]], object]) -> P
     with switched(model), masks_watched() as masks, torch.no_grad():
         try:
             call(arguments)
-        except (TypeError, KeyError, AttributeError, IndexError, ValueError) as error:
+        except OutsizeError:
+            raise
+        except Exception as error:  # whatever a model makes of a call it was not written for
             raise NotPageableError(f"a packed row fails: {error}") from error
     if watcher.faults:
         raise NotPageableError(watcher.faults[0])
@@ -121,6 +124,8 @@ def probe(model: torch.nn.Module, call: Callable[[dict[str, Any]], object]) -> P
     windows = {layer.window for layer in watcher.layers.values()}
     for mask in masks:
         window = _window_of(mask, most_positions)
+        if window == 0:
+            continue  # made for a kind of layer that the model has none of
         if window not in windows and not (window is None and _reach(windows) >= most_positions):
             raise NotPageableError(f"it masks with a window of {window}, and its layers say {windows}")
     return Pageable(watcher.layers, most_positions, long_after)

@@ -17,7 +17,9 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
+from outsize.errors import ModelError
 from outsize.kv import NotPageableError, PagePool
 from outsize.serve.answer import Answer, end_tokens
 from outsize.serve.draft import Draft
@@ -63,8 +65,16 @@ def open_engine(
     `kv`: memory of its KV cache, such as "2GiB"; else a quarter of what is free. `pass_tokens`: tokens that go through
     the model at once, at most. `tokenizer`: for texts and stop texts. `deterministic`: tokens and log-probabilities have
     the same bits whatever else runs, slower. `draft`: a smaller model of the same tokens, which guesses ahead; it changes
-    nothing in the output. Raises BudgetError where it does not fit, ConfigError for a draft that cannot be used.
+    nothing in the output.
+
+    Raises BudgetError where it does not fit, ModelError for what is no causal model, ConfigError for a draft that cannot
+    be used.
     """
+    if not isinstance(model, PreTrainedModel) or model.config.is_encoder_decoder or not model.can_generate():
+        raise ModelError(
+            f"{type(model).__name__} is no causal language model of transformers",
+            hint="call it, or its own generate, as it is",
+        )
     model.eval()
     try:
         return Engine(

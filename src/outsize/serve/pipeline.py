@@ -93,9 +93,10 @@ class Pipeline:
     def __call__(self, prompts: Sequence[str], **settings: Any) -> list[str]: ...
     def __call__(self, prompts: str | Sequence[str], **settings: Any) -> str | list[str]:
         """The continuation of each prompt (the first, of several samples); `settings` are those of `submit`."""
-        each = [prompts] if isinstance(prompts, str) else prompts
-        streams = [self.submit(prompt, **settings) for prompt in each]
+        streams: list[Stream] = []
         try:
+            for prompt in [prompts] if isinstance(prompts, str) else prompts:
+                streams.append(self.submit(prompt, **settings))
             texts = [stream.wait()[0].text for stream in streams]
         finally:
             for stream in streams:

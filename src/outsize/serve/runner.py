@@ -20,7 +20,7 @@ from outsize.config import format_bytes, parse_bytes
 from outsize.engine import memory
 from outsize.engine.probe import walk
 from outsize.engine.session import Session, find_session
-from outsize.errors import BudgetError
+from outsize.errors import BudgetError, ConfigError
 from outsize.kv import (
     PAGE_TOKENS,
     Pageable,
@@ -71,6 +71,10 @@ class Runner:
         deterministic: bool = False,
     ) -> None:
         """Raises NotPageableError where the model cannot run so, BudgetError where it does not fit."""
+        if pass_tokens is not None and pass_tokens < 1:
+            raise ConfigError(
+                f"pass_tokens: {pass_tokens} is less than 1", hint=f"pass {PASS_TOKENS}, or leave it out"
+            )
         session = find_session(model)
         self.model: Any = model
         self.deterministic = deterministic
@@ -137,9 +141,8 @@ class Runner:
         if self.deterministic and (rest := -len(ids) % TILE_ROWS):
             segments.append(Segment(len(ids), len(ids) + rest, 0, ()))
             ids += [0] * rest
-            positions += [
-                0
-            ] * rest  # all alike: a high one would rotate all others as those of long sequences
+            # All alike: a high position would rotate all others as those of long sequences.
+            positions += [0] * rest
         return {
             "input_ids": torch.tensor([ids]),
             "position_ids": torch.tensor([positions]),
