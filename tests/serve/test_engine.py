@@ -7,7 +7,7 @@ import outsize
 from outsize.errors import BudgetError, ConfigError, ModelError, RequestError
 from outsize.serve import Engine, Finish, Request, Sampling, Stream, open_engine
 from outsize.serve.schedule import Sample
-from outsize.serve.speculate import Guesser
+from outsize.serve.speculate import Guesser, _Record
 from tests.running import opened
 from tests.serve.families import FAMILIES, lively, prompts_of
 from tests.zoo import plain_stack
@@ -91,18 +91,27 @@ def test_guesses_are_what_followed_the_last_time():
 
 
 def test_guesses_are_made_where_they_pay():
-    """A pass takes 0.4 s, and 0.6 s more for each token: three in five guesses must hold."""
+    """A pass takes 0.6 s, and 0.4 s more for each token: two in five guesses must hold."""
     guesser, request = Guesser(), Request((1, 2, 3, 4, 1, 2, 3))
     sample = Sample(Stream(request, lambda: None), 0, list(request.prompt), 50, num_computed=6)
     for num_tokens in (1, 3, 1, 3, 10):
-        guesser._cost.add(num_tokens, 0.4 + 0.6 * num_tokens)
-    assert guesser._cost.line() == pytest.approx((0.4, 0.6))
+        guesser._cost.add(num_tokens, 0.6 + 0.4 * num_tokens)
+    assert guesser._cost.line() == pytest.approx((0.6, 0.4))
+    guesser._records[sample] = record = _Record()
+    record.copied.share_held = 0.35
     guesser.prepare([sample])
-    assert guesser.propose(sample, 4) == []  # half hold, and save less than they cost
+    assert guesser.propose(sample, 4) == []  # a third holds, and saves less than it costs
     for _ in range(5):
-        guesser._records[sample].copied.learn(1, 1)
+        record.copied.learn(1, 1)
     guesser.prepare([sample])
     assert guesser.propose(sample, 4)
+    for _ in range(6):
+        record.copied.learn(4, 0)
+    offered = []
+    for _ in range(200):
+        guesser.prepare([sample])
+        offered.append(bool(guesser.propose(sample, 4)))
+    assert not offered[0] and offered[-1]  # not now, and in a while again
 
 
 @pytest.mark.parametrize("sampling", [Sampling(), DRAWN])

@@ -51,8 +51,8 @@ class Sampling:
         return self.temperature == 0 or (self.temperature is None and is_plain)
 
 
-_MOST = 1 << 20
-"""Of anything that is counted in a request."""
+_COUNTS = {"max_new_tokens": (1, 1 << 20), "num_samples": (1, 1024), "logprobs": (0, 1024)}
+"""The least and the most of what a request counts: whatever it says, it takes little memory until it is admitted."""
 
 
 def _refuse(name: str, value: float, why: str, example: str) -> ConfigError:
@@ -76,10 +76,10 @@ class Request:
     prompt_logprobs: bool = False
 
     def __post_init__(self) -> None:
-        for name, least in (("max_new_tokens", 1), ("num_samples", 1), ("logprobs", 0)):
+        for name, (least, most) in _COUNTS.items():
             value = getattr(self, name)
-            if not isinstance(value, int) or not least <= value <= _MOST:
-                raise _refuse(name, value, f"no whole number from {least} to {_MOST:,}", str(max(least, 1)))
+            if not isinstance(value, int) or not least <= value <= most:
+                raise _refuse(name, value, f"no whole number from {least} to {most:,}", str(max(least, 1)))
         if not all(isinstance(stop, str) and stop for stop in self.stop):
             raise ConfigError(f"stop: {self.stop} has what is no text, or empty", hint="leave it out")
 

@@ -23,6 +23,9 @@ MOST_GUESSES = 16
 _MEMORY = 0.8
 """Of what was known before, how much counts beside what is new."""
 
+_FADING = 0.02
+"""How much of it is lost with each token that is not guessed."""
+
 
 @dataclass(slots=True)
 class _Trust:
@@ -38,6 +41,10 @@ class _Trust:
             self.num_wanted = min(2 * self.num_wanted, MOST_GUESSES)
         else:
             self.num_wanted = max(1, min(self.num_wanted, num_held + 1))
+
+    def fade(self) -> None:
+        """Nothing was guessed this time: what was learned counts a little less, so that guessing is tried again."""
+        self.share_held += _FADING * (0.5 - self.share_held)
 
 
 @dataclass(slots=True)
@@ -112,11 +119,17 @@ class Guesser:
                 continue
             record = self._records.setdefault(sample, _Record())
             record.guesses, record.is_copied = record.copies(sample.tokens), True
-            if not (record.guesses and self._pays(record.copied)):
-                record.guesses, record.is_copied = [], False
-                room = sample.most_tokens - len(sample.tokens) - 1
-                if self.draft is not None and room > 0 and self._pays(record.drafted, self._draft_s):
-                    wanted[sample] = min(record.drafted.num_wanted, room)
+            if record.guesses and self._pays(record.copied):
+                continue
+            record.guesses, record.is_copied = [], False
+            record.copied.fade()
+            room = sample.most_tokens - len(sample.tokens) - 1
+            if self.draft is None or room <= 0:
+                continue
+            if self._pays(record.drafted, self._draft_s):
+                wanted[sample] = min(record.drafted.num_wanted, room)
+            else:
+                record.drafted.fade()
         if self.draft is not None and wanted:
             start = time.perf_counter()
             for sample, guesses in self.draft.guess(wanted).items():
