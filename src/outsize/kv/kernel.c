@@ -100,13 +100,15 @@ static inline Vector scores_of(const float *query, const float *keys, int32_t wi
 
 // total = total * factor + weights * values, for positions [first, stop) of a page.
 static inline void add_values(
-    float *total, float factor, const float *values, const float *weights, int first, int stop, int32_t width) {
+    float *total, float factor, const float *values, const float *weights, int first, int stop, int32_t width,
+    Ahead *ahead) {
   int32_t d = 0;
   for (; d + 4 * LANES <= width; d += 4 * LANES) {
     Vector a = at(total + d) * factor, b = at(total + d + LANES) * factor;
     Vector c = at(total + d + 2 * LANES) * factor, e = at(total + d + 3 * LANES) * factor;
     for (int j = first; j < stop; j++) {
       const float *v = values + (int64_t)j * width + d;
+      if (ahead->done < ahead->num_bytes) fetch(ahead);
       a += weights[j] * at(v);
       b += weights[j] * at(v + LANES);
       c += weights[j] * at(v + 2 * LANES);
@@ -154,7 +156,7 @@ static void attend_unit(const Attention *a, int64_t unit) {
     }
     Ahead ahead = {0};
     if (page < (first_position + rows - 1) / PAGE) {
-      const int64_t next = (int64_t)table[page + 1] * a->kv_heads + head, steps = rows * group * (a->key_width / 4);
+      const int64_t next = (int64_t)table[page + 1] * a->kv_heads + head, steps = rows * group * (a->key_width / 4 + a->value_width / 4);
       ahead.keys = (const char *)a->keys + next * key_size * element;
       ahead.values = (const char *)a->values + next * value_size * element;
       ahead.key_bytes = key_size * element;
@@ -179,7 +181,7 @@ static void attend_unit(const Attention *a, int64_t unit) {
         const float factor = highest > before ? exponential(spread(before - highest))[0] : 1.0f;
         sum[row * group + i] = sum[row * group + i] * factor + sum_of(weights);
         top[row * group + i] = highest;
-        add_values(output, factor, values, (const float *)&weights, first, stop, a->value_width);
+        add_values(output, factor, values, (const float *)&weights, first, stop, a->value_width, &ahead);
       }
     }
   }
