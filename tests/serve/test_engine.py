@@ -1,9 +1,13 @@
 """The engine over a real model: seeds, sharing, samples, guesses, cancelling, log-probabilities, refusals."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 
 import outsize
+from outsize.engine.session import Session
 from outsize.errors import BudgetError, ConfigError, ModelError, RequestError
 from outsize.serve import Engine, Finish, Request, Sampling, Stream, open_engine
 from outsize.serve.schedule import Sample
@@ -22,7 +26,7 @@ def model():
 
 @pytest.fixture(scope="module", params=["paged", "single"])
 def any_model(request):
-    return lively("llama" if request.param == "paged" else "bloom")
+    return lively("llama" if request.param == "paged" else "gptj")
 
 
 def tokens_of(engine, request):
@@ -240,9 +244,6 @@ def test_a_stream_is_read_token_by_token(model):
 
 def test_the_last_position_ends_it(any_model):
     engine, (prompt,) = open_engine(any_model), prompts_of((60,))
-    limit = getattr(any_model.config, "max_position_embeddings", None)
-    if limit is None:
-        pytest.skip("no limit")
     (completion,) = engine.submit(Request(prompt, max_new_tokens=50)).wait()
     assert len(completion.tokens) == 4 and completion.finish is Finish.LENGTH
     with pytest.raises(RequestError, match="64 tokens, the model 64 positions"):
@@ -277,6 +278,36 @@ def test_a_cache_that_is_too_small_is_refused_with_the_numbers(model):
     engine = Engine(model, kv="20KiB")
     with pytest.raises(RequestError, match="4 pages of KV cache, there are"):
         engine.submit(Request((5,) * 40, max_new_tokens=24))
+
+
+def test_a_cache_that_nobody_asked_for_gives_way_to_the_model(tmp_path, monkeypatch):
+    tried, settle = [], Session.settle_for
+
+    def refuse(session, arguments):
+        tried.append(weakref.ref(arguments["paged"].kv))
+        if len(tried) < 3:
+            monkeypatch.setattr(session.budget, "place", lambda *_: _raise(BudgetError("too large")))
+        else:
+            monkeypatch.undo()
+        return settle(session, arguments)
+
+    def pages(**options):
+        model = opened(lively("llama"), disk=tmp_path, home="disk").requires_grad_(False)
+        return Engine(model, pass_tokens=8, **options).runner.kv.num_pages - 1
+
+    most = pages()
+    monkeypatch.setattr(Session, "settle_for", refuse)
+    assert pages() == most // 4
+    gc.collect()
+    assert tried[0]() is None and tried[1]() is None
+    monkeypatch.setattr(Session, "settle_for", refuse)
+    tried.clear()
+    with pytest.raises(BudgetError, match="too large"):
+        pages(kv="64KiB")
+
+
+def _raise(error):
+    raise error
 
 
 def test_a_model_that_was_called_before_is_served_if_pages_fit(tmp_path):

@@ -157,13 +157,15 @@ class _Teller:
 
     def __init__(self) -> None:
         self._said_at = 0.0
+        self._was_done = False
 
     def __call__(self, progress: Progress) -> None:
         is_done = progress.num_done == progress.num_prompts
         now = time.monotonic()
-        if not is_done and now - self._said_at < (0.2 if sys.stderr.isatty() else _SAY_EVERY_S):
+        is_early = not is_done and now - self._said_at < (0.2 if sys.stderr.isatty() else _SAY_EVERY_S)
+        if is_early or self._was_done:
             return
-        self._said_at = now
+        self._said_at, self._was_done = now, is_done
         pace = progress.num_tokens / progress.duration_s if progress.duration_s else 0.0
         text = f"{progress.num_done:,} of {progress.num_prompts:,} prompts, {pace:.1f} tokens/s"
         text += f", {progress.num_failed:,} refused" if progress.num_failed else ""

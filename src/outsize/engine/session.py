@@ -41,7 +41,7 @@ from outsize.engine.placeholder import GradientPlaceholder, OffloadedParameter
 from outsize.engine.probe import BatchShape, Probe, Rehearsal, batch_shape, rehearse
 from outsize.engine.timing import measure_costs
 from outsize.engine.versions import Layout, Versions
-from outsize.errors import UsageError
+from outsize.errors import BudgetError, UsageError
 from outsize.model import Cut, InitSource, Point, PointKind, Source, TensorSource
 from outsize.optim import Kernel, Rule, split
 from outsize.plan import Direction, Placement, Visit
@@ -277,9 +277,16 @@ class Session:
         return self.moved(args, kwargs)
 
     def settle_for(self, kwargs: dict[str, Any]) -> None:
-        """Place and allocate for calls like this one, which is not made. Raises BudgetError where they do not fit."""
-        self._before_call(self.module, (), kwargs)
-        self._after_call(self.module, (), kwargs, None)
+        """Place and allocate for calls like this one, which is not made. Raises BudgetError where they do not fit, having
+        kept nothing of their arguments."""
+        try:
+            self._before_call(self.module, (), kwargs)
+        except BudgetError:
+            self._rehearsals.clear()
+            self._costs.clear()
+            raise
+        finally:
+            self._after_call(self.module, (), kwargs, None)
 
     def _before_encoder(self, encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Settle for the whole model where `generate` runs the encoder alone before the model was ever called.

@@ -48,6 +48,9 @@ KV_SHARE = 0.25
 
 LONGEST = 16
 
+FEWEST = 16
+"""Pages, before a model is said not to fit."""
+
 
 @dataclass(frozen=True, slots=True)
 class Part:
@@ -92,12 +95,22 @@ class Runner:
         )
         self.pass_rows = max(1, min(self.pass_tokens, LOGIT_ELEMENTS // self.vocabulary))
         self.page_bytes = page_bytes(self.pageable.layers, dtype)
-        num_pages = self._num_pages(session, kv)
-        if session is not None and session.executor is not None:
-            _check_beside(session, num_pages * self.page_bytes)
-        self.kv = PagedKV(self.pageable.layers, num_pages, dtype, self.device)
+        sizes = self._sizes(session, kv)
+        for num_pages in sizes:
+            self.kv = PagedKV(self.pageable.layers, num_pages + 1, dtype, self.device)
+            try:
+                self._settle(session)
+                return
+            except BudgetError:
+                if num_pages == sizes[-1]:
+                    raise
+                del self.kv  # before a smaller one is made
+
+    @torch.no_grad()
+    def _settle(self, session: Session | None) -> None:
+        """Place the model's weights beside the pages, for the largest passes there will be. Raises BudgetError."""
         if session is not None and session.executor is None:
-            with switched(self.model), self._products(), torch.no_grad():
+            with switched(self.model), self._products():
                 for parts in self._largest():
                     session.settle_for(self._arguments(parts))
 
@@ -170,20 +183,24 @@ class Runner:
                     tokens, rows = tokens - count, rows - wanted
                 yield parts
 
-    def _num_pages(self, session: Session | None, kv: str | int | None) -> int:
+    def _sizes(self, session: Session | None, kv: str | int | None) -> list[int]:
+        """Pages to try: what was asked for; else a share of what is free, and less where weights then do not fit."""
         longest = pages_for(self.pageable.most_positions)
-        if kv is not None:
-            num_bytes = parse_bytes(kv, "kv=")
-        else:
-            num_bytes = min(int(KV_SHARE * self._free_bytes(session)), LONGEST * longest * self.page_bytes)
-        num_pages = num_bytes // self.page_bytes
-        if num_pages < 1:
+        if kv is None:
+            most = min(int(KV_SHARE * self._free_bytes(session)) // self.page_bytes, LONGEST * longest)
+            return [
+                max(most >> half, 1) for half in range(max(1, most.bit_length() - FEWEST.bit_length() + 1))
+            ]
+        num_bytes = parse_bytes(kv, "kv=")
+        if num_bytes < self.page_bytes:
             raise BudgetError(
                 f"{format_bytes(num_bytes)} of KV cache hold no page of {PAGE_TOKENS} tokens, which takes "
                 f"{format_bytes(self.page_bytes)}",
                 hint=f"pass {format_bytes(longest * self.page_bytes)}, for a request of all its positions",
             )
-        return num_pages + 1
+        if session is not None and session.executor is not None:
+            _check_beside(session, num_bytes)
+        return [num_bytes // self.page_bytes]
 
     def _free_bytes(self, session: Session | None) -> int:
         if self.device.type != "cpu":
