@@ -19,6 +19,9 @@ from outsize.serve.runner import Part, Runner
 from outsize.serve.sample import choose
 from outsize.serve.schedule import Sample
 
+KV_SHARE = 0.03
+"""Of the memory that is left, what the draft's pages take: the model and its own pages come after."""
+
 
 @dataclass(slots=True)
 class _State:
@@ -37,13 +40,11 @@ class _State:
 class Draft:
     """A model that guesses for another."""
 
-    def __init__(
-        self, model: nn.Module, *, kv: str | int | None = None, pass_tokens: int | None = None
-    ) -> None:
+    def __init__(self, model: nn.Module, *, pass_tokens: int | None = None) -> None:
         """Raises ConfigError where the model cannot run over pages, BudgetError where it does not fit."""
         model.eval()
         try:
-            self.runner = Runner(model, kv, pass_tokens)
+            self.runner = Runner(model, pass_tokens=pass_tokens, share=KV_SHARE)
         except NotPageableError as reason:
             raise ConfigError(
                 f"{type(model).__name__} cannot guess: {reason}", hint="choose another draft"

@@ -72,8 +72,12 @@ class Runner:
         pass_tokens: int | None = None,
         *,
         deterministic: bool = False,
+        share: float = KV_SHARE,
     ) -> None:
-        """Raises NotPageableError where the model cannot run so, BudgetError where it does not fit."""
+        """`share`: of free memory, for pages, where `kv` does not say.
+
+        Raises NotPageableError where the model cannot run so, BudgetError where it does not fit.
+        """
         if pass_tokens is not None and pass_tokens < 1:
             raise ConfigError(
                 f"pass_tokens: {pass_tokens} is less than 1", hint=f"pass {PASS_TOKENS}, or leave it out"
@@ -95,7 +99,7 @@ class Runner:
         )
         self.pass_rows = max(1, min(self.pass_tokens, LOGIT_ELEMENTS // self.vocabulary))
         self.page_bytes = page_bytes(self.pageable.layers, dtype)
-        sizes = self._sizes(session, kv)
+        sizes = self._sizes(session, kv, share)
         for num_pages in sizes:
             self.kv = PagedKV(self.pageable.layers, num_pages + 1, dtype, self.device)
             try:
@@ -183,11 +187,11 @@ class Runner:
                     tokens, rows = tokens - count, rows - wanted
                 yield parts
 
-    def _sizes(self, session: Session | None, kv: str | int | None) -> list[int]:
+    def _sizes(self, session: Session | None, kv: str | int | None, share: float) -> list[int]:
         """Pages to try: what was asked for; else a share of what is free, and less where weights then do not fit."""
         longest = pages_for(self.pageable.most_positions)
         if kv is None:
-            most = min(int(KV_SHARE * self._free_bytes(session)) // self.page_bytes, LONGEST * longest)
+            most = min(int(share * self._free_bytes(session)) // self.page_bytes, LONGEST * longest)
             return [
                 max(most >> half, 1) for half in range(max(1, most.bit_length() - FEWEST.bit_length() + 1))
             ]
