@@ -105,6 +105,27 @@ def test_a_later_prompt_finds_an_earlier_one_and_still_computes_its_last_token()
     assert subject.num_shared_tokens == 16  # not the page that holds the last token
 
 
+def test_a_conversation_that_goes_on_finds_its_own_answer():
+    subject = scheduler()
+    subject.add(stream_of(range(20), max_new_tokens=20))
+    while not subject.is_idle:
+        run_pass(subject)
+    subject.add(stream_of([*range(20), *[1] * 20, 7], max_new_tokens=2))
+    while not subject.is_idle:
+        run_pass(subject)
+    assert subject.num_shared_tokens == 32
+
+
+def test_what_may_be_rotated_in_another_way_is_not_shared():
+    subject = scheduler(long_after=40)
+    for prompt, num_shared in ((range(32), 0), (range(32), 0), (range(48), 0), (range(48), 32)):
+        before = subject.num_shared_tokens
+        subject.add(stream_of(prompt, max_new_tokens=16))
+        while not subject.is_idle:
+            run_pass(subject)
+        assert subject.num_shared_tokens - before == num_shared
+
+
 def test_logits_of_a_prompt_are_limited_by_rows():
     subject = scheduler()
     subject.add(stream_of(range(20), max_new_tokens=2, prompt_logprobs=True))

@@ -29,6 +29,8 @@ class Sample:
     """Of prompt and continuation."""
     table: list[int] = field(default_factory=list)
     hashes: list[bytes] = field(default_factory=list)
+    salt: bytes | None = b""
+    """Of its hashes: positions are rotated alike under one salt; None where that may change on the way."""
     num_computed: int = 0
     num_registered: int = 0
 
@@ -120,8 +122,8 @@ class Scheduler:
     def _give_pages(self, sample: Sample) -> bool:
         needed, long_after = pages_for(sample.most_tokens), self.limits.long_after
         may_turn = long_after is not None and len(sample.tokens) <= long_after < sample.most_tokens
-        is_long = long_after is not None and len(sample.tokens) > long_after
-        sample.hashes = [] if may_turn else prefix_hashes(sample.tokens, b"long" if is_long else b"")
+        sample.salt = None if may_turn else b"long" if self.is_long(sample) else b""
+        sample.hashes = [] if sample.salt is None else prefix_hashes(sample.tokens, sample.salt)
         # The last token is computed always: its logits are wanted.
         known = sample.hashes[: (len(sample.tokens) - 1) // PAGE_TOKENS]
         shared = [] if sample.stream.request.prompt_logprobs else self.pool.match(known)
@@ -185,9 +187,13 @@ class Scheduler:
         sample.num_computed = 0
 
     def remove(self, sample: Sample) -> None:
-        """A sample ended: its pages are free."""
+        """A sample ended: its pages are free, and what they hold can be found until others need them, its answer too."""
         if sample in self.running:
             self.running.remove(sample)
+            if sample.salt is not None:
+                hashes = prefix_hashes(sample.tokens[: sample.num_computed], sample.salt)
+                for page, digest in zip(sample.table, hashes, strict=False):
+                    self.pool.register(page, digest)
             self.pool.free(sample.table)
             sample.table = []
         else:
