@@ -12,7 +12,7 @@ from outsize.engine.session import session_of
 from outsize.serve import Engine, Request, open_engine
 from outsize.serve.single import SingleEngine
 from tests.running import opened
-from tests.serve.families import PAGED, SINGLE, assert_greedy, lively, prompts_of
+from tests.serve.families import PAGED, SINGLE, assert_greedy, lively, prompts_of, reference
 
 LENGTHS = (5, 21, 1, 33)
 
@@ -49,6 +49,7 @@ def test_streamed(name, tmp_path, monkeypatch):
     layers = [name for name in fetched if name.startswith("L")]
     assert len(layers) == 3 and all(fetched[name] >= 5 for name in layers), fetched
     assert not outsize.report(model).off_plan
+    assert_greedy(plain, prompts[0], reference(model, prompts[0], 3))  # its own generate works as ever
 
 
 @pytest.mark.parametrize("name", SINGLE)
