@@ -42,6 +42,7 @@ if TYPE_CHECKING:
         save,
         wrap,
     )
+    from outsize.serve import pipeline
 
 __version__ = "0.1.0"
 
@@ -63,6 +64,7 @@ __all__ = [
     "checkpoint",
     "decay_groups",
     "load",
+    "pipeline",
     "predict",
     "preview",
     "record",
@@ -76,6 +78,10 @@ def __getattr__(name: str) -> Any:
     # torch and transformers take seconds to import; a command that only prints its help needs neither.
     if name == "checkpoint":
         return importlib.import_module("outsize.checkpoint")
+    if name == "pipeline":
+        from outsize import serve
+
+        return serve.pipeline
     if name in __all__:
         from outsize import engine
 

@@ -8,6 +8,7 @@ Each message says what happened, to which thing, and what was expected; `hint:` 
     ├── ModelError               a model that cannot be opened, cut or run
     │   └── WeightsError         missing, truncated or mismatched checkpoint files
     ├── DataError                a training file that cannot be read
+    ├── RequestError             a prompt or request that cannot be served
     ├── UsageError               a call in an order or way that cannot be right
     ├── DeviceError              the accelerator is lost, or refuses what it is asked for
     ├── StorageError             a tier failed: the file, the place and the cause
@@ -50,6 +51,10 @@ class WeightsError(ModelError):
 
 class DataError(OutsizeError):
     """A training file is missing, empty or malformed; the message names file and line."""
+
+
+class RequestError(OutsizeError, ValueError):
+    """A request that cannot be served: empty, too long, or needing more memory than there can ever be."""
 
 
 class UsageError(OutsizeError, RuntimeError):

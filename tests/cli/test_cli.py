@@ -289,6 +289,8 @@ def test_generate_streams_the_same_text_for_the_same_seed(plain, model, capsys, 
         assert run(*arguments, "--seed", seed) == 0
         texts.append(capsys.readouterr().out)
     assert texts[0] == texts[1] and texts[0].startswith("w1 w2 ")
+    assert run(*arguments, "--draft", model, "--deterministic") == 0
+    assert capsys.readouterr().out == texts[0]
     monkeypatch.setattr(sys, "stdin", io.StringIO("w3"))
     assert run("generate", model, "--prompt", "-", "--max-new-tokens", 5) == 0
     assert capsys.readouterr().out.startswith("w3 ")
@@ -303,6 +305,59 @@ def test_generate_refuses(plain, model, tmp_path, capsys):
     assert capsys.readouterr().err.count("error: ") == 5
     assert run("generate", write_model(tmp_path / "bare", tokenizer=False), "--prompt", "w1") == 1
     assert "error: no tokenizer in" in capsys.readouterr().err
+
+
+def test_generate_prints_several_continuations(plain, model, capsys):
+    for extra in ([], ["--samples", 2, "--temperature", 1.0]):
+        assert (
+            run("generate", model, "--prompt", "w1 w2", "--prompt", "w3", "--max-new-tokens", 4, *extra) == 0
+        )
+        texts = capsys.readouterr().out.split("\n\n")
+        assert [text.startswith(("w1 w2 ", "w3 ")) for text in texts] == [True] * (4 if extra else 2)
+
+
+def test_generate_answers_a_file_and_goes_on(plain, model, tmp_path, capsys):
+    prompts, out = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"w{i}"}) + "\n" for i in range(3)))
+    arguments = [
+        "generate",
+        model,
+        "--prompts",
+        prompts,
+        "--out",
+        out,
+        "--max-new-tokens",
+        3,
+        "--logprobs",
+        1,
+    ]
+    for _ in range(2):
+        assert run(*arguments) == 0
+        assert sorted(json.loads(line)["line"] for line in out.read_text().splitlines()) == [1, 2, 3]
+    shown = capsys.readouterr()
+    assert "3 of 3 prompts" in shown.err and shown.out == ""
+    prompts.write_text(prompts.read_text() + json.dumps({"prompt": "w1 " * 90}) + "\n")
+    assert run(*arguments) == 1
+    assert "1 refused" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        ([], "no prompt"),
+        (["--prompt", "w1", "--prompts", "x", "--out", "y"], "both given"),
+        (["--prompts", "x"], "go together"),
+        (["--prompts", "x.jsonl", "--out", "y"], "x.jsonl: No such file"),
+        (["--prompt", "w1", "--stop", ""], "no text, or empty"),
+        (["--prompt", "w1 " * 50], "the model 32 positions"),
+        (["--prompt", "w1", "--kv", "3"], "no page of 16 tokens"),
+        (["--prompt", "w1", "--draft", "nowhere"], "no such folder: nowhere"),
+    ],
+)
+def test_generate_refuses_what_cannot_be(plain, model, arguments, words, capsys):
+    assert run("generate", model, *arguments) == 1
+    shown = capsys.readouterr().err
+    assert words in shown and "hint: " in shown
 
 
 TINY = DemoSize(

@@ -31,7 +31,6 @@ import torch
 import transformers
 from torch import nn
 
-import outsize
 from outsize.checkpoint.files import MODEL, to_jsonable
 from outsize.checkpoint.manifest import Manifest
 from outsize.checkpoint.reading import CommitSource
@@ -40,6 +39,7 @@ from outsize.engine.executor import Executor
 from outsize.engine.optimizer import Optimizer
 from outsize.engine.session import Session, session_of
 from outsize.errors import StorageError, UsageError
+from outsize.hardware.identity import package_version
 from outsize.model import SafetensorsSource, write_companions
 
 
@@ -270,7 +270,7 @@ def _run_facts(session: Session) -> dict[str, Any]:
         "updated_on_device": _updated_on_device(session),
         "source": _source_files(session),
         "libraries": {
-            "outsize": outsize.__version__,
+            "outsize": package_version(),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
             "python": platform.python_version(),

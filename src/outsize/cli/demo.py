@@ -168,12 +168,16 @@ def _show_places(console: Console, result: TrainResult) -> None:
 
 
 def _show_samples(console: Console, folder: Path, api: Api) -> None:
-    from outsize.train.sample import Sampling, stream_text
+    from outsize.model import load_tokenizer
+    from outsize.serve import pipeline
 
     console.print("\nWhat it writes after so little training:", style="bold")
-    model = api.load(folder, home="host")
+    generate = pipeline(api.load(folder, home="host"), tokenizer=load_tokenizer(folder))
     for seed, prompt in enumerate(PROMPTS):
         console.rule(style="dim")
-        sampling = Sampling(max_new_tokens=48, temperature=0.6, top_p=0.9, seed=seed)
-        stream_text(model, folder, prompt, sampling, sys.stdout)
+        sys.stdout.write(prompt)
+        for piece in generate.stream(prompt, max_new_tokens=48, temperature=0.6, top_p=0.9, seed=seed):
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+        sys.stdout.write("\n")
     console.rule(style="dim")

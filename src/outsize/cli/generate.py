@@ -1,15 +1,20 @@
-"""`outsize generate`: continue a text, printed as it appears."""
+"""`outsize generate`: continue texts, printed as they appear; or answer a file of prompts."""
 
 from __future__ import annotations
 
 import argparse
 import importlib
 import sys
+import time
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from outsize.cli import options as shared
 from outsize.cli import quiet
 from outsize.errors import ConfigError
+
+if TYPE_CHECKING:
+    from outsize.serve import Pipeline, Progress
 
 _EXAMPLES = """\
 examples:
@@ -21,58 +26,169 @@ examples:
       with less memory than the model has weights
   echo "Dear diary," | outsize generate tuned --prompt -
       the prompt from standard input
+  outsize generate Qwen3-8B --prompts questions.jsonl --out answers.jsonl --host 8GiB
+      a file of prompts, many at once; started again, it goes on where it was stopped
 
+Each line of a file of prompts is a JSON object with "prompt", a text, or with "messages", a list; "id" is handed
+through, and "temperature", "max_new_tokens" and the like hold for that line alone.
 The text goes to standard output, everything else to standard error.
 """
+
+_SAY_EVERY_S = 10.0
 
 
 def add_parser(commands: shared.Commands[argparse.ArgumentParser]) -> None:
     """Add the command to the command line."""
-    parser = shared.command(commands, "generate", "continue a text", _EXAMPLES)
+    parser = shared.command(commands, "generate", "continue texts", _EXAMPLES)
     parser.add_argument("model", metavar="MODEL", type=Path, help=shared.MODEL_HELP)
     parser.add_argument(
-        "--prompt", required=True, metavar="TEXT", help="text to continue; - reads standard input"
+        "--prompt",
+        action="append",
+        metavar="TEXT",
+        help="text to continue, repeatable; - reads standard input",
     )
-    parser.add_argument(
-        "--max-new-tokens", type=int, default=100, metavar="N", help="at most so many (%(default)s)"
-    )
-    parser.add_argument(
-        "--temperature", type=float, metavar="X", help="sample; below 1 is bolder, 0 is greedy"
-    )
-    parser.add_argument(
-        "--top-p", type=float, metavar="P", help="sample among the likeliest tokens of this weight"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="for sampling (%(default)s)")
+    parser.add_argument("--prompts", type=Path, metavar="FILE", help="JSON lines of prompts to answer")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="where their answers go, as JSON lines")
+    _add_settings(parser.add_argument_group("how it is continued"))
     shared.add_place(parser)
     parser.set_defaults(run=run)
 
 
+def _add_settings(group: Any) -> None:
+    """Each option is a setting of `Pipeline.submit` by its destination."""
+    add = group.add_argument
+    add("--max-new-tokens", type=int, default=100, metavar="N", help="at most so many (%(default)s)")
+    add("--temperature", type=float, metavar="X", help="sample; below 1 is bolder, 0 is greedy")
+    add("--top-k", type=int, metavar="K", help="sample among the K likeliest tokens")
+    add("--top-p", type=float, metavar="P", help="sample among the likeliest tokens of this weight")
+    add("--min-p", type=float, metavar="P", help="sample among tokens with this part of the likeliest one's")
+    add("--repetition-penalty", type=float, metavar="X", help="above 1, what was said is said less")
+    add("--seed", type=int, default=0, help="for sampling (%(default)s)")
+    add("--stop", action="append", metavar="TEXT", help="end where this would come, repeatable")
+    add("--samples", dest="num_samples", type=int, metavar="N", help="so many continuations of each prompt")
+    add(
+        "--logprobs",
+        type=int,
+        metavar="N",
+        help="tell each token's log-probability, and the N likeliest (with --out)",
+    )
+    add("--prompt-logprobs", action="store_true", default=None, help="tell those of the prompt (with --out)")
+    add("--kv", metavar="SIZE", help="memory of the KV cache (a quarter of what is free)")
+    add("--pass-tokens", type=int, metavar="N", help="tokens that go through the model at once, at most")
+    add(
+        "--draft",
+        type=Path,
+        metavar="MODEL",
+        help="a smaller model that guesses ahead; the text stays the same",
+    )
+    add(
+        "--deterministic",
+        action="store_true",
+        help="the same bits whatever else is computed beside it, slower",
+    )
+
+
 def run(options: argparse.Namespace) -> int:
-    """Load, and stream the continuation to standard output."""
+    """Load, and stream the continuation to standard output, or answer a file."""
     _check(options)
-    prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
-    from outsize.train.sample import Sampling, stream_text
+    prompts = [sys.stdin.read() if prompt == "-" else prompt for prompt in options.prompt or []]
+    from outsize.model import load_tokenizer
+    from outsize.serve import pipeline, run_job
+    from outsize.serve.pipeline import SETTINGS, request_of
 
     outsize = importlib.import_module("outsize")
     quiet.after_imports()
+    given = {name: value for name, value in vars(options).items() if name in SETTINGS and value is not None}
+    tokenizer = load_tokenizer(options.model)
+    for prompt in prompts or ["-"]:
+        request_of(tokenizer, prompt, given)  # what is malformed is refused before a model is loaded
     place = shared.place_of(options)
-    model = outsize.load(
-        options.model,
-        device=place.device,
-        host=place.host,
-        disk=place.disk,
-        home=place.home,
-        dtype=place.dtype,
-        pins=place.pins,
+
+    def opened(folder: Path) -> Any:
+        model = outsize.load(
+            folder,
+            device=place.device,
+            host=place.host,
+            disk=place.disk,
+            home=place.home,
+            dtype=place.dtype,
+            pins=place.pins,
+        )
+        return model.requires_grad_(False)  # no memory for gradients
+
+    generate = pipeline(
+        opened(options.model),
+        tokenizer=tokenizer,
+        kv=options.kv,
+        pass_tokens=options.pass_tokens,
+        deterministic=options.deterministic,
+        draft=None if options.draft is None else opened(options.draft),
     )
-    model.requires_grad_(False)  # no memory for gradients
-    sampling = Sampling(options.max_new_tokens, options.temperature, options.top_p, options.seed)
-    stream_text(model, options.model, prompt, sampling, sys.stdout)
+    if options.prompts is not None:
+        return int(run_job(generate, options.prompts, options.out, given, _Teller()).num_failed > 0)
+    if len(prompts) == 1 and options.num_samples is None:
+        _stream(generate, prompts[0], given)
+    else:
+        _print(generate, prompts, given)
     return 0
 
 
+def _stream(generate: Pipeline, prompt: str, given: dict[str, Any]) -> None:
+    sys.stdout.write(prompt)
+    generate.submit(prompt, watch=lambda token: _write(token.text), **given).wait()
+    sys.stdout.write("\n")
+
+
+def _print(generate: Pipeline, prompts: list[str], given: dict[str, Any]) -> None:
+    """Each continuation after its prompt, in the order of the prompts, with a line between them."""
+    streams = [(prompt, generate.submit(prompt, **given)) for prompt in prompts]
+    texts = (prompt + completion.text for prompt, stream in streams for completion in stream.wait())
+    for number, text in enumerate(texts):
+        _write(("\n" if number else "") + text + "\n")
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+class _Teller:
+    """Says how a job goes: in place on a terminal, else a line now and then."""
+
+    def __init__(self) -> None:
+        self._said_at = 0.0
+        self._was_done = False
+
+    def __call__(self, progress: Progress) -> None:
+        is_done = progress.num_done == progress.num_prompts
+        now = time.monotonic()
+        is_early = not is_done and now - self._said_at < (0.2 if sys.stderr.isatty() else _SAY_EVERY_S)
+        if is_early or self._was_done:
+            return
+        self._said_at, self._was_done = now, is_done
+        pace = progress.num_tokens / progress.duration_s if progress.duration_s else 0.0
+        text = f"{progress.num_done:,} of {progress.num_prompts:,} prompts, {pace:.1f} tokens/s"
+        text += f", {progress.num_failed:,} refused" if progress.num_failed else ""
+        if progress.left_s is not None and not is_done:
+            text += f", {_duration(progress.left_s)} left"
+        print(f"\r\033[K{text}" if sys.stderr.isatty() else text, end="", file=sys.stderr)
+        print(end="\n" if is_done or not sys.stderr.isatty() else "", file=sys.stderr, flush=True)
+
+
+def _duration(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    return f"{seconds:.0f} s" if minutes < 2 else f"{minutes} min" if minutes < 120 else f"{minutes // 60} h"
+
+
 def _check(options: argparse.Namespace) -> None:
-    if not options.model.is_dir():
-        raise ConfigError(f"no such folder: {options.model}", hint="pass the folder of a Hugging Face model")
-    if options.prompt == "":
+    for folder in (options.model, options.draft):
+        if folder is not None and not folder.is_dir():
+            raise ConfigError(f"no such folder: {folder}", hint="pass the folder of a Hugging Face model")
+    if not options.prompt and options.prompts is None:
+        raise ConfigError("no prompt", hint='pass --prompt "some text", or --prompts FILE --out FILE')
+    if options.prompt and options.prompts is not None:
+        raise ConfigError("--prompt and --prompts are both given", hint="pass one of them")
+    if "" in (options.prompt or []):
         raise ConfigError("--prompt is empty", hint='pass --prompt "some text", or --prompt - to read it')
+    if (options.prompts is None) != (options.out is None):
+        raise ConfigError("--prompts and --out go together", hint="pass --prompts FILE --out FILE")

@@ -124,6 +124,8 @@ class Probe:
     """Records one run of the model at one batch size. Points call it instead of visiting their blocks."""
 
     session: Session
+    sees_all: bool = False
+    """Run every layer, also those that are alike."""
     visits: list[Visit] = field(default_factory=list)
     shapes: dict[str, tuple[list[Shape], list[Shape]]] = field(default_factory=dict)
     inconsistent: set[str] = field(default_factory=set)
@@ -149,6 +151,8 @@ class Probe:
             f"{type(layer.module).__name__} {[p.shape for p in self.session.entry_pieces(layer.blocks)]} {call.leaves}",
             tuple(tuple(t.shape) for t in tensors),
         )
+        if self.sees_all:
+            key = (f"{layer.point.module} {key[0]}", key[1])
         if key not in self._seen:
             (outputs, kept_bytes), num_bytes = memory.watched(
                 lambda: run_on_zeros(self.session, layer, call, tensors, trains, differentiates),
@@ -450,8 +454,13 @@ def _take(rows: int, index: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
     )
 
 
-def _run(session: Session, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Probe:
-    probe = session.probe = Probe(session)
+def walk(session: Session, kwargs: dict[str, Any]) -> None:
+    """Run the model's own forward, every layer once, on weights of zero: for what looks on. Nothing is read or placed."""
+    _run(session, (), kwargs, sees_all=True)
+
+
+def _run(session: Session, args: tuple[Any, ...], kwargs: dict[str, Any], *, sees_all: bool = False) -> Probe:
+    probe = session.probe = Probe(session, sees_all)
     buffers = {
         name: (buffer, buffer._version, buffer.clone()) for name, buffer in session.module.named_buffers()
     }

@@ -41,7 +41,7 @@ from outsize.engine.placeholder import GradientPlaceholder, OffloadedParameter
 from outsize.engine.probe import BatchShape, Probe, Rehearsal, batch_shape, rehearse
 from outsize.engine.timing import measure_costs
 from outsize.engine.versions import Layout, Versions
-from outsize.errors import UsageError
+from outsize.errors import BudgetError, UsageError
 from outsize.model import Cut, InitSource, Point, PointKind, Source, TensorSource
 from outsize.optim import Kernel, Rule, split
 from outsize.plan import Direction, Placement, Visit, is_stored
@@ -59,14 +59,19 @@ _sessions: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Session]] = weakref.
 
 def session_of(module: nn.Module) -> Session:
     """The session of a model that was loaded or wrapped; raises UsageError for any other."""
-    reference = _sessions.get(module) if isinstance(module, nn.Module) else None
-    session = reference() if reference is not None else None
+    session = find_session(module)
     if session is None:
         raise UsageError(
             f"{type(module).__name__} is not a model of Outsize",
             hint="open it with outsize.load(path), or wrap it with outsize.wrap(module)",
         )
     return session
+
+
+def find_session(module: nn.Module) -> Session | None:
+    """The session of a model that was loaded or wrapped; None for any other."""
+    reference = _sessions.get(module) if isinstance(module, nn.Module) else None
+    return reference() if reference is not None else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -273,6 +278,18 @@ class Session:
             self.keeper.begin()
         return self.moved(args, kwargs)
 
+    def settle_for(self, kwargs: dict[str, Any]) -> None:
+        """Place and allocate for calls like this one, which is not made. Raises BudgetError where they do not fit, having
+        kept nothing of their arguments."""
+        try:
+            self._before_call(self.module, (), kwargs)
+        except BudgetError:
+            self._rehearsals.clear()
+            self._costs.clear()
+            raise
+        finally:
+            self._after_call(self.module, (), kwargs, None)
+
     def _before_encoder(self, encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Settle for the whole model where `generate` runs the encoder alone before the model was ever called.
 
@@ -282,7 +299,7 @@ class Session:
             return
         rows = next((value.shape[0] for value in kwargs.values() if isinstance(value, torch.Tensor)), 1)
         first = torch.zeros(rows, 1, dtype=torch.long, device=self.torch_device)
-        self._before_call(self.module, (), {**kwargs, "decoder_input_ids": first, "use_cache": False})
+        self.settle_for({**kwargs, "decoder_input_ids": first, "use_cache": False})
 
     def _after_call(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if self.probe is not None:

@@ -14,6 +14,7 @@ from outsize.model.points import Binding, Cut, Point, PointKind
 from outsize.model.shards import READ_BUFFERS_BYTES
 from outsize.model.skeleton import longest_sequence, open_skeleton, resolve_folder
 from outsize.model.source import SafetensorsSource, Source, TensorSource
+from outsize.model.tokenizer import load_tokenizer
 
 __all__ = [
     "READ_BUFFERS_BYTES",
@@ -26,6 +27,7 @@ __all__ = [
     "Source",
     "TensorSource",
     "cut",
+    "load_tokenizer",
     "longest_sequence",
     "open_skeleton",
     "resolve_folder",

@@ -263,7 +263,9 @@ def find_compiler() -> str | None:
 def package_path(rule: Rule, compute_type: ComputeType) -> Path:
     """Where the package is cached; the name holds all that its code depends on."""
     folder = cache_folder() / "rules"
-    key = hashlib.sha256("\0".join((*_sources(), torch.__version__, _cpu(), str(find_compiler()))).encode())
+    key = hashlib.sha256(
+        "\0".join((*_sources(), torch.__version__, cpu_description(), str(find_compiler()))).encode()
+    )
     return folder / f"{rule.name}-{compute_type}-{key.hexdigest()[:16]}.pt2"
 
 
@@ -288,7 +290,7 @@ def _sources() -> tuple[str, ...]:
 
 
 @cache
-def _cpu() -> str:
+def cpu_description() -> str:
     """What code for this CPU depends on: packages may lie in a home folder that unlike machines share."""
     lines = {platform.machine(), torch.backends.cpu.get_cpu_capability()}
     try:

@@ -18,10 +18,10 @@ import torch
 from torch import nn
 
 from outsize.errors import ConfigError, DataError
-from outsize.model import longest_sequence, open_skeleton
+from outsize.model import load_tokenizer, longest_sequence, open_skeleton
 from outsize.train.data.apart import keeps_apart
 from outsize.train.data.dataset import IGNORED, Batch, Dataset, Position, Source, shuffled
-from outsize.train.data.examples import examples_of, load_tokenizer
+from outsize.train.data.examples import examples_of
 from outsize.train.data.pack import Packed, Packing, TooLong, pack
 from outsize.train.data.records import file_kind, read_records
 from outsize.train.data.tokens import Tokens, cache_key, cached_tokens
@@ -40,7 +40,6 @@ __all__ = [
     "TooLong",
     "check_files",
     "check_seq_len",
-    "load_tokenizer",
     "open_dataset",
     "shuffled",
 ]

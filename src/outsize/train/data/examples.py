@@ -13,12 +13,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from transformers import AutoTokenizer
 
 from outsize.errors import DataError
 from outsize.train.data.chat import Span, check_messages, render
@@ -64,19 +62,6 @@ class _Prepared:
     spans: tuple[Span, ...] | None
     starts: bool
     ends: bool
-
-
-def load_tokenizer(model: Path) -> Any:
-    """The tokenizer in folder `model`, never from the network; DataError where there is none."""
-    hint = f"copy tokenizer.json and tokenizer_config.json of the model's family into {model}"
-    if not any((model / name).is_file() for name in _TOKENIZER_FILES):
-        raise DataError(f"no tokenizer in {model}", hint=hint)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(model), local_files_only=True)
-    except Exception as error:  # transformers and tokenizers raise bare Exceptions for malformed files
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(": ")
-        raise DataError(f"the tokenizer in {model} cannot be opened: {reason}", hint=hint) from error
-    return tokenizer
 
 
 def layout_of(record: Record) -> Layout:
@@ -268,14 +253,3 @@ def learned_tokens(offsets: npt.NDArray[np.int64], spans: Sequence[Span]) -> Mas
     for start, stop in spans:
         learned |= (offsets[:, 0] >= start) & (offsets[:, 1] <= stop) & (offsets[:, 1] > offsets[:, 0])
     return learned
-
-
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "vocab.json",
-    "vocab.txt",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-)

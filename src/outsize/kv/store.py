@@ -1,0 +1,235 @@
+"""The bytes of pages, and one pass over them: a packed row of tokens of many requests.
+
+A pass goes through the model as `[1, T]`: some consecutive tokens of each request, end to end. Linears see one matrix;
+attention (`attention.py`) finds each token's request in the pass that travels with the call's keyword arguments.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from outsize.kv.kernel import load
+from outsize.kv.pages import PAGE_TOKENS, SCRATCH
+
+# T tokens of the pass, H heads, G key heads, R = H / G, K key width, V value width, P pages, S positions seen
+TILE_SCORES = 1 << 22
+"""Scores that are held at once where attention runs in torch."""
+
+ROWS_PER_UNIT = 32
+"""Queries that a unit of the kernel computes, over all heads that share a key: a page stays in cache for them."""
+
+
+@dataclass(frozen=True, slots=True)
+class LayerShape:
+    """What one layer keeps of a token, and how far its queries see (`window` positions, themselves included)."""
+
+    heads: int
+    kv_heads: int
+    key_width: int
+    value_width: int
+    window: int | None
+
+    def token_bytes(self, dtype: torch.dtype) -> int:
+        """Keys and values of one token."""
+        return self.kv_heads * (self.key_width + self.value_width) * dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Tokens `[start, stop)` of a pass belong to one request, the first of them at `position`, with pages `table`."""
+
+    start: int
+    stop: int
+    position: int
+    table: Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Scoring:
+    """How a layer makes scores of queries and keys."""
+
+    scale: float
+    softcap: float | None = None
+    window: int | None = None
+    sinks: torch.Tensor | None = None
+
+
+class PagedKV:
+    """Keys `[P, G, K, PAGE]` (transposed: one vector for each of K) and values `[P, G, PAGE, V]` of every layer.
+
+    Everything is allocated and touched here, so that it counts as taken when memory is planned.
+    """
+
+    def __init__(
+        self, layers: Mapping[int, LayerShape], num_pages: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.num_pages = num_pages
+        self.dtype = dtype
+        self.device = device
+        self.keys: dict[int, torch.Tensor] = {}
+        self.values: dict[int, torch.Tensor] = {}
+        for index, layer in layers.items():
+            shapes = (
+                (num_pages, layer.kv_heads, layer.key_width, PAGE_TOKENS),
+                (num_pages, layer.kv_heads, PAGE_TOKENS, layer.value_width),
+            )
+            self.keys[index], self.values[index] = (
+                _touched(torch.empty(shape, dtype=dtype, device=device)) for shape in shapes
+            )
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all pages."""
+        return sum(tensor.nbytes for part in (self.keys, self.values) for tensor in part.values())
+
+
+def _touched(tensor: torch.Tensor) -> torch.Tensor:
+    """Zeros in the system's large pages, where it has them: attention jumps about, and small ones cost it a sixth."""
+    if tensor.device.type == "cpu" and sys.platform == "linux":
+        start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+        length = tensor.data_ptr() + tensor.nbytes - start
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(max(length, 0)), mmap.MADV_HUGEPAGE)
+    return tensor.zero_()
+
+
+def page_bytes(layers: Mapping[int, LayerShape], dtype: torch.dtype) -> int:
+    """Bytes of one page in all layers."""
+    return PAGE_TOKENS * sum(layer.token_bytes(dtype) for layer in layers.values())
+
+
+class Pass:
+    """One packed row: where its tokens' keys and values go, and what each of its queries sees.
+
+    It is an argument of the model's call, and all passes look alike there: calls are told apart by the `repr` of what
+    is no tensor, and passes of one size visit the same blocks in the same way. With `one_by_one` no query's numbers
+    depend on what else is in the pass; the compiled attention has that always.
+    """
+
+    def __init__(self, kv: PagedKV, segments: Sequence[Segment], *, one_by_one: bool = False) -> None:
+        self.kv = kv
+        self.one_by_one = one_by_one
+        pages, offsets = [], []
+        for segment in segments:
+            for position in range(segment.position, segment.position + segment.stop - segment.start):
+                pages.append(segment.table[position // PAGE_TOKENS] if segment.table else SCRATCH)
+                offsets.append(position % PAGE_TOKENS)
+        self._pages = torch.tensor(pages, device=kv.device)
+        self._offsets = torch.tensor(offsets, device=kv.device)
+        self._real = [segment for segment in segments if segment.table]
+        self._tables = [torch.tensor(segment.table, device=kv.device) for segment in self._real]
+        self._flat_tables = torch.cat(self._tables).to("cpu", torch.int32) if self._tables else None
+        self._items: dict[int, torch.Tensor] = {}
+
+    def __repr__(self) -> str:
+        return "<pass>"
+
+    def attend(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+        options: Mapping[str, Any],
+    ) -> torch.Tensor:
+        """Store `key [1, G, T, K]` and `value [1, G, T, V]`, and attend from `query [1, H, T, K]`: `[1, T, H, V]`.
+
+        `mask` is None, and `options` hold what `probe.py` let through.
+        """
+        keys, values = self.kv.keys[layer], self.kv.values[layer]
+        keys[self._pages, :, :, self._offsets] = key[0].transpose(0, 1).to(keys.dtype)
+        values[self._pages, :, self._offsets] = value[0].transpose(0, 1).to(values.dtype)
+        scale = options.get("scaling")
+        scoring = Scoring(
+            scale=query.shape[-1] ** -0.5 if scale is None else float(scale),
+            softcap=options.get("softcap"),
+            window=options.get("sliding_window"),
+            sinks=options.get("s_aux"),
+        )
+        query_THK = query[0].transpose(0, 1)
+        kernel = load() if query.device.type == "cpu" else None
+        if kernel is None or self._flat_tables is None:
+            output_THV = self._in_torch(query_THK, keys, values, scoring)
+        else:
+            output_THV = kernel.attend(
+                query_THK.float().contiguous(),
+                keys,
+                values,
+                self._units(query.shape[1] // keys.shape[1]),
+                self._flat_tables,
+                scale=scoring.scale,
+                softcap=scoring.softcap or 0.0,
+                window=scoring.window or 0,
+                sinks=None if scoring.sinks is None else scoring.sinks.float().contiguous(),
+            )
+        return output_THV.to(query.dtype).unsqueeze(0)
+
+    def _units(self, group: int) -> torch.Tensor:
+        """`[n, 4]`: first row, rows, where its table begins, position of the first row; for `group` heads to a key."""
+        if group not in self._items:
+            rows, items, table_start = max(1, ROWS_PER_UNIT // group), [], 0
+            for segment in self._real:
+                for start in range(segment.start, segment.stop, rows):
+                    count = min(rows, segment.stop - start)
+                    items.append((start, count, table_start, segment.position + start - segment.start))
+                table_start += len(segment.table)
+            items.sort(key=lambda item: -item[3])  # the longest first: threads end together
+            self._items[group] = torch.tensor(items, dtype=torch.int32)
+        return self._items[group]
+
+    def _in_torch(
+        self, query_THK: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scoring: Scoring
+    ) -> torch.Tensor:
+        output_THV = query_THK.new_zeros(
+            *query_THK.shape[:2], values.shape[-1], dtype=torch.float32
+        )  # zeros for tokens of no request
+        for segment, table in zip(self._real, self._tables, strict=True):
+            num_seen = segment.position + segment.stop - segment.start
+            rows = 1 if self.one_by_one else max(1, TILE_SCORES // (query_THK.shape[1] * num_seen))
+            for start in range(segment.start, segment.stop, rows):
+                stop = min(start + rows, segment.stop)
+                position = segment.position + start - segment.start
+                output_THV[start:stop] = attend_in_torch(
+                    query_THK[start:stop], keys, values, table, position, scoring
+                )
+        return output_THV
+
+
+def attend_in_torch(
+    query_THK: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    table: torch.Tensor,
+    position: int,
+    scoring: Scoring,
+) -> torch.Tensor:
+    """`[T, H, V]` in fp32: consecutive queries of one request, the first at `position`, over gathered pages."""
+    num_queries, heads, _ = query_THK.shape
+    groups = keys.shape[1]
+    window = scoring.window or position + num_queries
+    first_page = max(0, position - window + 1) // PAGE_TOKENS
+    begin, end = first_page * PAGE_TOKENS, position + num_queries
+    pages = table[first_page : -(-end // PAGE_TOKENS)]
+    key_GKS = keys[pages].permute(1, 2, 0, 3).flatten(2)[..., : end - begin].float()
+    value_GSV = values[pages].transpose(0, 1).flatten(1, 2)[:, : end - begin].float()
+    query_GRTK = query_THK.float().unflatten(1, (groups, -1)).permute(1, 2, 0, 3)
+    scores_GRTS = (query_GRTK.flatten(1, 2) @ key_GKS).unflatten(1, (-1, num_queries)) * scoring.scale
+    if scoring.softcap:
+        scores_GRTS = torch.tanh(scores_GRTS / scoring.softcap) * scoring.softcap
+    query_at = torch.arange(position, end, device=query_THK.device).unsqueeze(1)
+    key_at = torch.arange(begin, end, device=query_THK.device)
+    scores_GRTS.masked_fill_((key_at > query_at) | (key_at <= query_at - window), -torch.inf)
+    if scoring.sinks is not None:
+        sinks_GRT1 = scoring.sinks.float().view(groups, -1, 1, 1).expand(-1, -1, num_queries, 1)
+        weights_GRTS = torch.cat([scores_GRTS, sinks_GRT1], -1).softmax(-1)[..., :-1]
+    else:
+        weights_GRTS = scores_GRTS.softmax(-1)
+    output_GRTV: torch.Tensor = (weights_GRTS.flatten(1, 2) @ value_GSV).unflatten(1, (-1, num_queries))
+    return output_GRTV.permute(2, 0, 1, 3).reshape(num_queries, heads, -1)

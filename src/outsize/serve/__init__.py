@@ -1,0 +1,22 @@
+"""Serves models: requests are batched continuously over pages, while weights stream."""
+
+from outsize.serve.engine import Engine, Serves, open_engine
+from outsize.serve.job import Progress, run_job
+from outsize.serve.pipeline import Pipeline, pipeline
+from outsize.serve.request import Completion, Finish, Request, Sampling, Stream, Token
+
+__all__ = [
+    "Completion",
+    "Engine",
+    "Finish",
+    "Pipeline",
+    "Progress",
+    "Request",
+    "Sampling",
+    "Serves",
+    "Stream",
+    "Token",
+    "open_engine",
+    "pipeline",
+    "run_job",
+]

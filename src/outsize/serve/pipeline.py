@@ -1,0 +1,152 @@
+"""Texts in, texts out: an engine that lives as long as this process, and its tokenizer.
+
+generate = outsize.pipeline("path/to/model", host="8GiB", disk="/nvme/scratch")
+generate("The plan for today:", max_new_tokens=50)                          one text
+generate(["One prompt", "another"], temperature=0.8, seed=1)                a list, computed together
+for piece in generate.stream("Once upon a time"): print(piece, end="")      as it comes
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, overload
+
+from torch import nn
+
+from outsize.config import Disk, Pins
+from outsize.engine.api import load
+from outsize.errors import ConfigError, RequestError
+from outsize.model import load_tokenizer
+from outsize.plan.profile import Profile
+from outsize.serve.engine import Serves, closing_of, open_engine
+from outsize.serve.request import Request, Sampling, Stream, Token
+
+Prompt = str | Sequence[Mapping[str, Any]]
+"""A text, or messages of a conversation, which are rendered by the tokenizer's template."""
+
+_SAMPLING = frozenset(field.name for field in fields(Sampling))
+_REQUEST = frozenset(field.name for field in fields(Request)) - {"prompt", "sampling"}
+SETTINGS = _SAMPLING | _REQUEST
+"""What can be said of a prompt, by name: the fields of `Sampling` and `Request`."""
+
+
+def pipeline(
+    model: str | Path | nn.Module,
+    *,
+    tokenizer: Any = None,
+    kv: str | int | None = None,
+    pass_tokens: int | None = None,
+    deterministic: bool = False,
+    draft: str | Path | nn.Module | None = None,
+    device: str | int | None = None,
+    host: str | int | None = None,
+    disk: Disk | None = None,
+    home: str | None = None,
+    dtype: str | None = None,
+    pins: Pins | None = None,
+    profile: Profile | None = None,
+) -> Pipeline:
+    """Open a folder for generating text, within the budgets of `load`; or take a model that is open, and its tokenizer.
+
+    `kv`: memory of the KV cache, such as "2GiB"; else a quarter of what is free. `pass_tokens`: tokens that go through
+    the model at once, at most. `deterministic`: tokens and log-probabilities have the same bits whatever else runs, slower.
+    `draft`: a smaller model of the same tokens (a folder, or open), which guesses ahead and changes nothing in the output.
+
+    Raises what `load` raises, and DataError where the folder has no tokenizer.
+    """
+    if isinstance(model, nn.Module) and tokenizer is None:
+        raise ConfigError("an open model comes without its tokenizer", hint="pass tokenizer=")
+    if not isinstance(model, nn.Module):
+        tokenizer = tokenizer or load_tokenizer(Path(model))
+
+    def opened(what: str | Path | nn.Module) -> nn.Module:
+        if isinstance(what, nn.Module):
+            return what
+        module = load(
+            what, device=device, host=host, disk=disk, home=home, dtype=dtype, pins=pins, profile=profile
+        )
+        return module.requires_grad_(False)  # no memory for gradients
+
+    engine = open_engine(
+        opened(model),
+        tokenizer,
+        kv=kv,
+        pass_tokens=pass_tokens,
+        deterministic=deterministic,
+        draft=None if draft is None else opened(draft),
+    )
+    return Pipeline(engine, tokenizer)
+
+
+class Pipeline:
+    """An engine and a tokenizer."""
+
+    def __init__(self, engine: Serves, tokenizer: Any) -> None:
+        self.engine = engine
+        self.tokenizer = tokenizer
+
+    @overload
+    def __call__(self, prompts: str, **settings: Any) -> str: ...
+    @overload
+    def __call__(self, prompts: Sequence[str], **settings: Any) -> list[str]: ...
+    def __call__(self, prompts: str | Sequence[str], **settings: Any) -> str | list[str]:
+        """The continuation of each prompt (the first, of several samples); `settings` are those of `submit`."""
+        streams: list[Stream] = []
+        try:
+            for prompt in [prompts] if isinstance(prompts, str) else prompts:
+                streams.append(self.submit(prompt, **settings))
+            texts = [stream.wait()[0].text for stream in streams]
+        finally:
+            for stream in streams:
+                if not stream.is_finished:
+                    self.engine.cancel(stream)
+        return texts[0] if isinstance(prompts, str) else texts
+
+    def stream(self, prompt: Prompt, **settings: Any) -> Iterator[str]:
+        """The continuation of one prompt, piece by piece; the request is cancelled where the iterator is dropped."""
+        with closing_of(self.engine, self.submit(prompt, **settings)) as stream:
+            num_given = 0
+            for _ in stream:
+                text = stream.completions[0].text
+                if len(text) > num_given:
+                    yield text[num_given:]
+                    num_given = len(text)
+
+    def submit(
+        self, prompt: Prompt, *, watch: Callable[[Token], None] | None = None, **settings: Any
+    ) -> Stream:
+        """Queue one prompt. `settings`: `temperature`, `top_k`, `top_p`, `min_p`, `repetition_penalty`, `seed`,
+        `max_new_tokens`, `num_samples`, `stop`, `logprobs`, `prompt_logprobs`.
+
+        Raises ConfigError for a setting that cannot be, RequestError for a prompt that cannot be served.
+        """
+        return self.engine.submit(request_of(self.tokenizer, prompt, settings), watch)
+
+
+def request_of(tokenizer: Any, prompt: Prompt, settings: Mapping[str, Any]) -> Request:
+    """The request for a prompt. Raises ConfigError naming a setting that is unknown or malformed, or RequestError."""
+    if unknown := sorted(settings.keys() - SETTINGS):
+        raise ConfigError(f"{unknown[0]}: no such setting", hint=f"known are {', '.join(sorted(SETTINGS))}")
+    if isinstance(prompt, str):
+        tokens = tokenizer(prompt)["input_ids"]
+    else:
+        try:
+            tokens = tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, return_dict=True)
+        except Exception as error:  # templates raise whatever they like
+            raise RequestError(
+                f"the messages cannot be rendered: {str(error).splitlines()[0]}",
+                hint='pass a text, or messages such as {"role": "user", "content": "..."}',
+            ) from error
+        tokens = tokens["input_ids"]
+    try:
+        stop = settings.get("stop", ())
+        given = {**settings, "stop": (stop,) if isinstance(stop, str) else tuple(stop)}
+        sampling = Sampling(**{name: given[name] for name in given.keys() & _SAMPLING})
+        rest = {name: given[name] for name in given.keys() & _REQUEST}
+        return Request(tuple(tokens), sampling, **rest)
+    except TypeError as error:
+        raise ConfigError(
+            f"a setting is of the wrong type: {error}", hint="pass numbers as numbers"
+        ) from error

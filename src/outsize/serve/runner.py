@@ -1,0 +1,231 @@
+"""Passes through a model: chunks of requests packed into one row, and the logits that are wanted.
+
+For a model of Outsize its blocks stream by themselves: a pass visits each of them once, whatever it holds. Pages are
+allocated before the model is placed, and it is placed for the largest pass there will be: memory stays under its cap with
+any prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from outsize.config import format_bytes, parse_bytes
+from outsize.engine import memory
+from outsize.engine.probe import walk
+from outsize.engine.session import Session, find_session
+from outsize.errors import BudgetError, ConfigError
+from outsize.kv import (
+    PAGE_TOKENS,
+    Pageable,
+    PagedKV,
+    Pass,
+    Segment,
+    page_bytes,
+    pages_for,
+    probe,
+    switched,
+)
+from outsize.serve.fixed import TILE_ROWS, FixedTiles
+
+PASS_TOKENS = 512
+"""Tokens of a pass: products are then near full speed on a CPU, and requests that decode do not wait long."""
+
+PASS_TOKENS_ON_DEVICE = 8192
+"""The same on an accelerator, whose weights come over a link: products hide that from here on."""
+
+LOGIT_ELEMENTS = 1 << 25
+"""Logits of one pass, at most: rows of them are limited, not the vocabulary."""
+
+KV_SHARE = 0.25
+"""Of the memory that is left, what pages take where nothing else is said, and no more than LONGEST whole requests."""
+
+LONGEST = 16
+
+FEWEST = 16
+"""Pages, before a model is said not to fit."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Some consecutive tokens of one request in a pass; `rows` are those, of them, whose logits are wanted."""
+
+    tokens: Sequence[int]
+    position: int
+    table: Sequence[int]
+    rows: Sequence[int]
+
+
+class Runner:
+    """A model with pages for its keys and values."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        kv: str | int | None = None,
+        pass_tokens: int | None = None,
+        *,
+        deterministic: bool = False,
+        share: float = KV_SHARE,
+    ) -> None:
+        """`share`: of free memory, for pages, where `kv` does not say.
+
+        Raises NotPageableError where the model cannot run so, BudgetError where it does not fit.
+        """
+        if pass_tokens is not None and pass_tokens < 1:
+            raise ConfigError(
+                f"pass_tokens: {pass_tokens} is less than 1", hint=f"pass {PASS_TOKENS}, or leave it out"
+            )
+        session = find_session(model)
+        self.model: Any = model
+        self.deterministic = deterministic
+        self.device = next(model.parameters()).device if session is None else session.torch_device
+        self._sends = session is None  # a model of Outsize sends its arguments itself
+        self.pageable: Pageable = probe(
+            model,
+            self._call if session is None else lambda arguments: walk(session, arguments),
+        )
+        assert isinstance(model, PreTrainedModel)
+        dtype = next(model.parameters()).dtype if session is None else session.dtype
+        self.vocabulary = int(model.config.get_text_config(decoder=True).vocab_size)
+        self.pass_tokens = pass_tokens or (
+            PASS_TOKENS if self.device.type == "cpu" else PASS_TOKENS_ON_DEVICE
+        )
+        self.pass_rows = max(1, min(self.pass_tokens, LOGIT_ELEMENTS // self.vocabulary))
+        self.page_bytes = page_bytes(self.pageable.layers, dtype)
+        sizes = self._sizes(session, kv, share)
+        for num_pages in sizes:
+            self.kv = PagedKV(self.pageable.layers, num_pages + 1, dtype, self.device)
+            try:
+                self._settle(session)
+                return
+            except BudgetError:
+                if num_pages == sizes[-1]:
+                    raise
+                del self.kv  # before a smaller one is made
+
+    @torch.no_grad()
+    def _settle(self, session: Session | None) -> None:
+        """Place the model's weights beside the pages, for the largest passes there will be. Raises BudgetError."""
+        if session is not None and session.executor is None:
+            with switched(self.model), self._products():
+                for parts in self._largest():
+                    session.settle_for(self._arguments(parts))
+
+    @torch.no_grad()
+    def run(self, parts: Sequence[Part], *, is_long: bool = False) -> list[torch.Tensor]:
+        """One pass; for each part the logits `[rows, V]` that it wants.
+
+        With `is_long` all positions are rotated as those of long sequences are, also where no part reaches so far.
+        """
+        long_after = self.pageable.long_after
+        if is_long and long_after is not None:
+            reach = max(part.position + len(part.tokens) for part in parts)
+            if reach <= long_after:
+                parts = [*parts, Part((0,), long_after, (), ())]
+        with switched(self.model), self._products():
+            logits_NV = self._call(self._arguments(parts)).logits[0]
+        return list(logits_NV.split([len(part.rows) for part in parts] + [int(not _num_rows(parts))]))
+
+    def _call(self, arguments: dict[str, Any]) -> Any:
+        if self._sends:
+            arguments = {
+                name: value.to(self.device) if isinstance(value, torch.Tensor) else value
+                for name, value in arguments.items()
+            }
+        return self.model(**arguments)
+
+    def _products(self) -> AbstractContextManager[object]:
+        return FixedTiles() if self.deterministic else nullcontext()  # type: ignore[no-untyped-call]
+
+    def _arguments(self, parts: Sequence[Part]) -> dict[str, Any]:
+        ids: list[int] = []
+        positions: list[int] = []
+        rows: list[int] = []
+        segments = []
+        for part in parts:
+            start = len(ids)
+            ids += part.tokens
+            positions += range(part.position, part.position + len(part.tokens))
+            rows += [start + row for row in part.rows]
+            segments.append(Segment(start, len(ids), part.position, part.table))
+        if self.deterministic and (rest := -len(ids) % TILE_ROWS):
+            segments.append(Segment(len(ids), len(ids) + rest, 0, ()))
+            ids += [0] * rest
+            # All alike: a high position would rotate all others as those of long sequences.
+            positions += [0] * rest
+        return {
+            "input_ids": torch.tensor([ids]),
+            "position_ids": torch.tensor([positions]),
+            "logits_to_keep": torch.tensor(rows or [0]),
+            "use_cache": False,
+            "paged": Pass(self.kv, segments, one_by_one=self.deterministic),
+        }
+
+    def _largest(self) -> Iterator[list[Part]]:
+        """The passes that take most: as many tokens and rows as there may be, at the end of the longest request.
+
+        Calls are told apart by whether an id is 0 and whether positions go on from one token to the next: one pass of
+        each kind, so that none is rehearsed in the midst of serving.
+        """
+        longest = min(self.pageable.most_positions, (self.kv.num_pages - 1) * PAGE_TOKENS)
+        table = range(1, 1 + pages_for(longest))
+        for token in (1, 0):
+            for most in (longest, longest // 2):
+                tokens, rows = self.pass_tokens, self.pass_rows
+                parts = []
+                while tokens:
+                    count = min(tokens, most)
+                    wanted = min(rows, count)
+                    parts.append(Part([token] * count, longest - count, table, range(wanted)))
+                    tokens, rows = tokens - count, rows - wanted
+                yield parts
+
+    def _sizes(self, session: Session | None, kv: str | int | None, share: float) -> list[int]:
+        """Pages to try: what was asked for; else a share of what is free, and less where weights then do not fit."""
+        longest = pages_for(self.pageable.most_positions)
+        if kv is None:
+            most = min(int(share * self._free_bytes(session)) // self.page_bytes, LONGEST * longest)
+            return [
+                max(most >> half, 1) for half in range(max(1, most.bit_length() - FEWEST.bit_length() + 1))
+            ]
+        num_bytes = parse_bytes(kv, "kv=")
+        if num_bytes < self.page_bytes:
+            raise BudgetError(
+                f"{format_bytes(num_bytes)} of KV cache hold no page of {PAGE_TOKENS} tokens, which takes "
+                f"{format_bytes(self.page_bytes)}",
+                hint=f"pass {format_bytes(longest * self.page_bytes)}, for a request of all its positions",
+            )
+        if session is not None and session.executor is not None:
+            _check_beside(session, num_bytes)
+        return [num_bytes // self.page_bytes]
+
+    def _free_bytes(self, session: Session | None) -> int:
+        if self.device.type != "cpu":
+            return int(torch.cuda.mem_get_info(self.device)[0])
+        limit = session.settings.budgets.host_bytes if session is not None else None
+        if limit is None:
+            return memory.available_bytes()
+        return max(0, limit - memory.resident_bytes())
+
+
+def _check_beside(session: Session, num_bytes: int) -> None:
+    """Raise BudgetError where pages do not fit beside a model that has its place already."""
+    budget = session.budget
+    room = budget.limit_bytes - budget.expected_bytes()
+    if session.device.is_host and num_bytes > room:
+        raise BudgetError(
+            f"the KV cache takes {format_bytes(num_bytes)}, {format_bytes(max(0, room))} are left beside the model, which "
+            "was called before",
+            hint="open the engine before the first call of the model, or give less with kv=",
+        )
+
+
+def _num_rows(parts: Sequence[Part]) -> int:
+    return sum(len(part.rows) for part in parts)

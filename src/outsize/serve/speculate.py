@@ -1,0 +1,173 @@
+"""Guessing ahead: copying what followed the last time the text went like this (CopySpec, Dumitru et al., 2025), or a draft.
+
+A guess costs a token in a pass that is made anyway, and one that holds saves a pass. Guesses never change what is said:
+each position's token is chosen with its own noise, and guesses hold as far as they are what is chosen.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from outsize.serve.draft import Draft
+from outsize.serve.schedule import Chunk, Sample
+
+MATCH = 3
+"""Tokens that must have occurred before."""
+
+MOST_GUESSES = 16
+"""Ahead of one sample, in a pass."""
+
+_MEMORY = 0.8
+"""Of what was known before, how much counts beside what is new."""
+
+_FADING = 0.02
+"""How much of it is lost with each token that is not guessed."""
+
+
+@dataclass(slots=True)
+class _Trust:
+    """In one way of guessing for one sample: the share of guesses that held, and how many are made at once."""
+
+    share_held: float = 0.5
+    num_wanted: int = 4
+
+    def learn(self, num_guessed: int, num_held: int) -> None:
+        """More guesses at once where all held, fewer where few did."""
+        self.share_held = _MEMORY * self.share_held + (1 - _MEMORY) * num_held / num_guessed
+        if num_held == num_guessed:
+            self.num_wanted = min(2 * self.num_wanted, MOST_GUESSES)
+        else:
+            self.num_wanted = max(1, min(self.num_wanted, num_held + 1))
+
+    def fade(self) -> None:
+        """Nothing was guessed this time: what was learned counts a little less, so that guessing is tried again."""
+        self.share_held += _FADING * (0.5 - self.share_held)
+
+
+@dataclass(slots=True)
+class _Record:
+    """Of one sample: where each MATCH tokens were last followed by something, and what guessing was worth."""
+
+    last: dict[tuple[int, ...], int] = field(default_factory=dict)
+    num_read: int = 0
+    copied: _Trust = field(default_factory=_Trust)
+    drafted: _Trust = field(default_factory=_Trust)
+    guesses: list[int] = field(default_factory=list)
+    """For the next pass."""
+    is_copied: bool = False
+
+    def copies(self, tokens: Sequence[int]) -> list[int]:
+        """What followed the last MATCH tokens the last time they occurred."""
+        for end in range(max(self.num_read, MATCH), len(tokens)):
+            self.last[tuple(tokens[end - MATCH : end])] = end
+        self.num_read = max(self.num_read, len(tokens))
+        place = self.last.get(tuple(tokens[-MATCH:]))
+        return [] if place is None else list(tokens[place : place + self.copied.num_wanted])
+
+
+@dataclass(slots=True)
+class _Cost:
+    """Seconds of a pass as `fixed + per_token * tokens`: means over passes, the latest count most."""
+
+    weight: float = 0.0
+    tokens: float = 0.0
+    seconds: float = 0.0
+    squares: float = 0.0
+    products: float = 0.0
+
+    def add(self, num_tokens: int, seconds: float) -> None:
+        for name, value in (
+            ("weight", 1.0),
+            ("tokens", num_tokens),
+            ("seconds", seconds),
+            ("squares", num_tokens**2),
+            ("products", num_tokens * seconds),
+        ):
+            setattr(self, name, 0.98 * getattr(self, name) + value)
+
+    def line(self) -> tuple[float, float]:
+        """`(fixed, per_token)`, neither below zero; all fixed where passes were of one size."""
+        if not self.weight:
+            return 1.0, 0.0
+        spread = self.weight * self.squares - self.tokens**2
+        slope = (self.weight * self.products - self.tokens * self.seconds) / spread if spread > 1e-9 else 0.0
+        slope = min(max(slope, 0.0), self.seconds / self.tokens)
+        return (self.seconds - slope * self.tokens) / self.weight, slope
+
+
+class Guesser:
+    """Guesses for samples that decode, as many as measured passes and guesses that held say are worth it."""
+
+    def __init__(self, draft: Draft | None = None) -> None:
+        self.draft = draft
+        self.num_guessed = 0
+        self.num_held = 0
+        self._records: dict[Sample, _Record] = {}
+        self._cost = _Cost()
+        self._num_decoding = 1
+        self._draft_s = 0.0
+        """Seconds that a guess of the draft takes."""
+
+    def prepare(self, samples: Iterable[Sample]) -> None:
+        """Guess for the next pass: copied where the text went like this before, else drafted, for all at once."""
+        wanted: dict[Sample, int] = {}
+        for sample in samples:
+            if not sample.is_decoding:
+                continue
+            record = self._records.setdefault(sample, _Record())
+            record.guesses, record.is_copied = record.copies(sample.tokens), True
+            if record.guesses and self._pays(record.copied):
+                continue
+            record.guesses, record.is_copied = [], False
+            record.copied.fade()
+            room = sample.most_tokens - len(sample.tokens) - 1
+            if self.draft is None or room <= 0:
+                continue
+            if self._pays(record.drafted, self._draft_s):
+                wanted[sample] = min(record.drafted.num_wanted, room)
+            else:
+                record.drafted.fade()
+        if self.draft is not None and wanted:
+            start = time.perf_counter()
+            for sample, guesses in self.draft.guess(wanted).items():
+                self._records[sample].guesses = guesses
+            a_guess_s = (time.perf_counter() - start) / sum(wanted.values())
+            self._draft_s = _MEMORY * self._draft_s + (1 - _MEMORY) * a_guess_s
+
+    def propose(self, sample: Sample, most: int) -> list[int]:
+        """At most `most` of the guesses that were made for a sample."""
+        record = self._records.get(sample)
+        return [] if record is None else record.guesses[:most]
+
+    def learn(self, sample: Sample, num_guessed: int, num_held: int) -> None:
+        """So many guesses were in a pass, and so many held."""
+        if not num_guessed:
+            return
+        self.num_guessed += num_guessed
+        self.num_held += num_held
+        record = self._records[sample]
+        (record.copied if record.is_copied else record.drafted).learn(num_guessed, num_held)
+
+    def forget(self, sample: Sample) -> None:
+        """A sample ended."""
+        self._records.pop(sample, None)
+        if self.draft is not None:
+            self.draft.forget(sample)
+
+    @contextmanager
+    def timing(self, chunks: Sequence[Chunk]) -> Iterator[None]:
+        """Inside, a pass runs."""
+        start = time.perf_counter()
+        yield
+        num_tokens = sum(chunk.num_tokens + len(chunk.guesses) for chunk in chunks)
+        self._cost.add(num_tokens, time.perf_counter() - start)
+        self._num_decoding = max(1, sum(chunk.sample.is_decoding for chunk in chunks))
+
+    def _pays(self, trust: _Trust, guess_s: float = 0.0) -> bool:
+        """Whether a guess, which costs a token and `guess_s`, saves more: its part of the passes that are not made."""
+        fixed, per_token = self._cost.line()
+        saved = fixed / self._num_decoding + per_token
+        return trust.share_held * saved > per_token + guess_s

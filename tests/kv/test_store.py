@@ -1,0 +1,121 @@
+"""Attention over pages, in C and in torch, against the plain formula."""
+
+import pytest
+import torch
+
+from outsize.kv import kernel, store
+from outsize.kv.pages import PAGE_TOKENS, pages_for
+from outsize.kv.store import LayerShape, PagedKV, Pass, Segment
+
+SHAPES = {
+    "grouped": (LayerShape(8, 2, 64, 64, None), {}),
+    "window": (LayerShape(4, 4, 16, 16, 7), {"sliding_window": 7}),
+    "wide window": (LayerShape(4, 1, 24, 24, 40), {"sliding_window": 40}),
+    "sinks": (LayerShape(4, 2, 16, 16, None), {"s_aux": torch.tensor([0.5, -1.0, 2.0, 0.0])}),
+    "softcap": (LayerShape(4, 2, 16, 16, None), {"softcap": 2.0}),
+    "unequal widths": (LayerShape(4, 4, 12, 7, None), {"scaling": 0.3}),
+}
+
+
+def plain(query, key, value, options):
+    """`[T, H, V]` of the last T of S positions, `key [S, G, K]`, in fp64."""
+    query, key, value = query.double(), key.double(), value.double()
+    num, seen, group = query.shape[0], key.shape[0], query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
+    scores = torch.einsum("thk,shk->hts", query, key) * options.get("scaling", query.shape[-1] ** -0.5)
+    if cap := options.get("softcap"):
+        scores = torch.tanh(scores / cap) * cap
+    at, keys = torch.arange(seen - num, seen)[:, None], torch.arange(seen)
+    hidden = (keys > at) | (keys <= at - options.get("sliding_window", seen))
+    scores = scores.masked_fill(hidden, -torch.inf).exp()
+    total = scores.sum(-1, keepdim=True)
+    if (sinks := options.get("s_aux")) is not None:
+        total = total + sinks.double().exp()[:, None, None]
+    return torch.einsum("hts,shv->thv", scores / total, value)
+
+
+@pytest.fixture(params=["compiled", "torch"])
+def way(request, monkeypatch):
+    if request.param == "torch":
+        monkeypatch.setattr(store, "load", lambda: None)
+        monkeypatch.setattr(store, "TILE_SCORES", 500)
+    elif kernel.load() is None:
+        pytest.skip("no compiler")
+
+
+def filled(shape, dtype, requests, generator):
+    """Pages in which `requests` (positions so far, new tokens) have their past, and what they come with now."""
+    tables, page = [], 1
+    for past, new in requests:
+        count = pages_for(past + new)
+        tables.append(list(range(page, page + count))[::-1])
+        page += count
+    kv = PagedKV({0: shape}, page, dtype, torch.device("cpu"))
+    kv.keys[0].fill_(torch.nan)  # what nobody wrote must not be read
+    kv.values[0].fill_(torch.nan)
+    pasts, news = [], []
+    for (past, new), table in zip(requests, tables, strict=True):
+        keys = torch.randn(past + new, shape.kv_heads, shape.key_width, generator=generator).to(dtype)
+        values = torch.randn(past + new, shape.kv_heads, shape.value_width, generator=generator).to(dtype)
+        for position in range(past):
+            at = table[position // PAGE_TOKENS], position % PAGE_TOKENS
+            kv.keys[0][at[0], :, :, at[1]] = keys[position]
+            kv.values[0][at[0], :, at[1]] = values[position]
+        pasts.append((keys, values))
+        news.append(torch.randn(new, shape.heads, shape.key_width, generator=generator).to(dtype))
+    return kv, tables, pasts, news
+
+
+def attend(kv, requests, tables, pasts, news, options):
+    start, segments = 0, []
+    for (past, new), table in zip(requests, tables, strict=True):
+        segments.append(Segment(start, start + new, past, table))
+        start += new
+    keys = torch.cat([keys[past:] for (past, _), (keys, _) in zip(requests, pasts, strict=True)])
+    values = torch.cat([values[past:] for (past, _), (_, values) in zip(requests, pasts, strict=True)])
+    packed = [part.transpose(0, 1).unsqueeze(0) for part in (torch.cat(news), keys, values)]
+    output = Pass(kv, segments).attend(0, *packed, None, options)[0]
+    return output.split([new for _, new in requests])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", SHAPES)
+def test_attention_is_the_formula(name, dtype, way):
+    shape, options = SHAPES[name]
+    requests = [(0, 1), (0, 45), (37, 1), (16, 16), (3, 30), (130, 1)]
+    kv, tables, pasts, news = filled(shape, dtype, requests, torch.Generator().manual_seed(0))
+    outputs = attend(kv, requests, tables, pasts, news, options)
+    for output, query, (keys, values) in zip(outputs, news, pasts, strict=True):
+        expected = plain(query, keys, values, options)
+        tolerance = 2e-6 if dtype is torch.float32 else 1e-2
+        assert float((output.double() - expected).abs().max()) < tolerance * float(values.abs().max())
+
+
+def test_what_a_query_gets_depends_on_nothing_else_in_the_pass():
+    if kernel.load() is None:
+        pytest.skip("no compiler")
+    shape, options = SHAPES["grouped"]
+    requests = [(50, 9), (0, 70), (20, 1)]
+    kv, tables, pasts, news = filled(shape, torch.float32, requests, torch.Generator().manual_seed(1))
+    together = attend(kv, requests, tables, pasts, news, options)
+    for index, (past, new) in enumerate(requests):
+        for row in range(new):
+            keys, values = pasts[index]
+            one = [(past + row, 1)]
+            alone = attend(
+                kv, one, [tables[index]], [(keys[: past + row + 1], values[: past + row + 1])],
+                [news[index][row : row + 1]], options,
+            )  # fmt: skip
+            assert torch.equal(alone[0][0], together[index][row])
+
+
+def test_tokens_of_no_request_reach_nobody(way):
+    shape, options = SHAPES["grouped"]
+    kv, tables, pasts, news = filled(shape, torch.float32, [(0, 3)], torch.Generator().manual_seed(2))
+    alone = attend(kv, [(0, 3)], tables, pasts, news, options)[0]
+    query = torch.cat([news[0], torch.ones(2, 8, 64)])
+    keys, values = (torch.cat([part, torch.ones(2, *part.shape[1:])]) for part in pasts[0])
+    packed = [part.transpose(0, 1).unsqueeze(0) for part in (query, keys, values)]
+    both = Pass(kv, [Segment(0, 3, 0, tables[0]), Segment(3, 5, 900, ())]).attend(0, *packed, None, options)
+    assert torch.equal(both[0, :3], alone)
+    assert torch.isfinite(both).all()

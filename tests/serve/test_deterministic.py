@@ -1,0 +1,84 @@
+"""With `deterministic=True` tokens and log-probabilities have the same bits, whatever runs and wherever weights live."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from outsize import Pins
+from outsize.kv import store
+from outsize.serve import Engine, Request, Sampling
+from outsize.serve.fixed import TILE_ROWS, FixedTiles
+from tests.running import opened
+from tests.serve.families import FAMILIES, lively, prompts_of
+
+DRAWN = Sampling(temperature=1.0, seed=5)
+
+
+def answer(stream):
+    (first, *_) = stream.wait()
+    return first.tokens, first.logprobs
+
+
+def alone(model, request):
+    return answer(Engine(model, deterministic=True).submit(request))
+
+
+NAMES = ("llama", "gemma2", "gpt2", "gpt_oss", "qwen3_moe", "deepseek_v3", "phi3")
+
+
+@pytest.mark.parametrize(("name", "threads"), [*((name, 1) for name in NAMES), ("llama", 2)])
+def test_bits_do_not_depend_on_what_else_runs(name, threads, tmp_path, monkeypatch):
+    torch.set_num_threads(threads)
+    plain, prompts = lively(name), prompts_of((33, 5, 20))
+    model = opened(plain, disk=tmp_path, home="disk", pins=Pins(weight_slots=1)).requires_grad_(False)
+    requests = [Request(prompt, DRAWN, 8) for prompt in prompts]
+    expected = [alone(model, request) for request in requests]
+    resident = opened(plain, home="host").requires_grad_(False)
+    engine = Engine(resident, pass_tokens=24, deterministic=True)
+    guesses = expected[0][0]
+    for _ in range(2):  # the second time prompts are found in pages, and tokens are guessed
+        streams = [engine.submit(request) for request in requests]
+        streams += [engine.submit(Request(prompts[0][:17], DRAWN, 9, num_samples=2)) for _ in range(2)]
+        assert [answer(stream) for stream in streams[:3]] == expected
+        monkeypatch.setattr(engine.guesser, "learn", lambda *_: None)
+        monkeypatch.setattr(
+            engine.guesser,
+            "propose",
+            lambda sample, most: guesses[len(sample.tokens) - 33 :][: min(most, 3)] or [9] * min(most, 2),
+        )
+    assert engine.scheduler.num_shared_tokens or name == "phi3"
+
+
+def test_bits_do_not_depend_on_what_else_runs_without_a_compiler(monkeypatch):
+    monkeypatch.setattr(store, "load", lambda: None)
+    model, prompts = lively("gemma3"), prompts_of((33, 5))
+    requests = [Request(prompt, DRAWN, 5) for prompt in prompts]
+    expected = [alone(model, request) for request in requests]
+    engine = Engine(model, pass_tokens=24, deterministic=True)
+    streams = [engine.submit(request) for request in requests]
+    assert [answer(stream) for stream in streams] == expected
+
+
+def test_it_is_needed():
+    """The same rows in matrices of two sizes differ in their last bits, here or on some other machine; in tiles never."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(100, 896, generator=generator)
+    weight, bias = torch.randn(300, 896, generator=generator), torch.randn(300, generator=generator)
+    experts = torch.randn(3, 896, 40, generator=generator)
+    with FixedTiles():
+        for vector in (bias, None):
+            whole = F.linear(rows, weight, vector)
+            assert torch.allclose(whole, rows @ weight.T + (0 if vector is None else vector), atol=1e-3)
+            for start, stop in ((0, 1), (7, 40), (99, 100)):
+                assert torch.equal(F.linear(rows[start:stop], weight, vector), whole[start:stop])
+        grouped = torch._grouped_mm(rows, experts, offs=torch.tensor([40, 40, 99], dtype=torch.int32))
+        assert torch.equal(grouped[:7], rows[:7] @ experts[0])
+        assert torch.equal(grouped[50:99], rows[50:99] @ experts[2])
+
+
+def test_passes_are_filled_up_to_whole_tiles():
+    model = FAMILIES["llama"].build()
+    engine, sizes = Engine(model, deterministic=True), []
+    model.register_forward_pre_hook(lambda m, a, k: sizes.append(k["input_ids"].shape[1]), with_kwargs=True)
+    engine.submit(Request((5,) * 40, max_new_tokens=2)).wait()
+    assert sizes == [2 * TILE_ROWS, TILE_ROWS]

@@ -1,0 +1,321 @@
+"""The engine over a real model: seeds, sharing, samples, guesses, cancelling, log-probabilities, refusals."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+
+import outsize
+from outsize.engine.session import Session
+from outsize.errors import BudgetError, ConfigError, ModelError, RequestError
+from outsize.serve import Engine, Finish, Request, Sampling, Stream, open_engine
+from outsize.serve.schedule import Sample
+from outsize.serve.speculate import Guesser, _Record
+from tests.running import opened
+from tests.serve.families import FAMILIES, lively, prompts_of
+from tests.zoo import plain_stack
+
+DRAWN = Sampling(temperature=1.0, top_p=0.95, seed=3)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return lively("llama")
+
+
+@pytest.fixture(scope="module", params=["paged", "single"])
+def any_model(request):
+    return lively("llama" if request.param == "paged" else "gptj")
+
+
+def tokens_of(engine, request):
+    return [completion.tokens for completion in engine.submit(request).wait()]
+
+
+def test_a_seed_does_not_depend_on_the_batch(model):
+    prompts = prompts_of((9, 30, 2, 17))
+    alone = [tokens_of(Engine(model), Request(prompt, DRAWN, 12)) for prompt in prompts]
+    engine = Engine(model, pass_tokens=7)
+    streams = [engine.submit(Request(prompt, DRAWN, 12)) for prompt in prompts]
+    assert [[completion.tokens for completion in stream.wait()] for stream in streams] == alone
+    other = Request(prompts[0], Sampling(temperature=1.0, top_p=0.95, seed=4), 12)
+    assert tokens_of(engine, other) != alone[0]
+
+
+def test_samples_differ_share_their_prompt_and_begin_like_fewer(any_model):
+    engine, (prompt,) = open_engine(any_model), prompts_of((33,))
+    four = tokens_of(engine, Request(prompt, DRAWN, 8, num_samples=4))
+    assert len({tuple(tokens) for tokens in four}) == 4
+    assert tokens_of(engine, Request(prompt, DRAWN, 8, num_samples=2)) == four[:2]
+    if isinstance(engine, Engine):
+        assert engine.scheduler.num_shared_tokens == 32 * 5
+        engine.scheduler.check()
+
+
+def passes_of(engine):
+    """A list that grows with each pass of the model."""
+    passes, run = [], engine.runner.run
+    engine.runner.run = lambda parts, **options: passes.append(1) or run(parts, **options)
+    return passes
+
+
+def test_copied_guesses_change_nothing_and_save_passes(monkeypatch):
+    model = FAMILIES["llama_tied"].build()  # it says the same again and again
+    model.generation_config.eos_token_id = None
+    results = []
+    for pays in (True, False):
+        monkeypatch.setattr(Guesser, "_pays", lambda self, trust, pays=pays: pays)
+        engine = Engine(model)
+        passes = passes_of(engine)
+        (completion,) = engine.submit(Request((5, 6, 7), max_new_tokens=40)).wait()
+        results.append((completion.tokens, len(passes), engine.guesser.num_held))
+        engine.scheduler.check()
+    (guessed, fewer, held), (plain, more, _) = results
+    assert guessed == plain
+    assert fewer == more - held and held > 10
+
+
+def test_guesses_are_what_followed_the_last_time():
+    guesser, request = Guesser(), Request((1, 2, 3, 4, 5, 6, 1, 2, 3))
+    sample = Sample(Stream(request, lambda: None), 0, list(request.prompt), 50, num_computed=8)
+
+    def guesses(most=30):
+        guesser.prepare([sample])
+        return guesser.propose(sample, most)
+
+    assert guesses(2) == [4, 5]
+    guesser.learn(sample, 2, 2)
+    assert guesses() == [4, 5, 6, 1, 2, 3]  # more, after all held
+    guesser.learn(sample, 6, 0)
+    assert guesses() == [4]  # fewer, after none did
+    sample.tokens.append(9)
+    sample.num_computed += 1
+    assert guesses() == []
+
+
+def test_guesses_are_made_where_they_pay():
+    """A pass takes 0.6 s, and 0.4 s more for each token: two in five guesses must hold."""
+    guesser, request = Guesser(), Request((1, 2, 3, 4, 1, 2, 3))
+    sample = Sample(Stream(request, lambda: None), 0, list(request.prompt), 50, num_computed=6)
+    for num_tokens in (1, 3, 1, 3, 10):
+        guesser._cost.add(num_tokens, 0.6 + 0.4 * num_tokens)
+    assert guesser._cost.line() == pytest.approx((0.6, 0.4))
+    guesser._records[sample] = record = _Record()
+    record.copied.share_held = 0.35
+    guesser.prepare([sample])
+    assert guesser.propose(sample, 4) == []  # a third holds, and saves less than it costs
+    for _ in range(5):
+        record.copied.learn(1, 1)
+    guesser.prepare([sample])
+    assert guesser.propose(sample, 4)
+    for _ in range(6):
+        record.copied.learn(4, 0)
+    offered = []
+    for _ in range(200):
+        guesser.prepare([sample])
+        offered.append(bool(guesser.propose(sample, 4)))
+    assert not offered[0] and offered[-1]  # not now, and in a while again
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), DRAWN])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_draft_changes_nothing_and_one_that_agrees_saves_passes(model, sampling, seed, monkeypatch):
+    monkeypatch.setattr(Guesser, "_pays", lambda self, trust, guess_s=None: guess_s is not None)
+    requests = [Request(prompt, sampling, 20, num_samples=2) for prompt in prompts_of((30, 5, 18))]
+    expected = [tokens_of(Engine(model), request) for request in requests]
+    engine = Engine(model, draft=lively("llama", seed), pass_tokens=24)
+    passes = passes_of(engine)
+    for _ in range(2):
+        streams = [engine.submit(request) for request in requests]
+        while not engine.is_idle:
+            engine.step()
+            engine.scheduler.check()
+            engine.guesser.draft.check()
+        assert [[completion.tokens for completion in stream.completions] for stream in streams] == expected
+    held = engine.guesser.num_held / engine.guesser.num_guessed
+    assert held == 1 and len(passes) < 40 if seed == 0 else held < 0.5
+    assert engine.guesser.draft.pool.num_free == engine.guesser.draft.pool.num_usable
+
+
+def test_drafts_that_cannot_be_used(model):
+    with pytest.raises(ConfigError, match="the draft knows 64 tokens, the model 199"):
+        Engine(model, draft=FAMILIES["llama"].build(vocab_size=64))
+    with pytest.raises(ConfigError, match="BloomForCausalLM cannot guess"):
+        Engine(model, draft=lively("bloom"))
+    with pytest.raises(ConfigError, match="rotates long texts"):
+        Engine(model, draft=lively("phi3"))
+
+
+def test_guesses_that_are_drawn_change_nothing(model, monkeypatch):
+    (prompt,) = prompts_of((12,))
+    expected = tokens_of(Engine(model), Request(prompt, DRAWN, 30))
+    for guess in (
+        lambda s, most: expected[0][len(s.tokens) - 12 :][:most],
+        lambda s, most: [7] * min(most, 3),
+    ):
+        engine = Engine(model)
+        monkeypatch.setattr(engine.guesser, "propose", guess)
+        monkeypatch.setattr(engine.guesser, "learn", lambda *_: None)
+        assert tokens_of(engine, Request(prompt, DRAWN, 30)) == expected
+        engine.scheduler.check()
+
+
+def test_cancelling_frees_pages_at_any_point(model):
+    engine, (prompt,) = Engine(model, pass_tokens=8), prompts_of((30,))
+    room = engine.scheduler.pool.num_free
+    for num_steps in (0, 1, 3, 6, 9):
+        stream = engine.submit(Request(prompt, DRAWN, 20, num_samples=3))
+        for _ in range(num_steps):
+            engine.step()
+        engine.cancel(stream)
+        assert stream.is_finished and engine.is_idle
+        assert engine.scheduler.pool.num_free == room
+        engine.scheduler.check()
+    assert {completion.finish for completion in stream.completions} == {Finish.CANCELLED}
+
+
+def test_a_request_is_cancelled_while_it_is_generated(any_model):
+    engine, (prompt,) = open_engine(any_model), prompts_of((5,))
+    seen = []
+
+    def watch(token):
+        seen.append(token)
+        if len(seen) == 3:
+            engine.cancel(stream)
+
+    stream = engine.submit(Request(prompt, max_new_tokens=20), watch)
+    while not engine.is_idle:
+        engine.step()
+    assert len(seen) == 3 and stream.completions[0].finish is Finish.CANCELLED
+
+
+@pytest.mark.parametrize("num_seen", range(1, 10))
+def test_whoever_watches_may_cancel_all_samples_at_any_token(model, num_seen):
+    engine, (prompt,) = Engine(model), prompts_of((33,))
+    seen = []
+
+    def watch(token):
+        seen.append(token)
+        if len(seen) == num_seen:
+            engine.cancel(stream)
+
+    stream = engine.submit(Request(prompt, DRAWN, 3, num_samples=3), watch)
+    stream.wait()
+    assert len(seen) == num_seen and engine.is_idle
+    engine.scheduler.check()
+    assert engine.scheduler.pool.num_free == engine.scheduler.pool.num_usable
+
+
+def test_logprobs_are_those_of_the_model(any_model):
+    engine, (prompt,) = open_engine(any_model, pass_tokens=7), prompts_of((20,))
+    stream = engine.submit(Request(prompt, DRAWN, 5, logprobs=2, prompt_logprobs=True))
+    (completion,) = stream.wait()
+    ids = torch.tensor([[*prompt, *completion.tokens]])
+    with torch.no_grad():
+        logprobs = any_model(ids).logits[0].log_softmax(-1)
+    expected = logprobs[:-1].gather(1, ids[0, 1:, None]).flatten()
+    told = torch.tensor([*stream.prompt_logprobs, *completion.logprobs])
+    assert torch.allclose(told, expected, atol=1e-4)
+    best = logprobs[19:-1].topk(2)
+    assert [[token for token, _ in pairs] for pairs in completion.likeliest] == best.indices.tolist()
+
+
+def test_the_end_token_ends_it(any_model):
+    engine, (prompt,) = open_engine(any_model), prompts_of((6,))
+    (tokens,) = tokens_of(engine, Request(prompt, max_new_tokens=10))
+    any_model.generation_config.eos_token_id = [tokens[4], 3]
+    try:
+        (completion,) = open_engine(any_model).submit(Request(prompt, max_new_tokens=10)).wait()
+    finally:
+        any_model.generation_config.eos_token_id = None
+    assert completion.finish is Finish.STOP
+    assert completion.tokens == tokens[: tokens.index(tokens[4]) + 1]
+
+
+def test_a_stream_is_read_token_by_token(model):
+    engine, (prompt,) = Engine(model), prompts_of((6,))
+    stream = engine.submit(Request(prompt, max_new_tokens=4))
+    first = next(iter(stream))
+    assert first.id == stream.completions[0].tokens[0] and not stream.is_finished
+    assert [first.id, *(token.id for token in stream)] == stream.completions[0].tokens
+    assert stream.completions[0].finish is Finish.LENGTH
+
+
+def test_the_last_position_ends_it(any_model):
+    engine, (prompt,) = open_engine(any_model), prompts_of((60,))
+    (completion,) = engine.submit(Request(prompt, max_new_tokens=50)).wait()
+    assert len(completion.tokens) == 4 and completion.finish is Finish.LENGTH
+    with pytest.raises(RequestError, match="64 tokens, the model 64 positions"):
+        engine.submit(Request(prompt + (1,) * 4))
+
+
+def test_bad_requests(any_model):
+    engine = open_engine(any_model)
+    with pytest.raises(RequestError, match="no token"):
+        engine.submit(Request(()))
+    with pytest.raises(ConfigError, match="need a tokenizer"):
+        engine.submit(Request((1,), stop=("x",)))
+    assert engine.is_idle
+
+
+@pytest.mark.parametrize("name", ["t5", "vit"])
+def test_what_is_no_causal_model_is_refused(name):
+    with pytest.raises(ModelError, match="no causal language model"):
+        open_engine(FAMILIES[name].build())
+    with pytest.raises(ModelError, match="no causal language model"):
+        open_engine(plain_stack())
+
+
+def test_a_pass_without_tokens_is_refused(model):
+    with pytest.raises(ConfigError, match="less than 1"):
+        Engine(model, pass_tokens=0)
+
+
+def test_a_cache_that_is_too_small_is_refused_with_the_numbers(model):
+    with pytest.raises(BudgetError, match="hold no page of 16 tokens"):
+        Engine(model, kv=1000)
+    engine = Engine(model, kv="20KiB")
+    with pytest.raises(RequestError, match="4 pages of KV cache, there are"):
+        engine.submit(Request((5,) * 40, max_new_tokens=24))
+
+
+def test_a_cache_that_nobody_asked_for_gives_way_to_the_model(tmp_path, monkeypatch):
+    tried, settle = [], Session.settle_for
+
+    def refuse(session, arguments):
+        tried.append(weakref.ref(arguments["paged"].kv))
+        if len(tried) < 3:
+            monkeypatch.setattr(session.budget, "place", lambda *_: _raise(BudgetError("too large")))
+        else:
+            monkeypatch.undo()
+        return settle(session, arguments)
+
+    def pages(**options):
+        model = opened(lively("llama"), disk=tmp_path, home="disk").requires_grad_(False)
+        return Engine(model, pass_tokens=8, **options).runner.kv.num_pages - 1
+
+    most = pages()
+    monkeypatch.setattr(Session, "settle_for", refuse)
+    assert pages() == most // 4
+    gc.collect()
+    assert tried[0]() is None and tried[1]() is None
+    monkeypatch.setattr(Session, "settle_for", refuse)
+    tried.clear()
+    with pytest.raises(BudgetError, match="too large"):
+        pages(kv="64KiB")
+
+
+def _raise(error):
+    raise error
+
+
+def test_a_model_that_was_called_before_is_served_if_pages_fit(tmp_path):
+    model = opened(lively("llama"), disk=tmp_path, home="disk", host="4GiB")
+    model.requires_grad_(False)
+    with torch.no_grad():
+        model(torch.ones(1, 40, dtype=torch.long))
+    assert tokens_of(Engine(model, pass_tokens=8), Request((5, 6, 7), max_new_tokens=3))
+    with pytest.raises(BudgetError, match="was called before"):
+        Engine(model, kv="5GiB")
+    assert outsize.report(model).host_peak_bytes < 4 << 30
