@@ -40,6 +40,15 @@ class ComputeType(StrEnum):
     BFLOAT16 = "bfloat16"
 
 
+class OnDeviceFull(StrEnum):
+    """What follows when a device runs out of memory inside a call."""
+
+    ERROR = "error"
+    """A BudgetError that names what fits."""
+    RETRY = "retry"
+    """What failed is computed again, without activations that were kept, then in smaller tiles; then the error."""
+
+
 def parse_bytes(text: str | int, what: str = "a size") -> int:
     """Number of bytes in `text`, such as `"3GiB"`, `"500 MB"` or `1024`.
 
@@ -201,6 +210,7 @@ class Settings:
     pins: Pins
     commits: int = 0
     """How many are kept, where any are."""
+    on_device_full: OnDeviceFull = OnDeviceFull.ERROR
 
 
 def cache_folder() -> Path:

@@ -2,6 +2,7 @@
 
 import gc
 import itertools
+import warnings
 
 import pytest
 import torch
@@ -205,6 +206,41 @@ def test_running_out_of_the_devices_memory_is_named(tmp_path):
     handle.remove()
     model(**batch).loss.backward()
     assert executor_of(model).off_plan is not None
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_what_the_device_had_no_memory_for_is_computed_in_smaller_tiles(direction):
+    """A real allocation fails, once in a forward and once in the thread that autograd goes back in."""
+    expected = trained(home="host")
+    model = opened(ZOO["llama_tied"].build().train(), home="host", dtype="bfloat16", on_device_full="retry")
+    optimizer = outsize.AdamW(model, lr=3e-3, max_grad_norm=0.1)
+    calls = []
+
+    def greedy(*arguments):
+        calls.append(arguments)
+        if len(calls) == 1:
+            torch.empty(1 << 44, dtype=torch.uint8, device="cuda")
+
+    def watch(module, args):
+        if direction == "forward":
+            greedy()
+        elif args[0].requires_grad:
+            args[0].register_hook(greedy)
+
+    handle = model.model.layers[1].mlp.register_forward_pre_hook(watch)
+    losses = []
+    for step in range(STEPS):
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            loss = model(**ZOO["llama_tied"].batch(rows=4, length=10, seed=step)).loss
+            loss.backward()
+        assert len([each for each in said if "2 rows" in str(each.message)]) == (step == 0)
+        losses.append(loss.item())
+        optimizer.step()
+        optimizer.zero_grad()
+    handle.remove()
+    assert losses == pytest.approx(expected[0], rel=2e-2) and outsize.report(model).stepped_down
+    close(session_of(model))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

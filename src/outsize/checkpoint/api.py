@@ -264,6 +264,7 @@ def _run_facts(session: Session) -> dict[str, Any]:
     kernel = session.kernel() if session.kernel is not None else None
     return {
         "tile_rows": call.tile_rows if call is not None else None,
+        "loss_tile_elements": session.loss_tile_elements,
         "threads": torch.get_num_threads(),
         "backend": str(kernel.backend) if kernel is not None else None,
         "device": str(session.torch_device),
@@ -284,6 +285,9 @@ def _notes(session: Session, manifest: Manifest) -> list[str]:
     before = manifest.run
     if before["tile_rows"] is not None and not session.keep_tiles(int(before["tile_rows"])):
         notes.append(f"blocks computed {before['tile_rows']} rows at once, and are pinned to other tiles now")
+    elements = before.get("loss_tile_elements")
+    if elements is not None and before["device"] == str(session.torch_device):
+        session.loss_tile_elements = int(elements)
     now = {"threads": torch.get_num_threads(), "device": str(session.torch_device)}
     for name, value in now.items():
         if before.get(name, value) != value:

@@ -36,8 +36,8 @@ def command(
     )
 
 
-def add_place(parser: argparse.ArgumentParser) -> None:
-    """The options that say where bytes may live; `place_of` reads them."""
+def add_place(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """The options that say where bytes may live, as a group; `place_of` reads them."""
     group = parser.add_argument_group(
         "where it may live", "Hard limits; what is not given is measured and planned."
     )
@@ -60,6 +60,7 @@ def add_place(parser: argparse.ArgumentParser) -> None:
         action="append",
         help=f"decide something the planner would: {', '.join(pin.name for pin in fields(Pins))}",
     )
+    return group
 
 
 UNPREDICTED = "times are not predicted: run `outsize profile`{disk} once, it measures this machine in 20 s"

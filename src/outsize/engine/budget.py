@@ -17,7 +17,7 @@ from functools import partial
 import torch
 
 from outsize.block import ALIGNMENT, Plane, Record, align
-from outsize.config import Home, Pins, Settings, format_bytes
+from outsize.config import Home, OnDeviceFull, Pins, Settings, format_bytes
 from outsize.engine import closing, keep, memory
 from outsize.engine.probe import BatchShape, Rehearsal
 from outsize.engine.versions import Layout
@@ -143,6 +143,7 @@ class Budget:
         self._free_host_bytes = free_host_bytes
         self._home_room_bytes = 0
         self._always_resident = always_resident
+        self._most_tile_tokens: int | None = None
         self.visit_bytes = 0
         """What a visit of the call that began last takes of the host's memory beside weights, at most."""
         self._fit: Fit | None = None
@@ -248,6 +249,10 @@ class Budget:
         self.visit_bytes = needs.visit_bytes if self._device.is_host else 0
         return tile_rows
 
+    def shrink_tiles(self, num_tokens: int) -> None:
+        """Let no tile of a call to come have more tokens, whatever is pinned; a tile has at least one row."""
+        self._most_tile_tokens = num_tokens
+
     def host_bytes(self) -> int:
         """What the process takes of the host's memory, as placed."""
         assert self.placement is not None
@@ -274,11 +279,13 @@ class Budget:
             yield
         except torch.OutOfMemoryError as error:
             what = str(error).partition(". ")[0]
+            fewer = "let blocks compute fewer rows at once (--pin tile_rows=1)"
+            if self._settings.on_device_full is OnDeviceFull.ERROR:
+                fewer += ', or try again with fewer by itself (on_device_full="retry")'
             raise BudgetError(
                 f"the device ran out of memory ({what}); {format_bytes(self.device_bytes())} of "
                 f"{format_bytes(self.device_limit_bytes)} were planned",
-                hint="another process may have taken it; else let blocks compute fewer rows at once (--pin tile_rows=1), "
-                "or give less with device=",
+                hint=f"another process may have taken it; else {fewer}, or give less with device=",
             ) from error
 
     def make_room(self, visit_bytes: int) -> None:
@@ -607,6 +614,8 @@ class Budget:
         rows = shape.rows or 1
         tokens = TILE_TOKENS if self._device.is_host else TILE_TOKENS_ON_DEVICE
         wanted = self._settings.pins.tile_rows or -(-tokens // shape.row_tokens)
+        if self._most_tile_tokens is not None:
+            wanted = min(wanted, self._most_tile_tokens // shape.row_tokens)
         return max(1, min(rows, wanted))
 
 

@@ -20,7 +20,8 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 
 from outsize.engine import memory
 from outsize.engine.batch import BatchDims, Shape, find_dims, tiles
-from outsize.engine.layer import Call, Layer, Loose, Randomness, installed
+from outsize.engine.layer import Call, Layer, Loose, installed
+from outsize.engine.surroundings import Randomness
 from outsize.plan import Direction, Visit
 
 if TYPE_CHECKING:

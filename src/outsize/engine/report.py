@@ -45,6 +45,8 @@ class Report:
     bytes_up: int = 0
     """Copied from the host to a device with memory of its own."""
     bytes_down: int = 0
+    stepped_down: tuple[str, ...] = ()
+    """What was changed where the device ran out of memory."""
 
     def __str__(self) -> str:
         width = max((len(row.what) for row in self.rows), default=0)
@@ -62,6 +64,8 @@ class Report:
             f"read {format_bytes(self.bytes_read)}, wrote {format_bytes(self.bytes_written)}; "
             f"waited {sum(self.wait_s.values()):.1f} s"
         )
+        if self.stepped_down:
+            lines.append(f"the device ran out of memory: {'; '.join(self.stepped_down)}")
         if self.off_plan:
             lines.append(
                 "visits that no plan foresaw (right, but not overlapped): " + ", ".join(self.off_plan[:8])
@@ -94,6 +98,7 @@ def report(model: nn.Module) -> Report:
         device_peak_bytes=memory.device_peak_bytes(session.torch_device),
         bytes_up=session.device.links().bytes_up,
         bytes_down=session.device.links().bytes_down,
+        stepped_down=tuple(session.stepdown.notes),
     )
 
 

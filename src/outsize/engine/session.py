@@ -25,7 +25,7 @@ from transformers import Cache, PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from outsize.block import Block, Entry, Piece, Plane, Record
-from outsize.config import Home, Settings
+from outsize.config import Home, OnDeviceFull, Settings
 from outsize.engine import memory
 from outsize.engine.batch import BatchDims, Tile, tiles
 from outsize.engine.blocks import DTYPES, BlockState, BlockStore, close_workers
@@ -39,6 +39,7 @@ from outsize.engine.keep import Keeper
 from outsize.engine.layer import Layer, Loose
 from outsize.engine.placeholder import GradientPlaceholder, OffloadedParameter
 from outsize.engine.probe import BatchShape, Probe, Rehearsal, batch_shape, rehearse
+from outsize.engine.stepdown import StepDown
 from outsize.engine.timing import measure_costs
 from outsize.engine.versions import Layout, Versions
 from outsize.errors import UsageError
@@ -123,6 +124,7 @@ class Session:
         self.committed: Source | None = None
         """What the commit holds that the session will start from; until it does."""
         self.keeper: Keeper | None = None
+        self.stepdown = StepDown(settings.on_device_full is OnDeviceFull.RETRY, self.device)
         self._is_closed = False
         self._kept_whole: set[str] = set()
         self.identity = uuid.uuid4().hex
@@ -424,10 +426,11 @@ class Session:
             if self._collects(entry):
 
                 def collect(leaf: torch.Tensor, index: int = index, entry: Entry = entry) -> None:
-                    assert leaf.grad is not None
+                    gradient, leaf.grad = leaf.grad, None
+                    assert gradient is not None
                     if self._collects(entry):  # still: a kept graph is older than its backward
-                        self._store.add_gradient(state, index, leaf.grad)
-                    leaf.grad = None
+                        add = partial(self._store.add_gradient, state, index, gradient)
+                        self.stepdown.add((state.name, index), add)
 
                 leaf = leaves[entry.piece.parameter].detach().requires_grad_()
                 leaf.register_post_accumulate_grad_hook(collect)
@@ -464,7 +467,24 @@ class Session:
     def keeps_graphs(self, blocks: Sequence[str]) -> bool:
         """Whether a visit to `blocks` keeps its graph for the backward."""
         placement = self.budget.placement
-        return placement is not None and placement.kept.issuperset(blocks)
+        return placement is not None and placement.kept.issuperset(blocks) and self.stepdown.keeps_graphs
+
+    @property
+    def row_tokens(self) -> int:
+        """Tokens of a row of the running call's batch."""
+        return 1 if self._call is None else self._call.shape.row_tokens
+
+    def shrink_tiles(self, rows: int, row_tokens: int) -> None:
+        """Compute at most `rows` rows at once from now on, of `row_tokens` each; in calls to come, as many tokens."""
+        before = 0
+        for call in (self._call, self.last_training_call):
+            if call is not None and call.tile_rows > rows:
+                before = call.tile_rows
+        self._call = _with_tiles(self._call, rows)
+        self.last_training_call = _with_tiles(self.last_training_call, rows)
+        self.budget.shrink_tiles(rows * row_tokens)
+        if before:
+            self.stepdown.note(f"blocks compute {rows} rows at once instead of {before}")
 
     def tiles(
         self, layer: Layer, tensors: Sequence[torch.Tensor]
@@ -605,6 +625,19 @@ class Session:
         if pins.tile_rows is None:
             self._change_settings(replace(self.settings, pins=replace(pins, tile_rows=rows)))
         return self.settings.pins.tile_rows == rows
+
+    @property
+    def loss_tile_elements(self) -> int | None:
+        """Elements of a tile of logits; None where the model has no head."""
+        return min((each.tile_elements for each in self._heads()), default=None)
+
+    @loss_tile_elements.setter
+    def loss_tile_elements(self, num_elements: int) -> None:
+        for each in self._heads():
+            each.tile_elements = num_elements
+
+    def _heads(self) -> list[Head]:
+        return [point for point in self.points.values() if isinstance(point, Head)]
 
     # -- settling ------------------------------------------------------------------------------------------------
 
@@ -826,6 +859,10 @@ def backward_visits(session: Session, blocks: Sequence[str], needs_weights: bool
         )
         for name in blocks
     ]
+
+
+def _with_tiles(call: _Call | None, rows: int) -> _Call | None:
+    return None if call is None else replace(call, tile_rows=min(call.tile_rows, rows))
 
 
 def _never_streamed(cut: Cut) -> frozenset[str]:

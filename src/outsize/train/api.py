@@ -166,6 +166,7 @@ class Api(Protocol):
         home: str | None = None,
         dtype: str | None = None,
         pins: Pins | None = None,
+        on_device_full: str = "error",
         profile: Profile | None = None,
         seed: int = 0,
     ) -> nn.Module:

@@ -297,6 +297,7 @@ class Run:
             home=place.home,
             dtype=place.dtype,
             pins=place.pins,
+            on_device_full=place.on_device_full,
             profile=profile,
             seed=settings.seed,
         )
