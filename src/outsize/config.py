@@ -211,6 +211,8 @@ class Settings:
     commits: int = 0
     """How many are kept, where any are."""
     on_device_full: OnDeviceFull = OnDeviceFull.ERROR
+    compile: bool | None = None
+    """Whether layers that are alike are compiled; None: as the run did that is resumed, or else not."""
 
 
 def cache_folder() -> Path:

@@ -208,6 +208,19 @@ def test_running_out_of_the_devices_memory_is_named(tmp_path):
     assert executor_of(model).off_plan is not None
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_compiled_layers_give_the_same_bits_in_every_placement(dtype, tmp_path):
+    expected = trained(dtype=dtype, home="host", compile=True)
+    for options in (
+        {"home": "disk", "pins": Pins(weight_slots=1)},
+        {"home": "host", "pins": Pins(inputs="host")},
+    ):
+        losses, values = trained(dtype=dtype, disk=tmp_path, compile=True, **options)
+        assert losses == expected[0]
+        assert all(torch.equal(values[name], expected[1][name]) for name in values)
+    assert expected[0] == pytest.approx(trained(dtype=dtype, home="host")[0], rel=2e-2)
+
+
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_what_the_device_had_no_memory_for_is_computed_in_smaller_tiles(direction):
     """A real allocation fails, once in a forward and once in the thread that autograd goes back in."""

@@ -266,6 +266,7 @@ def _run_facts(session: Session) -> dict[str, Any]:
         "tile_rows": call.tile_rows if call is not None else None,
         "loss_tile_elements": session.loss_tile_elements,
         "threads": torch.get_num_threads(),
+        "compiled": session.compiler.compiled,
         "backend": str(kernel.backend) if kernel is not None else None,
         "device": str(session.torch_device),
         "updated_on_device": _updated_on_device(session),
@@ -288,6 +289,11 @@ def _notes(session: Session, manifest: Manifest) -> list[str]:
     elements = before.get("loss_tile_elements")
     if elements is not None and before["device"] == str(session.torch_device):
         session.loss_tile_elements = int(elements)
+    was_compiled = bool(before.get("compiled"))
+    if session.settings.compile is None:
+        session.compiler.is_on = was_compiled
+    elif session.compiler.is_on != was_compiled:
+        notes.append(f"layers were {'' if was_compiled else 'not '}compiled before")
     now = {"threads": torch.get_num_threads(), "device": str(session.torch_device)}
     for name, value in now.items():
         if before.get(name, value) != value:

@@ -63,6 +63,15 @@ def add_place(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     return group
 
 
+def add_compile(group: argparse._ArgumentGroup) -> None:
+    """Whether layers are compiled."""
+    group.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        help="run layers through torch.compile, once for all that are alike (no; a resumed run: as before)",
+    )
+
+
 UNPREDICTED = "times are not predicted: run `outsize profile`{disk} once, it measures this machine in 20 s"
 
 

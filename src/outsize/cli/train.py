@@ -148,6 +148,7 @@ def add_parser(commands: shared.Commands[argparse.ArgumentParser]) -> None:
         choices=list(map(str, OnDeviceFull)),
         help="where the accelerator's memory runs out: stop, or try again in smaller tiles and go on with them",
     )
+    shared.add_compile(place)
     parser.set_defaults(run=run)
 
 
@@ -255,6 +256,7 @@ def settings_of(values: dict[str, Any]) -> TrainSettings:
         place=replace(
             shared.place_of(argparse.Namespace(**{key: get(key) for key in shared.PLACE_OPTIONS})),
             on_device_full=_choice(OnDeviceFull, "on_device_full", values["on_device_full"]),
+            compile=get("compile"),
         ),
         seed=values["seed"],
         overwrite=values["overwrite"],
@@ -277,6 +279,7 @@ def _dry_run(settings: TrainSettings, values: dict[str, Any]) -> int:
         home=place.home,
         dtype=place.dtype,
         pins=place.pins,
+        compile=place.compile,
         batch_size=settings.batch_size,
         seq_len=settings.seq_len,
         profile=shared.profile_of(place.disk),

@@ -40,6 +40,7 @@ def load(
     dtype: str | torch.dtype | None = None,
     pins: Pins | None = None,
     on_device_full: str = "error",
+    compile: bool | None = None,
     profile: Profile | None = None,
     seed: int = 0,
     trust_remote_code: bool = False,
@@ -51,11 +52,13 @@ def load(
     free now is used. `home` pins where weights and state live, `dtype` the compute type, `pins` anything else. With a
     `profile` of the machine (`outsize.hardware.kept`) the fastest of the plans that fit is taken, which takes a few
     seconds at the first call. With `on_device_full="retry"` a call that runs out of the device's memory goes on by
-    itself: what failed is computed again in less. A folder with a `config.json` and no weights is initialised from `seed`.
+    itself: what failed is computed again in less. `compile=True` runs layers through `torch.compile`, one compilation
+    for all that are alike; None: as the run did that is resumed, or else not. A folder with a `config.json` and no
+    weights is initialised from `seed`.
 
     Raises ModelError, WeightsError or ConfigError before anything is read.
     """
-    settings = resolve_settings(device, host, disk, home, dtype, pins, on_device_full)
+    settings = resolve_settings(device, host, disk, home, dtype, pins, on_device_full, compile)
     folder = resolve_folder(path)
     module = open_skeleton(folder, DTYPES[settings.compute_type], trust_remote_code=trust_remote_code)
     source: Source
@@ -76,6 +79,7 @@ def wrap(
     dtype: str | torch.dtype | None = None,
     pins: Pins | None = None,
     on_device_full: str = "error",
+    compile: bool | None = None,
     profile: Profile | None = None,
     seed: int = 0,
 ) -> nn.Module:
@@ -85,7 +89,7 @@ def wrap(
     """
     if dtype is None:
         dtype = "bfloat16" if next(module.parameters()).dtype is torch.bfloat16 else "float32"
-    settings = resolve_settings(device, host, disk, home, dtype, pins, on_device_full)
+    settings = resolve_settings(device, host, disk, home, dtype, pins, on_device_full, compile)
     parameters = dict(module.named_parameters())
     if any(isinstance(parameter, OffloadedParameter) for parameter in parameters.values()):
         raise UsageError(f"{type(module).__name__} is under Outsize already", hint="wrap a module once")
@@ -119,6 +123,7 @@ def resolve_settings(
     dtype: str | torch.dtype | None,
     pins: Pins | None,
     on_device_full: str = "error",
+    compile: bool | None = None,
 ) -> Settings:
     """The arguments of `load`, checked. Raises ConfigError naming the one that cannot be used."""
     if device is not None and not torch.cuda.is_available():
@@ -126,7 +131,7 @@ def resolve_settings(
     if on_device_full not in list(OnDeviceFull):
         raise ConfigError(f"on_device_full={on_device_full!r}", hint=f"one of {', '.join(OnDeviceFull)}")
     settings = parse_settings(device, host, disk, home, dtype, pins)
-    settings = replace(settings, on_device_full=OnDeviceFull(on_device_full))
+    settings = replace(settings, on_device_full=OnDeviceFull(on_device_full), compile=compile)
     settings.budgets.check_folders()
     return settings
 

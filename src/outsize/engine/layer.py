@@ -11,7 +11,7 @@ computing. It is the graph that the backward would make, so no number changes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -24,11 +24,12 @@ from transformers import Cache
 
 from outsize.block import Block
 from outsize.engine.batch import BatchDims, Tile, TiledOutput, UnevenTiles
+from outsize.engine.compiled import is_failure
 from outsize.engine.guard import Guard
 from outsize.engine.sidedoor import SideDoor
 from outsize.engine.stepdown import Graphs
 from outsize.engine.surroundings import Autocast, Randomness
-from outsize.errors import UsageError
+from outsize.errors import ModelError, UsageError
 from outsize.model import Binding, Point
 from outsize.plan import Direction
 
@@ -73,7 +74,7 @@ class Call:
     training: tuple[bool, ...] = ()
     keeps_graphs: bool = False
     draws: bool = False
-    """Whether the forward drew random numbers; known only where visits may be repeated."""
+    """Whether the forward drew random numbers: its backward must draw the same."""
     row_tokens: int = 1
     """Of a row of the running call."""
     output_spec: TreeSpec | None = None
@@ -87,7 +88,7 @@ class Call:
             leaves[position] = tensor
         args, kwargs = tree_unflatten(leaves, self.spec)
         with self.side_door.catch() as caught:
-            result = self.layer.original(*args, **kwargs)
+            result = self._compute(args, kwargs)
         flat, spec = tree_flatten(result)
         positions = [i for i, leaf in enumerate(flat) if isinstance(leaf, torch.Tensor)]
         outputs = [flat[i] for i in positions]
@@ -96,6 +97,20 @@ class Call:
                 flat[position] = None
             self.output_spec, self.output_leaves, self.output_positions = spec, flat, positions
         return outputs + caught.tensors()
+
+    def _compute(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """The layer's forward: compiled, where that serves, or as it is."""
+        layer = self.layer
+        if not self.is_compiled:
+            return layer.original(*args, **kwargs)
+        return layer.session.compiler.run(layer.module, layer.original, args, kwargs)
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether the layer's forward is compiled; not where a cache grows, or hooks record something inside."""
+        is_plain = not self.side_door.keys and not any(isinstance(leaf, Cache) for leaf in self.leaves)
+        layer = self.layer
+        return is_plain and layer.is_repeated and layer.session.compiler.serves(layer.module)
 
     def result(self, outputs: Sequence[torch.Tensor]) -> Any:
         """The visit's result in the shape the layer gave it, with `outputs` in place; side doors are served."""
@@ -135,6 +150,7 @@ class Layer:
         self.module = module
         self.original: Callable[..., Any] = module.forward
         self.blocks = tuple(block.name for block in blocks)
+        self.is_repeated = session.is_repeated(module)
         self.has_batch_statistics = any(
             isinstance(child, nn.modules.batchnorm._BatchNorm) for child in module.modules()
         )
@@ -197,7 +213,7 @@ class Layer:
                 call.dims, call.tiles = None, self.session.keep_whole(self.point)
                 call.randomness.put_back()
                 outputs = self._run_tiles(call, tensors, graphs)
-            call.draws = self.session.stepdown.is_on and not call.randomness.is_now()
+            call.draws = not call.randomness.is_now()
             for name, value in values.items():
                 if value._version != versions[name]:
                     raise UsageError(
@@ -226,11 +242,40 @@ class Layer:
             if keeps:
                 graphs[tile] = graph
 
-        tiles = stepdown.compute(call.tiles, run, may_cut=dims is not None, may_repeat=may_repeat)
+        attempt = self._compiled_or_not(call, run)
+        tiles = stepdown.compute(call.tiles, attempt, may_cut=dims is not None, may_repeat=may_repeat)
         if tiles != call.tiles:
             call.tiles = tiles
             self._shrink(call, tiles)
         return outputs.tensors
+
+    def _compiled_or_not(self, call: Call, attempt: Callable[[Tile], None]) -> Callable[[Tile], None]:
+        """`attempt`, and where a compiler fails, which is before anything is computed, the same as the layer is.
+
+        In the rehearsal it did not: what comes later has other shapes, or is given other tensors.
+        """
+        if not call.is_compiled:
+            return attempt
+
+        def run(tile: Tile) -> None:
+            before = Randomness.current(self.session.device)
+            try:
+                attempt(tile)
+                return
+            except Exception as error:
+                if not is_failure(error):
+                    raise
+                self.session.compiler.give_up(self.module, error)
+                if call.draws:
+                    raise ModelError(
+                        f"the backward of {self.point.module} cannot be compiled, and would draw other random numbers "
+                        f"than its compiled forward: {error}",
+                        hint="leave compile out",
+                    ) from error
+            before.put_back()
+            attempt(tile)
+
+        return run
 
     def _repeatable(self, call: Call, tensors: Sequence[torch.Tensor]) -> Callable[[], bool]:
         """Says, after a part of the layer ran, whether it can be repeated: it changed nothing that it was given."""
@@ -298,7 +343,7 @@ class Layer:
         ):
             tiles = self.session.stepdown.compute(
                 call.tiles,
-                go_back,
+                self._compiled_or_not(call, go_back),
                 may_cut=agrees and not call.draws,
                 may_repeat=lambda: unchanged() and not (call.draws and had_graphs),
             )

@@ -46,6 +46,7 @@ def preview(
     home: str | None = None,
     dtype: str | torch.dtype | None = None,
     pins: Pins | None = None,
+    compile: bool | None = None,
     batch_size: int = 1,
     seq_len: int = 512,
     train: bool = True,
@@ -56,15 +57,19 @@ def preview(
 
     With a `profile` of this machine one block of each kind is timed, plans are compared, and a step is predicted. With
     `hardware`, the profile of another machine, that one is planned for: its memory is the budget where none is given, and
-    operations are counted instead of timed. Reads no weights and stores nothing. Raises ModelError or ConfigError for what
-    cannot be opened at all.
+    operations are counted instead of timed. `compile` as in `load`.
+    Reads no weights and stores nothing. Raises ModelError or ConfigError for what cannot be opened at all.
     """
     for name, value in (("batch_size", batch_size), ("seq_len", seq_len)):
         if value < 1:
             raise ConfigError(f"{name}: {value} is less than 1", hint=f"pass {name} 1 or more")
     if hardware is None:
-        settings = api.resolve_settings(device, host, disk, home, dtype, pins)
+        settings = api.resolve_settings(device, host, disk, home, dtype, pins, compile=compile)
         computes_on = api.open_device(settings)
+    elif compile:
+        raise ConfigError(
+            "compile: what compiled layers take on another machine is not known", hint="leave it out"
+        )
     else:
         settings = _settings_elsewhere(hardware, device, host, disk, home, dtype, pins)
         computes_on = PaperDevice(hardware.device_bytes if hardware.has_device else None)
@@ -128,6 +133,7 @@ def _summary(session: Session, batch_size: int, seq_len: int) -> PlanSummary:
         reason="",
         rows=placement_rows(session, records, placement),
         slots=_slots(placement),
+        compiled=tuple(session.compiler.compiled),
         num_parameters=num_parameters,
         num_blocks=len(records),
         host_budget_bytes=budget.limit_bytes,

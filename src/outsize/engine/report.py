@@ -47,6 +47,8 @@ class Report:
     bytes_down: int = 0
     stepped_down: tuple[str, ...] = ()
     """What was changed where the device ran out of memory."""
+    compiled: tuple[str, ...] = ()
+    """Classes of layers that run compiled."""
 
     def __str__(self) -> str:
         width = max((len(row.what) for row in self.rows), default=0)
@@ -64,6 +66,8 @@ class Report:
             f"read {format_bytes(self.bytes_read)}, wrote {format_bytes(self.bytes_written)}; "
             f"waited {sum(self.wait_s.values()):.1f} s"
         )
+        if self.compiled:
+            lines.append(f"compiled: {', '.join(self.compiled)}")
         if self.stepped_down:
             lines.append(f"the device ran out of memory: {'; '.join(self.stepped_down)}")
         if self.off_plan:
@@ -99,6 +103,7 @@ def report(model: nn.Module) -> Report:
         bytes_up=session.device.links().bytes_up,
         bytes_down=session.device.links().bytes_down,
         stepped_down=tuple(session.stepdown.notes),
+        compiled=tuple(session.compiler.compiled),
     )
 
 

@@ -31,6 +31,7 @@ from outsize.engine.batch import BatchDims, Tile, tiles
 from outsize.engine.blocks import DTYPES, BlockState, BlockStore, close_workers
 from outsize.engine.budget import Budget, Foresight, disk_bytes
 from outsize.engine.closing import when_dropped
+from outsize.engine.compiled import Compiler
 from outsize.engine.embedding import Embedding
 from outsize.engine.executor import Executor
 from outsize.engine.guard import Guard
@@ -125,6 +126,7 @@ class Session:
         """What the commit holds that the session will start from; until it does."""
         self.keeper: Keeper | None = None
         self.stepdown = StepDown(settings.on_device_full is OnDeviceFull.RETRY, self.device)
+        self.compiler = Compiler(bool(settings.compile))
         self._is_closed = False
         self._kept_whole: set[str] = set()
         self.identity = uuid.uuid4().hex
@@ -370,6 +372,13 @@ class Session:
             for name in blocks
             for piece in self._blocks[name].pieces
         )
+
+    def is_repeated(self, module: nn.Module) -> bool:
+        """Whether it is a layer with matrices, and others of the model are of the same class."""
+        if all(parameter.dim() < 2 for parameter in module.parameters()):
+            return False
+        layers = (point.module for point in self.cut.points if point.kind is PointKind.LAYER)
+        return sum(type(self.module.get_submodule(name)) is type(module) for name in layers) > 1
 
     def guard(self, point: Point) -> Guard:
         """What the backward of a visit to `point` will check."""

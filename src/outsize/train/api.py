@@ -167,6 +167,7 @@ class Api(Protocol):
         dtype: str | None = None,
         pins: Pins | None = None,
         on_device_full: str = "error",
+        compile: bool | None = None,
         profile: Profile | None = None,
         seed: int = 0,
     ) -> nn.Module:

@@ -298,6 +298,7 @@ class Run:
             dtype=place.dtype,
             pins=place.pins,
             on_device_full=place.on_device_full,
+            compile=place.compile,
             profile=profile,
             seed=settings.seed,
         )

@@ -89,6 +89,7 @@ class Place:
     dtype: str | None = None
     pins: Pins | None = None
     on_device_full: OnDeviceFull = OnDeviceFull.ERROR
+    compile: bool | None = None
 
     def check(self) -> None:
         """Raise ConfigError for a size that is none and a disk folder that is not there, before any text is read."""
@@ -247,6 +248,7 @@ def flat(settings: TrainSettings) -> dict[str, str | int | float | bool | None]:
         "home": place.home,
         "dtype": place.dtype,
         "on-device-full": place.on_device_full,
+        "compile": place.compile,
         "pin": " ".join(f"{name}={value}" for name, value in pinned(place.pins).items()) or None,
     }
 
