@@ -11,7 +11,7 @@ import outsize
 from outsize import Pins
 from outsize.engine import keep
 from outsize.engine.session import session_of
-from outsize.errors import BudgetError
+from outsize.errors import BudgetError, ConfigError
 from outsize.plan.profile import Resource
 from outsize.tier import CudaDevice, Way
 from tests.running import adamw, assert_same_losses, assert_same_weights, close, executor_of, opened, train
@@ -206,6 +206,36 @@ def test_running_out_of_the_devices_memory_is_named(tmp_path):
     handle.remove()
     model(**batch).loss.backward()
     assert executor_of(model).off_plan is not None
+
+
+@pytest.mark.parametrize("attention", ["flash_attention_2", "flash_attention_3"])
+def test_flash_attention_gives_the_same_bits_in_every_placement(attention, tmp_path):
+    """And keeps packed documents apart, which in transformers it does in batches of one row only."""
+    ZOO["llama"].build(head_dim=32).save_pretrained(tmp_path / "model")
+    ids = torch.randint(4, 190, (3, 24), generator=torch.Generator().manual_seed(0))
+    packed = {"input_ids": ids, "labels": ids, "position_ids": torch.arange(24).remainder(8).repeat(3, 1)}
+
+    def run(attention, home):
+        try:
+            model = outsize.load(
+                tmp_path / "model", home=home, disk=tmp_path, dtype="bfloat16", attention=attention
+            )
+        except ConfigError as error:
+            pytest.skip(str(error))
+        optimizer = outsize.AdamW(model.train(), lr=3e-3)
+        losses = []
+        for _ in range(STEPS):
+            loss = model(**packed).loss
+            loss.backward()
+            losses.append(loss.item())
+            optimizer.step()
+            optimizer.zero_grad()
+        close(session_of(model))
+        return losses
+
+    losses = run(attention, "host")
+    assert losses == run(attention, "host") == run(attention, "disk")
+    assert losses == pytest.approx(run("sdpa", "host"), rel=2e-2)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

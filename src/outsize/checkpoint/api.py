@@ -40,7 +40,7 @@ from outsize.engine.executor import Executor
 from outsize.engine.optimizer import Optimizer
 from outsize.engine.session import Session, session_of
 from outsize.errors import StorageError, UsageError
-from outsize.model import SafetensorsSource, write_companions
+from outsize.model import SafetensorsSource, attention_of, write_companions
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,6 +267,7 @@ def _run_facts(session: Session) -> dict[str, Any]:
         "loss_tile_elements": session.loss_tile_elements,
         "threads": torch.get_num_threads(),
         "compiled": session.compiler.compiled,
+        "attention": attention_of(session.module),
         "backend": str(kernel.backend) if kernel is not None else None,
         "device": str(session.torch_device),
         "updated_on_device": _updated_on_device(session),
@@ -295,6 +296,7 @@ def _notes(session: Session, manifest: Manifest) -> list[str]:
     elif session.compiler.is_on != was_compiled:
         notes.append(f"layers were {'' if was_compiled else 'not '}compiled before")
     now = {"threads": torch.get_num_threads(), "device": str(session.torch_device)}
+    now["attention"] = attention_of(session.module)
     for name, value in now.items():
         if before.get(name, value) != value:
             notes.append(f"{name}: {before[name]} before, {value} now")

@@ -64,6 +64,7 @@ def run(options: argparse.Namespace) -> int:
         home=place.home,
         dtype=place.dtype,
         pins=place.pins,
+        attention=place.attention,
     )
     model.requires_grad_(False)  # no memory for gradients
     sampling = Sampling(options.max_new_tokens, options.temperature, options.top_p, options.seed)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 Commands = argparse._SubParsersAction  # the type that add_subparsers returns has no public name
 
-PLACE_OPTIONS = ("device", "host", "disk", "home", "dtype", "pin")
+PLACE_OPTIONS = ("device", "host", "disk", "home", "dtype", "attention", "pin")
 """What `add_place` adds, by destination."""
 
 MODEL_HELP = "folder of a Hugging Face model; with a config.json alone, weights start from nothing"
@@ -53,6 +53,11 @@ def add_place(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     )
     group.add_argument(
         "--dtype", choices=[str(kind) for kind in ComputeType], help="number type to compute in"
+    )
+    group.add_argument(
+        "--attention",
+        metavar="NAME",
+        help="implementation to compute attention with, such as flash_attention_2 (the model's, or torch's own)",
     )
     group.add_argument(
         "--pin",
@@ -98,6 +103,7 @@ def place_of(options: argparse.Namespace) -> Place:
         disk=options.disk,
         home=options.home,
         dtype=options.dtype,
+        attention=options.attention,
         pins=pins_of(options.pin or []),
     )
 

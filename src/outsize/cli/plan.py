@@ -70,6 +70,7 @@ def run(options: argparse.Namespace) -> int:
         dtype=options.dtype,
         pins=shared.pins_of(options.pin or []),
         compile=options.compile,
+        attention=options.attention,
         batch_size=options.batch_size,
         seq_len=options.seq_len,
         train=not options.generate,

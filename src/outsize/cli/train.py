@@ -280,6 +280,7 @@ def _dry_run(settings: TrainSettings, values: dict[str, Any]) -> int:
         dtype=place.dtype,
         pins=place.pins,
         compile=place.compile,
+        attention=place.attention,
         batch_size=settings.batch_size,
         seq_len=settings.seq_len,
         profile=shared.profile_of(place.disk),

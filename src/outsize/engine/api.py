@@ -41,6 +41,7 @@ def load(
     pins: Pins | None = None,
     on_device_full: str = "error",
     compile: bool | None = None,
+    attention: str | None = None,
     profile: Profile | None = None,
     seed: int = 0,
     trust_remote_code: bool = False,
@@ -53,14 +54,17 @@ def load(
     `profile` of the machine (`outsize.hardware.kept`) the fastest of the plans that fit is taken, which takes a few
     seconds at the first call. With `on_device_full="retry"` a call that runs out of the device's memory goes on by
     itself: what failed is computed again in less. `compile=True` runs layers through `torch.compile`, one compilation
-    for all that are alike; None: as the run did that is resumed, or else not. A folder with a `config.json` and no
-    weights is initialised from `seed`.
+    for all that are alike; None: as the run did that is resumed, or else not. `attention` names an implementation of
+    transformers, such as "flash_attention_2"; None: that of the model's config, or else torch's own. A folder with a
+    `config.json` and no weights is initialised from `seed`.
 
     Raises ModelError, WeightsError or ConfigError before anything is read.
     """
     settings = resolve_settings(device, host, disk, home, dtype, pins, on_device_full, compile)
     folder = resolve_folder(path)
-    module = open_skeleton(folder, DTYPES[settings.compute_type], trust_remote_code=trust_remote_code)
+    module = open_skeleton(
+        folder, DTYPES[settings.compute_type], trust_remote_code=trust_remote_code, attention=attention
+    )
     source: Source
     if any(folder.glob("*.safetensors")) or any(folder.glob("*.bin")) or any(folder.glob("*.index.json")):
         source = SafetensorsSource(folder, module)

@@ -12,6 +12,7 @@ from outsize.block import Plane, Record
 from outsize.config import Home, format_bytes
 from outsize.engine import memory
 from outsize.engine.session import Session, session_of
+from outsize.model import attention_of
 from outsize.plan import Placement
 
 _NAMES = {Plane.WEIGHT: "weights", Plane.GRADIENT: "gradients"}
@@ -49,6 +50,8 @@ class Report:
     """What was changed where the device ran out of memory."""
     compiled: tuple[str, ...] = ()
     """Classes of layers that run compiled."""
+    attention: str | None = None
+    """What attention is computed with; None where the model has no choice."""
 
     def __str__(self) -> str:
         width = max((len(row.what) for row in self.rows), default=0)
@@ -66,6 +69,8 @@ class Report:
             f"read {format_bytes(self.bytes_read)}, wrote {format_bytes(self.bytes_written)}; "
             f"waited {sum(self.wait_s.values()):.1f} s"
         )
+        if self.attention is not None:
+            lines.append(f"attention: {self.attention}")
         if self.compiled:
             lines.append(f"compiled: {', '.join(self.compiled)}")
         if self.stepped_down:
@@ -104,6 +109,7 @@ def report(model: nn.Module) -> Report:
         bytes_down=session.device.links().bytes_down,
         stepped_down=tuple(session.stepdown.notes),
         compiled=tuple(session.compiler.compiled),
+        attention=attention_of(session.module),
     )
 
 

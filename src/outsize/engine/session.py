@@ -44,7 +44,7 @@ from outsize.engine.stepdown import StepDown
 from outsize.engine.timing import measure_costs
 from outsize.engine.versions import Layout, Versions
 from outsize.errors import UsageError
-from outsize.model import Cut, InitSource, Point, PointKind, Source, TensorSource
+from outsize.model import Cut, InitSource, Point, PointKind, Source, TensorSource, attention_of, merges_rows
 from outsize.optim import Kernel, Rule, split
 from outsize.plan import Direction, Placement, Visit
 from outsize.plan.profile import Profile
@@ -88,6 +88,8 @@ class _Call:
     shape: BatchShape
     tile_rows: int
     visit_bytes: int
+    is_row_by_row: bool = False
+    """Whether a visit of several rows at once would be wrong."""
 
 
 class Session:
@@ -193,6 +195,7 @@ class Session:
         self.forward: Callable[..., Any] = self.module.forward
         self._move_buffers()
         self._has_cache_switch = _has_cache_switch(self.module)
+        self._merges_rows = merges_rows(self.module)
         self.module.register_forward_pre_hook(self._before_call, with_kwargs=True, prepend=True)
         self.module.register_forward_hook(self._after_call, with_kwargs=True, always_call=True)
         encoder = _encoder_of(self.module)
@@ -250,6 +253,8 @@ class Session:
         signature = self._signature(args, kwargs, uses_cache)
         shape = batch_shape(module, args, kwargs)
         rehearsal = self._rehearsals.get(signature)
+        if uses_cache and self._merges_rows and _is_packed(kwargs) and shape.rows != 1:
+            raise _packed_error(attention_of(module))
         if uses_cache and self.executor is not None:
             # A cache grows with every call; the order of visits is that of a call without.
             self._call = None
@@ -267,7 +272,10 @@ class Session:
             self._settle(needed, shape)
         assert self.executor is not None
         tile_rows = self.budget.begin_call(rehearsal, shape)
-        self._call = _Call(rehearsal, shape, tile_rows, self.budget.visit_bytes)
+        is_row_by_row = self._merges_rows and _is_packed(kwargs)
+        if is_row_by_row:
+            tile_rows = 1
+        self._call = _Call(rehearsal, shape, tile_rows, self.budget.visit_bytes, is_row_by_row)
         if torch.is_grad_enabled():
             self.last_training_call = self._call
         self.executor.begin(rehearsal.visits)
@@ -499,6 +507,14 @@ class Session:
         self, layer: Layer, tensors: Sequence[torch.Tensor]
     ) -> tuple[BatchDims | None, tuple[Tile, ...]]:
         """How the running call's batch is cut for `layer`; one tile where the batch dimension is not known."""
+        dims, parts = self._tiles(layer, tensors)
+        if self._call is not None and self._call.is_row_by_row and self._call.shape.rows != len(parts):
+            raise _packed_error(attention_of(self.module))
+        return dims, parts
+
+    def _tiles(
+        self, layer: Layer, tensors: Sequence[torch.Tensor]
+    ) -> tuple[BatchDims | None, tuple[Tile, ...]]:
         current = self._call
         whole = (Tile(0, 1, 1),)
         if current is None or current.shape.rows is None:
@@ -868,6 +884,21 @@ def backward_visits(session: Session, blocks: Sequence[str], needs_weights: bool
         )
         for name in blocks
     ]
+
+
+def _is_packed(kwargs: Mapping[str, Any]) -> bool:
+    """Whether positions begin anew within a row, which stands for several documents."""
+    positions = kwargs.get("position_ids")
+    return (
+        isinstance(positions, torch.Tensor) and positions.dim() == 2 and bool((positions.diff() != 1).any())
+    )
+
+
+def _packed_error(attention: str | None) -> UsageError:
+    return UsageError(
+        f"{attention} keeps packed documents apart in calls of one row, and this one cannot be cut into rows",
+        hint='load the model with attention="sdpa", or leave packing out',
+    )
 
 
 def _with_tiles(call: _Call | None, rows: int) -> _Call | None:

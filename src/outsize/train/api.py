@@ -168,6 +168,7 @@ class Api(Protocol):
         pins: Pins | None = None,
         on_device_full: str = "error",
         compile: bool | None = None,
+        attention: str | None = None,
         profile: Profile | None = None,
         seed: int = 0,
     ) -> nn.Module:

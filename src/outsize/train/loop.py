@@ -299,6 +299,7 @@ class Run:
             pins=place.pins,
             on_device_full=place.on_device_full,
             compile=place.compile,
+            attention=place.attention,
             profile=profile,
             seed=settings.seed,
         )

@@ -90,6 +90,7 @@ class Place:
     pins: Pins | None = None
     on_device_full: OnDeviceFull = OnDeviceFull.ERROR
     compile: bool | None = None
+    attention: str | None = None
 
     def check(self) -> None:
         """Raise ConfigError for a size that is none and a disk folder that is not there, before any text is read."""
@@ -249,6 +250,7 @@ def flat(settings: TrainSettings) -> dict[str, str | int | float | bool | None]:
         "dtype": place.dtype,
         "on-device-full": place.on_device_full,
         "compile": place.compile,
+        "attention": place.attention,
         "pin": " ".join(f"{name}={value}" for name, value in pinned(place.pins).items()) or None,
     }
 
