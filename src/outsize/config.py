@@ -46,7 +46,7 @@ class OnDeviceFull(StrEnum):
     ERROR = "error"
     """A BudgetError that names what fits."""
     RETRY = "retry"
-    """What failed is computed again, without activations that were kept, then in smaller tiles; then the error."""
+    """What failed is computed again: without activations that were kept, in smaller tiles, with fewer blocks that stay."""
 
 
 def parse_bytes(text: str | int, what: str = "a size") -> int:

@@ -208,6 +208,38 @@ def test_running_out_of_the_devices_memory_is_named(tmp_path):
     assert executor_of(model).off_plan is not None
 
 
+def test_a_block_leaves_the_device_where_a_row_alone_is_too_much():
+    """Its gradient, its moments and its pending update go with it; it is updated by the host from then on."""
+    expected = trained(home="device")
+    model = opened(
+        ZOO["llama_tied"].build().train(),
+        home="device",
+        dtype="bfloat16",
+        pins=Pins(tile_rows=1),
+        on_device_full="retry",
+    )
+    optimizer = outsize.AdamW(model, lr=3e-3, max_grad_norm=0.1)
+    session, losses = session_of(model), []
+
+    def greedy(module, args):
+        if losses and len({block for block, _ in session.budget.placement.resident}) > 3:
+            torch.empty(1 << 44, dtype=torch.uint8, device="cuda")
+
+    handle = model.model.layers[1].mlp.register_forward_pre_hook(greedy)
+    for step in range(STEPS):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            loss = model(**ZOO["llama_tied"].batch(rows=4, length=10, seed=step)).loss
+            loss.backward()
+        losses.append(loss.item())
+        optimizer.step()
+        optimizer.zero_grad()
+    handle.remove()
+    assert losses == pytest.approx(expected[0], rel=2e-2)
+    assert outsize.report(model).stepped_down and outsize.report(model).bytes_down > 0
+    close(session)
+
+
 @pytest.mark.parametrize("attention", ["flash_attention_2", "flash_attention_3"])
 def test_flash_attention_gives_the_same_bits_in_every_placement(attention, tmp_path):
     """And keeps packed documents apart, which in transformers it does in batches of one row only."""

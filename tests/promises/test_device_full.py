@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import outsize
 from outsize import Pins
-from outsize.engine import head, keep
+from outsize.engine import budget, head, keep
 from outsize.engine.layer import Layer
 from outsize.engine.session import session_of
 from outsize.engine.stepdown import StepDown
@@ -179,6 +179,90 @@ def test_activations_that_were_kept_go_first_and_change_no_bit(monkeypatch):
         result = trained(home="device", kept_blocks=2)
     assert_same(result, expected)
     assert len(said) == 1
+
+
+def resident_of(model):
+    return {block for block, _ in session_of(model).budget.placement.resident}
+
+
+def holds_blocks(count, monkeypatch, *, from_call=0):
+    """Layers have no memory while more than so many blocks stay on the device; from a call of a layer on."""
+    run, calls = Layer._run_with_graph, []
+
+    def limited(layer, call, tensors, tile):
+        calls.append(layer)
+        graph = run(layer, call, tensors, tile)
+        if len(calls) > from_call and len(resident_of(layer.session.module)) > count:
+            full()
+        return graph
+
+    monkeypatch.setattr(Layer, "_run_with_graph", limited)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("count", [2, 5])
+@pytest.mark.parametrize("from_call", [0, 6, 11])
+def test_blocks_leave_a_device_that_is_too_small_for_a_row(count, from_call, dtype, tmp_path, monkeypatch):
+    """In the forward or the backward of any step, with gradients, moments and updates that are pending."""
+    with_twin(monkeypatch, lambda way, label: 0.001)
+    options = {"name": "llama_tied", "dtype": dtype, "tile_rows": 1, "home": "device"}
+    expected = trained(retry=False, **options)
+    with monkeypatch.context() as patch, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        holds_blocks(count, patch, from_call=from_call * 6)
+        result = trained(**options)
+    assert_same(result, expected)  # the twin updates as the host does
+    moved = [note for note in result[3].stepped_down if "stays in the host's memory" in note]
+    rows = {(row.tier, row.what): row.num_bytes for row in result[3].rows}
+    assert moved and rows["host", "weights"] > 0 and result[3].bytes_down > 0
+    assert result[3].off_plan == ()
+
+
+def test_blocks_stay_where_the_host_has_no_room_for_them(monkeypatch):
+    with_twin(monkeypatch)
+    holds_blocks(2, monkeypatch)
+    monkeypatch.setattr(budget.Budget, "has_room_for", lambda budget, num_bytes: False)
+    with pytest.raises(BudgetError, match="ran out of memory"):
+        trained(tile_rows=1, home="device")
+
+
+def test_a_commit_holds_blocks_that_left_the_device(tmp_path, monkeypatch):
+    with_twin(monkeypatch, lambda way, label: 0.001)
+
+    def run(leaves):
+        store = tmp_path / f"store-{leaves}"
+
+        def start(**options):
+            options = {"pins": Pins(tile_rows=1), "home": "device", **options}
+            model = opened(ZOO["llama"].build().train(), disk=tmp_path, dtype="float32", **options)
+            optimizer = outsize.AdamW(model, lr=1e-3)
+            outsize.checkpoint.resume(model, optimizer, store)
+            return model, optimizer
+
+        def step(model, optimizer, seed):
+            model(**ZOO["llama"].batch(rows=3, seed=seed)).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            outsize.checkpoint.commit(model, optimizer, store)
+
+        model, optimizer = start(on_device_full="retry")
+        with monkeypatch.context() as patch, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            if leaves:
+                holds_blocks(3, patch, from_call=20)
+            for seed in range(3):
+                step(model, optimizer, seed)
+        assert bool(outsize.report(model).stepped_down) is leaves
+        outsize.checkpoint.finish(model)
+        outsize.checkpoint.close(model)
+        model, optimizer = start()
+        step(model, optimizer, 3)
+        values = values_of(model)
+        outsize.checkpoint.close(model)
+        return values
+
+    expected, result = run(False), run(True)
+    assert all(torch.equal(result[name], expected[name]) for name in expected)
 
 
 class Short(TorchDispatchMode):

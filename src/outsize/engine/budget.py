@@ -142,7 +142,7 @@ class Budget:
         self._device = device
         self._free_host_bytes = free_host_bytes
         self._home_room_bytes = 0
-        self._always_resident = always_resident
+        self.always_resident = always_resident
         self._most_tile_tokens: int | None = None
         self.visit_bytes = 0
         """What a visit of the call that began last takes of the host's memory beside weights, at most."""
@@ -252,6 +252,10 @@ class Budget:
     def shrink_tiles(self, num_tokens: int) -> None:
         """Let no tile of a call to come have more tokens, whatever is pinned; a tile has at least one row."""
         self._most_tile_tokens = num_tokens
+
+    def has_room_for(self, num_bytes: int) -> bool:
+        """Whether a host that does not compute has so much memory left beside what is placed."""
+        return self.host_bytes() + num_bytes + SLACK_BYTES <= self.limit_bytes
 
     def host_bytes(self) -> int:
         """What the process takes of the host's memory, as placed."""
@@ -441,7 +445,7 @@ class Budget:
         """Pins that lead to this choice and no other, whatever is known of the machine."""
         attempt, placement = choice.way.attempt, choice.placement
         kept = {(name, group) for name, group in placement.resident if name in placement.kept}
-        always = {(name, group) for name, group in placement.resident if name in self._always_resident}
+        always = {(name, group) for name, group in placement.resident if name in self.always_resident}
         if self._device.is_host:
             kept = {(name, group) for name, group in kept if group is Plane.WEIGHT}
         everything = sum(group_bytes(record, group) for record in records.values() for group in GROUPS)
@@ -529,7 +533,7 @@ class Budget:
                 arena_bytes=room,
                 home=home,
                 has_disk=has_disk,
-                always_resident=self._always_resident,
+                always_resident=self.always_resident,
                 kept=needs.kept,
                 pins=pins,
             )
@@ -540,7 +544,7 @@ class Budget:
                 host_bytes=home_room,
                 home=home,
                 has_disk=has_disk,
-                always_resident=self._always_resident,
+                always_resident=self.always_resident,
                 kept=needs.kept,
                 pins=pins,
                 commits=self._settings.commits > 0,

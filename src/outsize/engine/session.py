@@ -25,7 +25,7 @@ from transformers import Cache, PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from outsize.block import Block, Entry, Piece, Plane, Record
-from outsize.config import Home, OnDeviceFull, Settings
+from outsize.config import Home, OnDeviceFull, Settings, format_bytes
 from outsize.engine import memory
 from outsize.engine.batch import BatchDims, Tile, tiles
 from outsize.engine.blocks import DTYPES, BlockState, BlockStore, close_workers
@@ -128,6 +128,7 @@ class Session:
         """What the commit holds that the session will start from; until it does."""
         self.keeper: Keeper | None = None
         self.stepdown = StepDown(settings.on_device_full is OnDeviceFull.RETRY, self.device)
+        self.stepdown.evict = self._evict
         self.compiler = Compiler(bool(settings.compile))
         self._is_closed = False
         self._kept_whole: set[str] = set()
@@ -490,6 +491,25 @@ class Session:
     def row_tokens(self) -> int:
         """Tokens of a row of the running call's batch."""
         return 1 if self._call is None else self._call.shape.row_tokens
+
+    def _evict(self) -> bool:
+        """Move a block that stays on the device to the host's memory, if that has room; False where none can be moved."""
+        executor, budget = self.executor, self.budget
+        if executor is None or self.device.is_host:
+            return False
+        chosen = executor.evict(
+            lambda state: (
+                state.name not in budget.always_resident
+                and budget.has_room_for(sum(each.num_bytes for each in state.resident.values()))
+            )
+        )
+        if chosen is None:
+            return False
+        budget.placement = executor.store.placement
+        self.stepdown.keeps_graphs = False  # a graph's weights stay where they are
+        num_bytes = sum(region.num_bytes for region in chosen.hosted.values())
+        self.stepdown.note(f"{chosen.name} stays in the host's memory, {format_bytes(num_bytes)}")
+        return True
 
     def shrink_tiles(self, rows: int, row_tokens: int) -> None:
         """Compute at most `rows` rows at once from now on, of `row_tokens` each; in calls to come, as many tokens."""

@@ -2,8 +2,9 @@
 
 Memory runs out inside a visit, which is computed tile by tile, so a tile is what is repeated: first, where other visits
 keep their activations, after letting go of those, which their backward then computes again; then in halves, down to one
-row. What a tile adds to sums it adds once: what was added before memory ran out is remembered, and left out of the
-repetition. So nothing of the step is lost or counted twice, and no number changes but for the rounding of smaller tiles.
+row; then after moving blocks that stay on the device to the host's memory, one by one. What a tile adds to sums it adds
+once: what was added before memory ran out is remembered, and left out of the repetition. So nothing of the step is lost or
+counted twice, and no number changes but for rounding: of smaller tiles, and of updates by the host instead of the device.
 
 This does not hold where a tile is no function of its arguments: one that filled a cache, or changed a buffer, before it
 failed is not repeated, and one that draws random numbers goes back in the tiles of its forward.
@@ -44,6 +45,8 @@ class StepDown:
         """Whether visits may keep their graphs still."""
         self.notes: list[str] = []
         """What was changed, for people."""
+        self.evict: Callable[[], bool] = lambda: False
+        """Takes something from the device that stays there; false where nothing can be taken."""
         self._device = device
         self._kept: weakref.WeakValueDictionary[int, Graphs] = weakref.WeakValueDictionary()
         self._added: set[Hashable] | None = None
@@ -80,12 +83,14 @@ class StepDown:
                 if before is None or not may_repeat():
                     raise
                 added = frozenset(self._added)
-                if not self._let_go_of_graphs():
-                    if not may_cut or most == 1:
-                        raise
+                if self._let_go_of_graphs():
+                    pass
+                elif may_cut and most > 1:
                     most = -(-(part.stop - part.start) // 2)
                     while todo and not added | todo[0][1]:  # cut as it would have been from the start
                         part = replace(part, stop=todo.popleft()[0].stop)
+                elif not self.evict():
+                    raise
                 todo.appendleft((part, added))
             finally:
                 self._added = None

@@ -1,9 +1,18 @@
 """The plan as a value: operations, placement, building, checking. Imports no torch and holds no tensor."""
 
-from outsize.plan.build import Direction, Occupancy, Visit, build, slot_class_of
+from outsize.plan.build import Direction, Occupancy, Visit, build
 from outsize.plan.check import Peaks, PlanError, check
 from outsize.plan.op import Backward, Claim, Forward, Free, Held, Op, Read, Update, Wait, Write
-from outsize.plan.place import GRADIENT_SUM_BYTES, Placement, SlotClass, place, place_apart, sums_in_place
+from outsize.plan.place import (
+    GRADIENT_SUM_BYTES,
+    Placement,
+    SlotClass,
+    evicted,
+    place,
+    place_apart,
+    slot_class_of,
+    sums_in_place,
+)
 from outsize.plan.plan import Plan
 
 __all__ = [
@@ -28,6 +37,7 @@ __all__ = [
     "Write",
     "build",
     "check",
+    "evicted",
     "place",
     "place_apart",
     "slot_class_of",
