@@ -125,6 +125,7 @@ class BlockStore:
         device: Device | None = None,
         device_kernel: Callable[[], Kernel] | None = None,
         bases: Mapping[str, int] | None = None,
+        update_threads: int | None = None,
     ) -> None:
         self.placement = placement
         self.device = device or HostDevice()
@@ -173,7 +174,11 @@ class BlockStore:
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="outsize-source")
         self._norms: list[tuple[GradientState, torch.Tensor]] = []
         self.captures = Captures(self, self.versions, self._carrier) if self.versions is not None else None
-        self.lane = UpdateLane(self._chunks, disk, kernel, self.plane_dtypes) if kernel is not None else None
+        self.lane = (
+            UpdateLane(self._chunks, disk, kernel, self.plane_dtypes, update_threads)
+            if kernel is not None
+            else None
+        )
 
     def _pools(self, name: str, classes: Sequence[SlotClass]) -> list[SlotPool]:
         return [SlotPool(self.arena, f"{name}{i}", c.slot_bytes, c.count) for i, c in enumerate(classes)]

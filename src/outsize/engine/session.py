@@ -49,7 +49,7 @@ from outsize.optim import Kernel, Rule, split
 from outsize.plan import Direction, Placement, Visit
 from outsize.plan.profile import Profile
 from outsize.plan.simulate import Costs
-from outsize.tier import Device, DiskTier, HostDevice, StripedTier, Tier
+from outsize.tier import IO_THREADS, Device, DiskTier, HostDevice, StripedTier, Tier
 from outsize.tier.striped import part_bytes
 
 if TYPE_CHECKING:
@@ -765,7 +765,13 @@ class Session:
             layout = Layout.of(records, placement)
             disk_bytes(placement, self.settings, layout.num_bytes(self.versions.commits))
             limits = [disk.num_bytes for disk in self.settings.budgets.disks]
-            opened = self.versions.open(records, layout, limits=limits, verify=self.settings.pins.verify)
+            opened = self.versions.open(
+                records,
+                layout,
+                limits=limits,
+                verify=self.settings.pins.verify,
+                num_threads=self._io_threads,
+            )
             disk, restored, bases = opened.tier, opened.restored, layout.bases
         try:
             store = BlockStore(
@@ -779,6 +785,7 @@ class Session:
                 device=self.device,
                 device_kernel=self.device_kernel,
                 bases=bases,
+                update_threads=self.profile.update_threads if self.profile is not None else None,
             )
         except BaseException:
             if disk is not None:
@@ -817,6 +824,11 @@ class Session:
         with self.executor.touch(state.name):
             pass
 
+    @property
+    def _io_threads(self) -> int:
+        """Threads that move bytes to and from each disk."""
+        return (self.profile.io_threads if self.profile is not None else None) or IO_THREADS
+
     def _open_disk(self, what: str, num_bytes: int) -> Tier | None:
         if not num_bytes:
             return None
@@ -825,7 +837,12 @@ class Session:
 
         def open_one(folder: Path, size: int) -> Tier:
             return DiskTier(
-                folder, size, name=f"outsize-{self.identity}.{what}", verify=verify, anonymous=True
+                folder,
+                size,
+                name=f"outsize-{self.identity}.{what}",
+                verify=verify,
+                anonymous=True,
+                num_threads=self._io_threads,
             )
 
         if len(folders) == 1:
