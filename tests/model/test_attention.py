@@ -56,6 +56,12 @@ def test_what_cannot_be_used_is_named_with_what_can(folder, name, dtype, why):
     assert name in str(caught.value) and caught.value.hint == "one of sdpa, eager, flex_attention"
 
 
+def test_a_kernel_of_a_repository_is_left_to_transformers():
+    config = ZOO["llama"].config()
+    attention_module.choose(config, transformers.LlamaForCausalLM, torch.bfloat16, "someone/attention")
+    assert config._attn_implementation == "someone/attention"
+
+
 def test_a_class_that_does_not_support_it_is_believed(folder, monkeypatch):
     monkeypatch.setattr(transformers.LlamaForCausalLM, "_supports_sdpa", False)
     with pytest.raises(ConfigError, match="LlamaForCausalLM does not support it"):

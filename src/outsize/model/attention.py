@@ -78,6 +78,8 @@ def _fits(name: str, model_class: Any, dtype: torch.dtype) -> bool:
 
 def _obstacle(name: str, model_class: Any, dtype: torch.dtype) -> str | None:
     """Why `name` cannot be used; None where it can."""
+    if "/" in name:
+        return None  # a kernel of a repository, which transformers fetches, or refuses
     known = {"eager", *transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS.valid_keys()}
     if name not in known:
         return "no such implementation"
