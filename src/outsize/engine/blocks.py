@@ -325,9 +325,7 @@ class BlockStore:
             for plane, region in state.resident.items():
                 name = f"{state.name}.{plane}"
                 state.hosted[plane] = self._host.allocate(region.num_bytes, name)
-                home, here = self._hosted(state, plane), self.resident_plane(state, plane)
-                assert home is not None and here is not None, name
-                self.device.start_copy(Way.DOWN, home, here, after=(self.device.mark(),), label=name).wait()
+                self._copy_home(state, plane)
         except BaseException:
             for home_region in state.hosted.values():
                 home_region.free()
@@ -347,6 +345,13 @@ class BlockStore:
                 own = classes[index]
                 pools.append(SlotPool(self.arena, f"{kind}{index}", own.slot_bytes, own.count))
         self.placement = placement
+
+    def _copy_home(self, state: BlockState, plane: Plane) -> None:
+        """Copy a plane from the device to the host's memory, both of which have it; no view of it outlives this."""
+        home, here = self._hosted(state, plane), self.resident_plane(state, plane)
+        assert home is not None and here is not None, f"{state.name}.{plane}"
+        after = (self.device.mark(),)
+        self.device.start_copy(Way.DOWN, home, here, after=after, label=f"{state.name}.{plane}").wait()
 
     def updates_in_place(self, state: BlockState) -> bool:
         """Whether the whole block is on a device, which updates it there."""
