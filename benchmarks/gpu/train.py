@@ -87,6 +87,8 @@ def outsize_step(arguments: argparse.Namespace, folder: Path, *, home: str | Non
         disk=folder,
         home=home,
         dtype="bfloat16",
+        compile=arguments.compile,
+        attention=arguments.attention,
     ).train()
     optimizer = outsize.AdamW(model, lr=1e-5, max_grad_norm=1.0)
     draw = batches(arguments.size, arguments.tokens)
@@ -345,6 +347,8 @@ def main() -> None:
     parser.add_argument(
         "--home", choices=["host", "disk"], help="where Outsize keeps state (default: planned)"
     )
+    parser.add_argument("--compile", action="store_true", help="let Outsize compile layers")
+    parser.add_argument("--attention", help="implementation that Outsize computes attention with (sdpa)")
     parser.add_argument("--steps", type=int, default=3, help="counted steps of each")
     parser.add_argument("--warmup", type=int, default=2, help="steps before that, not counted")
     parser.add_argument("--seconds", type=float, default=150, help="time for each contender (%(default)s)")
@@ -391,6 +395,8 @@ def run_one(arguments: argparse.Namespace, kind: str, tokens: int) -> dict[str, 
             f"--{name}={getattr(arguments, name)}" for name in ("size", "cap", "steps", "warmup", "seconds")
         ]
         command += [f"--home={arguments.home}"] if arguments.home else []
+        command += ["--compile"] if arguments.compile else []
+        command += [f"--attention={arguments.attention}"] if arguments.attention else []
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     if not lines:

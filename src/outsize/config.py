@@ -40,6 +40,15 @@ class ComputeType(StrEnum):
     BFLOAT16 = "bfloat16"
 
 
+class OnDeviceFull(StrEnum):
+    """What follows when a device runs out of memory inside a call."""
+
+    ERROR = "error"
+    """A BudgetError that names what fits."""
+    RETRY = "retry"
+    """What failed is computed again: without activations that were kept, in smaller tiles, with fewer blocks that stay."""
+
+
 def parse_bytes(text: str | int, what: str = "a size") -> int:
     """Number of bytes in `text`, such as `"3GiB"`, `"500 MB"` or `1024`.
 
@@ -201,6 +210,9 @@ class Settings:
     pins: Pins
     commits: int = 0
     """How many are kept, where any are."""
+    on_device_full: OnDeviceFull = OnDeviceFull.ERROR
+    compile: bool | None = None
+    """Whether layers that are alike are compiled; None: as the run did that is resumed, or else not."""
 
 
 def cache_folder() -> Path:

@@ -102,11 +102,28 @@ def test_every_option_reaches_its_setting():
         },
         **{"weight-decay": 0.3, "max-grad-norm": 0.7, "tracker": "tensorboard", "device": "cpu"},
         **{"host": "3GiB", "disk": "/x", "home": "disk", "dtype": "float32", "pin": "weight_slots=2"},
-        **{"trace-step": 6, "checkpoint-every": 4, "keep": 2, "checkpoint": "c"},
+        **{
+            "on-device-full": "retry",
+            "attention": "eager",
+            "trace-step": 6,
+            "checkpoint-every": 4,
+            "keep": 2,
+            "checkpoint": "c",
+        },
     }
     arguments = [part for name, value in given.items() for part in (f"--{name}", value)]
-    table = flat(settings_of(resolve(options("m", "d@2", "--out", "o", "--overwrite", *arguments))))
-    asked = {"model": "m", "data": "d@2", "out": "o", "overwrite": True, "eval": None, "epochs": None}
+    table = flat(
+        settings_of(resolve(options("m", "d@2", "--out", "o", "--overwrite", "--no-compile", *arguments)))
+    )
+    asked = {
+        "compile": False,
+        "model": "m",
+        "data": "d@2",
+        "out": "o",
+        "overwrite": True,
+        "eval": None,
+        "epochs": None,
+    }
     assert table == {**given, **asked, "minutes": None}
 
 

@@ -23,7 +23,7 @@ def test_an_online_log_sum_exp_is_exact_enough_at_any_scale():
 
 @pytest.mark.parametrize(("count", "rows"), [(10, 1 << 24), (10, 1 << 22), (1, 7), (0, 7), (1000, 1 << 23)])
 def test_tiles_of_tokens_cover_all_of_them(count, rows):
-    tiles = _token_tiles(torch.empty(count, 1), rows)
+    tiles = _token_tiles(count, rows, head_module.TILE_ELEMENTS)
     assert [i for tile in tiles for i in range(tile.start, tile.stop)] == list(range(count))
     assert all(
         (tile.stop - tile.start) * rows <= head_module.TILE_ELEMENTS or tile.stop - tile.start == 1

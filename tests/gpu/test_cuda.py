@@ -2,6 +2,7 @@
 
 import gc
 import itertools
+import warnings
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import outsize
 from outsize import Pins
 from outsize.engine import keep
 from outsize.engine.session import session_of
-from outsize.errors import BudgetError
+from outsize.errors import BudgetError, ConfigError
 from outsize.plan.profile import Resource
 from outsize.tier import CudaDevice, Way
 from tests.running import adamw, assert_same_losses, assert_same_weights, close, executor_of, opened, train
@@ -205,6 +206,116 @@ def test_running_out_of_the_devices_memory_is_named(tmp_path):
     handle.remove()
     model(**batch).loss.backward()
     assert executor_of(model).off_plan is not None
+
+
+def test_a_block_leaves_the_device_where_a_row_alone_is_too_much():
+    """Its gradient, its moments and its pending update go with it; it is updated by the host from then on."""
+    expected = trained(home="device")
+    model = opened(
+        ZOO["llama_tied"].build().train(),
+        home="device",
+        dtype="bfloat16",
+        pins=Pins(tile_rows=1),
+        on_device_full="retry",
+    )
+    optimizer = outsize.AdamW(model, lr=3e-3, max_grad_norm=0.1)
+    session, losses = session_of(model), []
+
+    def greedy(module, args):
+        if losses and len({block for block, _ in session.budget.placement.resident}) > 3:
+            torch.empty(1 << 44, dtype=torch.uint8, device="cuda")
+
+    handle = model.model.layers[1].mlp.register_forward_pre_hook(greedy)
+    for step in range(STEPS):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            loss = model(**ZOO["llama_tied"].batch(rows=4, length=10, seed=step)).loss
+            loss.backward()
+        losses.append(loss.item())
+        optimizer.step()
+        optimizer.zero_grad()
+    handle.remove()
+    assert losses == pytest.approx(expected[0], rel=2e-2)
+    assert outsize.report(model).stepped_down and outsize.report(model).bytes_down > 0
+    close(session)
+
+
+@pytest.mark.parametrize("attention", ["flash_attention_2", "flash_attention_3"])
+def test_flash_attention_gives_the_same_bits_in_every_placement(attention, tmp_path):
+    """And keeps packed documents apart, which in transformers it does in batches of one row only."""
+    ZOO["llama"].build(head_dim=32).save_pretrained(tmp_path / "model")
+    ids = torch.randint(4, 190, (3, 24), generator=torch.Generator().manual_seed(0))
+    packed = {"input_ids": ids, "labels": ids, "position_ids": torch.arange(24).remainder(8).repeat(3, 1)}
+
+    def run(attention, home):
+        try:
+            model = outsize.load(
+                tmp_path / "model", home=home, disk=tmp_path, dtype="bfloat16", attention=attention
+            )
+        except ConfigError as error:
+            pytest.skip(str(error))
+        optimizer = outsize.AdamW(model.train(), lr=3e-3)
+        losses = []
+        for _ in range(STEPS):
+            loss = model(**packed).loss
+            loss.backward()
+            losses.append(loss.item())
+            optimizer.step()
+            optimizer.zero_grad()
+        close(session_of(model))
+        return losses
+
+    losses = run(attention, "host")
+    assert losses == run(attention, "host") == run(attention, "disk")
+    assert losses == pytest.approx(run("sdpa", "host"), rel=2e-2)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_compiled_layers_give_the_same_bits_in_every_placement(dtype, tmp_path):
+    expected = trained(dtype=dtype, home="host", compile=True)
+    for options in (
+        {"home": "disk", "pins": Pins(weight_slots=1)},
+        {"home": "host", "pins": Pins(inputs="host")},
+    ):
+        losses, values = trained(dtype=dtype, disk=tmp_path, compile=True, **options)
+        assert losses == expected[0]
+        assert all(torch.equal(values[name], expected[1][name]) for name in values)
+    assert expected[0] == pytest.approx(trained(dtype=dtype, home="host")[0], rel=2e-2)
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_what_the_device_had_no_memory_for_is_computed_in_smaller_tiles(direction):
+    """A real allocation fails, once in a forward and once in the thread that autograd goes back in."""
+    expected = trained(home="host")
+    model = opened(ZOO["llama_tied"].build().train(), home="host", dtype="bfloat16", on_device_full="retry")
+    optimizer = outsize.AdamW(model, lr=3e-3, max_grad_norm=0.1)
+    calls = []
+
+    def greedy(*arguments):
+        calls.append(arguments)
+        if len(calls) == 1:
+            torch.empty(1 << 44, dtype=torch.uint8, device="cuda")
+
+    def watch(module, args):
+        if direction == "forward":
+            greedy()
+        elif args[0].requires_grad:
+            args[0].register_hook(greedy)
+
+    handle = model.model.layers[1].mlp.register_forward_pre_hook(watch)
+    losses = []
+    for step in range(STEPS):
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            loss = model(**ZOO["llama_tied"].batch(rows=4, length=10, seed=step)).loss
+            loss.backward()
+        assert len([each for each in said if "2 rows" in str(each.message)]) == (step == 0)
+        losses.append(loss.item())
+        optimizer.step()
+        optimizer.zero_grad()
+    handle.remove()
+    assert losses == pytest.approx(expected[0], rel=2e-2) and outsize.report(model).stepped_down
+    close(session_of(model))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

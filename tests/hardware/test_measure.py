@@ -34,7 +34,7 @@ def nothing_runs(monkeypatch):
     """Nothing is opened or timed: every rate is 1."""
     names = [*BUSY, "host_copy", *ComputeType]
     figures = Figures({str(name): [Rate(1.0, 1.0)] for name in names})
-    works = measure_module.Works({}, {}, ComputeType.FLOAT32)
+    works = measure_module.Works({}, {}, ComputeType.FLOAT32, 1, 2)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(measure_module, "_opened", lambda *arguments: nullcontext(works))
     monkeypatch.setattr(measure_module, "_measure", lambda works, seconds: figures)
@@ -46,6 +46,7 @@ def test_a_machine_without_a_device(disk_folder):
     profile = measure(disk_folder, seconds=0.01, say=said.append)
     assert Profile.from_json(profile.to_json(), "again") == profile
     assert set(profile.matmul) == set(ComputeType) and not profile.has_device
+    assert 1 <= profile.update_threads <= profile.num_threads and profile.io_threads in (2, 4, 8)
     assert list(profile.contention) == BUSY
     for first, others in profile.contention.items():
         assert sorted(others) == sorted(set(BUSY) - {first})

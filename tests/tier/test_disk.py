@@ -115,6 +115,17 @@ def test_close_waits_for_what_is_under_way(disk_folder: Path, monkeypatch):
     transfer.wait()
 
 
+def test_the_number_of_threads_may_change_while_bytes_move(tier: DiskTier):
+    first = pages(8 * PAGE, 1)
+    under_way = tier.start_write(0, first, "w")
+    tier.use_threads(1)
+    assert under_way.is_done()
+    second = write(tier, 8, 8, 2)
+    tier.use_threads(6)
+    assert read(tier, 0, 8) == bytes(first) and read(tier, 8, 8) == second
+    assert tier._threads._max_workers == 6
+
+
 def test_a_flipped_bit_is_found_and_named(tier: DiskTier):
     write(tier, 8, 16, 1)
     damage(tier, 13 * PAGE + 7)

@@ -4,6 +4,7 @@ from outsize.tier import DiskTier, FaultyTier, MemoryTier, NullTier, SlowTier, S
 
 def test_public_names_are_pinned():
     assert outsize.tier.__all__ == [
+        "IO_THREADS",
         "CudaDevice",
         "Device",
         "DeviceArena",

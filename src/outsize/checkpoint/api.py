@@ -40,7 +40,7 @@ from outsize.engine.optimizer import Optimizer
 from outsize.engine.session import Session, session_of
 from outsize.errors import StorageError, UsageError
 from outsize.hardware.identity import package_version
-from outsize.model import SafetensorsSource, write_companions
+from outsize.model import SafetensorsSource, attention_of, write_companions
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,7 +264,10 @@ def _run_facts(session: Session) -> dict[str, Any]:
     kernel = session.kernel() if session.kernel is not None else None
     return {
         "tile_rows": call.tile_rows if call is not None else None,
+        "loss_tile_elements": session.loss_tile_elements,
         "threads": torch.get_num_threads(),
+        "compiled": session.compiler.compiled,
+        "attention": attention_of(session.module),
         "backend": str(kernel.backend) if kernel is not None else None,
         "device": str(session.torch_device),
         "updated_on_device": _updated_on_device(session),
@@ -284,7 +287,16 @@ def _notes(session: Session, manifest: Manifest) -> list[str]:
     before = manifest.run
     if before["tile_rows"] is not None and not session.keep_tiles(int(before["tile_rows"])):
         notes.append(f"blocks computed {before['tile_rows']} rows at once, and are pinned to other tiles now")
+    elements = before.get("loss_tile_elements")
+    if elements is not None and before["device"] == str(session.torch_device):
+        session.loss_tile_elements = int(elements)
+    was_compiled = bool(before.get("compiled"))
+    if session.settings.compile is None:
+        session.compiler.is_on = was_compiled
+    elif session.compiler.is_on != was_compiled:
+        notes.append(f"layers were {'' if was_compiled else 'not '}compiled before")
     now = {"threads": torch.get_num_threads(), "device": str(session.torch_device)}
+    now["attention"] = attention_of(session.module)
     for name, value in now.items():
         if before.get(name, value) != value:
             notes.append(f"{name}: {before[name]} before, {value} now")

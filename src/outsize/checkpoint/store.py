@@ -50,7 +50,7 @@ from outsize.engine.capture import Capture, CapturedBlock
 from outsize.engine.versions import Layout, Opened
 from outsize.errors import BudgetError, ConfigError, CorruptionError, StorageError, UsageError
 from outsize.model.writer import storage_errors
-from outsize.tier import DiskTier, DurableTier, StripedTier, VersionedTier
+from outsize.tier import IO_THREADS, DiskTier, DurableTier, StripedTier, VersionedTier
 from outsize.tier.probe import is_memory_backed
 from outsize.tier.store import give_space_back, lock_file
 from outsize.tier.striped import part_bytes
@@ -151,6 +151,7 @@ class Store:
         *,
         limits: Sequence[int | None] = (),
         verify: bool,
+        num_threads: int = IO_THREADS,
     ) -> Opened:
         """Lay the data out for `records`; blocks of the commit that was resumed are there, whatever their form was."""
         if self._tier is not None:
@@ -170,7 +171,7 @@ class Store:
             for block in as_they_are
             for cell in block.cells
         }
-        tier = self._open_tier(layout, set(placed.values()), limits, verify)
+        tier = self._open_tier(layout, set(placed.values()), limits, verify, num_threads)
         try:
             for block in as_they_are:
                 for cell in block.cells:
@@ -310,7 +311,12 @@ class Store:
         return as_they_are, others
 
     def _open_tier(
-        self, layout: Layout, placed: set[int], limits: Sequence[int | None], verify: bool
+        self,
+        layout: Layout,
+        placed: set[int],
+        limits: Sequence[int | None],
+        verify: bool,
+        num_threads: int,
     ) -> DurableTier:
         needed = Counter(cell.num_bytes for cell in layout.kept)
         needed = Counter({size: count * (1 + self.commits) for size, count in needed.items()})
@@ -345,7 +351,16 @@ class Store:
             if is_shorter:
                 write_durably(self.folder / HEADER, header.dumps())
             for path in paths:
-                opened.append(DiskTier(path.parent, size, name=path.name, verify=verify, is_kept=True))
+                opened.append(
+                    DiskTier(
+                        path.parent,
+                        size,
+                        name=path.name,
+                        verify=verify,
+                        is_kept=True,
+                        num_threads=num_threads,
+                    )
+                )
             if header != before and not is_shorter:
                 write_durably(self.folder / HEADER, header.dumps())
         except BaseException:

@@ -31,6 +31,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "max_grad_norm": (int, float, str),
     "overwrite": (bool,),
     "resume": (bool,),
+    "compile": (bool,),
 }
 _EXAMPLES = {int: "100", float: "0.1", bool: "true", str: '"..."'}
 _EXCLUSIVE = (("steps", "epochs", "minutes"), ("batch_size", "batch_tokens"), ("eval", "eval_split"))

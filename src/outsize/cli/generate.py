@@ -113,6 +113,7 @@ def run(options: argparse.Namespace) -> int:
             home=place.home,
             dtype=place.dtype,
             pins=place.pins,
+            attention=place.attention,
         )
         return model.requires_grad_(False)  # no memory for gradients
 

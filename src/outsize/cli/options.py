@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 Commands = argparse._SubParsersAction  # the type that add_subparsers returns has no public name
 
-PLACE_OPTIONS = ("device", "host", "disk", "home", "dtype", "pin")
+PLACE_OPTIONS = ("device", "host", "disk", "home", "dtype", "attention", "pin")
 """What `add_place` adds, by destination."""
 
 MODEL_HELP = "folder of a Hugging Face model; with a config.json alone, weights start from nothing"
@@ -36,8 +36,8 @@ def command(
     )
 
 
-def add_place(parser: argparse.ArgumentParser) -> None:
-    """The options that say where bytes may live; `place_of` reads them."""
+def add_place(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """The options that say where bytes may live, as a group; `place_of` reads them."""
     group = parser.add_argument_group(
         "where it may live", "Hard limits; what is not given is measured and planned."
     )
@@ -55,10 +55,25 @@ def add_place(parser: argparse.ArgumentParser) -> None:
         "--dtype", choices=[str(kind) for kind in ComputeType], help="number type to compute in"
     )
     group.add_argument(
+        "--attention",
+        metavar="NAME",
+        help="implementation to compute attention with, such as flash_attention_2 (the model's, or torch's own)",
+    )
+    group.add_argument(
         "--pin",
         metavar="NAME=VALUE",
         action="append",
         help=f"decide something the planner would: {', '.join(pin.name for pin in fields(Pins))}",
+    )
+    return group
+
+
+def add_compile(group: argparse._ArgumentGroup) -> None:
+    """Whether layers are compiled."""
+    group.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        help="run layers through torch.compile, once for all that are alike (no; a resumed run: as before)",
     )
 
 
@@ -88,6 +103,7 @@ def place_of(options: argparse.Namespace) -> Place:
         disk=options.disk,
         home=options.home,
         dtype=options.dtype,
+        attention=options.attention,
         pins=pins_of(options.pin or []),
     )
 

@@ -51,7 +51,7 @@ def add_parser(commands: shared.Commands[argparse.ArgumentParser]) -> None:
         help=f"plan for another machine: {', '.join(_known())}, or a profile that was measured there",
     )
     parser.add_argument("--json", action="store_true", help="print the plan as JSON")
-    shared.add_place(parser)
+    shared.add_compile(shared.add_place(parser))
     parser.set_defaults(run=run)
 
 
@@ -69,6 +69,8 @@ def run(options: argparse.Namespace) -> int:
         home=options.home,
         dtype=options.dtype,
         pins=shared.pins_of(options.pin or []),
+        compile=options.compile,
+        attention=options.attention,
         batch_size=options.batch_size,
         seq_len=options.seq_len,
         train=not options.generate,

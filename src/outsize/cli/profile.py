@@ -110,6 +110,12 @@ def _rows(profile: Profile) -> Iterator[tuple[str, str, str]]:
         if value is not None:
             yield name, _bytes(value), meaning
     yield "memory", format_bytes(profile.host_bytes), f"in all; {profile.num_threads} threads compute"
+    for name, count, meaning in (
+        ("update threads", profile.update_threads, "are enough to update weights"),
+        ("disk threads", profile.io_threads, "are enough to read and write the disk"),
+    ):
+        if count is not None:
+            yield name, str(count), meaning
     if profile.device_bytes is not None:
         yield "device", format_bytes(profile.device_bytes), "memory of the device"
     if profile.disk_endurance_bytes is not None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from outsize.cli import options as shared
 from outsize.cli import quiet
 from outsize.cli.config_file import merge, read_config, write_config
+from outsize.config import OnDeviceFull
 from outsize.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -51,6 +53,7 @@ _DEFAULTS: dict[str, Any] = {
     "max_grad_norm": 1.0,
     "seed": 0,
     "pin": [],
+    "on_device_full": "error",
     "tracker": [],
     "trace_step": 4,
 }
@@ -138,7 +141,14 @@ def add_parser(commands: shared.Commands[argparse.ArgumentParser]) -> None:
         help="also report to tensorboard, or to a tracker of transformers such as wandb, mlflow",
     )
     _add(parser, "--trace-step", type=int, metavar="N", help="step to record for outsize trace, 0 for none")
-    shared.add_place(parser)
+    place = shared.add_place(parser)
+    _add(
+        place,
+        "--on-device-full",
+        choices=list(map(str, OnDeviceFull)),
+        help="where the accelerator's memory runs out: stop, or try again in smaller tiles and go on with them",
+    )
+    shared.add_compile(place)
     parser.set_defaults(run=run)
 
 
@@ -243,7 +253,11 @@ def settings_of(values: dict[str, Any]) -> TrainSettings:
             folder=Path(values["checkpoint"]) if get("checkpoint") else None,
             resume=values["resume"],
         ),
-        place=shared.place_of(argparse.Namespace(**{key: get(key) for key in shared.PLACE_OPTIONS})),
+        place=replace(
+            shared.place_of(argparse.Namespace(**{key: get(key) for key in shared.PLACE_OPTIONS})),
+            on_device_full=_choice(OnDeviceFull, "on_device_full", values["on_device_full"]),
+            compile=get("compile"),
+        ),
         seed=values["seed"],
         overwrite=values["overwrite"],
         trackers=tuple(values["tracker"]),
@@ -265,6 +279,8 @@ def _dry_run(settings: TrainSettings, values: dict[str, Any]) -> int:
         home=place.home,
         dtype=place.dtype,
         pins=place.pins,
+        compile=place.compile,
+        attention=place.attention,
         batch_size=settings.batch_size,
         seq_len=settings.seq_len,
         profile=shared.profile_of(place.disk),

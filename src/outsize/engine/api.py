@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -9,7 +10,7 @@ import torch
 from torch import nn
 
 from outsize.block import Block
-from outsize.config import Budgets, ComputeType, Disk, Home, Pins, Settings
+from outsize.config import Budgets, ComputeType, Disk, Home, OnDeviceFull, Pins, Settings
 from outsize.engine import memory
 from outsize.engine.blocks import DTYPES
 from outsize.engine.placeholder import OffloadedParameter
@@ -38,6 +39,9 @@ def load(
     home: str | None = None,
     dtype: str | torch.dtype | None = None,
     pins: Pins | None = None,
+    on_device_full: str = "error",
+    compile: bool | None = None,
+    attention: str | None = None,
     profile: Profile | None = None,
     seed: int = 0,
     trust_remote_code: bool = False,
@@ -48,13 +52,19 @@ def load(
     ("/scratch:200GiB"), or a list of folders on several drives, which are used side by side; without budgets, what is
     free now is used. `home` pins where weights and state live, `dtype` the compute type, `pins` anything else. With a
     `profile` of the machine (`outsize.hardware.kept`) the fastest of the plans that fit is taken, which takes a few
-    seconds at the first call. A folder with a `config.json` and no weights is initialised from `seed`.
+    seconds at the first call. With `on_device_full="retry"` a call that runs out of the device's memory goes on by
+    itself: what failed is computed again in less. `compile=True` runs layers through `torch.compile`, one compilation
+    for all that are alike; None: as the run did that is resumed, or else not. `attention` names an implementation of
+    transformers, such as "flash_attention_2"; None: that of the model's config, or else torch's own. A folder with a
+    `config.json` and no weights is initialised from `seed`.
 
     Raises ModelError, WeightsError or ConfigError before anything is read.
     """
-    settings = resolve_settings(device, host, disk, home, dtype, pins)
+    settings = resolve_settings(device, host, disk, home, dtype, pins, on_device_full, compile)
     folder = resolve_folder(path)
-    module = open_skeleton(folder, DTYPES[settings.compute_type], trust_remote_code=trust_remote_code)
+    module = open_skeleton(
+        folder, DTYPES[settings.compute_type], trust_remote_code=trust_remote_code, attention=attention
+    )
     source: Source
     if any(folder.glob("*.safetensors")) or any(folder.glob("*.bin")) or any(folder.glob("*.index.json")):
         source = SafetensorsSource(folder, module)
@@ -72,6 +82,8 @@ def wrap(
     home: str | None = None,
     dtype: str | torch.dtype | None = None,
     pins: Pins | None = None,
+    on_device_full: str = "error",
+    compile: bool | None = None,
     profile: Profile | None = None,
     seed: int = 0,
 ) -> nn.Module:
@@ -81,7 +93,7 @@ def wrap(
     """
     if dtype is None:
         dtype = "bfloat16" if next(module.parameters()).dtype is torch.bfloat16 else "float32"
-    settings = resolve_settings(device, host, disk, home, dtype, pins)
+    settings = resolve_settings(device, host, disk, home, dtype, pins, on_device_full, compile)
     parameters = dict(module.named_parameters())
     if any(isinstance(parameter, OffloadedParameter) for parameter in parameters.values()):
         raise UsageError(f"{type(module).__name__} is under Outsize already", hint="wrap a module once")
@@ -114,11 +126,16 @@ def resolve_settings(
     home: str | None,
     dtype: str | torch.dtype | None,
     pins: Pins | None,
+    on_device_full: str = "error",
+    compile: bool | None = None,
 ) -> Settings:
     """The arguments of `load`, checked. Raises ConfigError naming the one that cannot be used."""
     if device is not None and not torch.cuda.is_available():
         raise ConfigError(f"device={device!r}: this machine has no CUDA device", hint="leave device= out")
+    if on_device_full not in list(OnDeviceFull):
+        raise ConfigError(f"on_device_full={on_device_full!r}", hint=f"one of {', '.join(OnDeviceFull)}")
     settings = parse_settings(device, host, disk, home, dtype, pins)
+    settings = replace(settings, on_device_full=OnDeviceFull(on_device_full), compile=compile)
     settings.budgets.check_folders()
     return settings
 

@@ -90,11 +90,13 @@ class TiledOutput:
             return
         assert self._dims is not None
         if not self.tensors:
+            made = []
             for output, dim in zip(outputs, self._dims, strict=True):
                 shape = list(output.shape)
                 if dim is not None:
                     shape[dim] = shape[dim] // (tile.stop - tile.start) * tile.rows
-                self.tensors.append(output.new_empty(shape))
+                made.append(output.new_empty(shape))
+            self.tensors = made  # all, or, where memory runs out, none
         for whole, output, dim in zip(self.tensors, outputs, self._dims, strict=True):
             if dim is None and tile.start > 0 and not torch.equal(whole, output):
                 raise UnevenTiles

@@ -28,6 +28,7 @@ from outsize.tier import (
     Device,
     DeviceArena,
     DeviceRegion,
+    DoneTransfer,
     HostArena,
     HostDevice,
     Region,
@@ -124,6 +125,7 @@ class BlockStore:
         device: Device | None = None,
         device_kernel: Callable[[], Kernel] | None = None,
         bases: Mapping[str, int] | None = None,
+        update_threads: int | None = None,
     ) -> None:
         self.placement = placement
         self.device = device or HostDevice()
@@ -172,7 +174,11 @@ class BlockStore:
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="outsize-source")
         self._norms: list[tuple[GradientState, torch.Tensor]] = []
         self.captures = Captures(self, self.versions, self._carrier) if self.versions is not None else None
-        self.lane = UpdateLane(self._chunks, disk, kernel, self.plane_dtypes) if kernel is not None else None
+        self.lane = (
+            UpdateLane(self._chunks, disk, kernel, self.plane_dtypes, update_threads)
+            if kernel is not None
+            else None
+        )
 
     def _pools(self, name: str, classes: Sequence[SlotClass]) -> list[SlotPool]:
         return [SlotPool(self.arena, f"{name}{i}", c.slot_bytes, c.count) for i, c in enumerate(classes)]
@@ -303,6 +309,49 @@ class BlockStore:
             self._read_source(state)
         elif Plane.WEIGHT in state.hosted:
             self._load_hosted(state)
+
+    def evict(self, state: BlockState, placement: Placement) -> None:
+        """Move a block that stays on the device to the host's memory, where `placement` has it, and wait until it is there.
+
+        Not while it is visited. Raises BudgetError, having changed nothing, where the system has no such memory.
+        """
+        assert not self.device.is_host and state.slot is None and state.gradient_slot is None, state.name
+        wait_all((*state.weight_reads, *state.gradient_transfers))
+        if state.copy is not None:
+            state.copy.wait()
+        before = self._host.limit_bytes
+        self._host.limit_bytes += sum(region.num_bytes for region in state.resident.values())
+        try:
+            for plane, region in state.resident.items():
+                name = f"{state.name}.{plane}"
+                state.hosted[plane] = self._host.allocate(region.num_bytes, name)
+                self._copy_home(state, plane)
+        except BaseException:
+            for home_region in state.hosted.values():
+                home_region.free()
+            state.hosted.clear()
+            self._host.limit_bytes = before
+            raise
+        for region in state.resident.values():
+            region.free()
+        state.resident.clear()
+        state.weight_reads = []
+        state.loading = DoneTransfer() if state.is_loaded else None
+        for kind, pools, classes in (
+            ("weights", self._weight_pools, placement.weight_classes),
+            ("gradients", self._gradient_pools, placement.gradient_classes),
+        ):
+            for index in range(len(pools), len(classes)):
+                own = classes[index]
+                pools.append(SlotPool(self.arena, f"{kind}{index}", own.slot_bytes, own.count))
+        self.placement = placement
+
+    def _copy_home(self, state: BlockState, plane: Plane) -> None:
+        """Copy a plane from the device to the host's memory, both of which have it; no view of it outlives this."""
+        home, here = self._hosted(state, plane), self.resident_plane(state, plane)
+        assert home is not None and here is not None, f"{state.name}.{plane}"
+        after = (self.device.mark(),)
+        self.device.start_copy(Way.DOWN, home, here, after=after, label=f"{state.name}.{plane}").wait()
 
     def updates_in_place(self, state: BlockState) -> bool:
         """Whether the whole block is on a device, which updates it there."""

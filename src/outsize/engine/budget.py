@@ -17,7 +17,7 @@ from functools import partial
 import torch
 
 from outsize.block import ALIGNMENT, Plane, Record, align
-from outsize.config import Home, Pins, Settings, format_bytes
+from outsize.config import Home, OnDeviceFull, Pins, Settings, format_bytes
 from outsize.engine import closing, keep, memory
 from outsize.engine.probe import BatchShape, Rehearsal
 from outsize.engine.versions import Layout
@@ -145,7 +145,8 @@ class Budget:
         self._reading_bytes = reading_bytes
         self._free_host_bytes = free_host_bytes
         self._home_room_bytes = 0
-        self._always_resident = always_resident
+        self.always_resident = always_resident
+        self._most_tile_tokens: int | None = None
         self.visit_bytes = 0
         """What a visit of the call that began last takes of the host's memory beside weights, at most."""
         self._fit: Fit | None = None
@@ -253,6 +254,14 @@ class Budget:
         self.visit_bytes = needs.visit_bytes if self._device.is_host else 0
         return tile_rows
 
+    def shrink_tiles(self, num_tokens: int) -> None:
+        """Let no tile of a call to come have more tokens, whatever is pinned; a tile has at least one row."""
+        self._most_tile_tokens = num_tokens
+
+    def has_room_for(self, num_bytes: int) -> bool:
+        """Whether a host that does not compute has so much memory left beside what is placed."""
+        return self.host_bytes() + num_bytes + SLACK_BYTES <= self.limit_bytes
+
     def host_bytes(self) -> int:
         """What the process takes of the host's memory, as placed."""
         assert self.placement is not None
@@ -279,11 +288,13 @@ class Budget:
             yield
         except torch.OutOfMemoryError as error:
             what = str(error).partition(". ")[0]
+            fewer = "let blocks compute fewer rows at once (--pin tile_rows=1)"
+            if self._settings.on_device_full is OnDeviceFull.ERROR:
+                fewer += ', or try again with fewer by itself (on_device_full="retry")'
             raise BudgetError(
                 f"the device ran out of memory ({what}); {format_bytes(self.device_bytes())} of "
                 f"{format_bytes(self.device_limit_bytes)} were planned",
-                hint="another process may have taken it; else let blocks compute fewer rows at once (--pin tile_rows=1), "
-                "or give less with device=",
+                hint=f"another process may have taken it; else {fewer}, or give less with device=",
             ) from error
 
     def make_room(self, visit_bytes: int) -> None:
@@ -439,7 +450,7 @@ class Budget:
         """Pins that lead to this choice and no other, whatever is known of the machine."""
         attempt, placement = choice.way.attempt, choice.placement
         kept = {(name, group) for name, group in placement.resident if name in placement.kept}
-        always = {(name, group) for name, group in placement.resident if name in self._always_resident}
+        always = {(name, group) for name, group in placement.resident if name in self.always_resident}
         if self._device.is_host:
             kept = {(name, group) for name, group in kept if group is Plane.WEIGHT}
         everything = sum(group_bytes(record, group) for record in records.values() for group in GROUPS)
@@ -527,7 +538,7 @@ class Budget:
                 arena_bytes=room,
                 home=home,
                 has_disk=has_disk,
-                always_resident=self._always_resident,
+                always_resident=self.always_resident,
                 kept=needs.kept,
                 pins=pins,
             )
@@ -538,7 +549,7 @@ class Budget:
                 host_bytes=home_room,
                 home=home,
                 has_disk=has_disk,
-                always_resident=self._always_resident,
+                always_resident=self.always_resident,
                 kept=needs.kept,
                 pins=pins,
                 commits=self._settings.commits > 0,
@@ -616,6 +627,8 @@ class Budget:
         rows = shape.rows or 1
         tokens = TILE_TOKENS if self._device.is_host else TILE_TOKENS_ON_DEVICE
         wanted = self._settings.pins.tile_rows or -(-tokens // shape.row_tokens)
+        if self._most_tile_tokens is not None:
+            wanted = min(wanted, self._most_tile_tokens // shape.row_tokens)
         return max(1, min(rows, wanted))
 
 

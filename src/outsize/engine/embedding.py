@@ -17,7 +17,8 @@ from torch.autograd.function import once_differentiable
 
 from outsize.block import Block
 from outsize.engine.guard import Guard
-from outsize.engine.layer import Autocast, installed
+from outsize.engine.layer import installed
+from outsize.engine.surroundings import Autocast
 from outsize.errors import UsageError
 from outsize.model import Point
 from outsize.plan import Direction

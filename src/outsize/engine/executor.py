@@ -33,6 +33,7 @@ from outsize.plan import (
     Write,
     build,
     check,
+    evicted,
 )
 
 Runner = Callable[[Op], None]
@@ -53,6 +54,8 @@ class Executor:
         self._held: list[str] = []
         self._summing: list[str] = []
         self._depth = 0
+        self._visiting: frozenset[str] = frozenset()
+        self._is_stale = False
         weight, gradient = Plane.WEIGHT, Plane.GRADIENT
         self._runners: dict[tuple[type[Op], Plane | None], Callable[[BlockState], None]] = {
             (Held, weight): lambda state: None,
@@ -91,6 +94,7 @@ class Executor:
             if visit.trains and visit.direction is Direction.BACKWARD:
                 self.store.begin_sum(state)
         self._depth += 1
+        self._visiting = frozenset(visit.block for visit in visits)
         try:
             before()
             yield states
@@ -99,9 +103,15 @@ class Executor:
             raise
         finally:
             self._depth -= 1
+            self._visiting = frozenset()
         if recorder is not None and began is not None:
             recorder.visited(visits, began)
-        self._proceed()
+        if self._is_stale:
+            self._is_stale = False
+            self._release_gradients()
+            self._make_plan(self._expected)
+        else:
+            self._proceed()
 
     @contextmanager
     def touch(self, block: str) -> Iterator[BlockState]:
@@ -118,6 +128,32 @@ class Executor:
             self._run_next()
         yield self.store[block]
         self._make_plan(rest)
+
+    def evict(self, may_leave: Callable[[BlockState], bool]) -> BlockState | None:
+        """Move the block whose visit is furthest away from the device, where it stays, to the host's memory.
+
+        One that `may_leave`, and that is not being visited; None where there is none. What is left of the call is planned
+        again when the visit under way is over.
+        """
+        order = [visit.block for visit in self._expected]
+        staying = [
+            state
+            for state in self.store
+            if self.store.updates_in_place(state) and state.name not in self._visiting and may_leave(state)
+        ]
+        if not staying:
+            return None
+
+        def distance(state: BlockState) -> int:
+            return order.index(state.name) if state.name in order else len(order)
+
+        chosen = max(staying, key=distance)
+        if chosen.name in self._summing:
+            self._summing.remove(chosen.name)
+            self.store.free_gradient(chosen)
+        self.store.evict(chosen, evicted(self.store.placement, chosen.record))
+        self._is_stale = True
+        return chosen
 
     def settle_updates(self) -> None:
         """Apply what is pending now instead of at the next visit."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,8 +21,10 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_map_only
 
 from outsize.block import Block
+from outsize.engine.batch import Tile, tiles
 from outsize.engine.guard import Guard
-from outsize.engine.layer import Autocast
+from outsize.engine.stepdown import ALONE
+from outsize.engine.surroundings import Autocast
 from outsize.errors import UsageError
 from outsize.model import Point
 from outsize.plan import Direction
@@ -60,6 +63,8 @@ class Head:
         names = {binding.attribute: binding.parameter for binding in point.bindings}
         self.weight = names["weight"]
         self.bias = names.get("bias")
+        self.tile_elements = tile_elements(session.torch_device)
+        """Of a tile of logits; fewer once there was no memory for as many."""
 
     def __call__(self, input: torch.Tensor) -> torch.Tensor:
         """Logits `[..., V]` of hidden states `[..., h]`; a handle while a call with labels runs."""
@@ -117,12 +122,19 @@ class Head:
         with torch.no_grad():
             for name, start, stop in self._rows():
                 with self.session.visit((name,), Direction.FORWARD) as values:
-                    part = F.linear(hidden, values[self.weight], values[self.bias] if self.bias else None)
+                    parts: list[torch.Tensor] = []
+                    project = partial(self._project, hidden, values, parts)
+                    self.session.stepdown.compute(ALONE, project, may_cut=False)
                 if output is None:
-                    output = part.new_empty(*part.shape[:-1], self.module.out_features)
-                output[..., start:stop] = part
+                    output = parts[0].new_empty(*parts[0].shape[:-1], self.module.out_features)
+                output[..., start:stop] = parts[0]
         assert output is not None
         return output
+
+    def _project(
+        self, hidden: torch.Tensor, values: dict[str, torch.Tensor], into: list[torch.Tensor], _: Tile
+    ) -> None:
+        into[:] = [F.linear(hidden, values[self.weight], values[self.bias] if self.bias else None)]
 
     def backward(
         self, hidden: torch.Tensor, gradient: torch.Tensor, autocast: Autocast, guard: Guard
@@ -144,22 +156,38 @@ class Head:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """`(sum of losses [], log-sum-exp [N])` of `hidden [N, h]`, `targets [N]` (on the host: they decide what runs)."""
         count = hidden.shape[0]
-        largest = torch.full((count,), -torch.inf, device=hidden.device)
-        total = torch.zeros(count, device=hidden.device)
-        chosen = torch.zeros(count, device=hidden.device)
+        sums = _Sums(
+            torch.full((count,), -torch.inf, device=hidden.device),
+            torch.zeros(count, device=hidden.device),
+            torch.zeros(count, device=hidden.device),
+        )
         targets = self.session.on_device(targets)
         with torch.no_grad():
             for name, start, stop in self._rows():
                 with self.session.visit((name,), Direction.FORWARD) as values:
-                    for tile in _token_tiles(hidden, stop - start):
-                        logits = self._tile(hidden[tile], values, autocast)
-                        _add_to_logsumexp(logits, largest[tile], total[tile])
-                        place = targets[tile] - start
-                        inside = (place >= 0) & (place < stop - start)
-                        picked = logits.gather(1, place.clamp(0, stop - start - 1).unsqueeze(1)).squeeze(1)
-                        chosen[tile] = torch.where(inside, picked, chosen[tile])
-            logsumexp = largest + total.log()
-            return (logsumexp - chosen).sum(dtype=torch.float64).float(), logsumexp
+                    add_tile = partial(self._add_tile, hidden, targets, sums, values, start, autocast)
+                    self._in_tiles(count, stop - start, add_tile)
+            logsumexp = sums.largest + sums.total.log()
+            return (logsumexp - sums.chosen).sum(dtype=torch.float64).float(), logsumexp
+
+    def _add_tile(
+        self,
+        hidden: torch.Tensor,
+        targets: torch.Tensor,
+        sums: _Sums,
+        values: dict[str, torch.Tensor],
+        start: int,
+        autocast: Autocast,
+        tile: slice,
+    ) -> None:
+        """Take the logits of a tile with the rows from `start` on into `sums`."""
+        logits = self._tile(hidden[tile], values, autocast)
+        rows = logits.shape[1]
+        place = targets[tile] - start
+        inside = (place >= 0) & (place < rows)
+        picked = logits.gather(1, place.clamp(0, rows - 1).unsqueeze(1)).squeeze(1)
+        sums.chosen[tile] = torch.where(inside, picked, sums.chosen[tile])
+        _add_to_logsumexp(logits, sums.largest[tile], sums.total[tile])  # last: it is not to be repeated
 
     def backward_loss(
         self,
@@ -172,28 +200,58 @@ class Head:
     ) -> torch.Tensor:
         """Add to the row blocks' gradients; the gradient of `hidden`, `[N, h]`. `scale` is the loss's gradient."""
         guard.check(self.session.num_steps(self.blocks))
-        gradient = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
+        going_back = _GoingBack(
+            hidden,
+            targets,
+            logsumexp,
+            scale,
+            autocast,
+            torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device),
+        )
         with torch.no_grad():
             for name, start, stop in reversed(self._rows()):
                 with self.session.visit_backward((name,)) as values:
-                    weight_sum = self.session.gradient_sum(name, self.weight)
-                    bias_sum = self.session.gradient_sum(name, self.bias) if self.bias else None
-                    for tile in _token_tiles(hidden, stop - start):
-                        logits = self._tile(hidden[tile], values, autocast)
-                        slope = logits.sub_(logsumexp[tile].unsqueeze(1)).exp_()
-                        place = targets[tile] - start
-                        inside = (place >= 0) & (place < stop - start)
-                        rows = inside.nonzero().squeeze(1)
-                        places = self.session.on_device(place[rows])
-                        slope[self.session.on_device(rows), places] -= 1
-                        slope.mul_(scale)
-                        narrow = slope.to(values[self.weight].dtype)
-                        gradient[tile] += narrow @ values[self.weight]
-                        if weight_sum is not None:
-                            _add_product(weight_sum, narrow.T, hidden[tile].to(narrow.dtype))
-                        if bias_sum is not None:
-                            bias_sum += slope.sum(0)
-        return gradient.to(hidden.dtype)
+                    sums = (
+                        self.session.gradient_sum(name, self.weight),
+                        self.session.gradient_sum(name, self.bias) if self.bias else None,
+                    )
+                    go_back = partial(self._go_back, going_back, values, sums, start)
+                    self._in_tiles(hidden.shape[0], stop - start, go_back)
+        return going_back.gradient.to(hidden.dtype)
+
+    def _go_back(
+        self,
+        call: _GoingBack,
+        values: dict[str, torch.Tensor],
+        sums: tuple[torch.Tensor | None, torch.Tensor | None],
+        start: int,
+        tile: slice,
+    ) -> None:
+        """Add what a tile gives to the gradients of `hidden` and of the rows from `start` on."""
+        add, hidden, weight = self.session.stepdown.add, call.hidden[tile], values[self.weight]
+        slope = self._tile(hidden, values, call.autocast).sub_(call.logsumexp[tile].unsqueeze(1)).exp_()
+        place = call.targets[tile] - start
+        rows = ((place >= 0) & (place < slope.shape[1])).nonzero().squeeze(1)
+        places = self.session.on_device(place[rows])
+        slope[self.session.on_device(rows), places] -= 1
+        slope.mul_(call.scale)
+        narrow = slope.to(weight.dtype)
+        weight_sum, bias_sum = sums
+        add("hidden", lambda: call.gradient[tile].add_(narrow @ weight))
+        if weight_sum is not None:
+            add("weight", lambda: _add_product(weight_sum, narrow.T, hidden.to(narrow.dtype)))
+        if bias_sum is not None:
+            add("bias", lambda: bias_sum.add_(slope.sum(0)))
+
+    def _in_tiles(self, num_tokens: int, rows: int, compute: Callable[[slice], None]) -> None:
+        """Compute tile by tile of tokens, which have `rows` logits each."""
+        planned = _token_tiles(num_tokens, rows, self.tile_elements)
+        computed = self.session.stepdown.compute(planned, lambda tile: compute(slice(tile.start, tile.stop)))
+        if computed != planned:
+            most = max(tile.stop - tile.start for tile in computed)
+            self.tile_elements = most * rows
+            before = planned[0].stop
+            self.session.stepdown.note(f"the loss is computed for {most} tokens at once instead of {before}")
 
     def _tile(
         self, hidden: torch.Tensor, values: dict[str, torch.Tensor], autocast: Autocast
@@ -206,6 +264,27 @@ class Head:
 
     def _rows(self) -> list[tuple[str, int, int]]:
         return self.session.row_blocks(self.weight)
+
+
+@dataclass(frozen=True, slots=True)
+class _Sums:
+    """Of the logits of each token so far, `[N]`: the largest, the sum of exponentials beside it, and the target's."""
+
+    largest: torch.Tensor
+    total: torch.Tensor
+    chosen: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class _GoingBack:
+    """A backward through the loss: its arguments, and the gradient of `hidden` so far, in fp32."""
+
+    hidden: torch.Tensor
+    targets: torch.Tensor
+    logsumexp: torch.Tensor
+    scale: torch.Tensor
+    autocast: Autocast
+    gradient: torch.Tensor
 
 
 def measured_tiles(
@@ -248,17 +327,17 @@ def tile_elements(device: torch.device) -> int:
     return TILE_ELEMENTS if device.type == "cpu" else TILE_ELEMENTS_ON_DEVICE
 
 
-def _token_tiles(hidden: torch.Tensor, rows: int) -> list[slice]:
-    count = hidden.shape[0]
-    step = max(1, tile_elements(hidden.device) // rows)
-    return [slice(start, min(start + step, count)) for start in range(0, count, step)]
+def _token_tiles(num_tokens: int, rows: int, num_elements: int) -> tuple[Tile, ...]:
+    """Tiles of tokens with `rows` logits each, `num_elements` in all; a tile has at least one token."""
+    return tuple(tiles(num_tokens, max(1, num_elements // rows)))
 
 
 def _add_to_logsumexp(logits: torch.Tensor, largest: torch.Tensor, total: torch.Tensor) -> None:
-    """Take `logits [n, rows]` into the running maximum and sum `[n]`, in place."""
+    """Take `logits [n, rows]` into the running maximum and sum `[n]`, in place: all memory is taken before."""
     maximum = torch.maximum(largest, logits.amax(1))
-    total.mul_(torch.exp(largest - maximum))
-    total.add_(torch.exp(logits - maximum.unsqueeze(1)).sum(1))
+    factor = torch.exp(largest - maximum)
+    addition = torch.exp(logits - maximum.unsqueeze(1)).sum(1)
+    total.mul_(factor).add_(addition)
     largest.copy_(maximum)
 
 

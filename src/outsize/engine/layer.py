@@ -11,7 +11,7 @@ computing. It is the graph that the backward would make, so no number changes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -24,67 +24,19 @@ from transformers import Cache
 
 from outsize.block import Block
 from outsize.engine.batch import BatchDims, Tile, TiledOutput, UnevenTiles
+from outsize.engine.compiled import is_failure
 from outsize.engine.guard import Guard
 from outsize.engine.sidedoor import SideDoor
-from outsize.errors import UsageError
+from outsize.engine.stepdown import Graphs
+from outsize.engine.surroundings import Autocast, Randomness
+from outsize.errors import ModelError, UsageError
 from outsize.model import Binding, Point
 from outsize.plan import Direction
-from outsize.tier import Device
 
 if TYPE_CHECKING:
     from outsize.engine.session import Session
 
 Outputs = list[torch.Tensor]
-
-
-@dataclass(frozen=True, slots=True)
-class Autocast:
-    """The autocast state of a forward, for its recomputation; `kind` is the type of the device that computes."""
-
-    kind: str
-    enabled: bool
-    dtype: torch.dtype
-
-    @classmethod
-    def current(cls, device: Device) -> Autocast:
-        """The state now."""
-        kind = device.torch_device.type
-        kind = "cpu" if kind == "meta" else kind
-        return cls(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
-
-    def restore(self) -> torch.autocast:
-        """A context with this state; casts of weights are not cached, since a slot is reused for other weights."""
-        return torch.autocast(self.kind, dtype=self.dtype, enabled=self.enabled, cache_enabled=False)
-
-
-@dataclass(frozen=True, slots=True)
-class Randomness:
-    """The state of the random numbers of a forward, the host's and the device's, for its recomputation."""
-
-    device: Device
-    host_state: torch.Tensor
-    device_state: torch.Tensor | None
-
-    @classmethod
-    def current(cls, device: Device) -> Randomness:
-        """The state now."""
-        return cls(device, torch.get_rng_state(), device.rng_state())
-
-    def put_back(self) -> None:
-        """Go on from this state."""
-        torch.set_rng_state(self.host_state)
-        if self.device_state is not None:
-            self.device.set_rng_state(self.device_state)
-
-    @contextmanager
-    def restored(self) -> Iterator[None]:
-        """Inside, random numbers begin at this state; afterwards they go on where they were."""
-        now = Randomness.current(self.device)
-        self.put_back()
-        try:
-            yield
-        finally:
-            now.put_back()
 
 
 @contextmanager
@@ -121,6 +73,10 @@ class Call:
     tiles: tuple[Tile, ...] = ()
     training: tuple[bool, ...] = ()
     keeps_graphs: bool = False
+    draws: bool = False
+    """Whether the forward drew random numbers: its backward must draw the same."""
+    row_tokens: int = 1
+    """Of a row of the running call."""
     output_spec: TreeSpec | None = None
     output_leaves: list[Any] | None = None
     output_positions: list[int] | None = None
@@ -132,7 +88,7 @@ class Call:
             leaves[position] = tensor
         args, kwargs = tree_unflatten(leaves, self.spec)
         with self.side_door.catch() as caught:
-            result = self.layer.original(*args, **kwargs)
+            result = self._compute(args, kwargs)
         flat, spec = tree_flatten(result)
         positions = [i for i, leaf in enumerate(flat) if isinstance(leaf, torch.Tensor)]
         outputs = [flat[i] for i in positions]
@@ -141,6 +97,20 @@ class Call:
                 flat[position] = None
             self.output_spec, self.output_leaves, self.output_positions = spec, flat, positions
         return outputs + caught.tensors()
+
+    def _compute(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """The layer's forward: compiled, where that serves, or as it is."""
+        layer = self.layer
+        if not self.is_compiled:
+            return layer.original(*args, **kwargs)
+        return layer.session.compiler.run(layer.module, layer.original, args, kwargs)
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether the layer's forward is compiled; not where a cache grows, or hooks record something inside."""
+        is_plain = not self.side_door.keys and not any(isinstance(leaf, Cache) for leaf in self.leaves)
+        layer = self.layer
+        return is_plain and layer.is_repeated and layer.session.compiler.serves(layer.module)
 
     def result(self, outputs: Sequence[torch.Tensor]) -> Any:
         """The visit's result in the shape the layer gave it, with `outputs` in place; side doors are served."""
@@ -180,6 +150,7 @@ class Layer:
         self.module = module
         self.original: Callable[..., Any] = module.forward
         self.blocks = tuple(block.name for block in blocks)
+        self.is_repeated = session.is_repeated(module)
         self.has_batch_statistics = any(
             isinstance(child, nn.modules.batchnorm._BatchNorm) for child in module.modules()
         )
@@ -206,6 +177,7 @@ class Layer:
         if self.session.probe is not None:
             return call.result(self.session.probe.layer(self, call, tensors, trains, differentiates))
         call.dims, call.tiles = self.session.tiles(self, tensors)
+        call.row_tokens = self.session.row_tokens
         call.training = tuple(module.training for module in self.module.modules())
         call.keeps_graphs = self.session.keeps_graphs(self.blocks)
         if not differentiates:
@@ -224,9 +196,7 @@ class Layer:
 
     # -- the two directions ----------------------------------------------------------------------------------------
 
-    def forward(
-        self, call: Call, tensors: Sequence[torch.Tensor], graphs: list[Graph] | None = None
-    ) -> Outputs:
+    def forward(self, call: Call, tensors: Sequence[torch.Tensor], graphs: Graphs | None = None) -> Outputs:
         """Run all tiles; the whole batch at once where an output turns out to depend on all of it.
 
         With `graphs`, which are added there where they are to be kept, it computes as its backward will.
@@ -243,6 +213,7 @@ class Layer:
                 call.dims, call.tiles = None, self.session.keep_whole(self.point)
                 call.randomness.put_back()
                 outputs = self._run_tiles(call, tensors, graphs)
+            call.draws = not call.randomness.is_now()
             for name, value in values.items():
                 if value._version != versions[name]:
                     raise UsageError(
@@ -251,21 +222,73 @@ class Layer:
                     )
             return [self._own(output, values) for output in outputs]
 
-    def _run_tiles(self, call: Call, tensors: Sequence[torch.Tensor], graphs: list[Graph] | None) -> Outputs:
+    def _run_tiles(self, call: Call, tensors: Sequence[torch.Tensor], graphs: Graphs | None) -> Outputs:
         dims = call.dims
         outputs = TiledOutput(dims.outputs if dims else None)
-        if graphs is None:
-            for tile in call.tiles:
+        stepdown = self.session.stepdown
+        if graphs is not None:
+            graphs.clear()
+            stepdown.keep(graphs)
+        may_repeat = self._repeatable(call, tensors)
+
+        def run(tile: Tile) -> None:
+            if graphs is None:
                 outputs.add(tile, call.run(_cut(tensors, tile, dims.inputs if dims else None)))
-            return outputs.tensors
-        graphs.clear()
-        for tile in call.tiles:
-            with nullcontext() if call.keeps_graphs else _saving_nothing():
+                return
+            keeps = call.keeps_graphs and stepdown.keeps_graphs
+            with nullcontext() if keeps else _saving_nothing():
                 graph = self._run_with_graph(call, tensors, tile)
-            if call.keeps_graphs:
-                graphs.append(graph)
             outputs.add(tile, [output.detach() for output in graph.outputs])
+            if keeps:
+                graphs[tile] = graph
+
+        attempt = self._compiled_or_not(call, run)
+        tiles = stepdown.compute(call.tiles, attempt, may_cut=dims is not None, may_repeat=may_repeat)
+        if tiles != call.tiles:
+            call.tiles = tiles
+            self._shrink(call, tiles)
         return outputs.tensors
+
+    def _compiled_or_not(self, call: Call, attempt: Callable[[Tile], None]) -> Callable[[Tile], None]:
+        """`attempt`, and where a compiler fails, which is before anything is computed, the same as the layer is.
+
+        In the rehearsal it did not: what comes later has other shapes, or is given other tensors.
+        """
+        if not call.is_compiled:
+            return attempt
+
+        def run(tile: Tile) -> None:
+            before = Randomness.current(self.session.device)
+            try:
+                attempt(tile)
+                return
+            except Exception as error:
+                if not is_failure(error):
+                    raise
+                self.session.compiler.give_up(self.module, error)
+                if call.draws:
+                    raise ModelError(
+                        f"the backward of {self.point.module} cannot be compiled, and would draw other random numbers "
+                        f"than its compiled forward: {error}",
+                        hint="leave compile out",
+                    ) from error
+            before.put_back()
+            attempt(tile)
+
+        return run
+
+    def _repeatable(self, call: Call, tensors: Sequence[torch.Tensor]) -> Callable[[], bool]:
+        """Says, after a part of the layer ran, whether it can be repeated: it changed nothing that it was given."""
+        if not self.session.stepdown.is_on:
+            return lambda: False
+        changing = [*tensors, *self.module.buffers()]
+        fills_cache = any(isinstance(leaf, Cache) for leaf in call.leaves)
+        versions = _versions(changing)
+        return lambda: not fills_cache and versions == _versions(changing)
+
+    def _shrink(self, call: Call, tiles: Sequence[Tile]) -> None:
+        """The call's tiles could not be computed, and these were."""
+        self.session.shrink_tiles(max(tile.stop - tile.start for tile in tiles), call.row_tokens)
 
     def _run_with_graph(self, call: Call, tensors: Sequence[torch.Tensor], tile: Tile) -> Graph:
         """Run one tile with a graph that begins at its inputs and at the parameters."""
@@ -283,16 +306,34 @@ class Layer:
         call: Call,
         tensors: Sequence[torch.Tensor],
         gradients: Sequence[torch.Tensor | None],
-        graphs: list[Graph],
+        graphs: Graphs,
     ) -> list[torch.Tensor | None]:
         """Go back through all tiles, add to the blocks' gradients, and return the inputs' gradients.
 
-        `graphs` are those that the forward kept, and are taken from the list; where it is empty all tiles are run again.
+        `graphs` are those that the forward kept; tiles that have none are run again.
         """
         call.guard.check(self.session.num_steps(self.blocks))
-        dims, tiles = call.dims, call.tiles
+        dims = call.dims
         input_dims = dims.inputs if dims else None
         totals: list[torch.Tensor | None] = [None] * len(tensors)
+        unchanged, had_graphs = self._repeatable(call, tensors), bool(graphs)
+
+        def go_back(tile: Tile) -> None:
+            graph = graphs.pop(tile, None) or self._run_with_graph(call, tensors, tile)
+            inputs, outputs = graph.inputs, graph.outputs
+            # Every tile computes an output without a batch again; its gradient belongs to one of them.
+            output_dims = dims.outputs if dims and not tile.is_whole else (0,) * len(outputs)
+            pairs = [
+                (output, tile.of(gradient, dim))
+                for output, gradient, dim in zip(outputs, gradients, output_dims, strict=True)
+                if gradient is not None and output.requires_grad and (dim is not None or tile.start == 0)
+            ]
+            if pairs:
+                torch.autograd.backward([p[0] for p in pairs], [p[1] for p in pairs])
+            _collect(totals, inputs, tensors, tile, input_dims)
+
+        # Only tiles of the forward are known to agree on outputs without a batch, and to draw what it drew.
+        agrees = dims is not None and (len(call.tiles) > 1 or None not in dims.outputs)
         with (
             self.session.visit_backward(self.blocks) as values,
             installed(self.session.module, self.point.bindings, values),
@@ -300,19 +341,14 @@ class Layer:
             _training(self.module, call.training),
             torch.enable_grad(),
         ):
-            for tile in tiles:
-                graph = graphs.pop(0) if graphs else self._run_with_graph(call, tensors, tile)
-                inputs, outputs = graph.inputs, graph.outputs
-                # Every tile computes an output without a batch again; its gradient belongs to one of them.
-                output_dims = dims.outputs if dims and not tile.is_whole else (0,) * len(outputs)
-                pairs = [
-                    (output, tile.of(gradient, dim))
-                    for output, gradient, dim in zip(outputs, gradients, output_dims, strict=True)
-                    if gradient is not None and output.requires_grad and (dim is not None or tile.start == 0)
-                ]
-                if pairs:
-                    torch.autograd.backward([p[0] for p in pairs], [p[1] for p in pairs])
-                _collect(totals, inputs, tensors, tile, input_dims)
+            tiles = self.session.stepdown.compute(
+                call.tiles,
+                self._compiled_or_not(call, go_back),
+                may_cut=agrees and not call.draws,
+                may_repeat=lambda: unchanged() and not (call.draws and had_graphs),
+            )
+        if tiles != call.tiles:
+            self._shrink(call, tiles)
         return totals
 
     def _own(self, output: torch.Tensor, values: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -366,18 +402,26 @@ def _collect(
 ) -> None:
     """Put a tile's input gradients into the whole ones: side by side along the batch, else summed."""
     for index, (part, whole) in enumerate(zip(inputs, wholes, strict=True)):
+        has_batch = dims is not None and dims[index] is not None
+        if part.grad is not None and totals[index] is None and has_batch and not tile.is_whole:
+            totals[index] = torch.zeros_like(
+                whole
+            )  # memory that is not there is missed before anything is added
+    for index, part in enumerate(inputs):
         if part.grad is None:
             continue
         dim = dims[index] if dims is not None else None
         total = totals[index]
-        if tile.is_whole:
+        if tile.is_whole or total is None:
             totals[index] = part.grad
         elif dim is None:
-            totals[index] = part.grad if total is None else total.add_(part.grad)
+            total.add_(part.grad)
         else:
-            if total is None:
-                total = totals[index] = torch.zeros_like(whole)
             tile.of(total, dim).copy_(part.grad)
+
+
+def _versions(tensors: Sequence[torch.Tensor]) -> list[int]:
+    return [0 if tensor.is_inference() else tensor._version for tensor in tensors]
 
 
 class _Visit(torch.autograd.Function):
@@ -391,7 +435,7 @@ class _Visit(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors)
         versions = [tensor._version for tensor in tensors]
-        ctx.graphs = []
+        ctx.graphs = Graphs()
         outputs = call.layer.forward(call, tensors, ctx.graphs)
         if versions != [tensor._version for tensor in tensors]:
             raise UsageError(
@@ -410,9 +454,9 @@ class _Visit(torch.autograd.Function):
             for tensor, need in zip(ctx.saved_tensors, needed, strict=True)
         ]
         # Nothing but this node holds the graphs, and a second backward computes again.
-        graphs, ctx.graphs = ctx.graphs, []
-        if not all(graph.is_current for graph in graphs):
-            graphs = []
+        graphs = ctx.call.layer.session.stepdown.take(ctx.graphs)
+        if not all(graph.is_current for graph in graphs.values()):
+            graphs.clear()
         return (None, None, *ctx.call.layer.backward(ctx.call, inputs, gradients, graphs))
 
 

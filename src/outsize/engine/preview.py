@@ -19,7 +19,7 @@ from outsize.engine.report import placement_rows
 from outsize.engine.session import Session
 from outsize.engine.summary import Alternative, PlanSummary
 from outsize.errors import BudgetError, ConfigError, ModelError
-from outsize.model import TensorSource, cut, longest_sequence, open_skeleton, resolve_folder
+from outsize.model import TensorSource, attention_of, cut, longest_sequence, open_skeleton, resolve_folder
 from outsize.optim import ADAMW
 from outsize.plan import Placement, SlotClass
 from outsize.plan.planner import Choice
@@ -46,6 +46,8 @@ def preview(
     home: str | None = None,
     dtype: str | torch.dtype | None = None,
     pins: Pins | None = None,
+    compile: bool | None = None,
+    attention: str | None = None,
     batch_size: int = 1,
     seq_len: int = 512,
     train: bool = True,
@@ -56,21 +58,25 @@ def preview(
 
     With a `profile` of this machine one block of each kind is timed, plans are compared, and a step is predicted. With
     `hardware`, the profile of another machine, that one is planned for: its memory is the budget where none is given, and
-    operations are counted instead of timed. Reads no weights and stores nothing. Raises ModelError or ConfigError for what
-    cannot be opened at all.
+    operations are counted instead of timed. `compile` and `attention` as in `load`.
+    Reads no weights and stores nothing. Raises ModelError or ConfigError for what cannot be opened at all.
     """
     for name, value in (("batch_size", batch_size), ("seq_len", seq_len)):
         if value < 1:
             raise ConfigError(f"{name}: {value} is less than 1", hint=f"pass {name} 1 or more")
     if hardware is None:
-        settings = api.resolve_settings(device, host, disk, home, dtype, pins)
+        settings = api.resolve_settings(device, host, disk, home, dtype, pins, compile=compile)
         computes_on = api.open_device(settings)
+    elif compile:
+        raise ConfigError(
+            "compile: what compiled layers take on another machine is not known", hint="leave it out"
+        )
     else:
         settings = _settings_elsewhere(hardware, device, host, disk, home, dtype, pins)
         computes_on = PaperDevice(hardware.device_bytes if hardware.has_device else None)
     memory.keep_freed_memory()
     memory.bound_kernel_caches()
-    module = open_skeleton(resolve_folder(path), DTYPES[settings.compute_type])
+    module = open_skeleton(resolve_folder(path), DTYPES[settings.compute_type], attention=attention)
     session = Session(module, cut(module), TensorSource({}), settings, computes_on, hardware or profile)
     if getattr(module, "main_input_name", None) != "input_ids":
         raise ModelError(
@@ -128,6 +134,8 @@ def _summary(session: Session, batch_size: int, seq_len: int) -> PlanSummary:
         reason="",
         rows=placement_rows(session, records, placement),
         slots=_slots(placement),
+        compiled=tuple(session.compiler.compiled),
+        attention=attention_of(session.module),
         num_parameters=num_parameters,
         num_blocks=len(records),
         host_budget_bytes=budget.limit_bytes,

@@ -20,7 +20,8 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 
 from outsize.engine import memory
 from outsize.engine.batch import BatchDims, Shape, find_dims, tiles
-from outsize.engine.layer import Call, Layer, Loose, Randomness, installed
+from outsize.engine.layer import Call, Layer, Loose, installed
+from outsize.engine.surroundings import Randomness
 from outsize.plan import Direction, Visit
 
 if TYPE_CHECKING:
@@ -154,10 +155,16 @@ class Probe:
         if self.sees_all:
             key = (f"{layer.point.module} {key[0]}", key[1])
         if key not in self._seen:
-            (outputs, kept_bytes), num_bytes = memory.watched(
-                lambda: run_on_zeros(self.session, layer, call, tensors, trains, differentiates),
-                self.session.torch_device,
-            )
+            run = partial(run_on_zeros, self.session, layer, call, tensors, trains, differentiates)
+            device, compiler = self.session.torch_device, self.session.compiler
+            if call.is_compiled and compiler.try_out(layer.module, run) and device.type != "cuda":
+                # Tensors inside compiled code cannot be counted: those of the code as it is are, and beside them all
+                # gradients of the layer's parameters, which compiled code gives at once.
+                with compiler.paused():
+                    (outputs, kept_bytes), num_bytes = memory.watched(run, device)
+                num_bytes += _gradient_bytes(self.session, layer) if trains else 0
+            else:
+                (outputs, kept_bytes), num_bytes = memory.watched(run, device)
             self._kept_bytes.append(kept_bytes)
             self.tile_bytes = max(self.tile_bytes, num_bytes)
             like = [torch.empty(o.shape, dtype=o.dtype, device="meta") for o in outputs]
@@ -329,6 +336,7 @@ def _run_on(
 
     with (
         installed(module, bindings, leaves),
+        call.autocast.restore(),
         torch.enable_grad(),
         torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor),
     ):
@@ -344,6 +352,12 @@ def _run_on(
     if roots:
         torch.autograd.backward(roots, [torch.zeros_like(root) for root in roots])
     return shapes, kept_bytes
+
+
+def _gradient_bytes(session: Session, layer: Layer) -> int:
+    """What the gradients of all parameters of `layer` take together, where they come all at once."""
+    num_elements = sum(piece.num_elements for piece in session.entry_pieces(layer.blocks))
+    return int(num_elements * session.dtype.itemsize * memory.SPREAD)
 
 
 def _storage_key(tensor: torch.Tensor) -> int:

@@ -12,6 +12,7 @@ from outsize.block import Plane, Record
 from outsize.config import Home, format_bytes
 from outsize.engine import memory
 from outsize.engine.session import Session, session_of
+from outsize.model import attention_of
 from outsize.plan import Placement, is_stored
 
 _NAMES = {Plane.WEIGHT: "weights", Plane.GRADIENT: "gradients"}
@@ -45,6 +46,12 @@ class Report:
     bytes_up: int = 0
     """Copied from the host to a device with memory of its own."""
     bytes_down: int = 0
+    stepped_down: tuple[str, ...] = ()
+    """What was changed where the device ran out of memory."""
+    compiled: tuple[str, ...] = ()
+    """Classes of layers that run compiled."""
+    attention: str | None = None
+    """What attention is computed with; None where the model has no choice."""
 
     def __str__(self) -> str:
         width = max((len(row.what) for row in self.rows), default=0)
@@ -62,6 +69,12 @@ class Report:
             f"read {format_bytes(self.bytes_read)}, wrote {format_bytes(self.bytes_written)}; "
             f"waited {sum(self.wait_s.values()):.1f} s"
         )
+        if self.attention is not None:
+            lines.append(f"attention: {self.attention}")
+        if self.compiled:
+            lines.append(f"compiled: {', '.join(self.compiled)}")
+        if self.stepped_down:
+            lines.append(f"the device ran out of memory: {'; '.join(self.stepped_down)}")
         if self.off_plan:
             lines.append(
                 "visits that no plan foresaw (right, but not overlapped): " + ", ".join(self.off_plan[:8])
@@ -94,6 +107,9 @@ def report(model: nn.Module) -> Report:
         device_peak_bytes=memory.device_peak_bytes(session.torch_device),
         bytes_up=session.device.links().bytes_up,
         bytes_down=session.device.links().bytes_down,
+        stepped_down=tuple(session.stepdown.notes),
+        compiled=tuple(session.compiler.compiled),
+        attention=attention_of(session.module),
     )
 
 

@@ -25,12 +25,13 @@ from transformers import Cache, PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from outsize.block import Block, Entry, Piece, Plane, Record
-from outsize.config import Home, Settings
+from outsize.config import Home, OnDeviceFull, Settings, format_bytes
 from outsize.engine import memory
 from outsize.engine.batch import BatchDims, Tile, tiles
 from outsize.engine.blocks import DTYPES, BlockState, BlockStore, close_workers, reading_bytes
 from outsize.engine.budget import Budget, Foresight, disk_bytes
 from outsize.engine.closing import when_dropped
+from outsize.engine.compiled import Compiler
 from outsize.engine.embedding import Embedding
 from outsize.engine.executor import Executor
 from outsize.engine.guard import Guard
@@ -39,15 +40,16 @@ from outsize.engine.keep import Keeper
 from outsize.engine.layer import Layer, Loose
 from outsize.engine.placeholder import GradientPlaceholder, OffloadedParameter
 from outsize.engine.probe import BatchShape, Probe, Rehearsal, batch_shape, rehearse
+from outsize.engine.stepdown import StepDown
 from outsize.engine.timing import measure_costs
 from outsize.engine.versions import Layout, Versions
 from outsize.errors import BudgetError, UsageError
-from outsize.model import Cut, InitSource, Point, PointKind, Source, TensorSource
+from outsize.model import Cut, InitSource, Point, PointKind, Source, TensorSource, attention_of, merges_rows
 from outsize.optim import Kernel, Rule, split
 from outsize.plan import Direction, Placement, Visit, is_stored
 from outsize.plan.profile import Profile
 from outsize.plan.simulate import Costs
-from outsize.tier import Device, DiskTier, HostDevice, StripedTier, Tier
+from outsize.tier import IO_THREADS, Device, DiskTier, HostDevice, StripedTier, Tier
 from outsize.tier.striped import part_bytes
 
 if TYPE_CHECKING:
@@ -91,6 +93,8 @@ class _Call:
     shape: BatchShape
     tile_rows: int
     visit_bytes: int
+    is_row_by_row: bool = False
+    """Whether a visit of several rows at once would be wrong."""
 
 
 class Session:
@@ -128,6 +132,9 @@ class Session:
         self.committed: Source | None = None
         """What the commit holds that the session will start from; until it does."""
         self.keeper: Keeper | None = None
+        self.stepdown = StepDown(settings.on_device_full is OnDeviceFull.RETRY, self.device)
+        self.stepdown.evict = self._evict
+        self.compiler = Compiler(bool(settings.compile))
         self._is_closed = False
         self._kept_whole: set[str] = set()
         self.identity = uuid.uuid4().hex
@@ -196,6 +203,7 @@ class Session:
         self.forward: Callable[..., Any] = self.module.forward
         self._move_buffers()
         self._has_cache_switch = _has_cache_switch(self.module)
+        self._merges_rows = merges_rows(self.module)
         self.module.register_forward_pre_hook(self._before_call, with_kwargs=True, prepend=True)
         self.module.register_forward_hook(self._after_call, with_kwargs=True, always_call=True)
         encoder = _encoder_of(self.module)
@@ -253,6 +261,8 @@ class Session:
         signature = self._signature(args, kwargs, uses_cache)
         shape = batch_shape(module, args, kwargs)
         rehearsal = self._rehearsals.get(signature)
+        if uses_cache and self._merges_rows and _is_packed(kwargs) and shape.rows != 1:
+            raise _packed_error(attention_of(module))
         if uses_cache and self.executor is not None:
             # A cache grows with every call; the order of visits is that of a call without.
             self._call = None
@@ -270,7 +280,10 @@ class Session:
             self._settle(needed, shape)
         assert self.executor is not None
         tile_rows = self.budget.begin_call(rehearsal, shape)
-        self._call = _Call(rehearsal, shape, tile_rows, self.budget.visit_bytes)
+        is_row_by_row = self._merges_rows and _is_packed(kwargs)
+        if is_row_by_row:
+            tile_rows = 1
+        self._call = _Call(rehearsal, shape, tile_rows, self.budget.visit_bytes, is_row_by_row)
         if torch.is_grad_enabled():
             self.last_training_call = self._call
         self.executor.begin(rehearsal.visits)
@@ -388,6 +401,13 @@ class Session:
             for piece in self._blocks[name].pieces
         )
 
+    def is_repeated(self, module: nn.Module) -> bool:
+        """Whether it is a layer with matrices, and others of the model are of the same class."""
+        if all(parameter.dim() < 2 for parameter in module.parameters()):
+            return False
+        layers = (point.module for point in self.cut.points if point.kind is PointKind.LAYER)
+        return sum(type(self.module.get_submodule(name)) is type(module) for name in layers) > 1
+
     def guard(self, point: Point) -> Guard:
         """What the backward of a visit to `point` will check."""
         return Guard(point.module, () if self.probe is not None else self.num_steps(point.blocks))
@@ -443,10 +463,11 @@ class Session:
             if self._collects(entry):
 
                 def collect(leaf: torch.Tensor, index: int = index, entry: Entry = entry) -> None:
-                    assert leaf.grad is not None
+                    gradient, leaf.grad = leaf.grad, None
+                    assert gradient is not None
                     if self._collects(entry):  # still: a kept graph is older than its backward
-                        self._store.add_gradient(state, index, leaf.grad)
-                    leaf.grad = None
+                        add = partial(self._store.add_gradient, state, index, gradient)
+                        self.stepdown.add((state.name, index), add)
 
                 leaf = leaves[entry.piece.parameter].detach().requires_grad_()
                 leaf.register_post_accumulate_grad_hook(collect)
@@ -483,12 +504,56 @@ class Session:
     def keeps_graphs(self, blocks: Sequence[str]) -> bool:
         """Whether a visit to `blocks` keeps its graph for the backward."""
         placement = self.budget.placement
-        return placement is not None and placement.kept.issuperset(blocks)
+        return placement is not None and placement.kept.issuperset(blocks) and self.stepdown.keeps_graphs
+
+    @property
+    def row_tokens(self) -> int:
+        """Tokens of a row of the running call's batch."""
+        return 1 if self._call is None else self._call.shape.row_tokens
+
+    def _evict(self) -> bool:
+        """Move a block that stays on the device to the host's memory, if that has room; False where none can be moved."""
+        executor, budget = self.executor, self.budget
+        if executor is None or self.device.is_host:
+            return False
+        chosen = executor.evict(
+            lambda state: (
+                state.name not in budget.always_resident
+                and budget.has_room_for(sum(each.num_bytes for each in state.resident.values()))
+            )
+        )
+        if chosen is None:
+            return False
+        budget.placement = executor.store.placement
+        self.stepdown.keeps_graphs = False  # a graph's weights stay where they are
+        num_bytes = sum(region.num_bytes for region in chosen.hosted.values())
+        self.stepdown.note(f"{chosen.name} stays in the host's memory, {format_bytes(num_bytes)}")
+        return True
+
+    def shrink_tiles(self, rows: int, row_tokens: int) -> None:
+        """Compute at most `rows` rows at once from now on, of `row_tokens` each; in calls to come, as many tokens."""
+        before = 0
+        for call in (self._call, self.last_training_call):
+            if call is not None and call.tile_rows > rows:
+                before = call.tile_rows
+        self._call = _with_tiles(self._call, rows)
+        self.last_training_call = _with_tiles(self.last_training_call, rows)
+        self.budget.shrink_tiles(rows * row_tokens)
+        if before:
+            self.stepdown.note(f"blocks compute {rows} rows at once instead of {before}")
 
     def tiles(
         self, layer: Layer, tensors: Sequence[torch.Tensor]
     ) -> tuple[BatchDims | None, tuple[Tile, ...]]:
         """How the running call's batch is cut for `layer`; one tile where the batch dimension is not known."""
+        dims, parts = self._tiles(layer, tensors)
+        if self._call is not None and self._call.is_row_by_row and self._call.shape.rows != len(parts):
+            raise _packed_error(attention_of(self.module))
+        return dims, parts
+
+    def _tiles(
+        self, layer: Layer, tensors: Sequence[torch.Tensor]
+    ) -> tuple[BatchDims | None, tuple[Tile, ...]]:
         current = self._call
         whole = (Tile(0, 1, 1),)
         if current is None or current.shape.rows is None:
@@ -625,6 +690,19 @@ class Session:
             self._change_settings(replace(self.settings, pins=replace(pins, tile_rows=rows)))
         return self.settings.pins.tile_rows == rows
 
+    @property
+    def loss_tile_elements(self) -> int | None:
+        """Elements of a tile of logits; None where the model has no head."""
+        return min((each.tile_elements for each in self._heads()), default=None)
+
+    @loss_tile_elements.setter
+    def loss_tile_elements(self, num_elements: int) -> None:
+        for each in self._heads():
+            each.tile_elements = num_elements
+
+    def _heads(self) -> list[Head]:
+        return [point for point in self.points.values() if isinstance(point, Head)]
+
     # -- settling ------------------------------------------------------------------------------------------------
 
     @property
@@ -709,7 +787,13 @@ class Session:
             layout = Layout.of(records, placement)
             disk_bytes(placement, self.settings, layout.num_bytes(self.versions.commits))
             limits = [disk.num_bytes for disk in self.settings.budgets.disks]
-            opened = self.versions.open(records, layout, limits=limits, verify=self.settings.pins.verify)
+            opened = self.versions.open(
+                records,
+                layout,
+                limits=limits,
+                verify=self.settings.pins.verify,
+                num_threads=self._io_threads,
+            )
             disk, restored, bases = opened.tier, opened.restored, layout.bases
         try:
             store = BlockStore(
@@ -723,6 +807,7 @@ class Session:
                 device=self.device,
                 device_kernel=self.device_kernel,
                 bases=bases,
+                update_threads=self.profile.update_threads if self.profile is not None else None,
             )
         except BaseException:
             if disk is not None:
@@ -762,6 +847,11 @@ class Session:
         with self.executor.touch(state.name):
             pass
 
+    @property
+    def _io_threads(self) -> int:
+        """Threads that move bytes to and from each disk."""
+        return (self.profile.io_threads if self.profile is not None else None) or IO_THREADS
+
     def _open_disk(self, what: str, num_bytes: int) -> Tier | None:
         if not num_bytes:
             return None
@@ -770,7 +860,12 @@ class Session:
 
         def open_one(folder: Path, size: int) -> Tier:
             return DiskTier(
-                folder, size, name=f"outsize-{self.identity}.{what}", verify=verify, anonymous=True
+                folder,
+                size,
+                name=f"outsize-{self.identity}.{what}",
+                verify=verify,
+                anonymous=True,
+                num_threads=self._io_threads,
             )
 
         if len(folders) == 1:
@@ -849,6 +944,25 @@ def backward_visits(session: Session, blocks: Sequence[str], needs_weights: bool
         )
         for name in blocks
     ]
+
+
+def _is_packed(kwargs: Mapping[str, Any]) -> bool:
+    """Whether positions begin anew within a row, which stands for several documents."""
+    positions = kwargs.get("position_ids")
+    return (
+        isinstance(positions, torch.Tensor) and positions.dim() == 2 and bool((positions.diff() != 1).any())
+    )
+
+
+def _packed_error(attention: str | None) -> UsageError:
+    return UsageError(
+        f"{attention} keeps packed documents apart in calls of one row, and this one cannot be cut into rows",
+        hint='load the model with attention="sdpa", or leave packing out',
+    )
+
+
+def _with_tiles(call: _Call | None, rows: int) -> _Call | None:
+    return None if call is None else replace(call, tile_rows=min(call.tile_rows, rows))
 
 
 def _never_streamed(cut: Cut) -> frozenset[str]:

@@ -47,6 +47,10 @@ class PlanSummary:
     """What a step takes; None where no profile was given."""
     alternatives: tuple[Alternative, ...] = ()
     """The next best plans, the fastest first."""
+    compiled: tuple[str, ...] = ()
+    """Classes of layers that run compiled."""
+    attention: str | None = None
+    """What attention is computed with; None where the model has no choice."""
     pins: str = ""
     """Those that choose this plan, whatever is known of the machine."""
 
@@ -56,6 +60,10 @@ class PlanSummary:
             return "\n".join([*lines, f"does not fit: {self.reason}"])
         lines += ["", *self._drawn(), ""]
         lines += list(self.slots)
+        if self.attention is not None:
+            lines.append(f"attention: {self.attention}")
+        if self.compiled:
+            lines.append(f"compiled: {', '.join(self.compiled)}")
         lines.append(
             "fits: "
             + (

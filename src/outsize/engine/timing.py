@@ -21,8 +21,8 @@ from outsize.engine import keep, memory
 from outsize.engine.batch import tiles
 from outsize.engine.counting import estimated_s
 from outsize.engine.head import Head, measured_tiles
-from outsize.engine.layer import Randomness
 from outsize.engine.probe import BatchShape, Kind, Rehearsal, run_on_zeros
+from outsize.engine.surroundings import Randomness
 from outsize.plan import Direction
 from outsize.plan.profile import Profile
 from outsize.plan.simulate import Costs

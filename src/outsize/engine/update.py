@@ -22,7 +22,7 @@ import torch
 
 from outsize.block import CHUNK, Plane, Record, align
 from outsize.engine.recorder import Recorder
-from outsize.optim import Hyper, Kernel, part
+from outsize.optim import Hyper, Kernel, limit_threads, part
 from outsize.tier import Region, Tier, Transfer, wait_all
 
 CHUNKS_IN_MEMORY = 8
@@ -171,7 +171,10 @@ class UpdateLane:
         disk: Tier | None,
         kernel: Callable[[], Kernel],
         plane_dtypes: dict[Plane, torch.dtype],
+        num_threads: int | None = None,
     ) -> None:
+        """`num_threads` are those of a kernel; None: as many as compute."""
+        self._num_threads = num_threads
         self.recorder: Recorder | None = None
         self._disk = disk
         self._kernel = kernel
@@ -265,6 +268,8 @@ class UpdateLane:
     # -- applying ------------------------------------------------------------------------------------------------
 
     def _apply(self) -> None:
+        if self._num_threads is not None:
+            limit_threads(self._num_threads)
         while (chunk := self._fed.get()) is not None:
             job = chunk.job
             writes: list[Transfer] = []

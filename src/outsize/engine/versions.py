@@ -61,11 +61,17 @@ class Versions(Protocol):
     commits: int
 
     def open(
-        self, records: Sequence[Record], layout: Layout, *, limits: Sequence[int | None], verify: bool
+        self,
+        records: Sequence[Record],
+        layout: Layout,
+        *,
+        limits: Sequence[int | None],
+        verify: bool,
+        num_threads: int,
     ) -> Opened:
         """Lay the store out for `records` and bring what it holds into that form.
 
-        `limits` are bytes of each disk that was named, None where it may be filled.
+        `limits` are bytes of each disk that was named, None where it may be filled; `num_threads` move bytes.
         """
 
     def is_closing(self) -> None:

@@ -11,7 +11,7 @@ import torch
 from outsize.block import CHUNK, Plane
 from outsize.config import ComputeType
 from outsize.hardware.rate import Work
-from outsize.optim import ADAMW, AdamWHyper, Kernel
+from outsize.optim import ADAMW, AdamWHyper, Kernel, limited_threads
 
 ROWS = 2048
 """Tokens that a block computes at once."""
@@ -72,6 +72,16 @@ def update(
         return float(CHUNKS_PER_UNIT * CHUNK * update_bytes(kernel.compute_type))
 
     return Work(run)
+
+
+def with_threads(work: Work, num_threads: int) -> Work:
+    """`work`, its kernels on `num_threads`."""
+
+    def run() -> float:
+        with limited_threads(num_threads):
+            return work.run()
+
+    return Work(run, work.finish)
 
 
 def copy() -> Work:

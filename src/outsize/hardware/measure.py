@@ -21,7 +21,7 @@ import torch
 from outsize.config import ComputeType, cache_folder
 from outsize.errors import ConfigError
 from outsize.hardware import device as on_device
-from outsize.hardware import disk, host, identity
+from outsize.hardware import disk, host, identity, threads
 from outsize.hardware.others import OtherPrograms
 from outsize.hardware.rate import Rate, Work, rate, rates_together
 from outsize.optim import ADAMW, gpu_kernel, start_compile
@@ -34,7 +34,10 @@ ROUNDS = 5
 _MOST_CHUNKS = 32
 """Chunks of each plane that is updated: half a GiB in all, more than caches hold."""
 
-_OVERHEAD = 0.7
+_TRIALS = 0.1
+"""Part of the time in which numbers of threads are tried."""
+
+_OVERHEAD = 0.6
 """Part of the time in which units count; the rest goes into first units, and units that take longer than they may."""
 
 _LEAST_KEPT = 0.01
@@ -51,6 +54,9 @@ class Works:
     alone: Mapping[str, Work]
     compute_type: ComputeType
     """Of `busy[Resource.COMPUTE]`."""
+    update_threads: int
+    io_threads: int
+    """With which updates and the disk are measured."""
 
 
 @dataclass(slots=True)
@@ -116,6 +122,8 @@ def measure(folder: Path | None, *, seconds: float = SECONDS, say: Callable[[str
         device_update=figures.rate("device_update") if has_device else None,
         device_memory=figures.rate("device_memory") if has_device else None,
         contention=figures.contention(),
+        update_threads=works.update_threads,
+        io_threads=works.io_threads,
     )
 
 
@@ -151,20 +159,35 @@ def _opened(folder: Path, has_device: bool, seconds: float, say: Callable[[str],
         disk.fill(disk.transfers(tier, Verb.WRITE, 0, HostArena(disk.BUFFERS_BYTES)))
         disk.fill(write)
         num_chunks = max(4, min(_MOST_CHUNKS, identity.memory_bytes() // (1 << 30)))
+        update = host.update(compilation.wait(), num_chunks, torch.device("cpu"))
+        read = disk.transfers(tier, Verb.READ, 0, arena)
+        counts = threads.update_counts(torch.get_num_threads(), threads.nodes())
+        trial_s = seconds * _TRIALS / (len(counts) + len(threads.IO_THREADS))
+
+        def updates(count: int) -> float:
+            return rate(host.with_threads(update, count), trial_s).middle
+
+        def transfers(count: int) -> float:
+            tier.use_threads(count)
+            return sum(each.mean for each in rates_together(read, write, trial_s))
+
+        update_threads = threads.tried(counts, updates)
+        io_threads = threads.tried(threads.IO_THREADS, transfers)
+        tier.use_threads(io_threads)
         busy = {
-            Resource.UPDATE: host.update(compilation.wait(), num_chunks, torch.device("cpu")),
-            Resource.READ: disk.transfers(tier, Verb.READ, 0, arena),
+            Resource.UPDATE: host.with_threads(update, update_threads),
+            Resource.READ: read,
             Resource.WRITE: write,
         }
         alone: dict[str, Work] = {"host_copy": host.copy()}
         if has_device:
             with _device_works(busy, alone):
-                yield Works(_in_order(busy), alone, compute_type)
+                yield Works(_in_order(busy), alone, compute_type, update_threads, io_threads)
         else:
             most_s = _slice_s(seconds, 12)
             busy[Resource.COMPUTE] = host.matmul(ComputeType.FLOAT32, most_s)
             alone[ComputeType.BFLOAT16] = host.matmul(ComputeType.BFLOAT16, most_s)
-            yield Works(_in_order(busy), alone, compute_type)
+            yield Works(_in_order(busy), alone, compute_type, update_threads, io_threads)
 
 
 def _in_order(busy: Mapping[Resource, Work]) -> dict[Resource, Work]:

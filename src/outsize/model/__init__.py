@@ -7,6 +7,7 @@ source.read(block, targets)                     # one tensor per piece
 write_folder(module, plan.blocks, fetch, out)   # an ordinary folder again
 """
 
+from outsize.model.attention import attention_of, merges_rows
 from outsize.model.cut import cut
 from outsize.model.export import write_companions, write_folder
 from outsize.model.initial import InitSource
@@ -26,9 +27,11 @@ __all__ = [
     "SafetensorsSource",
     "Source",
     "TensorSource",
+    "attention_of",
     "cut",
     "load_tokenizer",
     "longest_sequence",
+    "merges_rows",
     "open_skeleton",
     "resolve_folder",
     "write_companions",

@@ -26,6 +26,7 @@ from torch.overrides import TorchFunctionMode
 from transformers.initialization import no_init_weights
 
 from outsize.errors import ModelError
+from outsize.model.attention import choose
 
 _LARGE = 1 << 16
 """Elements from which `torch.empty` is sent to meta."""
@@ -78,14 +79,15 @@ def open_skeleton(
     dtype: torch.dtype,
     *,
     trust_remote_code: bool = False,
+    attention: str | None = None,
 ) -> nn.Module:
     """Build the model that a folder, a cached hub id, or a config describes: parameters on meta, buffers
     real.
 
     All parameters have type `dtype`, tied ones are one object, the model is in eval mode, and has the
     folder's generation settings. Random numbers are neither drawn nor reset. Code that comes with the model
-    runs only with `trust_remote_code`. Raises ModelError where the model cannot be found, is unknown, or is
-    quantised.
+    runs only with `trust_remote_code`; `attention` names an implementation (None: see `attention`). Raises ModelError
+    where the model cannot be found, is unknown, or is quantised, ConfigError for an attention that cannot be used.
     """
     folder: Path | None = None
     if isinstance(path_or_config, transformers.PreTrainedConfig):
@@ -99,6 +101,7 @@ def open_skeleton(
             hint="use the original checkpoint of this model",
         )
     model_class = _model_class(config, folder, trust_remote_code)
+    choose(config, model_class, dtype, attention)
     module = _build(model_class, config, dtype)
     if folder is not None and module.can_generate() and (folder / "generation_config.json").is_file():
         module.generation_config = transformers.GenerationConfig.from_pretrained(

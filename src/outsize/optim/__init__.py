@@ -25,6 +25,7 @@ from outsize.optim.rules import (
     SGDHyper,
     SGDSaIHyper,
 )
+from outsize.optim.threads import limit_threads, limited_threads
 
 __all__ = [
     "ADAMW",
@@ -50,6 +51,8 @@ __all__ = [
     "gpu_kernel",
     "interleave",
     "join",
+    "limit_threads",
+    "limited_threads",
     "part",
     "split",
     "start_compile",

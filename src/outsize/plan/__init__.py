@@ -1,15 +1,17 @@
 """The plan as a value: operations, placement, building, checking. Imports no torch and holds no tensor."""
 
-from outsize.plan.build import Direction, Occupancy, Visit, build, slot_class_of
+from outsize.plan.build import Direction, Occupancy, Visit, build
 from outsize.plan.check import Peaks, PlanError, check
 from outsize.plan.op import Backward, Claim, Forward, Free, Held, Op, Read, Update, Wait, Write
 from outsize.plan.place import (
     GRADIENT_SUM_BYTES,
     Placement,
     SlotClass,
+    evicted,
     is_stored,
     place,
     place_apart,
+    slot_class_of,
     sums_in_place,
 )
 from outsize.plan.plan import Plan
@@ -36,6 +38,7 @@ __all__ = [
     "Write",
     "build",
     "check",
+    "evicted",
     "is_stored",
     "place",
     "place_apart",

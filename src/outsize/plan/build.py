@@ -13,7 +13,7 @@ from enum import StrEnum
 
 from outsize.block import Plane, Record
 from outsize.plan.op import Backward, Claim, Forward, Free, Held, Op, Read, Update, Wait, Write
-from outsize.plan.place import GRADIENT_SUM_BYTES, Placement, SlotClass, sums_in_place
+from outsize.plan.place import GRADIENT_SUM_BYTES, Placement, slot_class_of, sums_in_place
 from outsize.plan.plan import Plan
 
 LOOKAHEAD = 4
@@ -57,14 +57,6 @@ class Occupancy:
     held: Sequence[str] = ()
     pending: Collection[str] = ()
     accumulated: Collection[str] = ()
-
-
-def slot_class_of(classes: Sequence[SlotClass], block: str) -> int | None:
-    """Index of the class whose slots `block` passes through; None where it needs none."""
-    for index, group in enumerate(classes):
-        if block in group.blocks:
-            return index
-    return None
 
 
 def build(

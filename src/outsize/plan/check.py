@@ -10,9 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from outsize.block import Plane, Record
-from outsize.plan.build import slot_class_of
 from outsize.plan.op import Backward, Claim, Forward, Free, Held, Op, Read, Update, Wait, Write
-from outsize.plan.place import Placement
+from outsize.plan.place import Placement, slot_class_of
 from outsize.plan.plan import Plan
 
 

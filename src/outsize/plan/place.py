@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from outsize.block import ALIGNMENT, CHUNK, Plane, Record, align
 from outsize.config import Home, Pins, format_bytes
@@ -298,6 +298,44 @@ def place_apart(
 def is_stored(records: Sequence[Record]) -> bool:
     """Whether anything is ever written: where nothing trains, weights are read from where they came from, each time."""
     return any(record.num_trainable for record in records)
+
+
+def evicted(placement: Placement, record: Record) -> Placement:
+    """`placement`, with a block that stays on the device in the host's memory instead.
+
+    It passes through slots that are there and large enough, or through one of its own. Nothing is kept for a backward any
+    more, and so nothing has to stay for it.
+    """
+    keys = frozenset(key for key in placement.resident if key[0] == record.name)
+    num_bytes = sum(group_bytes(record, group) for _, group in keys)
+    gradients = placement.gradient_classes
+    if record.num_trainable and slot_class_of(gradients, record.name) is None:
+        gradients = _with_block(gradients, record.name, sum_bytes(record))
+    return replace(
+        placement,
+        resident=placement.resident - keys,
+        resident_bytes=placement.resident_bytes - num_bytes,
+        hosted=placement.hosted | keys,
+        hosted_bytes=placement.hosted_bytes + num_bytes,
+        weight_classes=_with_block(placement.weight_classes, record.name, record.plane_bytes(Plane.WEIGHT)),
+        gradient_classes=gradients,
+        kept=frozenset(),
+    )
+
+
+def slot_class_of(classes: Sequence[SlotClass], block: str) -> int | None:
+    """The index of the class whose slots `block` passes through; None for a block that stays."""
+    return next((index for index, group in enumerate(classes) if block in group.blocks), None)
+
+
+def _with_block(classes: tuple[SlotClass, ...], block: str, num_bytes: int) -> tuple[SlotClass, ...]:
+    """`classes`, the smallest that is large enough with `block` in it, or with one more."""
+    fitting = [index for index, group in enumerate(classes) if group.slot_bytes >= num_bytes]
+    if not fitting:
+        return (*classes, SlotClass(num_bytes, 1, frozenset((block,))))
+    chosen = min(fitting, key=lambda index: classes[index].slot_bytes)
+    joined = replace(classes[chosen], blocks=classes[chosen].blocks | {block})
+    return (*classes[:chosen], joined, *classes[chosen + 1 :])
 
 
 def _everything(records: Sequence[Record]) -> frozenset[tuple[str, Plane]]:

@@ -76,6 +76,10 @@ class Profile:
     device_memory: float | None = None
     disk_endurance_bytes: float | None = None
     """What may be written to the disk in its life; None where nobody says."""
+    update_threads: int | None = None
+    """Threads that update weights, the fewest that are nearly as fast as more; None where that was not measured."""
+    io_threads: int | None = None
+    """The same of threads that read and write each disk."""
     contention: Mapping[Resource, Mapping[Resource, float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -188,10 +192,13 @@ class Profile:
         return cls.from_json(text, str(path))
 
 
-_OPTIONAL = ("up", "down", "device_bytes", "device_update", "device_memory", "disk_endurance_bytes")
+_OPTIONAL = (
+    *("up", "down", "device_bytes", "device_update", "device_memory", "disk_endurance_bytes"),
+    *("update_threads", "io_threads"),
+)
 _RATES = ("disk_read", "disk_write", "host_copy", "update", "host_bytes", "num_threads", *_OPTIONAL)
 _REQUIRED = tuple(name for name in ("name", "source", "matmul", *_RATES) if name not in _OPTIONAL)
-_COUNTS = ("host_bytes", "num_threads", "device_bytes")
+_COUNTS = ("host_bytes", "num_threads", "device_bytes", "update_threads", "io_threads")
 _OF_DEVICES = ("device_bytes", "up", "down")
 
 

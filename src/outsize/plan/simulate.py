@@ -22,9 +22,9 @@ from typing import NamedTuple
 
 from outsize.block import Plane, Record
 from outsize.config import Home
-from outsize.plan.build import Direction, Occupancy, Visit, build, slot_class_of
+from outsize.plan.build import Direction, Occupancy, Visit, build
 from outsize.plan.op import Backward, Claim, Forward, Free, Held, Op, Read, Update, Wait, Write
-from outsize.plan.place import Placement, sums_in_place
+from outsize.plan.place import Placement, slot_class_of, sums_in_place
 from outsize.plan.plan import Plan
 from outsize.plan.profile import Profile, Resource
 

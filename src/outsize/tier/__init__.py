@@ -15,7 +15,7 @@ from outsize.tier.device import (
     TwinDevice,
     Way,
 )
-from outsize.tier.disk import DiskTier
+from outsize.tier.disk import IO_THREADS, DiskTier
 from outsize.tier.faulty import Fault, FaultKind, FaultyTier
 from outsize.tier.host import HostArena, Region
 from outsize.tier.memory import MemoryTier
@@ -28,6 +28,7 @@ from outsize.tier.transfer import DoneTransfer, Listener, Moment, Verb, at
 from outsize.tier.versioned import Slab, Stored, VersionedTier
 
 __all__ = [
+    "IO_THREADS",
     "CudaDevice",
     "Device",
     "DeviceArena",

@@ -29,6 +29,14 @@ PIECE_BYTES = 4 << 20
 """Most bytes that one thread moves at once."""
 
 
+IO_THREADS = 4
+"""Threads that move bytes, where nobody measured how many are enough."""
+
+
+def _pool(num_threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(num_threads, thread_name_prefix="outsize-disk")
+
+
 class DiskTier:
     """`num_bytes` of the disk that holds `folder`, in a file `folder/name`: scratch, unless it `is_kept`.
 
@@ -44,17 +52,16 @@ class DiskTier:
         *,
         name: str = "outsize.store",
         verify: bool = True,
-        num_threads: int = 4,
+        num_threads: int = IO_THREADS,
         anonymous: bool = False,
         is_kept: bool = False,
     ) -> None:
-        assert num_threads > 0, num_threads
         self.num_bytes = num_bytes
         self.verify = verify
         self._file = StoreFile(Path(folder), name, num_bytes, anonymous=anonymous, is_kept=is_kept)
         self._digests = DigestMap()
         self._meter = Meter()
-        self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="outsize-disk")
+        self._threads = _pool(num_threads)
 
     @property
     def path(self) -> Path:
@@ -65,6 +72,11 @@ class DiskTier:
     def is_direct(self) -> bool:
         """Whether transfers bypass the page cache."""
         return self._file.is_direct
+
+    def use_threads(self, num_threads: int) -> None:
+        """Move bytes by so many threads from now on; what is under way is over first."""
+        self._threads.shutdown(wait=True)
+        self._threads = _pool(num_threads)
 
     def stats(self) -> TierStats:
         """Bytes moved and seconds busy since the tier was opened."""

@@ -166,6 +166,9 @@ class Api(Protocol):
         home: str | None = None,
         dtype: str | None = None,
         pins: Pins | None = None,
+        on_device_full: str = "error",
+        compile: bool | None = None,
+        attention: str | None = None,
         profile: Profile | None = None,
         seed: int = 0,
     ) -> nn.Module:

@@ -22,7 +22,8 @@ from outsize.train.settings import TrainSettings, flat
 _FREE = {
     *("model", "data", "out", "overwrite", "steps", "epochs", "minutes"),
     *("eval", "eval-split", "eval-every", "tracker", "trace-step"),
-    *("device", "host", "disk", "home", "dtype", "pin", "checkpoint", "checkpoint-every", "keep"),
+    *("device", "host", "disk", "home", "dtype", "pin", "on-device-full", "compile", "attention"),
+    *("checkpoint", "checkpoint-every", "keep"),
 }
 """Options that a run may change when it goes on; `eval-split` takes sequences from training and is checked apart, and so
 are the data, whose files may lie elsewhere."""

@@ -298,6 +298,9 @@ class Run:
             home=place.home,
             dtype=place.dtype,
             pins=place.pins,
+            on_device_full=place.on_device_full,
+            compile=place.compile,
+            attention=place.attention,
             profile=profile,
             seed=settings.seed,
         )

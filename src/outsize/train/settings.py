@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-from outsize.config import Budgets, Pins
+from outsize.config import Budgets, OnDeviceFull, Pins
 from outsize.errors import ConfigError
 from outsize.train.api import OptimizerName
 from outsize.train.data import DataFile, Packing, TooLong
@@ -76,8 +76,11 @@ class Learning:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where the run may keep its bytes: the arguments of `outsize.load`, None where it should measure and
-    plan."""
+    """Where the run may keep its bytes: the arguments of `outsize.load`, None where it should measure and plan.
+
+    Place(host="3GiB", disk="/x")                 hard budgets
+    Place(on_device_full=OnDeviceFull.RETRY)      go on in smaller tiles where the device's memory runs out
+    """
 
     device: str | None = None
     host: str | None = None
@@ -85,6 +88,9 @@ class Place:
     home: str | None = None
     dtype: str | None = None
     pins: Pins | None = None
+    on_device_full: OnDeviceFull = OnDeviceFull.ERROR
+    compile: bool | None = None
+    attention: str | None = None
 
     def check(self) -> None:
         """Raise ConfigError for a size that is none and a disk folder that is not there, before any text is read."""
@@ -242,6 +248,9 @@ def flat(settings: TrainSettings) -> dict[str, str | int | float | bool | None]:
         "disk": place.disk,
         "home": place.home,
         "dtype": place.dtype,
+        "on-device-full": place.on_device_full,
+        "compile": place.compile,
+        "attention": place.attention,
         "pin": " ".join(f"{name}={value}" for name, value in pinned(place.pins).items()) or None,
     }
 

@@ -1,0 +1,70 @@
+"""What a computation depends on beside its arguments: random numbers and autocast. A repetition puts both back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from outsize.tier import Device
+
+
+@dataclass(frozen=True, slots=True)
+class Autocast:
+    """The autocast state of a forward, for its recomputation; `kind` is the type of the device that computes."""
+
+    kind: str
+    enabled: bool
+    dtype: torch.dtype
+
+    @classmethod
+    def current(cls, device: Device) -> Autocast:
+        """The state now."""
+        kind = device.torch_device.type
+        kind = "cpu" if kind == "meta" else kind
+        return cls(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
+
+    def restore(self) -> torch.autocast:
+        """A context with this state; casts of weights are not cached, since a slot is reused for other weights."""
+        return torch.autocast(self.kind, dtype=self.dtype, enabled=self.enabled, cache_enabled=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Randomness:
+    """The state of the random numbers of a forward, the host's and the device's, for its recomputation."""
+
+    device: Device
+    host_state: torch.Tensor
+    device_state: torch.Tensor | None
+
+    @classmethod
+    def current(cls, device: Device) -> Randomness:
+        """The state now."""
+        return cls(device, torch.get_rng_state(), device.rng_state())
+
+    def is_now(self) -> bool:
+        """Whether nothing was drawn since."""
+        now = Randomness.current(self.device)
+        return torch.equal(self.host_state, now.host_state) and (
+            self.device_state is None
+            or now.device_state is None
+            or torch.equal(self.device_state, now.device_state)
+        )
+
+    def put_back(self) -> None:
+        """Go on from this state."""
+        torch.set_rng_state(self.host_state)
+        if self.device_state is not None:
+            self.device.set_rng_state(self.device_state)
+
+    @contextmanager
+    def restored(self) -> Iterator[None]:
+        """Inside, random numbers begin at this state; afterwards they go on where they were."""
+        now = Randomness.current(self.device)
+        self.put_back()
+        try:
+            yield
+        finally:
+            now.put_back()
