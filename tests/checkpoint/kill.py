@@ -105,7 +105,8 @@ def live(folder: Path, seed: int, reaper: Reaper | None) -> None:
                 run.finish()
                 export(run.path, folder / "exported", overwrite=True)
     run.finish()
-    run.versions.check_books()
+    if start < NUM_STEPS:  # else it died after its last commit, and nothing was opened now
+        run.versions.check_books()
     run.end()
 
 
