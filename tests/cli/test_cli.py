@@ -14,7 +14,7 @@ from outsize.config import Pins
 from outsize.errors import ConfigError, OutsizeError
 from outsize.train.demo import DemoSize
 from tests.plan.test_simulate import HOST
-from tests.train.standin import WORDS, PlainApi, write_model
+from tests.train.standin import PlainApi, write_data, write_model
 from tests.zoo import ZOO
 
 
@@ -31,9 +31,7 @@ def model(tmp_path):
 
 @pytest.fixture
 def data(tmp_path):
-    path = tmp_path / "text.txt"
-    path.write_text((" ".join(WORDS) + "\n") * 20)
-    return path
+    return write_data(tmp_path)
 
 
 @pytest.fixture

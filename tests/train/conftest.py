@@ -1,6 +1,6 @@
 import pytest
 
-from tests.train.standin import WORDS, write_model
+from tests.train.standin import write_data, write_model
 
 
 @pytest.fixture(autouse=True)
@@ -18,6 +18,4 @@ def model(tmp_path):
 
 @pytest.fixture
 def data(tmp_path):
-    path = tmp_path / "text.txt"
-    path.write_text((" ".join(WORDS) + "\n") * 20)
-    return path
+    return write_data(tmp_path)

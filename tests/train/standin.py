@@ -108,6 +108,13 @@ def word_tokenizer(eos="<eos>"):
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=eos, unk_token="<unk>")
 
 
+def write_data(folder):
+    """A text of these words."""
+    path = folder / "text.txt"
+    path.write_text((" ".join(WORDS) + "\n") * 20)
+    return path
+
+
 def write_model(folder, *, vocab_size=64, tokenizer=True, eos="<eos>", positions=32):
     LlamaConfig(
         vocab_size=vocab_size,

@@ -173,8 +173,9 @@ class _Streaming(DefaultSavePlanner):
     def resolve_data(self, write_item: WriteItem) -> Any:
         """The value of one item."""
         index = write_item.index
+        first_row = index.offset[0] if index.offset else 0
         for piece in self._values.pieces(index.fqn):
-            if index.offset is None or not index.offset or index.offset[0] == (piece.row_start or 0):
+            if first_row == (piece.row_start or 0):
                 # The writer holds what it has written until the file is closed (torch 2.13): its memory is taken back.
                 self._last.untyped_storage().resize_(0)
                 memory.give_back()

@@ -15,7 +15,7 @@ from functools import partial
 
 import torch
 
-from outsize.block import CHUNK, Block, Entry, Extent, Plane, Record
+from outsize.block import CHUNK, Block, Entry, Extent, Piece, Plane, Record
 from outsize.config import ComputeType
 from outsize.engine import memory
 from outsize.engine.captures import Captures
@@ -715,20 +715,18 @@ class BlockStore:
 
     def _fill_from_source(self, record: Record, plane: torch.Tensor) -> None:
         assert self.source is not None, f"{record.name}: the source is gone"
-        views = [(entry, plane[entry.start : entry.stop].view(entry.piece.shape)) for entry in record.entries]
-        dtypes = {entry.piece: self.source.stored_dtype(entry.piece) for entry in record.entries}
-        as_read = [
-            (entry.piece, view)
-            for entry, view in views
-            if self.dtype is torch.float32 or dtypes[entry.piece] is self.dtype
-        ]
-        self.source.read(
-            Block(record.name, tuple(piece for piece, _ in as_read)), [view for _, view in as_read]
-        )
-        for entry, view in views:
-            if self.dtype is not torch.float32 and dtypes[entry.piece] is not self.dtype:
+        as_read: list[tuple[Piece, torch.Tensor]] = []
+        is_converted = False
+        for entry in record.entries:
+            view = plane[entry.start : entry.stop].view(entry.piece.shape)
+            is_converted |= self.source.stored_dtype(entry.piece) is not self.dtype
+            if _is_rounded(self.source, entry.piece, self.dtype):
                 view.copy_(self._exact_piece(record, entry)[0].view(entry.piece.shape))
-        if any(dtype is not self.dtype for dtype in dtypes.values()):
+            else:
+                as_read.append((entry.piece, view))
+        pieces = tuple(piece for piece, _ in as_read)
+        self.source.read(Block(record.name, pieces), [view for _, view in as_read])
+        if is_converted:
             memory.give_back()  # nobody asks soon for what casts and conversions took
 
     def _exact_piece(self, record: Record, entry: Entry) -> tuple[torch.Tensor, torch.Tensor]:
@@ -757,12 +755,15 @@ def reading_bytes(source: Source, records: Sequence[Record], dtype: torch.dtype)
     most = 0
     for record in records:
         for entry in record.entries:
-            is_rounded = dtype is not torch.float32 and (
-                Plane.REMAINDER in record.state or source.stored_dtype(entry.piece) is not dtype
-            )
-            rounding = 8 * entry.piece.num_elements if is_rounded else 0
+            is_exact = Plane.REMAINDER in record.state or _is_rounded(source, entry.piece, dtype)
+            rounding = 8 * entry.piece.num_elements if is_exact else 0
             most = max(most, rounding, source.conversion_bytes(entry.piece))
     return READ_BUFFERS_BYTES + most
+
+
+def _is_rounded(source: Source, piece: Piece, dtype: torch.dtype) -> bool:
+    """Whether weights in `dtype` are rounded from the fp32 value, and not what the source holds."""
+    return dtype is not torch.float32 and source.stored_dtype(piece) is not dtype
 
 
 def _finish(state: BlockState) -> None:

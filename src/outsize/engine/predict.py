@@ -183,7 +183,9 @@ def predict_call(
     costs = foresight.costs(tile_rows)
     by_name = {record.name: record for record in records}
     plain = simulate(rehearsal.visits, by_name, placement, profile, costs)
-    committed = simulate(rehearsal.visits, by_name, placement, profile, costs, commits=commit_every > 0)
+    committed = plain
+    if commit_every:
+        committed = simulate(rehearsal.visits, by_name, placement, profile, costs, commits=True)
     simulation = committed if commit_every == 1 else plain
     num_tokens = (shape.rows or 1) * shape.row_tokens
 

@@ -162,7 +162,7 @@ def _opened(folder: Path, has_device: bool, seconds: float, say: Callable[[str],
         update = host.update(compilation.wait(), num_chunks, torch.device("cpu"))
         read = disk.transfers(tier, Verb.READ, 0, arena)
         counts = threads.update_counts(torch.get_num_threads(), threads.nodes())
-        trial_s = seconds * _TRIALS / (len(counts) + len(threads.IO_THREADS))
+        trial_s = seconds * _TRIALS / (len(counts) + len(threads.IO_COUNTS))
 
         def updates(count: int) -> float:
             return rate(host.with_threads(update, count), trial_s).middle
@@ -172,7 +172,7 @@ def _opened(folder: Path, has_device: bool, seconds: float, say: Callable[[str],
             return sum(each.mean for each in rates_together(read, write, trial_s))
 
         update_threads = threads.tried(counts, updates)
-        io_threads = threads.tried(threads.IO_THREADS, transfers)
+        io_threads = threads.tried(threads.IO_COUNTS, transfers)
         tier.use_threads(io_threads)
         busy = {
             Resource.UPDATE: host.with_threads(update, update_threads),

@@ -19,7 +19,7 @@ NODES = Path("/sys/devices/system/node")
 ENOUGH = 0.95
 """Of the best rate."""
 
-IO_THREADS = (2, 4, 8)
+IO_COUNTS = (2, 4, 8)
 """Numbers to try, reading and writing at once; with one, every read would wait behind a write."""
 
 

@@ -9,12 +9,13 @@ what is left over after whole vectors by another formula. Attention computes eac
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from outsize.optim import limited_threads
 
 TILE_ROWS = 32
 """Rows of a product that are computed together; whole vectors of any width."""
@@ -42,7 +43,7 @@ class FixedTiles(TorchDispatchMode):
             )
         if func is _aten._grouped_mm.default:
             return _grouped(*args, **kwargs)
-        with _one_thread():
+        with limited_threads(1):
             return func(*args, **kwargs)
 
 
@@ -70,13 +71,3 @@ def _grouped(
             output_NM[start:stop] = _by_tiles(rows_NK[start:stop], weight_KM.__rmatmul__)
         start = stop
     return output_NM
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    count = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(count)

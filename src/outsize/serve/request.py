@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from outsize.errors import ConfigError
+from outsize.errors import ConfigError, RequestError
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +82,16 @@ class Request:
                 raise _refuse(name, value, f"no whole number from {least} to {most:,}", str(max(least, 1)))
         if not all(isinstance(stop, str) and stop for stop in self.stop):
             raise ConfigError(f"stop: {self.stop} has what is no text, or empty", hint="leave it out")
+
+    def check_prompt(self, positions: int | None) -> None:
+        """Raise RequestError for a prompt without tokens, or too long for a model of so many positions (None: any)."""
+        if not self.prompt:
+            raise RequestError("the prompt holds no token", hint="pass a longer prompt")
+        if positions is not None and len(self.prompt) >= positions:
+            raise RequestError(
+                f"the prompt has {len(self.prompt):,} tokens, the model {positions:,} positions",
+                hint=f"pass at most {positions - 1:,} tokens, which leaves one to be generated",
+            )
 
 
 class Finish(StrEnum):

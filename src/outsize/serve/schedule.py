@@ -88,13 +88,7 @@ class Scheduler:
     def add(self, stream: Stream) -> None:
         """Queue a request's samples. Raises RequestError where it can never be served."""
         request, positions = stream.request, self.limits.positions
-        if not request.prompt:
-            raise RequestError("the prompt holds no token", hint="pass a longer prompt")
-        if len(request.prompt) >= positions:
-            raise RequestError(
-                f"the prompt has {len(request.prompt):,} tokens, the model {positions:,} positions",
-                hint=f"pass at most {positions - 1:,} tokens, which leaves one to be generated",
-            )
+        request.check_prompt(positions)
         most = min(len(request.prompt) + request.max_new_tokens, positions)
         if (needed := pages_for(most)) > self.pool.num_usable:
             room = self.pool.num_usable * PAGE_TOKENS

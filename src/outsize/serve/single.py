@@ -15,7 +15,6 @@ from torch import nn
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from outsize.engine.session import find_session
-from outsize.errors import RequestError
 from outsize.serve.answer import Answer, end_tokens
 from outsize.serve.request import Finish, Request, Stream, Token
 
@@ -40,13 +39,7 @@ class SingleEngine:
 
     def submit(self, request: Request, watch: Callable[[Token], None] | None = None) -> Stream:
         """Queue a request; `watch` is called with each of its tokens. Raises RequestError where it can never be served."""
-        if not request.prompt:
-            raise RequestError("the prompt holds no token", hint="pass a longer prompt")
-        if self._most_positions is not None and len(request.prompt) >= self._most_positions:
-            raise RequestError(
-                f"the prompt has {len(request.prompt):,} tokens, the model {self._most_positions:,} positions",
-                hint=f"pass at most {self._most_positions - 1:,} tokens, which leaves one to be generated",
-            )
+        request.check_prompt(self._most_positions)
         stream = Stream(request, self.step, watch)
         self._waiting.append((stream, Answer(stream, self._ends, self._tokenizer)))
         return stream
