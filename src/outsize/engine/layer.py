@@ -404,9 +404,8 @@ def _collect(
     for index, (part, whole) in enumerate(zip(inputs, wholes, strict=True)):
         has_batch = dims is not None and dims[index] is not None
         if part.grad is not None and totals[index] is None and has_batch and not tile.is_whole:
-            totals[index] = torch.zeros_like(
-                whole
-            )  # memory that is not there is missed before anything is added
+            # Memory that is not there is missed before anything is added.
+            totals[index] = torch.zeros_like(whole)
     for index, part in enumerate(inputs):
         if part.grad is None:
             continue
