@@ -230,6 +230,7 @@ def test_a_store_is_the_same_by_whatever_path(tmp_path, monkeypatch):
     (tmp_path / "link").symlink_to(tmp_path / "run")
     outsize.checkpoint.commit(run.model, run.optimizer, tmp_path / "link")
     assert run.finish().step == 1
+    assert run.finish().step == 1, "it is durable already"
 
 
 def test_a_limit_of_the_disk_holds_for_older_forms_too(tmp_path):

@@ -349,7 +349,7 @@ def test_a_terminal_shows_where_memory_and_time_go(width):
 
 
 def test_a_terminal_says_that_it_will_stop_and_tears_nothing(capfd):
-    console = Console(file=io.StringIO(), force_terminal=True, width=110)
+    console = Console(file=io.StringIO(), force_terminal=True, width=110, _environ={"TERM": "xterm"})
     with progress_on(console) as progress:
         progress.stopping()
         progress.stepped(StepMetrics(1, 3.0, 1e-4, 0.5, 900.0, 1.0, 1, 1, 1, {}), PlainReport(), 9)

@@ -143,7 +143,7 @@ def commit(
 
 
 def finish(model: nn.Module) -> Committed | None:
-    """Apply what is pending and wait until the last commit is durable; it, or None where there was none to wait for.
+    """Apply what is pending and wait until the last commit is durable; it, or None where none was declared.
 
     Raises what went wrong with a commit.
     """

@@ -82,6 +82,7 @@ class Store:
         self._records: Mapping[str, Record] = {}
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="outsize-commit")
         self._pending: list[Future[Committed]] = []
+        self._last: Committed | None = None
         self._declared_step: int | None = None
         self._finalizer = weakref.finalize(self, os.close, lock_fd)
 
@@ -230,16 +231,16 @@ class Store:
         self._declared_step = draft.step
 
     def wait(self) -> Committed | None:
-        """Wait until every commit whose blocks are captured is durable; the last. Raises what went wrong."""
-        last: Committed | None = None
+        """Wait until every commit whose blocks are captured is durable; the last that was declared here. Raises what went
+        wrong."""
         while self._pending:
-            last = self._pending.pop(0).result()
-        return last
+            self._last = self._pending.pop(0).result()
+        return self._last
 
     def raise_failure(self) -> None:
         """Raise what went wrong with a commit that is over; forget those that are durable."""
         while self._pending and self._pending[0].done():
-            self._pending.pop(0).result()
+            self._last = self._pending.pop(0).result()
 
     def close(self) -> None:
         """End the thread and give the lock back."""
