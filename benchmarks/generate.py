@@ -3,10 +3,13 @@
     python benchmarks/generate.py --under "memcap {gib}"      with a command that puts a limit on memory
 
 A Llama of 2.95 B parameters in bf16 with random weights is written once into OUTSIZE_BENCH_DIR. A pass takes one new token
-of each of 1, 8 and 64 sequences, with a cache of 10 tokens before it. Timed in turn, each in a process of its own: reading
-all of its bytes once past the page cache; the same passes with all weights in memory; Outsize with a quarter of the model's
-size of memory, and with 60 %; accelerate (`pip install accelerate`) under the same limits. The bound is the larger of the
-first two.
+of each of 1, 8 and 64 sequences, with a cache of 10 tokens before it. Timed in turn, each in a process of its own: the
+passes with all weights in memory; with a quarter of the model's size of memory, and with 60 %; the same of the model
+written in 8 and in 4 bits; accelerate (`pip install accelerate`) under the same limits.
+
+The disk of a shared machine is fast in one minute and slow in the next: before and after each pass of ours the bytes of the
+model's layers are read by themselves, past the page cache, into memory that holds one block. The bound of a pass is the
+larger of the bytes it read at that pace, and the pass with all weights in memory.
 """
 
 from __future__ import annotations
@@ -110,19 +113,54 @@ def run_outsize(folder: Path, gib: float | None) -> dict[str, float]:
     options: dict[str, Any] = {"host": f"{int(gib * 1024)}MiB"} if gib else {"home": "host"}
     model = outsize.load(folder, dtype="bfloat16", **options).requires_grad_(False)
     engine = open_engine(model, kv="240MiB", pass_tokens=PASS_TOKENS)
-    times = {}
+    times, pace = {}, Pace(model)
     for batch in BATCHES:
         streams = [
             engine.submit(Request(tuple(prompt), max_new_tokens=NUM_PASSES + 1)) for prompt in prompts(batch)
         ]
-        found = []
+        found, floors = [], []
+        before = pace.bytes_per_s()
         while not engine.is_idle:
+            num_bytes = outsize.report(model).bytes_read
             start = time.perf_counter()
             engine.step()
             found.append(time.perf_counter() - start)
+            num_bytes = outsize.report(model).bytes_read - num_bytes
+            after = pace.bytes_per_s()
+            floors.append(num_bytes / statistics.mean((before, after)))
+            before = after
         assert all(len(stream.completions[0].tokens) == NUM_PASSES + 1 for stream in streams)
         times[str(batch)] = statistics.median(found[-NUM_PASSES + 1 :])
+        times[f"{batch} reading"] = statistics.median(floors[-NUM_PASSES + 1 :])
     return times
+
+
+class Pace:
+    """How fast the blocks of a model can be read, now."""
+
+    def __init__(self, model: Any) -> None:
+        import torch
+
+        from outsize.engine.session import session_of
+
+        session = session_of(model)
+        self.source, self.blocks = session.source, session.cut.blocks
+        size = max(block.num_elements for block in self.blocks)
+        self.space = torch.empty(size, dtype=torch.bfloat16)
+        self.turn = 0
+
+    def bytes_per_s(self) -> float:
+        """Of the next third of the blocks."""
+        third = self.blocks[self.turn % 3 :: 3]
+        self.turn += 1
+        num_bytes, start = 0, time.perf_counter()
+        for block in third:
+            parts = self.space[: block.num_elements].split([piece.num_elements for piece in block.pieces])
+            self.source.read(
+                block, [part.view(piece.shape) for part, piece in zip(parts, block.pieces, strict=True)]
+            )
+            num_bytes += 2 * block.num_elements
+        return num_bytes / (time.perf_counter() - start)
 
 
 def run_accelerate(folder: Path, gib: float | None) -> dict[str, float]:
@@ -142,21 +180,33 @@ def run_accelerate(folder: Path, gib: float | None) -> dict[str, float]:
     return passes(model.eval())
 
 
-def run_read(folder: Path, gib: float | None) -> dict[str, float]:
-    """All bytes of the files once, past the page cache."""
-    from outsize.model.direct import FileReader, wait_read
+def in_few_bits(folder: Path, weights: str) -> Path:
+    """The model in few bits, written where it is not there yet."""
+    import outsize
 
-    reader = FileReader()
-    buffer = memoryview(bytearray(64 << 20))
-    start = time.perf_counter()
-    for file in sorted(folder.glob("*.safetensors")):
-        size = file.stat().st_size
-        for offset in range(0, size, len(buffer)):
-            wait_read(reader.start_read(file, offset, buffer[: min(len(buffer), size - offset)]))
-    return dict.fromkeys(map(str, BATCHES), time.perf_counter() - start)
+    made = folder.with_name(f"{folder.name}-{weights}")
+    if not made.exists():
+        outsize.save(outsize.load(folder, weights=weights), made)
+    return made
 
 
-RUNS = {"read": run_read, "outsize": run_outsize, "accelerate": run_accelerate}
+def run_int8(folder: Path, gib: float | None) -> dict[str, float]:
+    """Of 8 bits."""
+    return run_outsize(in_few_bits(folder, "int8"), gib)
+
+
+def run_int4(folder: Path, gib: float | None) -> dict[str, float]:
+    """Of 4 bits."""
+    return run_outsize(in_few_bits(folder, "int4"), gib)
+
+
+RUNS = {
+    "outsize": run_outsize,
+    "int8": run_int8,
+    "int4": run_int4,
+    "accelerate": run_accelerate,
+}
+LIMITED = ("outsize", "int8", "int4", "accelerate")
 
 
 def main() -> None:
@@ -166,9 +216,7 @@ def main() -> None:
     )
     parser.add_argument("--under", default="", help='a command that limits memory, such as "memcap {gib}"')
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument(
-        "--only", nargs="*", choices=("outsize", "accelerate"), default=("outsize", "accelerate")
-    )
+    parser.add_argument("--only", nargs="*", choices=LIMITED, default=LIMITED)
     parser.add_argument("--one", choices=RUNS, help=argparse.SUPPRESS)
     parser.add_argument("--gib", type=float, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
@@ -179,12 +227,16 @@ def main() -> None:
     folder = Path(os.environ.get("OUTSIZE_BENCH_DIR", "/var/tmp")) / "outsize-bench-3b"
     if not folder.exists():
         write_model(folder)
+    for weights in {"int8", "int4"} & set(arguments.only):
+        in_few_bits(folder, weights)
     num_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     caps = [part * num_bytes / 2**30 for part in PARTS]
     print(f"{num_bytes / 2**30:.2f} GiB of weights, limits " + " and ".join(f"{cap:.2f} GiB" for cap in caps))
 
     def run(what: str, gib: float | None) -> dict[str, float]:
-        for file in folder.glob("*.safetensors"):  # what others left in the page cache is within no limit
+        for file in folder.parent.glob(
+            f"{folder.name}*/*.safetensors"
+        ):  # what others left in the page cache is within no limit
             with file.open("rb") as stream:
                 os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         under = shlex.split(arguments.under.format(gib=f"{gib:.2f}")) if gib and arguments.under else []
@@ -194,25 +246,32 @@ def main() -> None:
         found = done.stdout.partition("RESULT ")[2].partition("\n")[0]
         return json.loads(found) if found else {}
 
-    wanted: list[tuple[str, float | None]] = [("read", None), ("outsize", None)]
+    wanted: list[tuple[str, float | None]] = [("outsize", None)]
     wanted += [(what, cap) for cap in caps for what in arguments.only]
     found: dict[tuple[str, float | None], list[dict[str, float]]] = {key: [] for key in wanted}
     for _ in range(arguments.rounds):
         for key in wanted:
             found[key].append(run(*key))
     for batch in map(str, BATCHES):
-        seconds = {
-            key: statistics.median(each[batch] for each in answers if each)
-            for key, answers in found.items()
-            if any(answers)
-        }
-        bound = max(seconds["read", None], seconds["outsize", None])
-        print(
-            f"batch {batch}: read {seconds['read', None]:.2f} s, in memory {seconds['outsize', None]:.2f} s"
-        )
-        for (what, cap), taken in seconds.items():
-            if cap:
-                print(f"    {what:<10} in {cap:.2f} GiB: {taken:.2f} s, {bound / taken:.0%} of the bound")
+        in_memory = statistics.median(each[batch] for each in found["outsize", None])
+        print(f"{batch} sequences, in memory {in_memory:.2f} s")
+        for (what, cap), answers in found.items():
+            taken = [each for each in answers if each]
+            if not cap or not taken:
+                continue
+            line = (
+                f"    {what:<10} in {cap:.2f} GiB: {statistics.median(each[batch] for each in taken):.2f} s"
+            )
+            if what != "accelerate":
+                bounds = [max(each[f"{batch} reading"], in_memory) / each[batch] for each in taken]
+                line += f", {statistics.median(bounds):.0%} of the bound"
+            pairs = [
+                theirs[batch] / ours[batch]
+                for theirs, ours in zip(answers, found["outsize", cap], strict=True)
+                if theirs and ours and what != "outsize"
+            ]
+            line += f", {statistics.median(pairs):.2f} times ours in bf16" if pairs else ""
+            print(line)
 
 
 if __name__ == "__main__":

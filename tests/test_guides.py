@@ -26,7 +26,9 @@ def runner(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(cache, "SECONDS", 0.01)
     monkeypatch.setattr(sys.modules["outsize.hardware.measure"], "ROUNDS", 1)  # the function hides the module
     monkeypatch.chdir(tmp_path)
-    ZOO["qwen3"].build(vocab_size=512, max_position_embeddings=1024).save_pretrained("Qwen3-8B")
+    ZOO["qwen3"].build(
+        vocab_size=512, max_position_embeddings=1024, hidden_size=64, intermediate_size=128
+    ).save_pretrained("Qwen3-8B")
     chat_tokenizer(QWEN3).save_pretrained("Qwen3-8B")
     (tmp_path / "scratch").mkdir()
     for guide in ("five-minutes.md", "data.md"):  # others train on the files of these

@@ -56,7 +56,9 @@ def test_importing_the_command_imports_no_torch():
     assert done.stdout.strip() == "set()"
 
 
-@pytest.mark.parametrize("command", [[], ["plan"], ["profile"], ["train"], ["trace"], ["generate"], ["demo"]])
+@pytest.mark.parametrize(
+    "command", [[], ["plan"], ["profile"], ["train"], ["trace"], ["generate"], ["quantize"], ["demo"]]
+)
 def test_help_teaches_with_examples(command, capsys):
     with pytest.raises(SystemExit) as left:
         run(*command, "--help")
@@ -405,3 +407,28 @@ def test_sparkline(values, expected):
 
 def test_sparkline_averages_to_its_width():
     assert len(demo.sparkline([float(n) for n in range(1000)], width=60)) == 60
+
+
+def test_quantize_writes_a_folder_that_generates_the_same(tmp_path, capsys):
+    model, out = write_model(tmp_path / "model", hidden_size=64, intermediate_size=128), tmp_path / "int4"
+    assert run("quantize", model, out, "--weights", "int4") == 0
+    assert capsys.readouterr().out.startswith(f"{out}: ")
+    texts = []
+    for arguments in ([model, "--weights", "int4"], [out], [model]):
+        assert run("generate", *arguments, "--prompt", "w1 w2", "--max-new-tokens", 5) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] and texts[0].startswith("w1 w2 ")
+    for arguments in (
+        [model, out, "--weights", "int4"],
+        [tmp_path / "none", tmp_path / "other", "--weights", "int4"],
+        [out, tmp_path / "other", "--weights", "int8"],
+        [write_model(tmp_path / "narrow"), tmp_path / "other", "--weights", "int4"],
+    ):
+        assert run("quantize", *arguments) == 1
+        error, hint = capsys.readouterr().err.splitlines()
+        assert error.startswith("error: ") and hint.startswith("hint: ")
+    assert not (tmp_path / "other").exists()
+    (tmp_path / "data.txt").write_text("w1 w2 w3 " * 200)
+    train = ("train", out, tmp_path / "data.txt", "--out", tmp_path / "tuned", "--steps", 1, "--seq-len", 32)
+    assert run(*train) == 1
+    assert "error: nothing in the model trains" in capsys.readouterr().err

@@ -7,6 +7,8 @@ import json
 import subprocess
 import sys
 
+import pytest
+
 RUN = """
 import json, sys
 import torch, outsize
@@ -14,7 +16,9 @@ from outsize.engine import memory
 from outsize.serve import Engine, Request, Sampling
 folder = sys.argv[1]
 torch.set_num_threads(1)
-model = outsize.load(folder + "/model", dtype="float32", disk=folder + "/disk", host=memory.resident_bytes() + (370 << 20))
+options = {"weights": sys.argv[2]} if sys.argv[2] else {"dtype": "float32"}
+host = memory.resident_bytes() + (int(sys.argv[3]) << 20)
+model = outsize.load(folder + "/model", disk=folder + "/disk", host=host, **options)
 engine = Engine(model.requires_grad_(False), pass_tokens=128)
 generator = torch.Generator().manual_seed(0)
 for length in (900, 3, 200, 17, 1, 64):
@@ -25,13 +29,15 @@ while not engine.is_idle:
 report = outsize.report(model)
 print(json.dumps({
     "peak": max(report.host_peak_bytes, memory.peak_bytes()), "budget": report.host_budget_bytes,
-    "kv": engine.runner.kv.num_bytes, "weights": report.num_parameters * 4, "off_plan": report.off_plan,
+    "kv": engine.runner.kv.num_bytes, "off_plan": report.off_plan,
+    "weights": sum(row.num_bytes for row in report.rows if "weights" in row.what),
     "on_disk": next((row.num_bytes for row in report.rows if row.tier == "disk"), 0),
 }))
 """
 
 
-def test_the_process_stays_within_its_budget(tmp_path):
+@pytest.mark.parametrize(("weights", "mebibytes"), [("", 370), ("int4", 270)])
+def test_the_process_stays_within_its_budget(weights, mebibytes, tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "disk").mkdir()
     config = {
@@ -46,7 +52,7 @@ def test_the_process_stays_within_its_budget(tmp_path):
         "max_position_embeddings": 1024,
     }
     (tmp_path / "model" / "config.json").write_text(json.dumps(config))
-    command = [sys.executable, "-W", "ignore", "-c", RUN, str(tmp_path)]
+    command = [sys.executable, "-W", "ignore", "-c", RUN, str(tmp_path), weights, str(mebibytes)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])

@@ -115,11 +115,10 @@ def write_data(folder):
     return path
 
 
-def write_model(folder, *, vocab_size=64, tokenizer=True, eos="<eos>", positions=32):
+def write_model(folder, *, vocab_size=64, tokenizer=True, eos="<eos>", positions=32, **changes):
     LlamaConfig(
         vocab_size=vocab_size,
-        hidden_size=16,
-        intermediate_size=32,
+        **{"hidden_size": 16, "intermediate_size": 32, **changes},
         num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=2,

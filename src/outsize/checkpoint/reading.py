@@ -219,6 +219,11 @@ class CommitSource:
             else self._rest().conversion_bytes(piece)
         )
 
+    @property
+    def bytes_read(self) -> int:
+        """From the model's own files."""
+        return self._others.bytes_read if self._others is not None else 0
+
     def _rest(self) -> Source:
         self._others = self._others or self._open_others()
         return self._others

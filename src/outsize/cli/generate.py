@@ -24,6 +24,8 @@ examples:
       a sampled one; the same seed gives the same text
   outsize generate Qwen3-8B --prompt "def main" --host 4GiB --max-new-tokens 40
       with less memory than the model has weights
+  outsize generate Qwen3-8B --prompt "def main" --weights int4
+      in a quarter of the memory; `outsize quantize` keeps weights so on disk
   echo "Dear diary," | outsize generate tuned --prompt -
       the prompt from standard input
   outsize generate Qwen3-8B --prompts questions.jsonl --out answers.jsonl --host 8GiB
@@ -50,8 +52,18 @@ def add_parser(commands: shared.Commands[argparse.ArgumentParser]) -> None:
     parser.add_argument("--prompts", type=Path, metavar="FILE", help="JSON lines of prompts to answer")
     parser.add_argument("--out", type=Path, metavar="FILE", help="where their answers go, as JSON lines")
     _add_settings(parser.add_argument_group("how it is continued"))
-    shared.add_place(parser)
+    add_weights(shared.add_place(parser))
     parser.set_defaults(run=run)
+
+
+def add_weights(group: argparse._ActionsContainer, *, required: bool = False) -> None:
+    """How matrices are kept."""
+    group.add_argument(
+        "--weights",
+        choices=["int8", "int4"],
+        required=required,
+        help="keep the matrices of layers in 8 or 4 bits: less memory and reading, nearly the same text",
+    )
 
 
 def _add_settings(group: Any) -> None:
@@ -104,7 +116,7 @@ def run(options: argparse.Namespace) -> int:
         request_of(tokenizer, prompt, given)  # what is malformed is refused before a model is loaded
     place = shared.place_of(options)
 
-    def opened(folder: Path) -> Any:
+    def opened(folder: Path, weights: str | None) -> Any:
         model = outsize.load(
             folder,
             device=place.device,
@@ -112,18 +124,19 @@ def run(options: argparse.Namespace) -> int:
             disk=place.disk,
             home=place.home,
             dtype=place.dtype,
+            weights=weights,
             pins=place.pins,
             attention=place.attention,
         )
         return model.requires_grad_(False)  # no memory for gradients
 
     generate = pipeline(
-        opened(options.model),
+        opened(options.model, options.weights),
         tokenizer=tokenizer,
         kv=options.kv,
         pass_tokens=options.pass_tokens,
         deterministic=options.deterministic,
-        draft=None if options.draft is None else opened(options.draft),
+        draft=None if options.draft is None else opened(options.draft, None),
     )
     if options.prompts is not None:
         return int(run_job(generate, options.prompts, options.out, given, _Teller()).num_failed > 0)

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from importlib import metadata
 from io import TextIOWrapper
 
-from outsize.cli import checkpoint, demo, generate, plan, profile, quiet, trace, train
+from outsize.cli import checkpoint, demo, generate, plan, profile, quantize, quiet, trace, train
 from outsize.cli.explain import Parser, explain
 from outsize.errors import OutsizeError
 
@@ -48,7 +48,7 @@ def build_parser() -> Parser:
     )
     parser.add_argument("--version", action="version", version=f"outsize {_version()}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for command in (plan, profile, train, checkpoint, trace, generate, demo):
+    for command in (plan, profile, train, checkpoint, trace, generate, quantize, demo):
         command.add_parser(commands)
     parser.commands = commands.choices
     return parser

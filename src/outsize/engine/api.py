@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -22,8 +23,11 @@ from outsize.model import (
     Source,
     TensorSource,
     cut,
+    encoded,
     open_skeleton,
+    parse_weights,
     resolve_folder,
+    stored_weights,
     write_folder,
 )
 from outsize.plan.profile import Profile
@@ -38,6 +42,7 @@ def load(
     disk: Disk | None = None,
     home: str | None = None,
     dtype: str | torch.dtype | None = None,
+    weights: str | None = None,
     pins: Pins | None = None,
     on_device_full: str = "error",
     compile: bool | None = None,
@@ -58,10 +63,16 @@ def load(
     transformers, such as "flash_attention_2"; None: that of the model's config, or else torch's own. A folder with a
     `config.json` and no weights is initialised from `seed`.
 
+    `weights="int4"` or "int8" keeps the matrices of layers in few bits, for generating text: they are encoded as
+    they are read, or once, where `save` wrote the model so opened to a folder. Nothing in such a model trains.
+
     Raises ModelError, WeightsError or ConfigError before anything is read.
     """
-    settings = resolve_settings(device, host, disk, home, dtype, pins, on_device_full, compile)
     folder = resolve_folder(path)
+    wanted, stored = parse_weights(weights), stored_weights(folder)
+    if wanted is not None or stored is not None:
+        dtype = few_bits_dtype(dtype)
+    settings = resolve_settings(device, host, disk, home, dtype, pins, on_device_full, compile)
     module = open_skeleton(
         folder, DTYPES[settings.compute_type], trust_remote_code=trust_remote_code, attention=attention
     )
@@ -70,6 +81,13 @@ def load(
         source = SafetensorsSource(folder, module)
     else:
         source = InitSource(module, seed)
+    if wanted is not None and wanted is not stored:
+        if stored is not None:
+            raise ConfigError(
+                f'weights="{wanted}", and those of {folder} are in {stored} already',
+                hint="leave weights= out",
+            )
+        source = encoded(module, source, wanted)
     return _take_over(module, source, settings, profile)
 
 
@@ -109,11 +127,24 @@ def wrap(
     return _take_over(module, TensorSource(values), settings, profile)
 
 
-def save(model: nn.Module, path: str | Path, *, tokenizer_from: str | Path | None = None) -> None:
-    """Write `model` as an ordinary Hugging Face folder, up to date with every `step()`, in memory of about a block."""
+def save(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    tokenizer_from: str | Path | None = None,
+    watch: Callable[[int, int], object] | None = None,
+) -> None:
+    """Write `model` as an ordinary Hugging Face folder, up to date with every `step()`, in memory of about a block.
+
+    A model whose weights are in few bits is written so, for `load` to open. `watch` is told which block is begun, from 1,
+    and how many there are.
+    """
     session = session_of(model)
+    numbers = {block.name: number for number, block in enumerate(session.cut.blocks, 1)}
 
     def fetch(block: Block) -> list[torch.Tensor]:
+        if watch is not None:
+            watch(numbers[block.name], len(numbers))
         return session.block_values(block)
 
     write_folder(session.module, session.cut.blocks, fetch, Path(path), tokenizer_from=tokenizer_from)
@@ -157,6 +188,16 @@ def parse_settings(
         raise ConfigError('Pins(inputs="disk") without a folder', hint='give one with disk="/path/on/an/ssd"')
     budgets = Budgets.parse(device, host, disk)
     return Settings(budgets, Home(home) if home is not None else None, _compute_type(dtype), pins or Pins())
+
+
+def few_bits_dtype(dtype: str | torch.dtype | None) -> str:
+    """The type to compute in beside weights in few bits. Raises ConfigError for any other."""
+    if dtype is not None and _compute_type(dtype) is not ComputeType.BFLOAT16:
+        raise ConfigError(
+            f"dtype={dtype!r} with weights in few bits",
+            hint="leave dtype= out: they are multiplied in bfloat16",
+        )
+    return ComputeType.BFLOAT16
 
 
 def _compute_type(dtype: str | torch.dtype | None) -> ComputeType:

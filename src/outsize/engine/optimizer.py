@@ -59,6 +59,11 @@ class Optimizer(torch.optim.Optimizer, ABC):
         """Calls of `step` that changed something."""
         self._num_steps: dict[str, int] = {}
         self._books: dict[str, dict[str, Any]] = {"num_steps": self._num_steps}
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            raise UsageError(
+                "nothing in the model trains",
+                hint="let parameters require gradients: model.requires_grad_(), but not with weights in few bits",
+            )
         if params is None:
             params = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._check(defaults, self._ranges(defaults))

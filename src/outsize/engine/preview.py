@@ -19,7 +19,16 @@ from outsize.engine.report import placement_rows
 from outsize.engine.session import Session
 from outsize.engine.summary import Alternative, PlanSummary
 from outsize.errors import BudgetError, ConfigError, ModelError
-from outsize.model import TensorSource, attention_of, cut, longest_sequence, open_skeleton, resolve_folder
+from outsize.model import (
+    TensorSource,
+    attention_of,
+    cut,
+    is_quantized,
+    longest_sequence,
+    open_skeleton,
+    resolve_folder,
+    stored_weights,
+)
 from outsize.optim import ADAMW
 from outsize.plan import Placement, SlotClass
 from outsize.plan.planner import Choice
@@ -64,6 +73,9 @@ def preview(
     for name, value in (("batch_size", batch_size), ("seq_len", seq_len)):
         if value < 1:
             raise ConfigError(f"{name}: {value} is less than 1", hint=f"pass {name} 1 or more")
+    folder = resolve_folder(path)
+    if stored_weights(folder) is not None:
+        dtype = api.few_bits_dtype(dtype)
     if hardware is None:
         settings = api.resolve_settings(device, host, disk, home, dtype, pins, compile=compile)
         computes_on = api.open_device(settings)
@@ -76,7 +88,7 @@ def preview(
         computes_on = PaperDevice(hardware.device_bytes if hardware.has_device else None)
     memory.keep_freed_memory()
     memory.bound_kernel_caches()
-    module = open_skeleton(resolve_folder(path), DTYPES[settings.compute_type], attention=attention)
+    module = open_skeleton(folder, DTYPES[settings.compute_type], attention=attention)
     session = Session(module, cut(module), TensorSource({}), settings, computes_on, hardware or profile)
     if getattr(module, "main_input_name", None) != "input_ids":
         raise ModelError(
@@ -88,6 +100,10 @@ def preview(
         raise ConfigError(
             f"seq_len: the model's positions end at {longest}, got {seq_len}",
             hint=f"pass seq_len {longest} or less",
+        )
+    if train and is_quantized(module):
+        raise ModelError(
+            "weights in few bits are not trained", hint="plan for generating, or plan the original model"
         )
     module.train(train)
     if train:

@@ -91,7 +91,7 @@ def report(model: nn.Module) -> Report:
         return Report((), num_parameters, 0, budget.limit_bytes, memory.peak_bytes(), 0, 0)
     records = [state.record for state in executor.store]
     rows = placement_rows(session, records, placement)
-    keeper = session.keeper
+    keeper, source = session.keeper, executor.store.source
     stats = [tier.stats() for tier in (executor.store.disk, keeper) if tier is not None]
     return Report(
         rows=rows,
@@ -99,7 +99,7 @@ def report(model: nn.Module) -> Report:
         state_bytes=sum(num_bytes for record in records for num_bytes in _planes(record).values()),
         host_budget_bytes=budget.limit_bytes,
         host_peak_bytes=memory.peak_bytes(),
-        bytes_read=sum(each.bytes_read for each in stats),
+        bytes_read=sum(each.bytes_read for each in stats) + (source.bytes_read if source is not None else 0),
         bytes_written=sum(each.bytes_written for each in stats),
         wait_s=executor.wait_s | (keeper.wait_s if keeper is not None else {}),
         off_plan=tuple(f"{visit} x{count}" for visit, count in executor.off_plan.items()),

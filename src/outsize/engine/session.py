@@ -7,6 +7,7 @@ the root module. At the first call it rehearses, places every plane, and allocat
 from __future__ import annotations
 
 import inspect
+import logging
 import uuid
 import weakref
 from collections import Counter
@@ -44,7 +45,17 @@ from outsize.engine.stepdown import StepDown
 from outsize.engine.timing import measure_costs
 from outsize.engine.versions import Layout, Versions
 from outsize.errors import BudgetError, UsageError
-from outsize.model import Cut, InitSource, Point, PointKind, Source, TensorSource, attention_of, merges_rows
+from outsize.model import (
+    Cut,
+    EncodingSource,
+    InitSource,
+    Point,
+    PointKind,
+    Source,
+    TensorSource,
+    attention_of,
+    merges_rows,
+)
 from outsize.optim import Kernel, Rule, split
 from outsize.plan import Direction, Placement, Visit, is_stored
 from outsize.plan.profile import Profile
@@ -54,6 +65,8 @@ from outsize.tier.striped import part_bytes
 
 if TYPE_CHECKING:
     AnyPoint = Layer | Loose | Embedding | Head
+
+_log = logging.getLogger(__name__)
 
 _sessions: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Session]] = weakref.WeakKeyDictionary()
 """A module's hooks hold its session; the registry holds neither, so that both go when the module is dropped."""
@@ -825,6 +838,13 @@ class Session:
             if store.captures is not None:
                 store.captures.restore(restored)
             self._forget_committed()
+            if isinstance(self.source, EncodingSource) and any(
+                group.blocks for group in placement.weight_classes
+            ):
+                _log.warning(
+                    "weights are encoded anew each time they are read, as they do not all fit into memory: "
+                    "`outsize quantize` writes them once"
+                )
             in_memory = isinstance(self.source, InitSource | TensorSource)
             if self.rule is not None and in_memory and is_stored(records):
                 store.import_all(self._touch)

@@ -1,29 +1,17 @@
-"""The compiled attention over pages (`kernel.c`): built once with the machine's compiler, kept in the cache folder.
-
-It is plain C, so building takes a second and needs none of torch's headers. Where there is no compiler, or
-$OUTSIZE_EAGER=1, `load` gives None and attention runs in torch, slower.
-"""
+"""The compiled attention over pages (`kernel.c`). Where it cannot be built `load` gives None, and torch attends."""
 
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import logging
-import os
-import subprocess
-import tempfile
 from concurrent.futures import ThreadPoolExecutor, wait
 from functools import cache
 from pathlib import Path
 
 import torch
 
-from outsize.config import cache_folder
-from outsize.optim.compile import cpu_description, find_compiler
+from outsize.native import library
 
 _SOURCE = Path(__file__).with_name("kernel.c")
-_FLAGS = ("-x", "c++", "-O3", "-march=native", "-shared", "-fPIC", "-w")
-_log = logging.getLogger(__name__)
 
 
 class Attention(ctypes.Structure):
@@ -97,27 +85,5 @@ class Kernel:
 @cache
 def load() -> Kernel | None:
     """The kernel, built where the cache has none; None where it cannot be, said once."""
-    if os.environ.get("OUTSIZE_EAGER", "") not in ("", "0"):
-        return None
-    compiler = find_compiler()
-    if compiler is None:
-        _log.warning("attention runs without a compiler, slower: install g++, or set CXX to a C++ compiler")
-        return None
-    key = "\0".join((_SOURCE.read_text(), *_FLAGS, compiler, cpu_description()))
-    path = cache_folder() / "kernels" / f"attend-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
-    try:
-        if not path.exists():
-            _build(compiler, path)
-        return Kernel(ctypes.CDLL(str(path)))
-    except (OSError, subprocess.CalledProcessError) as error:
-        _log.warning("attention runs uncompiled, slower: %s", error)
-        return None
-
-
-def _build(compiler: str, path: Path) -> None:
-    """Compile to a file beside `path` and rename it: another process never finds half a library."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        built = Path(folder) / path.name
-        subprocess.run([compiler, *_FLAGS, str(_SOURCE), "-o", str(built)], check=True, capture_output=True)
-        built.replace(path)
+    built = library(_SOURCE, "attention runs")
+    return None if built is None else Kernel(built)

@@ -9,9 +9,11 @@ write_folder(module, plan.blocks, fetch, out)   # an ordinary folder again
 
 from outsize.model.attention import attention_of, merges_rows
 from outsize.model.cut import cut
+from outsize.model.encoding import EncodingSource, encoded
 from outsize.model.export import write_companions, write_folder
 from outsize.model.initial import InitSource
 from outsize.model.points import Binding, Cut, Point, PointKind
+from outsize.model.quantized import is_quantized, parse_weights, stored_weights
 from outsize.model.shards import READ_BUFFERS_BYTES
 from outsize.model.skeleton import longest_sequence, open_skeleton, resolve_folder
 from outsize.model.source import SafetensorsSource, Source, TensorSource
@@ -21,6 +23,7 @@ __all__ = [
     "READ_BUFFERS_BYTES",
     "Binding",
     "Cut",
+    "EncodingSource",
     "InitSource",
     "Point",
     "PointKind",
@@ -29,11 +32,15 @@ __all__ = [
     "TensorSource",
     "attention_of",
     "cut",
+    "encoded",
+    "is_quantized",
     "load_tokenizer",
     "longest_sequence",
     "merges_rows",
     "open_skeleton",
+    "parse_weights",
     "resolve_folder",
+    "stored_weights",
     "write_companions",
     "write_folder",
 ]

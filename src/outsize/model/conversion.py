@@ -20,6 +20,7 @@ from transformers import core_model_loading as loading
 from transformers.conversion_mapping import get_model_conversion_mapping
 
 from outsize.errors import WeightsError
+from outsize.model.quantized import is_quantized
 
 
 @dataclass(frozen=True)
@@ -59,9 +60,10 @@ def group_keys(
 
     `names` are the module's tensors, `shapes` those of the checkpoint by key. Sets
     `module._weight_conversions` to the transforms that were used, as `from_pretrained` does, so that saving
-    reverses them. Raises WeightsError where a transform does not fit the shapes in the file.
+    reverses them. A folder with weights in few bits holds tensors under the model's own names. Raises WeightsError where a
+    transform does not fit the shapes in the file.
     """
-    if not isinstance(module, transformers.PreTrainedModel):
+    if not isinstance(module, transformers.PreTrainedModel) or is_quantized(module):
         found = {name: Group(name, ((name, name),)) for name in names if name in shapes}
         return found, {name: shapes[name] for name in found}, [key for key in shapes if key not in found]
     transforms = get_model_conversion_mapping(module)

@@ -13,6 +13,7 @@ import os
 import threading
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -23,8 +24,9 @@ from outsize.block import ALIGNMENT
 from outsize.errors import StorageError
 
 PIECE_BYTES = 2 << 20
+"""A large page of the system: a buffer is one run of memory, and a read of it one request to the drive."""
 NUM_THREADS = 4
-BUFFERS_BYTES = NUM_THREADS * (PIECE_BYTES + ALIGNMENT)
+BUFFERS_BYTES = NUM_THREADS * PIECE_BYTES
 
 
 class FileReader:
@@ -37,6 +39,8 @@ class FileReader:
         self._files: dict[Path, _File] = {}
         self._lock = threading.Lock()
         self._threads: ThreadPoolExecutor | None = None
+        self.bytes_read = 0
+        """That were asked for, so far."""
         self._own = threading.local()
 
     def start_read(self, path: Path, offset: int, buffer: memoryview) -> list[Future[None]]:
@@ -44,6 +48,7 @@ class FileReader:
         if not len(buffer):
             return []
         with self._lock:
+            self.bytes_read += len(buffer)
             if path not in self._files:
                 self._files[path] = _File.open(path)
             if self._threads is None:
@@ -73,12 +78,21 @@ class FileReader:
             os.posix_fadvise(file.descriptor, offset, len(target), os.POSIX_FADV_DONTNEED)
             return
         if not hasattr(self._own, "buffer"):
-            self._own.buffer = mmap.mmap(-1, PIECE_BYTES + ALIGNMENT)
+            self._own.buffer = _buffer()
         before = offset % ALIGNMENT
         needed = before + len(target)
-        buffer = memoryview(self._own.buffer)[: -(-needed // ALIGNMENT) * ALIGNMENT]
+        buffer = self._own.buffer[: -(-needed // ALIGNMENT) * ALIGNMENT]
         file.fill(offset - before, buffer, needed)
         np.copyto(np.frombuffer(target, np.uint8), np.frombuffer(buffer[before:needed], np.uint8))
+
+
+def _buffer() -> memoryview:
+    """A large page, where the system gives one; of the address space around it nothing is touched."""
+    memory = mmap.mmap(-1, 2 * PIECE_BYTES)
+    with suppress(OSError, AttributeError):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    start = -np.frombuffer(memory, np.uint8).ctypes.data % PIECE_BYTES
+    return memoryview(memory)[start : start + PIECE_BYTES]
 
 
 def wait_read(pieces: Iterable[Future[None]]) -> None:

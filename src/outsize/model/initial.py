@@ -75,6 +75,11 @@ class InitSource:
         """The parameter in fp32, and what it is computed from."""
         return 8 * piece.num_elements
 
+    @property
+    def bytes_read(self) -> int:
+        """None."""
+        return 0
+
     def close(self) -> None:
         """Nothing to let go of."""
 

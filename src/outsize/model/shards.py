@@ -108,6 +108,11 @@ class Shards:
         self.read_into(key, value)
         return value
 
+    @property
+    def bytes_read(self) -> int:
+        """Bytes read from the files so far."""
+        return self._reader.bytes_read
+
     def close(self) -> None:
         """Close the files; a later read opens them again."""
         self._reader.close()

@@ -27,6 +27,7 @@ from transformers.initialization import no_init_weights
 
 from outsize.errors import ModelError
 from outsize.model.attention import choose
+from outsize.model.quantized import is_ours, restore
 
 _LARGE = 1 << 16
 """Elements from which `torch.empty` is sent to meta."""
@@ -87,7 +88,7 @@ def open_skeleton(
     All parameters have type `dtype`, tied ones are one object, the model is in eval mode, and has the
     folder's generation settings. Random numbers are neither drawn nor reset. Code that comes with the model
     runs only with `trust_remote_code`; `attention` names an implementation (None: see `attention`). Raises ModelError
-    where the model cannot be found, is unknown, or is quantised, ConfigError for an attention that cannot be used.
+    where the model cannot be found, is unknown, or quantised by others, ConfigError for an attention that cannot be used.
     """
     folder: Path | None = None
     if isinstance(path_or_config, transformers.PreTrainedConfig):
@@ -95,14 +96,19 @@ def open_skeleton(
     else:
         folder = resolve_folder(path_or_config)
         config = _read_config(folder, trust_remote_code)
-    if getattr(config, "quantization_config", None) is not None:
-        raise ModelError(
-            f"{config.model_type}: the checkpoint is quantised, and quantised weights cannot be trained",
-            hint="use the original checkpoint of this model",
-        )
+    settings = getattr(config, "quantization_config", None)
+    if settings is not None:
+        if not is_ours(settings):
+            raise ModelError(
+                f"{config.model_type}: the checkpoint is quantised, in a way that is not known here",
+                hint='use the original checkpoint of this model, to generate with weights="int4" or "int8"',
+            )
+        del config.quantization_config
     model_class = _model_class(config, folder, trust_remote_code)
     choose(config, model_class, dtype, attention)
     module = _build(model_class, config, dtype)
+    if settings is not None:
+        restore(module, settings)
     if folder is not None and module.can_generate() and (folder / "generation_config.json").is_file():
         module.generation_config = transformers.GenerationConfig.from_pretrained(
             folder, local_files_only=True

@@ -43,6 +43,11 @@ class Source(Protocol):
         """Memory that computing or converting `piece` takes while it is read, beside the target."""
         ...
 
+    @property
+    def bytes_read(self) -> int:
+        """Bytes read from files so far."""
+        ...
+
     def close(self) -> None:
         """Let go of files and memory."""
         ...
@@ -139,6 +144,11 @@ class SafetensorsSource:
         pieces = [piece for piece in block.pieces if piece.parameter not in self._computed]
         groups = {id(group): group for group in map(self._group, pieces)}
         return [key for group in groups.values() for _, key in group.keys]
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes read from the files so far."""
+        return self._shards.bytes_read
 
     def close(self) -> None:
         """Close the files."""
@@ -251,6 +261,11 @@ class TensorSource:
 
     def conversion_bytes(self, piece: Piece) -> int:
         """Nothing."""
+        return 0
+
+    @property
+    def bytes_read(self) -> int:
+        """None."""
         return 0
 
     def close(self) -> None:

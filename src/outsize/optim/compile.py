@@ -19,8 +19,6 @@ import atexit
 import hashlib
 import logging
 import os
-import platform
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -36,6 +34,7 @@ import torch
 from torch import Tensor
 
 from outsize.config import ComputeType, cache_folder
+from outsize.native import cpu_description, find_compiler
 from outsize.optim.rule import CODED_GROUP_BYTES, GROUP, Hyper, Rule, part
 from outsize.optim.rules import RULES
 
@@ -255,11 +254,6 @@ def _views(rule: Rule, compute_type: ComputeType) -> Callable[[list[Tensor]], li
     return lambda planes: rule.views(compute_type, planes[0], planes[1:-1], planes[-1])
 
 
-def find_compiler() -> str | None:
-    """The C++ compiler that would be used, or None."""
-    return shutil.which(os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++"))
-
-
 def package_path(rule: Rule, compute_type: ComputeType) -> Path:
     """Where the package is cached; the name holds all that its code depends on."""
     folder = cache_folder() / "rules"
@@ -290,18 +284,6 @@ def _sources() -> tuple[str, ...]:
 
 
 @cache
-def cpu_description() -> str:
-    """What code for this CPU depends on: packages may lie in a home folder that unlike machines share."""
-    lines = {platform.machine(), torch.backends.cpu.get_cpu_capability()}
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith(("flags", "Features", "model name", "cpu family", "model\t")):
-                lines.add(line)
-    except OSError:
-        lines.add(platform.processor())
-    return "\n".join(sorted(lines))
-
-
 @lru_cache(maxsize=256)
 def _scalars(hyper: Hyper, device: torch.device) -> Tensor:
     scalars = torch.tensor(hyper.scalars(), dtype=torch.float32)

@@ -41,6 +41,9 @@ class FixedTiles(TorchDispatchMode):
             return torch.stack(
                 [_by_tiles(left, right.__rmatmul__) for left, right in zip(*args, strict=True)]
             )
+        if func is torch.ops.outsize.product.default:
+            rows, *rest = args
+            return _by_tiles(rows, lambda rows: func(rows, *rest))
         if func is _aten._grouped_mm.default:
             return _grouped(*args, **kwargs)
         with limited_threads(1):

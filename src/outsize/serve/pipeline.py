@@ -45,6 +45,7 @@ def pipeline(
     disk: Disk | None = None,
     home: str | None = None,
     dtype: str | None = None,
+    weights: str | None = None,
     pins: Pins | None = None,
     profile: Profile | None = None,
 ) -> Pipeline:
@@ -53,6 +54,7 @@ def pipeline(
     `kv`: memory of the KV cache, such as "2GiB"; else a quarter of what is free. `pass_tokens`: tokens that go through
     the model at once, at most. `deterministic`: tokens and log-probabilities have the same bits whatever else runs, slower.
     `draft`: a smaller model of the same tokens (a folder, or open), which guesses ahead and changes nothing in the output.
+    `weights`: "int4" or "int8" for matrices in few bits, of the model and not of the draft.
 
     Raises what `load` raises, and DataError where the folder has no tokenizer.
     """
@@ -61,21 +63,29 @@ def pipeline(
     if not isinstance(model, nn.Module):
         tokenizer = tokenizer or load_tokenizer(Path(model))
 
-    def opened(what: str | Path | nn.Module) -> nn.Module:
+    def opened(what: str | Path | nn.Module, weights: str | None) -> nn.Module:
         if isinstance(what, nn.Module):
             return what
         module = load(
-            what, device=device, host=host, disk=disk, home=home, dtype=dtype, pins=pins, profile=profile
+            what,
+            device=device,
+            host=host,
+            disk=disk,
+            home=home,
+            dtype=dtype,
+            weights=weights,
+            pins=pins,
+            profile=profile,
         )
         return module.requires_grad_(False)  # no memory for gradients
 
     engine = open_engine(
-        opened(model),
+        opened(model, weights),
         tokenizer,
         kv=kv,
         pass_tokens=pass_tokens,
         deterministic=deterministic,
-        draft=None if draft is None else opened(draft),
+        draft=None if draft is None else opened(draft, None),
     )
     return Pipeline(engine, tokenizer)
 

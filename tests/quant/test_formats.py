@@ -1,0 +1,86 @@
+"""Matrices in few bits: how far codes are from what they stand for, and where they lie."""
+
+import pytest
+import torch
+
+from outsize.quant import FORMATS, Encoded, Weights
+from outsize.quant.formats import GROUP, LINE_ROWS
+from outsize.quant.product import _torch_lays_out_alike
+
+both = pytest.mark.parametrize("weights", Weights)
+
+
+def matrix(rows=192, columns=320, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    spread = torch.rand(rows, 1, generator=generator) + 0.01
+    return torch.randn(rows, columns, generator=generator) * 0.02 * spread + 0.003
+
+
+@both
+def test_a_weight_is_half_a_step_away_at_most(weights):
+    weight, form = matrix(), FORMATS[weights]
+    encoded = form.encode(weight)
+    assert (tuple(encoded.codes.shape), tuple(encoded.scales.shape)) == form.shapes(*weight.shape)
+    error = (form.decode(encoded) - weight).abs()
+    if weights is Weights.INT8:
+        step = weight.abs().amax(1, keepdim=True) / 127
+    else:
+        groups = weight.view(192, -1, GROUP)
+        step = ((groups.amax(2) - groups.amin(2)) / 15).repeat_interleave(GROUP, 1)
+        assert error.max() > 0.4 * step.min(), "of four bits something is lost"
+    assert (error <= 0.52 * step + 0.01 * weight.abs()).all()
+
+
+@both
+def test_bytes_are_as_few_as_promised(weights):
+    encoded = FORMATS[weights].encode(matrix(256, 2048))
+    bits = 8 * (encoded.codes.nbytes + encoded.scales.nbytes) / (256 * 2048)
+    assert bits == (8 + 16 / 2048 if weights is Weights.INT8 else 4.5)
+
+
+@both
+@pytest.mark.parametrize("value", [0.0, 0.25, -1e-30])
+def test_rows_of_one_value_are_kept(weights, value):
+    form = FORMATS[weights]
+    assert torch.allclose(
+        form.decode(form.encode(torch.full((64, 64), value))), torch.tensor(value), rtol=0.004, atol=1e-18
+    )
+
+
+@both
+def test_whole_lines_are_encoded_by_themselves(weights):
+    weight, form = matrix(), FORMATS[weights]
+    whole = form.encode(weight)
+    for start, stop in ((0, LINE_ROWS), (LINE_ROWS, 192)):
+        part = form.encode(weight[start:stop])
+        assert torch.equal(
+            part.codes.view(torch.uint8),
+            whole.codes[start // form.line_rows : stop // form.line_rows].view(torch.uint8),
+        )
+        own = slice(form.scales_per_row * start, form.scales_per_row * stop)
+        assert torch.equal(part.scales, whole.scales[..., own])
+
+
+@both
+def test_a_weight_that_is_not_finite_shows_in_a_scale(weights):
+    for value in (float("nan"), float("inf"), -float("inf")):
+        weight = matrix()
+        weight[70, 3] = value
+        assert not FORMATS[weights].encode(weight).scales.isfinite().all()
+
+
+def test_four_bits_lie_as_torch_has_them_on_this_kind_of_machine():
+    if torch.backends.cpu.get_cpu_capability() != "AVX512":
+        assert isinstance(_torch_lays_out_alike(), bool)
+        return
+    assert _torch_lays_out_alike()
+
+
+def test_codes_survive_as_bfloat16():
+    """Any two bytes are moved as they are, also those that stand for no number."""
+    encoded = Encoded(
+        torch.arange(1 << 16, dtype=torch.int32).to(torch.uint16).view(torch.bfloat16), torch.ones(1)
+    )
+    moved = torch.empty_like(encoded.codes)
+    moved.copy_(encoded.codes)
+    assert torch.equal(moved.view(torch.uint16).int(), encoded.codes.view(torch.uint16).int())
