@@ -219,6 +219,10 @@ class CommitSource:
             else self._rest().conversion_bytes(piece)
         )
 
+    def gives_rows(self, parameter: str) -> bool:
+        """Never: planes are checked as a whole."""
+        return False
+
     @property
     def bytes_read(self) -> int:
         """From the model's own files."""

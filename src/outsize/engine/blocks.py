@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import pairwise
 
 import torch
 
@@ -222,6 +223,34 @@ class BlockStore:
         """The fp32 sum of the block's gradient, `[num_trainable]`."""
         home = state.gradient_slot or state.resident[Plane.GRADIENT]
         return home.tensor(torch.float32, state.record.num_trainable)
+
+    def take_rows(self, state: BlockState, index: int, rows: torch.Tensor, target: torch.Tensor) -> None:
+        """Fill `target` with sorted `rows` of entry `index`, of a block that was never stored: from memory, where it stays
+        there, else from the source. Raises StorageError."""
+        if not rows.numel():
+            return
+        entry = state.record.entries[index]
+        plane = self.resident_plane(state, Plane.WEIGHT)
+        if plane is not None:
+            follow_all(state.weight_reads)
+        elif (plane := self._hosted(state, Plane.WEIGHT)) is not None and state.loading is not None:
+            state.loading.wait()
+        if plane is not None:
+            table = plane[entry.start : entry.stop].view(entry.piece.shape)
+            target.copy_(table.index_select(0, rows.to(table.device)))
+            return
+        assert self.source is not None, f"{state.name}: the source is gone"
+        piece, is_rounded = entry.piece, _is_rounded(self.source, entry.piece, self.dtype)
+        found = torch.empty(target.shape, dtype=torch.float32 if is_rounded else self.dtype)
+        cuts = [0, *(torch.nonzero(rows.diff() != 1)[:, 0] + 1).tolist(), rows.numel()]
+        runs, parts = [], []
+        for first, last in pairwise(cuts):
+            start = (piece.row_start or 0) + int(rows[first])
+            shape = (last - first, *piece.shape[1:])
+            runs.append(Piece(piece.parameter, shape, start, start + last - first))
+            parts.append(found[first:last])
+        self.source.read(Block(state.name, tuple(runs)), parts)
+        target.copy_(split(found.view(-1))[0].view(found.shape) if is_rounded else found)
 
     def add_gradient(self, state: BlockState, index: int, gradient: torch.Tensor) -> None:
         """Add `gradient`, in the shape of the piece of entry `index`, to the sum."""

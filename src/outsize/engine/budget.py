@@ -146,6 +146,7 @@ class Budget:
         self._free_host_bytes = free_host_bytes
         self._home_room_bytes = 0
         self.always_resident = always_resident
+        self._idle = frozenset[str]()
         self._most_tile_tokens: int | None = None
         self.visit_bytes = 0
         """What a visit of the call that began last takes of the host's memory beside weights, at most."""
@@ -175,7 +176,7 @@ class Budget:
 
         Raises BudgetError where they do not fit, naming what does.
         """
-        self._measure(records)
+        self._measure(records, rehearsal)
         fits = list(self._fitting(records, rehearsal, shape))
         self.choices = []
         fit = self._simplest(fits)
@@ -194,11 +195,12 @@ class Budget:
 
     def fits(self, records: Sequence[Record], rehearsal: Rehearsal, shape: BatchShape) -> bool:
         """Whether calls of this shape fit, with as much to spare as what a hint names should have."""
-        self._measure(records)
+        self._measure(records, rehearsal)
         return self._any_fits(records, rehearsal, shape)
 
-    def _measure(self, records: Sequence[Record]) -> None:
-        """What the process has now, and what that leaves."""
+    def _measure(self, records: Sequence[Record], rehearsal: Rehearsal) -> None:
+        """What the process has now, and what that leaves; what a call does not need."""
+        self._idle = frozenset(r.name for r in records) - {visit.block for visit in rehearsal.visits}
         closing.finish()  # of models that were dropped, what they had is free
         memory.give_back()
         self.base_bytes = memory.resident_bytes()
@@ -308,7 +310,7 @@ class Budget:
         error: BudgetError | None = None
         shortage: DiskShortage | None = None
         any_fits = False
-        for attempt in self._attempts(shape):
+        for attempt in self._attempts(records, shape):
             try:
                 fit = self._fit_for(attempt, records, rehearsal, shape)
             except BudgetError as failure:
@@ -380,7 +382,7 @@ class Budget:
         return most
 
     def _any_fits(self, records: Sequence[Record], rehearsal: Rehearsal, shape: BatchShape) -> bool:
-        for attempt in self._attempts(shape):
+        for attempt in self._attempts(records, shape):
             with suppress(BudgetError):
                 self._fit_for(attempt, records, rehearsal, shape, HINT_MARGIN_BYTES)
                 return True
@@ -480,8 +482,11 @@ class Budget:
         """What is left where blocks compute, beside the memory in which inputs wait or through which they pass."""
         return self.room_bytes - (self.host_inputs_bytes if self._device.is_host else 0)
 
-    def _attempts(self, shape: BatchShape) -> Iterator[_Attempt]:
-        """What is tried, the fastest first: inputs go to the disk only where tiles would become too small otherwise."""
+    def _attempts(self, records: Sequence[Record], shape: BatchShape) -> Iterator[_Attempt]:
+        """What is tried, the fastest first: inputs go to the disk only where tiles would become too small otherwise.
+
+        A call that only reads has one large visit, of the head: there is nothing that it has to fit into.
+        """
         pins, is_host = self._settings.pins, self._device.is_host
         kept = pins.kept_blocks or 0
         sizes = [self._wanted_tile_rows(shape)]
@@ -492,7 +497,7 @@ class Budget:
         if pins.inputs is not None:
             stays = pins.inputs == Home.DEVICE or (is_host and pins.inputs == Home.HOST)
             near, far = [None if stays else Home(pins.inputs)], []
-        if is_host:
+        if is_host and is_stored(records):
             yield _Attempt(sizes[0], True, near[0], kept)
         enough = [rows for rows in sizes if rows == sizes[0] or rows * shape.row_tokens >= FEWEST_TILE_TOKENS]
         for some, homes in ((enough, near), (sizes, far), (sizes[len(enough) :], near)):
@@ -540,6 +545,7 @@ class Budget:
                 has_disk=has_disk,
                 always_resident=self.always_resident,
                 kept=needs.kept,
+                idle=self._idle,
                 pins=pins,
             )
         else:

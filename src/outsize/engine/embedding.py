@@ -1,5 +1,7 @@
 """A visit of an embedding: only the rows that are looked up are gathered, row block by row block.
 
+Where nothing trains and the model's files hold the table, they are read one by one: no block of it is visited.
+
 The module's own forward runs on a compact table of the distinct rows, so subclasses that scale their output work
 unchanged. An embedding is linear in its table, so its backward needs no weights.
 """
@@ -63,14 +65,23 @@ class Embedding:
             dtype=self.session.dtype,
             device=self.session.torch_device,
         )
+        takes_rows = self.takes_rows
         for name, start, stop in self.session.row_blocks(self.parameter):
+            first, last = _range(distinct, start, stop)
+            if takes_rows:
+                self.session.take_rows(name, self.parameter, distinct[first:last] - start, table[first:last])
+                continue
             with self.session.visit((name,), Direction.FORWARD) as values:
-                first, last = _range(distinct, start, stop)
                 if first < last:
                     rows = values[self.parameter]
                     torch.index_select(rows, 0, places.rows[first:last] - start, out=table[first:last])
         with self._compact(table, distinct), torch.no_grad():
             return self.original(places.inverse)
+
+    @property
+    def takes_rows(self) -> bool:
+        """Whether rows come one by one, from where the table stays or else from the files, without a visit."""
+        return self.session.gives_rows(self.parameter)
 
     def backward(self, ids: torch.Tensor, gradient: torch.Tensor, autocast: Autocast, guard: Guard) -> None:
         """Add to the gradients of all row blocks."""

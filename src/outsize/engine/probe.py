@@ -200,6 +200,8 @@ class Probe:
         shape = (*ids.shape, embedding.module.embedding_dim)
         output = torch.zeros(shape, dtype=self.session.dtype, device=self.session.torch_device)
         self.loss_bytes = max(self.loss_bytes, 3 * output.nbytes)
+        if embedding.takes_rows:
+            return output
         return self._visit(embedding.blocks, [], [output], trains, weights_in_backward=False, is_table=True)[
             0
         ]

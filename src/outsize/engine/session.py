@@ -438,6 +438,22 @@ class Session:
         rows = self._shapes[parameter][0]
         return [(at.block, *(at.rows or (0, rows))) for at in self._locations[parameter]]
 
+    def gives_rows(self, parameter: str) -> bool:
+        """Whether rows of a table can be taken without a visit: nothing trains, and its source gives them."""
+        source = self.source
+        return (
+            self.versions is None
+            and source is not None
+            and source.gives_rows(parameter)
+            and not any(each.requires_grad for each in self.parameters.values())
+            and not (self.executor is not None and any(state.is_stored for state in self.executor.store))
+        )
+
+    def take_rows(self, block: str, parameter: str, rows: torch.Tensor, target: torch.Tensor) -> None:
+        """Fill `target` with sorted rows, counted from the first of `block`, of a table that `gives_rows`."""
+        index = next(at.index for at in self._locations[parameter] if at.block == block)
+        self._store.take_rows(self._store[block], index, rows, target)
+
     @contextmanager
     def visit(
         self, blocks: Sequence[str], direction: Direction, *, as_leaves: bool = False

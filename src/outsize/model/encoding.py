@@ -84,6 +84,10 @@ class EncodingSource:
         transposed = 4 * matrix.shape[-1] * matrix.shape[-2] if matrix.is_transposed else 0
         return converting + 4 * num_read + transposed + encoding
 
+    def gives_rows(self, parameter: str) -> bool:
+        """Of what is not encoded, as the source does."""
+        return parameter not in self._matrices and self.source.gives_rows(parameter)
+
     @property
     def bytes_read(self) -> int:
         """Bytes read from files so far."""

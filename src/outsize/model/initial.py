@@ -75,6 +75,10 @@ class InitSource:
         """The parameter in fp32, and what it is computed from."""
         return 8 * piece.num_elements
 
+    def gives_rows(self, parameter: str) -> bool:
+        """Never: rows of a table have values of their own wherever it is cut."""
+        return False
+
     @property
     def bytes_read(self) -> int:
         """None."""

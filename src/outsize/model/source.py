@@ -43,6 +43,11 @@ class Source(Protocol):
         """Memory that computing or converting `piece` takes while it is read, beside the target."""
         ...
 
+    def gives_rows(self, parameter: str) -> bool:
+        """Whether rows of `parameter` can be read by themselves, for little more than their bytes, with the values that it
+        has as a whole."""
+        ...
+
     @property
     def bytes_read(self) -> int:
         """Bytes read from files so far."""
@@ -144,6 +149,11 @@ class SafetensorsSource:
         pieces = [piece for piece in block.pieces if piece.parameter not in self._computed]
         groups = {id(group): group for group in map(self._group, pieces)}
         return [key for group in groups.values() for _, key in group.keys]
+
+    def gives_rows(self, parameter: str) -> bool:
+        """Whether the files hold `parameter` as one tensor, as it is."""
+        name = self._stored_name.get(parameter)
+        return name is not None and self._groups[name].converter is None
 
     @property
     def bytes_read(self) -> int:
@@ -262,6 +272,10 @@ class TensorSource:
     def conversion_bytes(self, piece: Piece) -> int:
         """Nothing."""
         return 0
+
+    def gives_rows(self, parameter: str) -> bool:
+        """Always."""
+        return True
 
     @property
     def bytes_read(self) -> int:

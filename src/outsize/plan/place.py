@@ -22,6 +22,8 @@ GRADIENT_SUM_BYTES = 4
 """Gradients are summed in fp32, whatever the type they are stored in."""
 
 WANTED_WEIGHT_SLOTS = 3
+WANTED_WEIGHT_SLOTS_TO_READ = 2
+"""Where nothing trains: one is filled while another computes."""
 WANTED_GRADIENT_SLOTS = 2
 CHUNK_BUFFERS = 4
 RELAY_BUFFERS = 8
@@ -78,10 +80,11 @@ class Placement:
 
     def is_roomy(self, pins: Pins) -> bool:
         """Whether there are as many slots as transfers beside computing can use, or as were pinned."""
+        wanted_slots = WANTED_WEIGHT_SLOTS if self.gradient_classes else WANTED_WEIGHT_SLOTS_TO_READ
         return all(
             group.count >= min(wanted, len(group.blocks))
             for groups, wanted in (
-                (self.weight_classes, pins.weight_slots or WANTED_WEIGHT_SLOTS),
+                (self.weight_classes, pins.weight_slots or wanted_slots),
                 (self.gradient_classes, pins.gradient_slots or WANTED_GRADIENT_SLOTS),
             )
             for group in groups
@@ -144,9 +147,11 @@ def place(
     has_disk: bool,
     always_resident: frozenset[str] = frozenset(),
     kept: frozenset[str] = frozenset(),
+    idle: frozenset[str] = frozenset(),
     pins: Pins,
 ) -> Placement:
-    """The placement that uses `arena_bytes` best; the weights of blocks in `kept` stay in memory whatever else does.
+    """The placement that uses `arena_bytes` best; the weights of blocks in `kept` stay in memory whatever else does, those
+    of blocks in `idle`, which no visit needs, only where all do.
 
     `home` pins where planes live (`HOST`: all resident, `DISK`: none but `always_resident`); without it memory that is
     left after the slots holds planes. Raises BudgetError, naming the least arena that works, where nothing fits.
@@ -178,7 +183,7 @@ def place(
                 hint="leave one of them out",
             )
         resident, limit = _kept(records, resident, pins.resident), 0
-    for slots in _fewer_and_fewer(pins):
+    for slots in _fewer_and_fewer(records, pins):
         placement = _placed(records, resident, *slots)
         if placement.arena_bytes <= arena_bytes:
             break
@@ -193,7 +198,7 @@ def place(
     if limit is not None:
         left = min(left, limit)
     chosen = set(resident)
-    for record, group in _ordered(records) if left else ():
+    for record, group in _ordered([r for r in records if r.name not in idle]) if left else ():
         cost = group_bytes(record, group)
         if (record.name, group) not in chosen and cost <= left:
             chosen.add((record.name, group))
@@ -201,9 +206,10 @@ def place(
     return _placed(records, frozenset(chosen), *slots)
 
 
-def _fewer_and_fewer(pins: Pins) -> Iterator[tuple[int, int]]:
+def _fewer_and_fewer(records: Sequence[Record], pins: Pins) -> Iterator[tuple[int, int]]:
     """Numbers of weight and gradient slots, from as many as transfers can use, or were pinned, down to the least."""
-    weight_slots = pins.weight_slots or WANTED_WEIGHT_SLOTS
+    wanted = WANTED_WEIGHT_SLOTS if is_stored(records) else WANTED_WEIGHT_SLOTS_TO_READ
+    weight_slots = pins.weight_slots or wanted
     gradient_slots = pins.gradient_slots or WANTED_GRADIENT_SLOTS
     while True:
         yield weight_slots, gradient_slots
@@ -269,7 +275,7 @@ def place_apart(
             )
         return whole
     resident = frozenset(key for key in everything if key[0] in always_resident | kept)
-    for slots in _fewer_and_fewer(pins):
+    for slots in _fewer_and_fewer(records, pins):
         placement = _placed(records, resident, *slots)
         if placement.compute_bytes <= device_bytes:
             break
