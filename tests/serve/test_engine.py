@@ -7,12 +7,13 @@ import pytest
 import torch
 
 import outsize
+from outsize import Pins
 from outsize.engine.session import Session
 from outsize.errors import BudgetError, ConfigError, ModelError, RequestError
 from outsize.serve import Engine, Finish, Request, Sampling, Stream, open_engine
 from outsize.serve.schedule import Sample
 from outsize.serve.speculate import Guesser, _Record
-from tests.running import opened
+from tests.running import executor_of, opened
 from tests.serve.families import FAMILIES, lively, prompts_of
 from tests.zoo import plain_stack
 
@@ -77,27 +78,65 @@ def test_copied_guesses_change_nothing_and_save_passes(monkeypatch):
 
 
 def test_guesses_are_what_followed_the_last_time():
-    guesser, request = Guesser(), Request((1, 2, 3, 4, 5, 6, 1, 2, 3))
-    sample = Sample(Stream(request, lambda: None), 0, list(request.prompt), 50, num_computed=8)
+    guesser, request = Guesser(), Request((1, 2, 3, 4, 5, 6, 7, 8, 1, 2, 3, 4, 5, 6))
+    sample = Sample(Stream(request, lambda: None), 0, list(request.prompt), 50, num_computed=13)
 
     def guesses(most=30):
         guesser.prepare([sample])
         return guesser.propose(sample, most)
 
-    assert guesses(2) == [4, 5]
+    def say(*tokens):
+        sample.tokens += tokens
+        sample.num_computed += len(tokens)
+
+    assert guesses() == [7]  # one, to begin with
+    guesser.learn(sample, 1, 1)
+    say(7, 8)
+    assert guesses() == [1, 2]  # more, after it held
+    assert guesses(1) == [1]
     guesser.learn(sample, 2, 2)
-    assert guesses() == [4, 5, 6, 1, 2, 3]  # more, after all held
-    guesser.learn(sample, 6, 0)
+    say(1, 2, 3)
+    assert guesses() == [4, 5, 6, 7]
+    guesser.learn(sample, 4, 0)
     assert guesses() == [4]  # fewer, after none did
-    sample.tokens.append(9)
-    sample.num_computed += 1
+    say(9)
     assert guesses() == []
+    say(1, 2, 3)
+    assert guesses() == [9]  # three tokens are enough where so much was copied
+    guesser._records[sample].num_held = 0
+    assert guesses() == []
+
+
+def test_what_repeats_itself_is_guessed_over_again():
+    guesser, request = Guesser(), Request((5, 5, 5, 5, 5, 5, 5))
+    sample = Sample(Stream(request, lambda: None), 0, list(request.prompt), 50, num_computed=6)
+    for count in (1, 2, 4, 8, 16, 16):
+        guesser.prepare([sample])
+        assert guesser.propose(sample, 30) == [5] * count
+        guesser.learn(sample, count, count)
+
+
+def test_elsewhere_few_guesses_fail():
+    """Of a text in which what was said before is said again, and goes on otherwise each time."""
+    guesser, request = Guesser(), Request((1,))
+    sample = Sample(Stream(request, lambda: None), 0, list(request.prompt), 5000, num_computed=0)
+    num_wasted = 0
+    for turn in range(400):
+        for token in (2, 3, 4, 5, 6, 7, 1000 + turn):
+            sample.num_computed = len(sample.tokens) - 1
+            guesser.prepare([sample])
+            if guesses := guesser.propose(sample, 30):
+                held = 0 if guesses[0] != token else 1
+                guesser.learn(sample, len(guesses), held)
+                num_wasted += len(guesses) - held
+            sample.tokens.append(token)
+    assert 10 < num_wasted <= 0.01 * len(sample.tokens) + 2
 
 
 def test_guesses_are_made_where_they_pay():
     """A pass takes 0.6 s, and 0.4 s more for each token: two in five guesses must hold."""
-    guesser, request = Guesser(), Request((1, 2, 3, 4, 1, 2, 3))
-    sample = Sample(Stream(request, lambda: None), 0, list(request.prompt), 50, num_computed=6)
+    guesser, request = Guesser(), Request((1, 2, 3, 4, 5, 6, 7, 1, 2, 3, 4, 5, 6))
+    sample = Sample(Stream(request, lambda: None), 0, list(request.prompt), 50, num_computed=12)
     for num_tokens in (1, 3, 1, 3, 10):
         guesser._cost.add(num_tokens, 0.6 + 0.4 * num_tokens)
     assert guesser._cost.line() == pytest.approx((0.6, 0.4))
@@ -319,3 +358,14 @@ def test_a_model_that_was_called_before_is_served_if_pages_fit(tmp_path):
     with pytest.raises(BudgetError, match="was called before"):
         Engine(model, kv="5GiB")
     assert outsize.report(model).host_peak_bytes < 4 << 30
+
+
+def test_what_the_next_pass_needs_first_is_read_beside_choosing_tokens(model, tmp_path):
+    streamed = opened(model, disk=tmp_path, home="disk", pins=Pins(weight_slots=2)).requires_grad_(False)
+    engine = Engine(streamed)
+    engine.submit(Request(prompts_of((20,))[0], DRAWN, 4))
+    engine.step()
+    executor = executor_of(streamed)
+    first = executor._expected[0].block
+    assert executor.store[first].slot is not None and first in executor._held
+    assert not outsize.report(streamed).off_plan

@@ -316,6 +316,11 @@ class Session:
         finally:
             self._after_call(self.module, (), kwargs, None)
 
+    def read_ahead(self) -> None:
+        """Start reading what a call like the last one needs first, beside what its caller does meanwhile."""
+        if self.executor is not None and self._call is not None:
+            self.executor.begin(self._call.rehearsal.visits)
+
     def _before_encoder(self, encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Settle for the whole model where `generate` runs the encoder alone before the model was ever called.
 

@@ -148,6 +148,9 @@ def _widen() -> _Widen | None:
 def _torch_lays_out_alike() -> bool:
     """Whether torch's product of four bits is for codes as they lie here: on a CPU with AVX-512."""
     weight = torch.arange(LINE_ROWS * GROUP, dtype=torch.int32).view(LINE_ROWS, GROUP) * 7 % 16
-    theirs = torch.ops.aten._convert_weight_to_int4pack_for_cpu(weight, 1)
+    try:
+        theirs = torch.ops.aten._convert_weight_to_int4pack_for_cpu(weight, 1)
+    except (RuntimeError, AttributeError):
+        return False  # a build of torch without it
     low, high = weight.view(2, LINE_ROWS // 2, GROUP).transpose(1, 2)
     return torch.equal(theirs.view(-1), (low | high << 4).to(torch.uint8).reshape(-1))

@@ -82,7 +82,7 @@ class Runner:
             raise ConfigError(
                 f"pass_tokens: {pass_tokens} is less than 1", hint=f"pass {PASS_TOKENS}, or leave it out"
             )
-        session = find_session(model)
+        self._session = session = find_session(model)
         self.model: Any = model
         self.deterministic = deterministic
         self.device = next(model.parameters()).device if session is None else session.torch_device
@@ -131,6 +131,8 @@ class Runner:
                 parts = [*parts, Part((0,), long_after, (), ())]
         with switched(self.model), self._products():
             logits_NV = self._call(self._arguments(parts)).logits[0]
+        if self._session is not None:
+            self._session.read_ahead()
         return list(logits_NV.split([len(part.rows) for part in parts] + [int(not _num_rows(parts))]))
 
     def _call(self, arguments: dict[str, Any]) -> Any:

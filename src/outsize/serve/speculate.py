@@ -1,5 +1,8 @@
 """Guessing ahead: copying what followed the last time the text went like this (CopySpec, Dumitru et al., 2025), or a draft.
 
+Copies begin with one token after a long match. Where they hold, as in a text that is edited, there are soon many, after
+short matches; elsewhere they are given up before those that fail are more than a hundredth of what is said.
+
 A guess costs a token in a pass that is made anyway, and one that holds saves a pass. Guesses never change what is said:
 each position's token is chosen with its own noise, and guesses hold as far as they are what is chosen.
 """
@@ -15,7 +18,16 @@ from outsize.serve.draft import Draft
 from outsize.serve.schedule import Chunk, Sample
 
 MATCH = 3
-"""Tokens that must have occurred before."""
+"""Tokens that must have occurred before, in a text that is being copied."""
+
+LONG_MATCH = 6
+"""The same in any other: few tokens occur again by chance."""
+
+COPYING = 0.25
+"""Of what was said, so much that held as a guess makes a text one that is being copied."""
+
+MOST_WASTED = 0.01
+"""Of what was said, so many copied guesses may fail in any other before no more are made."""
 
 MOST_GUESSES = 16
 """Ahead of one sample, in a pass."""
@@ -49,23 +61,44 @@ class _Trust:
 
 @dataclass(slots=True)
 class _Record:
-    """Of one sample: where each MATCH tokens were last followed by something, and what guessing was worth."""
+    """Of one sample: where some tokens were last followed by something, and what guessing was worth."""
 
     last: dict[tuple[int, ...], int] = field(default_factory=dict)
     num_read: int = 0
-    copied: _Trust = field(default_factory=_Trust)
+    num_held: int = 0
+    num_wasted: int = 0
+    copied: _Trust = field(default_factory=lambda: _Trust(num_wanted=1))
     drafted: _Trust = field(default_factory=_Trust)
     guesses: list[int] = field(default_factory=list)
     """For the next pass."""
     is_copied: bool = False
 
-    def copies(self, tokens: Sequence[int]) -> list[int]:
-        """What followed the last MATCH tokens the last time they occurred."""
+    def copies(self, tokens: Sequence[int], num_said: int) -> list[int]:
+        """What followed the last few tokens the last time they occurred; over again, where that is not much.
+
+        Of the tokens, the last `num_said` were said by the model.
+        """
         for end in range(max(self.num_read, MATCH), len(tokens)):
             self.last[tuple(tokens[end - MATCH : end])] = end
+            self.last[tuple(tokens[max(0, end - LONG_MATCH) : end])] = end
         self.num_read = max(self.num_read, len(tokens))
-        place = self.last.get(tuple(tokens[-MATCH:]))
-        return [] if place is None else list(tokens[place : place + self.copied.num_wanted])
+        is_copying = self.num_held > COPYING * num_said
+        if not is_copying and self.num_wasted > MOST_WASTED * num_said:
+            return []
+        place = self.last.get(tuple(tokens[-(MATCH if is_copying else LONG_MATCH) :]))
+        if place is None:
+            return []
+        count = len(tokens) - place
+        return [tokens[place + index % count] for index in range(self.copied.num_wanted)]
+
+    def learn(self, num_guessed: int, num_held: int) -> None:
+        """So many guesses were made, and so many held."""
+        if not self.is_copied:
+            self.drafted.learn(num_guessed, num_held)
+            return
+        self.num_held += num_held
+        self.num_wasted += num_guessed - num_held
+        self.copied.learn(num_guessed, num_held)
 
 
 @dataclass(slots=True)
@@ -118,7 +151,8 @@ class Guesser:
             if not sample.is_decoding:
                 continue
             record = self._records.setdefault(sample, _Record())
-            record.guesses, record.is_copied = record.copies(sample.tokens), True
+            num_said = len(sample.tokens) - len(sample.stream.request.prompt)
+            record.guesses, record.is_copied = record.copies(sample.tokens, num_said), True
             if record.guesses and self._pays(record.copied):
                 continue
             record.guesses, record.is_copied = [], False
@@ -148,8 +182,7 @@ class Guesser:
             return
         self.num_guessed += num_guessed
         self.num_held += num_held
-        record = self._records[sample]
-        (record.copied if record.is_copied else record.drafted).learn(num_guessed, num_held)
+        self._records[sample].learn(num_guessed, num_held)
 
     def forget(self, sample: Sample) -> None:
         """A sample ended."""
