@@ -12,7 +12,7 @@ from outsize.engine.session import Session
 from outsize.errors import BudgetError, ConfigError, ModelError, RequestError
 from outsize.serve import Engine, Finish, Request, Sampling, Stream, open_engine
 from outsize.serve.schedule import Sample
-from outsize.serve.speculate import Guesser, _Record
+from outsize.serve.speculate import LONG_MATCH, Guesser, _Record
 from tests.running import executor_of, opened
 from tests.serve.families import FAMILIES, lively, prompts_of
 from tests.zoo import plain_stack
@@ -77,9 +77,10 @@ def test_copied_guesses_change_nothing_and_save_passes(monkeypatch):
     assert fewer == more - held and held > 10
 
 
-def test_guesses_are_what_followed_the_last_time():
-    guesser, request = Guesser(), Request((1, 2, 3, 4, 5, 6, 7, 8, 1, 2, 3, 4, 5, 6))
-    sample = Sample(Stream(request, lambda: None), 0, list(request.prompt), 50, num_computed=13)
+def guessing(prompt):
+    """A guesser, a sample that decodes after `prompt`, what is guessed for it, and a way to let it say something."""
+    guesser, request = Guesser(), Request(tuple(prompt), max_new_tokens=100_000)
+    sample = Sample(Stream(request, lambda: None), 0, list(prompt), 100_000, num_computed=len(prompt) - 1)
 
     def guesses(most=30):
         guesser.prepare([sample])
@@ -89,54 +90,79 @@ def test_guesses_are_what_followed_the_last_time():
         sample.tokens += tokens
         sample.num_computed += len(tokens)
 
-    assert guesses() == [7]  # one, to begin with
+    return guesser, sample, guesses, say
+
+
+TEXT = list(range(1, 61))
+
+
+def test_guesses_are_what_followed_the_last_time():
+    guesser, sample, guesses, say = guessing([*TEXT, *TEXT[: LONG_MATCH - 1]])
+    assert guesses() == []  # what is alike may be so by chance
+    say(16)
+    assert guesses() == [17]  # one, to begin with
     guesser.learn(sample, 1, 1)
-    say(7, 8)
-    assert guesses() == [1, 2]  # more, after it held
-    assert guesses(1) == [1]
+    say(17, 18)
+    assert guesses() == [19, 20]  # more, after it held
+    assert guesses(1) == [19]
     guesser.learn(sample, 2, 2)
-    say(1, 2, 3)
-    assert guesses() == [4, 5, 6, 7]
+    say(19, 20, 21)
+    assert guesses() == [22, 23, 24, 25]
     guesser.learn(sample, 4, 0)
-    assert guesses() == [4]  # fewer, after none did
-    say(9)
+    assert guesses() == []  # a longer match is wanted, after none did
+    guesser._records[sample].long_match = LONG_MATCH
+    assert guesses() == [22]  # and fewer are guessed
+
+
+def test_a_text_that_is_copied_goes_on_after_what_was_changed():
+    guesser, sample, guesses, say = guessing([*TEXT, *TEXT[:20]])
+    for _ in range(4):
+        held = guesses()
+        guesser.learn(sample, len(held), len(held))
+        say(*held)
+    assert sample.tokens[-1] == 35 and guesses() == TEXT[35:51]
+    guesser.learn(sample, 16, 2)
+    say(36, 37, 100)
     assert guesses() == []
-    say(1, 2, 3)
-    assert guesses() == [9]  # three tokens are enough where so much was copied
-    guesser._records[sample].num_held = 0
-    assert guesses() == []
+    say(101)
+    assert guesses() == []  # still changed
+    say(40)  # for 38 and 39 there is something else
+    assert guesses() == [41, 42, 43]
+    guesser.learn(sample, 3, 3)
+    say(41, 42, 43, 44)
+    assert guesses() == TEXT[44:50]
+
+    guesser.forget(sample)
+    request = Request((7, 8, 9, 10, 7, 8, 9))
+    other = Sample(Stream(request, lambda: None), 0, list(request.prompt), 50, num_computed=6)
+    guesser.prepare([other])
+    assert guesser.propose(other, 30) == [10, 7, 8, 9], "the next text is believed to be of the kind"
 
 
 def test_what_repeats_itself_is_guessed_over_again():
-    guesser, request = Guesser(), Request((5, 5, 5, 5, 5, 5, 5))
-    sample = Sample(Stream(request, lambda: None), 0, list(request.prompt), 50, num_computed=6)
+    guesser, sample, guesses, _ = guessing([5] * 20)
     for count in (1, 2, 4, 8, 16, 16):
-        guesser.prepare([sample])
-        assert guesser.propose(sample, 30) == [5] * count
+        assert guesses() == [5] * count
         guesser.learn(sample, count, count)
 
 
 def test_elsewhere_few_guesses_fail():
     """Of a text in which what was said before is said again, and goes on otherwise each time."""
-    guesser, request = Guesser(), Request((1,))
-    sample = Sample(Stream(request, lambda: None), 0, list(request.prompt), 5000, num_computed=0)
+    guesser, sample, guesses, say = guessing([1])
     num_wasted = 0
-    for turn in range(400):
-        for token in (2, 3, 4, 5, 6, 7, 1000 + turn):
-            sample.num_computed = len(sample.tokens) - 1
-            guesser.prepare([sample])
-            if guesses := guesser.propose(sample, 30):
-                held = 0 if guesses[0] != token else 1
-                guesser.learn(sample, len(guesses), held)
-                num_wasted += len(guesses) - held
-            sample.tokens.append(token)
-    assert 10 < num_wasted <= 0.01 * len(sample.tokens) + 2
+    for turn in range(200):
+        for token in (*range(2, LONG_MATCH + 2), 1000 + turn):
+            if found := guesses():
+                held = int(found[0] == token)
+                guesser.learn(sample, len(found), held)
+                num_wasted += len(found) - held
+            say(token)
+    assert 0 < num_wasted < 3
 
 
 def test_guesses_are_made_where_they_pay():
     """A pass takes 0.6 s, and 0.4 s more for each token: two in five guesses must hold."""
-    guesser, request = Guesser(), Request((1, 2, 3, 4, 5, 6, 7, 1, 2, 3, 4, 5, 6))
-    sample = Sample(Stream(request, lambda: None), 0, list(request.prompt), 50, num_computed=12)
+    guesser, sample, _, _ = guessing(TEXT[:20] * 2)
     for num_tokens in (1, 3, 1, 3, 10):
         guesser._cost.add(num_tokens, 0.6 + 0.4 * num_tokens)
     assert guesser._cost.line() == pytest.approx((0.6, 0.4))

@@ -1,7 +1,8 @@
 """Guessing ahead: copying what followed the last time the text went like this (CopySpec, Dumitru et al., 2025), or a draft.
 
 Copies begin with one token after a long match. Where they hold, as in a text that is edited, there are soon many, after
-short matches; elsewhere they are given up before those that fail are more than a hundredth of what is said.
+short matches, and right after what was changed; texts that follow begin so too. Elsewhere each that fails makes the next
+one wait for a match twice as long.
 
 A guess costs a token in a pass that is made anyway, and one that holds saves a pass. Guesses never change what is said:
 each position's token is chosen with its own noise, and guesses hold as far as they are what is chosen.
@@ -20,14 +21,17 @@ from outsize.serve.schedule import Chunk, Sample
 MATCH = 3
 """Tokens that must have occurred before, in a text that is being copied."""
 
-LONG_MATCH = 6
-"""The same in any other: few tokens occur again by chance."""
+LONG_MATCH = 16
+"""The same in any other, to begin with; twice as many after each guess that failed."""
 
 COPYING = 0.25
 """Of what was said, so much that held as a guess makes a text one that is being copied."""
 
-MOST_WASTED = 0.01
-"""Of what was said, so many copied guesses may fail in any other before no more are made."""
+PRIOR_TOKENS = 32
+"""Said before a text of its own says more of it than those before."""
+
+NEAR = 12
+"""Tokens after one that was changed, among which a copy may go on."""
 
 MOST_GUESSES = 16
 """Ahead of one sample, in a pass."""
@@ -65,8 +69,14 @@ class _Record:
 
     last: dict[tuple[int, ...], int] = field(default_factory=dict)
     num_read: int = 0
+    prior: float = 0.0
+    """The share of texts before that held as a copied guess."""
+    num_said: int = 0
     num_held: int = 0
-    num_wasted: int = 0
+    """Of copied guesses."""
+    place: int = 0
+    """Of the token that a copy goes on with."""
+    long_match: int = LONG_MATCH
     copied: _Trust = field(default_factory=lambda: _Trust(num_wanted=1))
     drafted: _Trust = field(default_factory=_Trust)
     guesses: list[int] = field(default_factory=list)
@@ -78,18 +88,36 @@ class _Record:
 
         Of the tokens, the last `num_said` were said by the model.
         """
+        self.num_said = num_said
         for end in range(max(self.num_read, MATCH), len(tokens)):
             self.last[tuple(tokens[end - MATCH : end])] = end
-            self.last[tuple(tokens[max(0, end - LONG_MATCH) : end])] = end
         self.num_read = max(self.num_read, len(tokens))
-        is_copying = self.num_held > COPYING * num_said
-        if not is_copying and self.num_wasted > MOST_WASTED * num_said:
+        place = self.last.get(tuple(tokens[-MATCH:]))
+        if self.is_copying:
+            place = self._near(tokens) if place is None else place
+        elif (
+            place is not None
+            and tokens[max(0, place - self.long_match) : place] != tokens[-self.long_match :]
+        ):
             return []
-        place = self.last.get(tuple(tokens[-(MATCH if is_copying else LONG_MATCH) :]))
         if place is None:
             return []
+        self.place = place
         count = len(tokens) - place
         return [tokens[place + index % count] for index in range(self.copied.num_wanted)]
+
+    @property
+    def is_copying(self) -> bool:
+        """Whether enough of what was said held as a guess; at first, of what others said before."""
+        held = self.num_held + self.prior * PRIOR_TOKENS
+        return held > COPYING * (self.num_said + PRIOR_TOKENS)
+
+    def _near(self, tokens: Sequence[int]) -> int | None:
+        """Where the copy may go on after what was changed: after the next token like the last one."""
+        for place in range(self.place + 1, min(self.place + NEAR, len(tokens))):
+            if tokens[place - 1] == tokens[-1]:
+                return place
+        return None
 
     def learn(self, num_guessed: int, num_held: int) -> None:
         """So many guesses were made, and so many held."""
@@ -97,7 +125,11 @@ class _Record:
             self.drafted.learn(num_guessed, num_held)
             return
         self.num_held += num_held
-        self.num_wasted += num_guessed - num_held
+        self.place += num_held
+        if num_held == num_guessed:
+            self.long_match = max(LONG_MATCH, self.long_match // 2)
+        elif not num_held:
+            self.long_match *= 2
         self.copied.learn(num_guessed, num_held)
 
 
@@ -139,6 +171,10 @@ class Guesser:
         self.num_guessed = 0
         self.num_held = 0
         self._records: dict[Sample, _Record] = {}
+        self._said = 0.0
+        """Tokens of samples that ended, the latest count most."""
+        self._held = 0.0
+        """Of them, those that were copied guesses."""
         self._cost = _Cost()
         self._num_decoding = 1
         self._draft_s = 0.0
@@ -150,7 +186,10 @@ class Guesser:
         for sample in samples:
             if not sample.is_decoding:
                 continue
-            record = self._records.setdefault(sample, _Record())
+            record = self._records.get(sample)
+            if record is None:
+                record = self._records[sample] = _Record(prior=self._held / self._said if self._said else 0.0)
+                record.copied.num_wanted = 4 if record.is_copying else 1
             num_said = len(sample.tokens) - len(sample.stream.request.prompt)
             record.guesses, record.is_copied = record.copies(sample.tokens, num_said), True
             if record.guesses and self._pays(record.copied):
@@ -186,7 +225,10 @@ class Guesser:
 
     def forget(self, sample: Sample) -> None:
         """A sample ended."""
-        self._records.pop(sample, None)
+        record = self._records.pop(sample, None)
+        if record is not None:
+            self._said = _MEMORY * self._said + record.num_said
+            self._held = _MEMORY * self._held + record.num_held
         if self.draft is not None:
             self.draft.forget(sample)
 
