@@ -13,7 +13,7 @@ from outsize.config import Home, Pins
 from outsize.errors import BudgetError
 from outsize.plan import Direction, Occupancy, Visit, build, check, place, place_apart, planner
 from outsize.plan.place import _placed
-from outsize.plan.planner import SLOTS, choose, prefer, waits
+from outsize.plan.planner import NUM_GRIDS, PARTS, SLOTS, choose, prefer, waits
 from outsize.plan.profile import Resource
 from outsize.plan.simulate import simulate
 from tests.plan.test_plan import call, make_records
@@ -89,6 +89,40 @@ def test_more_memory_is_never_slower(sizes, memory, more, forward_s):
 BF16 = {Plane.WEIGHT: 2, Plane.GRADIENT: 2, Plane.MOMENT1: 4, Plane.MOMENT2: 4}
 
 
+def best_s(records, own, device_bytes, host_bytes):
+    """Seconds of the best step beside a device."""
+
+    def fit(pins):
+        return place_apart(
+            list(records.values()),
+            device_bytes=device_bytes,
+            host_bytes=host_bytes,
+            home=None,
+            has_disk=True,
+            pins=pins,
+        )
+
+    found = choose([("way", fit, lambda: own)], call(list(records)), records, DEVICE, NONE)
+    return found[0].step_s if found else float("inf")
+
+
+@pytest.mark.parametrize(
+    ("sizes", "device", "host", "forward_s"),
+    [
+        ([100_000, 5_000_000], 1.0, 1.0, 0.0078125),
+        ([5_000_000, 3_000_000, 5_000_000], 1.084, 0.732, 0.0072),
+        ([1_000_000, 3_000_000, 5_000_000, 3_000_000, 3_000_000, 5_000_000], 0.936, 1.117, 0.0093),
+    ],
+)
+def test_a_device_keeps_less_than_it_has_room_for_where_that_is_faster(sizes, device, host, forward_s):
+    """What stays on a device is updated there, which takes of its computing."""
+    records = make_records({f"L{i}": size for i, size in enumerate(sizes)}, element_bytes=BF16)
+    own = costs(list(records), forward_s, 3 * forward_s)
+    whole = sum(record.num_bytes for record in records.values())
+    before = best_s(records, own, int(device * whole), int(host * whole))
+    assert best_s(records, own, 2 * int(device * whole), int(host * whole)) <= before * (1 + 1e-9)
+
+
 @given(SIZES, st.booleans(), st.floats(0.2, 1.3), st.floats(0.2, 1.3), st.floats(0, 0.05), st.data())
 @settings(max_examples=60, deadline=None)
 def test_more_memory_is_never_slower_on_a_device_and_in_bf16(sizes, is_bf16, device, host, forward_s, data):
@@ -98,25 +132,10 @@ def test_more_memory_is_never_slower_on_a_device_and_in_bf16(sizes, is_bf16, dev
     own = costs(list(records), forward_s, 3 * forward_s)
     whole = sum(record.num_bytes for record in records.values())
 
-    def best(device_bytes, host_bytes):
-        def fit(pins):
-            return place_apart(
-                list(records.values()),
-                device_bytes=device_bytes,
-                host_bytes=host_bytes,
-                home=None,
-                has_disk=True,
-                pins=pins,
-            )
-
-        found = choose([("way", fit, lambda: own)], call(list(records)), records, DEVICE, NONE)
-        return found[0].step_s if found else float("inf")
-
     rooms = [int(device * whole), int(host * whole)]
-    before = best(*rooms)
+    before = best_s(records, own, *rooms)
     rooms[data.draw(st.integers(0, 1))] *= 2
-    # What stays on a device is updated there, which takes of its computing.
-    assert best(*rooms) <= before * (1 + 1e-3)
+    assert best_s(records, own, *rooms) <= before * (1 + 1e-3)
     small = chosen(records, HOST, own, int(device * whole))
     large = chosen(records, HOST, own, int(2 * device * whole))
     assert not small or large[0].step_s <= small[0].step_s * (1 + 1e-9)
@@ -245,7 +264,7 @@ def test_on_a_device_what_fits_is_simulated_too():
         )
 
     choices = choose([("way", fit, lambda: costs(names, 0.01, 0.03))], call(names), records, DEVICE, Pins())
-    assert 1 < len(choices) <= len(SLOTS) + 1
+    assert 1 < len(choices) <= len(SLOTS) + 1 + NUM_GRIDS * PARTS
     for choice in choices:
         assert choice.placement.compute_bytes <= 2 * GIB and choice.placement.home_bytes <= 3 * GIB
         check(

@@ -445,7 +445,10 @@ class Budget:
             for fit in fits
         )
         by_name = {record.name: record for record in records}
-        choices = choose(ways, rehearsal.visits, by_name, foresight.profile, self._settings.pins)
+        has_home = self._settings.home is not None
+        choices = choose(
+            ways, rehearsal.visits, by_name, foresight.profile, self._settings.pins, has_home=has_home
+        )
         return [replace(choice, pins=self._exact_pins(choice, by_name)) for choice in choices]
 
     def _exact_pins(self, choice: Choice[Fit], records: Mapping[str, Record]) -> Pins:

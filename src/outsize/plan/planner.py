@@ -67,8 +67,11 @@ def choose(
     records: Mapping[str, Record],
     profile: Profile,
     pins: Pins,
+    *,
+    has_home: bool = False,
 ) -> list[Choice[Way]]:
-    """What fits, the fastest first; of equals, what was tried first. What is pinned is left as it is.
+    """What fits, the fastest first; of equals, what was tried first. What is pinned is left as it is, and what stays in
+    memory also where planes have a home (`has_home`) that says so.
 
     Each way comes with a function that places planes beside it, which raises BudgetError where they do not fit, and one
     that gives what computing costs, asked only where something fits. Of all ways the numbers of slots are tried; of the
@@ -84,7 +87,8 @@ def choose(
     best = min((index for index in found if found[index]), key=lambda index: found[index][0].step_s)
     way, place, costs_of = known[best]
     seen = {choice.placement for choice in found[best]}
-    tried = _placements(place, _stays(place, len(records), pins), seen)
+    stays = () if has_home else _stays(place, records, pins)
+    tried = _placements(place, stays, seen)
     found[best] += _simulated(tried, way, costs_of, visits, records, profile, found[best][0].step_s)
     return sorted((each for some in found.values() for each in some), key=lambda choice: choice.step_s)
 
@@ -160,12 +164,17 @@ def _slots(pins: Pins) -> Iterator[Pins]:
         )
 
 
-def _stays(place: Callable[[Pins], Placement], num_blocks: int, pins: Pins) -> Iterator[Pins]:
-    """The same with what stays in memory, where that is left open and can be chosen."""
+def _stays(place: Callable[[Pins], Placement], records: Mapping[str, Record], pins: Pins) -> Iterator[Pins]:
+    """The same with what stays in memory, where that is left open: of so many blocks, or, on a device, parts of all."""
+    num_blocks, whole = len(records), sum(record.num_bytes for record in records.values())
+    sizes = [whole * part // PARTS for part in range(PARTS)]
     if pins.resident is not None or pins.resident_bytes is not None:
         return
     for own in list(_slots(pins))[1 : 1 + NUM_GRIDS]:
-        if _try(place, replace(own, resident=(0, 0, 0))):
+        if _try(place, replace(own, resident=(0, 0, 0))) is None:
+            for num_bytes in sizes:
+                yield replace(own, resident_bytes=num_bytes)
+        else:
             for weights in _parts(num_blocks):
                 for gradients in _parts(num_blocks):
                     yield _filled(place, num_blocks, own, (weights, gradients, 0))
