@@ -214,6 +214,9 @@ def test_a_folder_whose_codes_are_of_another_shape_is_refused(folder, tmp_path):
     save_file(tensors, path, metadata={"format": "pt"})
     with pytest.raises(WeightsError, match=r"up_proj.weight has shape"):
         outsize.load(tmp_path / "int4")
+    path.unlink()
+    with pytest.raises(WeightsError, match=r"no model.safetensors"):
+        outsize.load(tmp_path / "int4")
 
 
 def test_a_model_without_such_matrices_is_refused(tmp_path):

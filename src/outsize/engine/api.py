@@ -77,7 +77,8 @@ def load(
         folder, DTYPES[settings.compute_type], trust_remote_code=trust_remote_code, attention=attention
     )
     source: Source
-    if any(folder.glob("*.safetensors")) or any(folder.glob("*.bin")) or any(folder.glob("*.index.json")):
+    patterns = ("*.safetensors", "*.bin", "*.index.json")
+    if stored is not None or any(any(folder.glob(pattern)) for pattern in patterns):
         source = SafetensorsSource(folder, module)
     else:
         source = InitSource(module, seed)
