@@ -40,6 +40,13 @@ class ComputeType(StrEnum):
     BFLOAT16 = "bfloat16"
 
 
+class Weights(StrEnum):
+    """In how many bits matrices of layers are kept, where not in the compute type."""
+
+    INT8 = "int8"
+    INT4 = "int4"
+
+
 class OnDeviceFull(StrEnum):
     """What follows when a device runs out of memory inside a call."""
 

@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -49,6 +50,7 @@ def find_compiler() -> str | None:
     return shutil.which(os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++"))
 
 
+@cache
 def cpu_description() -> str:
     """What code for this CPU depends on: packages may lie in a home folder that unlike machines share."""
     lines = {platform.machine(), torch.backends.cpu.get_cpu_capability()}

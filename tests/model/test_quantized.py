@@ -12,9 +12,10 @@ from safetensors.torch import load_file, save_file
 
 import outsize
 from outsize import Pins
+from outsize.config import Weights
 from outsize.engine.session import session_of
 from outsize.errors import ConfigError, ModelError, UsageError, WeightsError
-from outsize.quant import FORMATS, QuantizedLinear, Weights, quantize
+from outsize.quant import FORMATS, QuantizedLinear, quantize
 
 _DECODER = {
     "hidden_size": 128,

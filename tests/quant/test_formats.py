@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from outsize.quant import FORMATS, Encoded, Weights
+from outsize.config import Weights
+from outsize.quant import FORMATS, Encoded
 from outsize.quant.formats import GROUP, LINE_ROWS
 from outsize.quant.product import _torch_lays_out_alike
 

@@ -5,7 +5,8 @@ import sys
 import pytest
 import torch
 
-from outsize.quant import FORMATS, Weights, product
+from outsize.config import Weights
+from outsize.quant import FORMATS, product
 from outsize.quant.formats import LINE_ROWS
 from outsize.serve.fixed import FixedTiles
 

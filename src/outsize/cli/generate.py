@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from outsize.cli import options as shared
 from outsize.cli import quiet
+from outsize.config import Weights
 from outsize.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ def add_weights(group: argparse._ActionsContainer, *, required: bool = False) ->
     """How matrices are kept."""
     group.add_argument(
         "--weights",
-        choices=["int8", "int4"],
+        choices=[str(kind) for kind in Weights],
         required=required,
         help="keep the matrices of layers in 8 or 4 bits: less memory and reading, nearly the same text",
     )

@@ -8,10 +8,11 @@ import torch
 from torch import nn
 
 from outsize.block import Block, Piece
+from outsize.config import Weights
 from outsize.errors import ModelError, WeightsError
 from outsize.model.quantized import put_in
 from outsize.model.source import Source
-from outsize.quant import FORMATS, LINE_ROWS, Format, Matrix, Weights
+from outsize.quant import FORMATS, LINE_ROWS, Format, Matrix
 
 _READ_ELEMENTS = 1 << 22
 """Of a matrix, read at once: pieces enough for all threads that read."""

@@ -13,10 +13,11 @@ from typing import Any
 
 from torch import nn
 
+from outsize.config import Weights
 from outsize.errors import ConfigError, ModelError
 from outsize.model.cut import cut
 from outsize.model.points import PointKind
-from outsize.quant import Matrix, Weights, quantize
+from outsize.quant import Matrix, quantize
 
 METHOD = "outsize"
 """Under `quant_method` in a config."""

@@ -283,7 +283,6 @@ def _sources() -> tuple[str, ...]:
     return tuple(Path(__file__).with_name(name).read_text() for name in _SOURCES)
 
 
-@cache
 @lru_cache(maxsize=256)
 def _scalars(hyper: Hyper, device: torch.device) -> Tensor:
     scalars = torch.tensor(hyper.scalars(), dtype=torch.float32)

@@ -1,6 +1,6 @@
 """Weights in few bits: matrices of layers as codes with scales, and products with them."""
 
-from outsize.quant.formats import FORMATS, LINE_ROWS, Encoded, Format, Weights
+from outsize.quant.formats import FORMATS, LINE_ROWS, Encoded, Format
 from outsize.quant.linear import Matrix, QuantizedLinear, quantize
 from outsize.quant.product import product
 
@@ -11,7 +11,6 @@ __all__ = [
     "Format",
     "Matrix",
     "QuantizedLinear",
-    "Weights",
     "product",
     "quantize",
 ]

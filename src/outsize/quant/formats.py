@@ -12,23 +12,17 @@ least and the largest weight of a group is that of Dettmers and Zettlemoyer, "Th
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import Protocol
 
 import torch
+
+from outsize.config import Weights
 
 LINE_ROWS = 64
 GROUP = 64
 """Columns of a row that share a scale in four bits."""
 
 _LEAST_SCALE = 1e-20
-
-
-class Weights(StrEnum):
-    """How matrices of layers are kept."""
-
-    INT8 = "int8"
-    INT4 = "int4"
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,8 +13,9 @@ import torch
 from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from outsize.config import Weights
 from outsize.errors import UsageError
-from outsize.quant.formats import FORMATS, Weights
+from outsize.quant.formats import FORMATS
 from outsize.quant.product import product
 
 EXPERTS = "outsize_few_bits"

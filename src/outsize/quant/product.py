@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import library as registry
 
+from outsize.config import Weights
 from outsize.native import library
-from outsize.quant.formats import FORMATS, GROUP, LINE_ROWS, Encoded, Weights
+from outsize.quant.formats import FORMATS, GROUP, LINE_ROWS, Encoded
 
 FEW_ROWS = {Weights.INT8: 24, Weights.INT4: 48}
 """Up to here torch's products of codes are faster."""
@@ -26,7 +28,7 @@ PART_BYTES = 4 << 20
 """Of a matrix in bfloat16 that is there at once."""
 
 _SOURCE = Path(__file__).with_name("widen.c")
-_operators = torch.library.Library("outsize", "DEF")
+_operators = registry.Library("outsize", "DEF")
 _operators.define("product(Tensor rows, Tensor codes, Tensor scales, str weights) -> Tensor")
 
 
@@ -50,10 +52,7 @@ def _product(rows_MK: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, w
     if is_few and _torch_lays_out_alike():
         num_rows, num_columns = packed_LKR.shape[0] * LINE_ROWS, packed_LKR.shape[1]
         return torch.ops.aten._weight_int4pack_mm_for_cpu(
-            rows_MK,
-            packed_LKR.view(num_rows, num_columns // 2),
-            GROUP,
-            scales.view(-1, num_rows, 2),
+            rows_MK, packed_LKR.view(num_rows, num_columns // 2), GROUP, scales.view(-1, num_rows, 2)
         )
     return _by_parts_int4(rows_MK, packed_LKR, scales)
 
