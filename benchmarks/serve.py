@@ -5,7 +5,8 @@
     python benchmarks/serve.py --dense                      beside them, transformers' attention over a dense cache
 
 A pass is that of the engine (`Runner.run`). Its floor is each linear layer alone, on as many rows, and the keys and values
-read once at the bandwidth that adding up a large array reaches. The goal is 1.25 times the floor. Medians.
+read once at the bandwidth that adding up a large array reaches. The goal is 1.25 times the floor. All are measured in turn,
+round by round; medians.
 """
 
 from __future__ import annotations
@@ -23,15 +24,15 @@ from outsize.kv import PAGE_TOKENS, pages_for
 from outsize.serve.runner import Part, Runner
 
 
-def seconds(run: Callable[[], object], count: int) -> float:
-    """The median of `count` runs, after one."""
-    run()
-    times = []
-    for _ in range(count):
-        start = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
+def in_turn(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """The median seconds of each of `runs`, which follow one another `rounds` times, after once."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds + 1):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(each[1:]) for name, each in times.items()}
 
 
 def open_model(layers: int) -> transformers.PreTrainedModel:
@@ -54,7 +55,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=32)
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--repeat", type=int, default=9)
+    parser.add_argument("--repeat", type=int, default=15)
     parser.add_argument("--dense", action="store_true")
     options = parser.parse_args()
     model = open_model(options.layers)
@@ -65,25 +66,19 @@ def main() -> None:
     parts = [
         Part((5,), context, range(1 + i * per_request, 1 + (i + 1) * per_request), (0,)) for i in range(count)
     ]
-    pass_s = seconds(lambda: runner.run(parts), options.repeat)
     inputs = {width: torch.randn(count, width) for width in (1024, 2048, 3072)}
     linears = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    array = torch.ones(256 << 20)
 
     def products() -> None:
         for linear in linears:
             F.linear(inputs[linear.in_features], linear.weight)
 
-    linear_s = seconds(products, options.repeat)
-    kv_bytes = count * (context + 1) * token_bytes
-    array = torch.ones(256 << 20)
-    bandwidth = array.nbytes / seconds(array.sum, options.repeat)
-    floor_s = linear_s + kv_bytes / bandwidth
-    print(f"{count} requests of {context} tokens, {options.layers} layers, {torch.get_num_threads()} threads")
-    print(f"linear layers   {linear_s * 1e3:8.1f} ms")
-    print(
-        f"keys and values {kv_bytes / bandwidth * 1e3:8.1f} ms  ({kv_bytes / 1e6:.0f} MB at {bandwidth / 1e9:.1f} GB/s)"
-    )
-    print(f"pass            {pass_s * 1e3:8.1f} ms  {pass_s / floor_s:.2f} times the floor")
+    runs: dict[str, Callable[[], object]] = {
+        "pass": lambda: runner.run(parts),
+        "linear layers": products,
+        "array": array.sum,
+    }
     if options.dense:
         cache = transformers.DynamicCache(config=model.config)
         for layer in range(options.layers):
@@ -96,8 +91,16 @@ def main() -> None:
             model(ids, attention_mask=mask, past_key_values=cache)
             cache.crop(-1)
 
-        dense_s = seconds(dense, options.repeat)
-        print(f"dense cache     {dense_s * 1e3:8.1f} ms  {dense_s / floor_s:.2f} times the floor")
+        runs["dense cache"] = dense
+    took = in_turn(runs, options.repeat)
+    kv_bytes = count * (context + 1) * token_bytes
+    bandwidth = array.nbytes / took.pop("array")
+    kv_s = kv_bytes / bandwidth
+    floor_s = took["linear layers"] + kv_s
+    print(f"{count} requests of {context} tokens, {options.layers} layers, {torch.get_num_threads()} threads")
+    print(f"keys and values {kv_s * 1e3:8.1f} ms  ({kv_bytes / 1e6:.0f} MB at {bandwidth / 1e9:.1f} GB/s)")
+    for name, each_s in took.items():
+        print(f"{name:15} {each_s * 1e3:8.1f} ms  {each_s / floor_s:.2f} times the floor")
 
 
 if __name__ == "__main__":

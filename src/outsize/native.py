@@ -1,4 +1,4 @@
-"""Small C libraries of this package: built once with the machine's compiler, kept in the cache folder.
+"""Small C libraries of this package: built once with the machine's compiler, kept in the cache folder; run on torch's threads.
 
 They are plain C, so building takes a second and needs none of torch's headers. $OUTSIZE_EAGER=1 builds and uses none.
 """
@@ -10,12 +10,15 @@ import hashlib
 import logging
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor, wait
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -43,6 +46,47 @@ def library(source: Path, what: str) -> ctypes.CDLL | None:
     except (OSError, subprocess.CalledProcessError) as error:
         _log.warning("%s uncompiled, slower: %s", what, error)
         return None
+
+
+def on_all_threads(function: Any, argument: ctypes.Structure) -> None:
+    """Call `function(&argument)`, which shares its work out itself, on as many threads as torch has; wait for all of them.
+
+    They are the threads of torch's own operators, where those can be had. Between operators these spin for a while, and
+    others started beside them would find no core: attention on two cores gained nothing by the second.
+    """
+    num_threads = torch.get_num_threads()
+    if num_threads == 1:
+        function(ctypes.byref(argument))
+    elif (openmp := _openmp()) is not None:
+        openmp.GOMP_parallel(function, ctypes.byref(argument), ctypes.c_uint(num_threads), ctypes.c_uint(0))
+    else:
+        helpers = [_helpers().submit(function, ctypes.byref(argument)) for _ in range(num_threads - 1)]
+        function(ctypes.byref(argument))
+        wait(helpers)
+
+
+@cache
+def _openmp() -> ctypes.CDLL | None:
+    """The OpenMP library that torch runs on, where it has GCC's entry (LLVM's and Intel's have it too); else None."""
+    if sys.platform != "linux" or not torch.backends.openmp.is_available():
+        return None
+    mapped = re.findall(r"/\S*/lib(?:gomp|iomp5|omp)\b\S*", Path("/proc/self/maps").read_text())
+    of_torch = str(
+        Path(torch.__file__).parent
+    )  # with `torch.libs` beside it; others may have brought a library of their own
+    for path in sorted(set(mapped), key=lambda path: not path.startswith(of_torch)):
+        try:
+            found = ctypes.CDLL(path)
+            found.GOMP_parallel.restype = None
+        except (OSError, AttributeError):
+            continue
+        return found
+    return None
+
+
+@cache
+def _helpers() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(64, thread_name_prefix="outsize-native")
 
 
 def find_compiler() -> str | None:

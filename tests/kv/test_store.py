@@ -13,7 +13,8 @@ SHAPES = {
     "wide window": (LayerShape(4, 1, 24, 24, 40), {"sliding_window": 40}),
     "sinks": (LayerShape(4, 2, 16, 16, None), {"s_aux": torch.tensor([0.5, -1.0, 2.0, 0.0])}),
     "softcap": (LayerShape(4, 2, 16, 16, None), {"softcap": 2.0}),
-    "unequal widths": (LayerShape(4, 4, 12, 7, None), {"scaling": 0.3}),
+    "unequal widths": (LayerShape(4, 4, 13, 7, None), {"scaling": 0.3}),
+    "wide values": (LayerShape(6, 2, 24, 150, None), {}),
 }
 
 
@@ -91,13 +92,17 @@ def test_attention_is_the_formula(name, dtype, way):
         assert float((output.double() - expected).abs().max()) < tolerance * float(values.abs().max())
 
 
-def test_what_a_query_gets_depends_on_nothing_else_in_the_pass():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", SHAPES)
+def test_what_a_query_gets_depends_on_nothing_else_in_the_pass(name, dtype, monkeypatch):
+    """To the bit: not on who shares its pass or its tile, not on how heads are dealt out to threads."""
     if kernel.load() is None:
         pytest.skip("no compiler")
-    shape, options = SHAPES["grouped"]
+    shape, options = SHAPES[name]
     requests = [(50, 9), (0, 70), (20, 1)]
-    kv, tables, pasts, news = filled(shape, torch.float32, requests, torch.Generator().manual_seed(1))
+    kv, tables, pasts, news = filled(shape, dtype, requests, torch.Generator().manual_seed(1))
     together = attend(kv, requests, tables, pasts, news, options)
+    monkeypatch.setattr(kernel, "UNITS_PER_THREAD", 1000)
     for index, (past, new) in enumerate(requests):
         for row in range(new):
             keys, values = pasts[index]

@@ -1,15 +1,17 @@
 // Attention of queries over keys and values in pages, computed where they lie.
 //
-// One unit of work is some consecutive queries of one request and one head of its keys. Pages are gone through in order,
-// with a running maximum and sum (Milakov and Gimelshein, 2018), so nothing is gathered and no score is stored. Keys lie
-// transposed in their page: the 16 scores of a page are one vector, and no sum goes across lanes. What is computed for a
-// query, and in which order, depends on its position alone: never on what else is in the pass.
+// One unit of work is some consecutive queries of one request and some consecutive heads of its keys. It goes through the
+// pages in order, with a running maximum and sum (Milakov and Gimelshein, 2018), so nothing is gathered and no score is
+// stored. Keys lie transposed in their page: the 16 scores of a page are one vector, and no sum goes across lanes.
+//
+// What is computed for a query, and in which order, depends on its position alone: never on what else is in the pass. Blocks
+// begin at multiples of their size, and queries that share a tile share nothing but what was read.
 
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
 
-enum { PAGE = 16, LANES = 16 };
+enum { PAGE = 16, LANES = 16, CHAINS = 2 };
 
 struct Attention {
   const float *query;     // [rows, heads, key_width]
@@ -26,13 +28,33 @@ struct Attention {
   int32_t is_bfloat16;
   float scale;
   float softcap;          // 0: none
+  int32_t unit_heads;     // heads of keys that a unit goes through
 };
 
 typedef float Vector __attribute__((vector_size(4 * LANES)));
 typedef int32_t Integers __attribute__((vector_size(4 * LANES)));
-typedef float Unaligned __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
+typedef float UnalignedFloats __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef uint16_t UnalignedHalves __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
+
+static const Integers LANE = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
 static inline Vector spread(float x) { return x - (Vector){0}; }
+static inline Vector larger(Vector x, Vector y) { return x > y ? x : y; }
+static inline void put(float *to, Vector x) { *(UnalignedFloats *)to = x; }
+
+static inline Vector at(const float *from) { return *(const UnalignedFloats *)from; }
+static inline Vector at(const uint16_t *from) {
+  return (Vector)(__builtin_convertvector(*(const UnalignedHalves *)from, Words) << 16);
+}
+
+static inline float one_at(const float *from) { return *from; }
+static inline float one_at(const uint16_t *from) {
+  const uint32_t bits = (uint32_t)*from << 16;
+  float x;
+  memcpy(&x, &bits, sizeof x);
+  return x;
+}
 
 // exp(x) for x <= 0, to 1 ulp or so: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2].
 static inline Vector exponential(Vector x) {
@@ -50,152 +72,195 @@ static inline Vector exponential(Vector x) {
   return p * (Vector)((n + 127) << 23);
 }
 
-static void widen(const uint16_t *from, float *to, int64_t count) {
-  for (int64_t i = 0; i < count; i++) {
-    const uint32_t bits = (uint32_t)from[i] << 16;
-    memcpy(to + i, &bits, sizeof bits);
-  }
+template <int WIDTH> static inline Vector swapped(Vector x) {
+#ifdef __clang__
+  Vector y;
+  for (int j = 0; j < LANES; j++) y[j] = x[j ^ WIDTH];
+  return y;
+#else
+  return __builtin_shuffle(x, LANE ^ WIDTH);
+#endif
 }
 
-static inline Vector at(const float *from) { return *(const Unaligned *)from; }
-static inline void put(float *to, Vector x) { *(Unaligned *)to = x; }
-
 static inline float largest_of(Vector x) {
-  for (int width = LANES / 2; width; width /= 2)
-    for (int j = 0; j < width; j++) x[j] = x[j] > x[j + width] ? x[j] : x[j + width];
-  return x[0];
+  x = larger(x, swapped<8>(x));
+  x = larger(x, swapped<4>(x));
+  x = larger(x, swapped<2>(x));
+  return larger(x, swapped<1>(x))[0];
 }
 
 static inline float sum_of(Vector x) {
-  for (int width = LANES / 2; width; width /= 2)
-    for (int j = 0; j < width; j++) x[j] += x[j + width];
-  return x[0];
+  x += swapped<8>(x);
+  x += swapped<4>(x);
+  x += swapped<2>(x);
+  return (x + swapped<1>(x))[0];
 }
 
-// Pages lie anywhere, so the processor does not guess the next one: its lines are fetched beside computing.
-typedef struct {
-  const char *keys, *values;
-  int64_t key_bytes, num_bytes, done, step;
-} Ahead;
+// What is known of a query so far.
+struct State {
+  const float *query;
+  float *output;  // the weighted sum of values
+  float top, sum;
+  int32_t position;
+};
 
-static inline void fetch(Ahead *ahead) {
-  for (int64_t end = ahead->done + ahead->step; ahead->done < end; ahead->done += 64)
-    __builtin_prefetch(
-        ahead->done < ahead->key_bytes ? ahead->keys + ahead->done : ahead->values + ahead->done - ahead->key_bytes, 0, 2);
-}
+// One head's keys and values of a page.
+template <typename T> struct Page {
+  const T *keys, *values;
+};
 
-static inline Vector scores_of(const float *query, const float *keys, int32_t width, Ahead *ahead) {
-  Vector a = {0}, b = {0}, c = {0}, e = {0};
+// Queries that go through a page together: what is read is read once for all of them.
+template <int Q> struct Tile {
+  State *states;
+  int first[Q], stop[Q];  // positions of the page that each sees
+  Vector weights[Q];      // its scores, then its weights
+};
+
+// `ahead` is what will be read next, at about the same pace: the processor does not guess where other pages lie.
+template <int Q, typename T>
+static inline void score(Tile<Q> &tile, const Page<T> &page, int32_t width, const T *ahead) {
+  Vector total[Q][CHAINS] = {};
   int32_t d = 0;
-  for (; d + 4 <= width; d += 4, keys += 4 * PAGE) {
-    if (ahead->done < ahead->num_bytes) fetch(ahead);
-    a += query[d] * at(keys);
-    b += query[d + 1] * at(keys + PAGE);
-    c += query[d + 2] * at(keys + 2 * PAGE);
-    e += query[d + 3] * at(keys + 3 * PAGE);
+  for (; d + CHAINS <= width; d += CHAINS) {
+    if (ahead)
+      for (int c = 0; c < CHAINS; c++) __builtin_prefetch(ahead + (d + c) * PAGE);
+    for (int c = 0; c < CHAINS; c++) {
+      const Vector key = at(page.keys + (d + c) * PAGE);
+      for (int q = 0; q < Q; q++) total[q][c] += tile.states[q].query[d + c] * key;
+    }
   }
-  for (; d < width; d++, keys += PAGE) a += query[d] * at(keys);
-  return (a + b) + (c + e);
+  for (; d < width; d++)
+    for (int q = 0; q < Q; q++) total[q][0] += tile.states[q].query[d] * at(page.keys + d * PAGE);
+  for (int q = 0; q < Q; q++) {
+    tile.weights[q] = total[q][0];
+    for (int c = 1; c < CHAINS; c++) tile.weights[q] += total[q][c];
+  }
 }
 
-// total = total * factor + weights * values, for positions [first, stop) of a page.
-static inline void add_values(
-    float *total, float factor, const float *values, const float *weights, int first, int stop, int32_t width,
-    Ahead *ahead) {
-  int32_t d = 0;
-  for (; d + 4 * LANES <= width; d += 4 * LANES) {
-    Vector a = at(total + d) * factor, b = at(total + d + LANES) * factor;
-    Vector c = at(total + d + 2 * LANES) * factor, e = at(total + d + 3 * LANES) * factor;
+template <int Q> static inline void weigh(Tile<Q> &tile, const Attention *a) {
+  for (int q = 0; q < Q; q++) {
+    State &state = tile.states[q];
+    Vector scores = tile.weights[q] * a->scale;
+    if (a->softcap > 0)
+      for (int j = 0; j < LANES; j++) scores[j] = tanhf(scores[j] / a->softcap) * a->softcap;
+    if (tile.first[q] > 0 || tile.stop[q] < PAGE)
+      scores = LANE >= tile.first[q] && LANE < tile.stop[q] ? scores : spread(-INFINITY);
+    const float found = largest_of(scores);
+    if (found > state.top) {
+      const float factor = exponential(spread(state.top - found))[0];
+      state.top = found;
+      state.sum *= factor;
+      for (int32_t d = 0; d < a->value_width; d++) state.output[d] *= factor;
+    }
+    tile.weights[q] = scores == -INFINITY ? (Vector){0} : exponential(scores - state.top);
+    state.sum += sum_of(tile.weights[q]);
+  }
+}
+
+template <int Q, int V, typename T>
+static inline int32_t add_columns(
+    Tile<Q> &tile, const Page<T> &page, int32_t d, int32_t width, int first, int stop, const T *ahead) {
+  for (; d + V * LANES <= width; d += V * LANES) {
+    Vector total[Q][V];
+    for (int q = 0; q < Q; q++)
+      for (int v = 0; v < V; v++) total[q][v] = at(tile.states[q].output + d + v * LANES);
     for (int j = first; j < stop; j++) {
-      const float *v = values + (int64_t)j * width + d;
-      if (ahead->done < ahead->num_bytes) fetch(ahead);
-      a += weights[j] * at(v);
-      b += weights[j] * at(v + LANES);
-      c += weights[j] * at(v + 2 * LANES);
-      e += weights[j] * at(v + 3 * LANES);
+      const int64_t from = (int64_t)j * width + d;
+      Vector value[V];
+      for (int v = 0; v < V; v++) value[v] = at(page.values + from + v * LANES);
+      if (ahead)
+        for (int v = 0; v < V; v++) __builtin_prefetch(ahead + from + v * LANES);
+      for (int q = 0; q < Q; q++)
+        for (int v = 0; v < V; v++) total[q][v] += tile.weights[q][j] * value[v];
     }
-    put(total + d, a);
-    put(total + d + LANES, b);
-    put(total + d + 2 * LANES, c);
-    put(total + d + 3 * LANES, e);
+    for (int q = 0; q < Q; q++)
+      for (int v = 0; v < V; v++) put(tile.states[q].output + d + v * LANES, total[q][v]);
   }
-  for (; d < width; d++) {
-    total[d] *= factor;
-    for (int j = first; j < stop; j++) total[d] += weights[j] * values[(int64_t)j * width + d];
-  }
+  return d;
 }
 
-static void attend_unit(const Attention *a, int64_t unit) {
-  const int32_t *item = a->items + unit / a->kv_heads * 4;
-  const int32_t head = (int32_t)(unit % a->kv_heads), group = a->heads / a->kv_heads;
-  const int32_t rows = item[1], first_position = item[3];
-  const int32_t *table = a->tables + item[2];
-  const int64_t key_size = (int64_t)a->key_width * PAGE, value_size = (int64_t)a->value_width * PAGE;
-  const int64_t element = a->is_bfloat16 ? 2 : 4;
-  const Integers lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-  float wide_keys[key_size], wide_values[value_size], top[rows * group], sum[rows * group];
+template <int Q, typename T>
+static inline void add(Tile<Q> &tile, const Page<T> &page, int32_t width, const T *ahead) {
+  int first = PAGE, stop = 0;
+  for (int q = 0; q < Q; q++) {
+    first = tile.first[q] < first ? tile.first[q] : first;
+    stop = tile.stop[q] > stop ? tile.stop[q] : stop;
+  }
+  int32_t d = add_columns<Q, Q <= 2 ? 8 : Q <= 4 ? 4 : 2>(tile, page, 0, width, first, stop, ahead);
+  d = add_columns<Q, 1>(tile, page, d, width, first, stop, ahead);
+  for (; d < width; d++)
+    for (int q = 0; q < Q; q++) {
+      float total = tile.states[q].output[d];  // fused as vectors are, whatever the compiler makes of the loop
+      for (int j = first; j < stop; j++)
+        total = fmaf(tile.weights[q][j], one_at(page.values + (int64_t)j * width + d), total);
+      tile.states[q].output[d] = total;
+    }
+}
 
-  for (int32_t i = 0; i < rows * group; i++) {
-    const float sink = a->sinks ? a->sinks[head * group + i % group] : -INFINITY;
-    top[i] = sink;
-    sum[i] = a->sinks ? 1.0f : 0.0f;
-    float *output = a->output + ((int64_t)(item[0] + i / group) * a->heads + head * group + i % group) * a->value_width;
-    memset(output, 0, sizeof(float) * a->value_width);
+template <int Q, typename T>
+static void attend_tile(const Attention *a, State *states, int32_t start, const Page<T> &page, const T *next_keys) {
+  Tile<Q> tile;
+  tile.states = states;
+  for (int q = 0; q < Q; q++) {
+    const int32_t last = states[q].position - start, first = a->window ? last - a->window + 1 : 0;
+    tile.first[q] = first < 0 ? 0 : first < PAGE ? first : PAGE;
+    tile.stop[q] = last < 0 ? 0 : last < PAGE ? last + 1 : PAGE;
   }
-  int32_t begin = a->window ? first_position - a->window + 1 : 0;
-  begin = begin < 0 ? 0 : begin;
-  for (int32_t page = begin / PAGE; page <= (first_position + rows - 1) / PAGE; page++) {
-    const int64_t at = (int64_t)table[page] * a->kv_heads + head;
-    const float *keys = (const float *)a->keys + at * key_size;
-    const float *values = (const float *)a->values + at * value_size;
-    if (a->is_bfloat16) {
-      widen((const uint16_t *)a->keys + at * key_size, wide_keys, key_size);
-      widen((const uint16_t *)a->values + at * value_size, wide_values, value_size);
-      keys = wide_keys;
-      values = wide_values;
-    }
-    Ahead ahead = {0};
-    if (page < (first_position + rows - 1) / PAGE) {
-      const int64_t next = (int64_t)table[page + 1] * a->kv_heads + head, steps = rows * group * (a->key_width / 4 + a->value_width / 4);
-      ahead.keys = (const char *)a->keys + next * key_size * element;
-      ahead.values = (const char *)a->values + next * value_size * element;
-      ahead.key_bytes = key_size * element;
-      ahead.num_bytes = (key_size + value_size) * element;
-      ahead.step = steps ? (ahead.num_bytes / steps + 63) / 64 * 64 : 0;
-    }
-    for (int32_t row = 0; row < rows; row++) {
-      const int32_t last = first_position + row - page * PAGE;
-      const int32_t lowest = a->window ? last - a->window + 1 : 0;
-      const int first = lowest < 0 ? 0 : lowest, stop = last < PAGE - 1 ? last + 1 : PAGE;
-      if (first >= stop) continue;
-      for (int32_t i = 0; i < group; i++) {
-        const int64_t vector = (int64_t)(item[0] + row) * a->heads + head * group + i;
-        float *output = a->output + vector * a->value_width;
-        Vector scores = scores_of(a->query + vector * a->key_width, keys, a->key_width, &ahead) * a->scale;
-        if (a->softcap > 0)
-          for (int j = 0; j < LANES; j++) scores[j] = tanhf(scores[j] / a->softcap) * a->softcap;
-        const float before = top[row * group + i];
-        if (stop - first < LANES) scores = lane >= first && lane < stop ? scores : spread(-INFINITY);
-        const float largest = largest_of(scores), highest = largest > before ? largest : before;
-        const Vector weights = exponential(scores - highest);
-        const float factor = highest > before ? exponential(spread(before - highest))[0] : 1.0f;
-        sum[row * group + i] = sum[row * group + i] * factor + sum_of(weights);
-        top[row * group + i] = highest;
-        add_values(output, factor, values, (const float *)&weights, first, stop, a->value_width, &ahead);
-      }
-    }
+  score(tile, page, a->key_width, next_keys ? page.values : nullptr);
+  weigh(tile, a);
+  add(tile, page, a->value_width, next_keys);
+}
+
+template <typename T> static Page<T> page_of(const Attention *a, int32_t page, int32_t head) {
+  const int64_t where = (int64_t)page * a->kv_heads + head;
+  return {(const T *)a->keys + where * a->key_width * PAGE, (const T *)a->values + where * a->value_width * PAGE};
+}
+
+template <typename T> static void attend_unit(const Attention *a, const int32_t *item, int32_t head, int32_t num_heads) {
+  const int32_t group = a->heads / a->kv_heads, count = item[1] * group;
+  const int32_t *table = a->tables + item[2];
+  State states[num_heads * count];  // of the queries of one head of the keys, then of the next
+
+  for (int32_t i = 0; i < num_heads * count; i++) {
+    const int32_t row = i % count / group, query_head = (head + i / count) * group + i % group;
+    const int64_t vector = (int64_t)(item[0] + row) * a->heads + query_head;
+    states[i].query = a->query + vector * a->key_width;
+    states[i].output = a->output + vector * a->value_width;
+    states[i].top = a->sinks ? a->sinks[query_head] : -INFINITY;
+    states[i].sum = a->sinks ? 1.0f : 0.0f;
+    states[i].position = item[3] + row;
+    memset(states[i].output, 0, sizeof(float) * a->value_width);
   }
-  for (int32_t i = 0; i < rows * group; i++) {
-    float *output = a->output + ((int64_t)(item[0] + i / group) * a->heads + head * group + i % group) * a->value_width;
-    for (int32_t d = 0; d < a->value_width; d++) output[d] /= sum[i];
-  }
+  const int32_t first_page = a->window && item[3] >= a->window ? (item[3] - a->window + 1) / PAGE : 0;
+  const int32_t num_pages = (item[3] + item[1] + PAGE - 1) / PAGE;
+  for (int32_t p = first_page; p < num_pages; p++)
+    for (int32_t h = 0; h < num_heads; h++) {
+      const int32_t next = h + 1 < num_heads || p + 1 == num_pages ? p : p + 1;
+      const Page<T> page = page_of<T>(a, table[p], head + h);
+      const T *next_keys = page_of<T>(a, table[next], head + (h + 1) % num_heads).keys;
+      State *of_head = states + h * count;
+      int32_t i = 0;  // only the first tile reads from memory; the others find the page in the cache
+      for (; i + 8 <= count; i += 8) attend_tile<8>(a, of_head + i, p * PAGE, page, i ? nullptr : next_keys);
+      for (; i + 4 <= count; i += 4) attend_tile<4>(a, of_head + i, p * PAGE, page, i ? nullptr : next_keys);
+      for (; i + 2 <= count; i += 2) attend_tile<2>(a, of_head + i, p * PAGE, page, i ? nullptr : next_keys);
+      for (; i < count; i++) attend_tile<1>(a, of_head + i, p * PAGE, page, i ? nullptr : next_keys);
+    }
+  for (int32_t i = 0; i < num_heads * count; i++)
+    for (int32_t d = 0; d < a->value_width; d++) states[i].output[d] /= states[i].sum;
 }
 
 // Take units until none is left; any number of threads may.
 extern "C" void attend(const Attention *a) {
+  const int32_t parts = (a->kv_heads + a->unit_heads - 1) / a->unit_heads;
   for (;;) {
     const int64_t unit = __atomic_fetch_add(a->next, 1, __ATOMIC_RELAXED);
-    if (unit >= a->num_items * a->kv_heads) return;
-    attend_unit(a, unit);
+    if (unit >= a->num_items * parts) return;
+    const int32_t *item = a->items + unit / parts * 4;
+    const int32_t head = (int32_t)(unit % parts) * a->unit_heads;
+    const int32_t num_heads = head + a->unit_heads <= a->kv_heads ? a->unit_heads : a->kv_heads - head;
+    if (a->is_bfloat16)
+      attend_unit<uint16_t>(a, item, head, num_heads);
+    else
+      attend_unit<float>(a, item, head, num_heads);
   }
 }

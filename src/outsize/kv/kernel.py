@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import ctypes
-from concurrent.futures import ThreadPoolExecutor, wait
 from functools import cache
 from pathlib import Path
 
 import torch
 
-from outsize.native import library
+from outsize.native import library, on_all_threads
 
 _SOURCE = Path(__file__).with_name("kernel.c")
+
+UNITS_PER_THREAD = 4
+"""At least, where there is that much to do: threads end together."""
 
 
 class Attention(ctypes.Structure):
@@ -24,17 +26,15 @@ class Attention(ctypes.Structure):
         *((name, ctypes.c_int32) for name in ("heads", "kv_heads", "key_width", "value_width")),
         *((name, ctypes.c_int32) for name in ("window", "is_bfloat16")),
         *((name, ctypes.c_float) for name in ("scale", "softcap")),
+        ("unit_heads", ctypes.c_int32),
     ]
 
 
 class Kernel:
-    """The built library, and the threads that run it beside the caller."""
+    """The built library."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._attend = library.attend
-        self._attend.argtypes = [ctypes.POINTER(Attention)]
-        self._attend.restype = None
-        self._threads = ThreadPoolExecutor(64, thread_name_prefix="outsize-attention")
 
     def attend(
         self,
@@ -55,7 +55,9 @@ class Kernel:
         """
         num_tokens, heads, key_width = query_THK.shape
         output = torch.zeros(num_tokens, heads, values.shape[-1])  # zeros for tokens of no request
-        taken = ctypes.c_int64(0)
+        taken, kv_heads = ctypes.c_int64(0), keys.shape[1]
+        num_units = UNITS_PER_THREAD * torch.get_num_threads()
+        unit_heads = min(max(1, items.shape[0] * kv_heads // num_units), kv_heads)
         call = Attention(
             query=query_THK.data_ptr(),
             keys=keys.data_ptr(),
@@ -67,18 +69,16 @@ class Kernel:
             next=ctypes.addressof(taken),
             num_items=items.shape[0],
             heads=heads,
-            kv_heads=keys.shape[1],
+            kv_heads=kv_heads,
             key_width=key_width,
             value_width=values.shape[-1],
             window=window,
             is_bfloat16=int(keys.dtype is torch.bfloat16),
             scale=scale,
             softcap=softcap,
+            unit_heads=unit_heads,
         )
-        num_helpers = min(torch.get_num_threads(), items.shape[0] * keys.shape[1]) - 1
-        helpers = [self._threads.submit(self._attend, ctypes.byref(call)) for _ in range(num_helpers)]
-        self._attend(ctypes.byref(call))
-        wait(helpers)
+        on_all_threads(self._attend, call)
         return output
 
 

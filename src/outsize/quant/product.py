@@ -8,9 +8,7 @@ bfloat16: with others torch's kernels are up to a hundred times slower.
 from __future__ import annotations
 
 import ctypes
-from concurrent.futures import ThreadPoolExecutor, wait
 from functools import cache
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,7 @@ import torch
 from torch import library as registry
 
 from outsize.config import Weights
-from outsize.native import library
+from outsize.native import library, on_all_threads
 from outsize.quant.formats import FORMATS, GROUP, LINE_ROWS, Encoded
 
 FEW_ROWS = {Weights.INT8: 24, Weights.INT4: 48}
@@ -101,40 +99,37 @@ def _widened(packed_LKR: torch.Tensor, scales: torch.Tensor, start: int, stop: i
     return FORMATS[Weights.INT4].decode(Encoded(codes, own)).t()
 
 
+class _Widening(ctypes.Structure):
+    """The arguments of `widen`, as in `widen.c`."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("codes", "scales", "out", "next")),
+        *((name, ctypes.c_int64) for name in ("columns", "rows", "group", "line", "last_line")),
+    ]
+
+
 class _Widen:
-    """`_widened` compiled, into `part_KN`, on as many threads as torch has."""
+    """`_widened` compiled, into `part_KN`."""
 
     def __init__(self, built: ctypes.CDLL) -> None:
         self._widen = built.widen
-        self._widen.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_int64] * 7
-        self._widen.restype = None
-        self._threads = ThreadPoolExecutor(64, thread_name_prefix="outsize-widen")
 
     def __call__(
         self, packed_LKR: torch.Tensor, scales: torch.Tensor, start: int, stop: int, part_KN: torch.Tensor
     ) -> None:
-        num_lines, num_columns, _ = packed_LKR.shape
-        num_groups = num_columns // GROUP
-        num_threads = min(torch.get_num_threads(), num_groups)
-        cuts = [num_groups * index // num_threads * GROUP for index in range(num_threads + 1)]
-
-        def run(first: int, last: int) -> None:
-            self._widen(
-                packed_LKR.data_ptr(),
-                scales.data_ptr(),
-                part_KN.data_ptr() + first * part_KN.shape[1] * part_KN.itemsize,
-                num_columns,
-                num_lines * LINE_ROWS,
-                GROUP,
-                start,
-                stop,
-                first,
-                last,
-            )
-
-        helpers = [self._threads.submit(run, *cut) for cut in pairwise(cuts[1:])]
-        run(cuts[0], cuts[1])
-        wait(helpers)
+        taken = ctypes.c_int64(0)
+        call = _Widening(
+            codes=packed_LKR.data_ptr(),
+            scales=scales.data_ptr(),
+            out=part_KN.data_ptr(),
+            next=ctypes.addressof(taken),
+            columns=packed_LKR.shape[1],
+            rows=packed_LKR.shape[0] * LINE_ROWS,
+            group=GROUP,
+            line=start,
+            last_line=stop,
+        )
+        on_all_threads(self._widen, call)
 
 
 @cache

@@ -26,30 +26,42 @@ static inline void put(uint16_t *to, Words codes, Vector scale, Vector zero) {
   memcpy(to, &rounded, sizeof rounded);
 }
 
-// Lines [line, last_line) of `codes [lines, columns, HALF]`, columns [column, last_column), both at groups' boundaries, with
-// `scales [columns / group, lines * LINE, 2]`, to `out [last_column - column, (last_line - line) * LINE]`.
-extern "C" void widen(const uint8_t *codes, const uint16_t *scales, uint16_t *out, int64_t columns, int64_t rows,
-                      int64_t group, int64_t line, int64_t last_line, int64_t column, int64_t last_column) {
-  const int64_t width = (last_line - line) * LINE;
-  for (int64_t begin = column; begin < last_column; begin += group) {
-    for (int64_t n = line; n < last_line; n++) {
-      Vector scale[LINE / LANES], zero[LINE / LANES];
-      const uint16_t *pairs = scales + (begin / group * rows + n * LINE) * 2;
-      for (int i = 0; i < LINE / LANES; i++) {
-        scale[i] = widened(pairs + 2 * LANES * i);
-        zero[i] = widened(pairs + 2 * LANES * i + 1) - 8 * scale[i];
-      }
-      for (int64_t k = begin; k < begin + group; k++) {
-        const uint8_t *from = codes + (n * columns + k) * HALF;
-        uint16_t *to = out + (k - column) * width + (n - line) * LINE;
-        for (int i = 0; i < HALF / LANES; i++) {
-          Bytes bytes;
-          memcpy(&bytes, from + LANES * i, sizeof bytes);
-          const Words words = __builtin_convertvector(bytes, Words);
-          put(to + LANES * i, words & 15, scale[i], zero[i]);
-          put(to + HALF + LANES * i, words >> 4, scale[HALF / LANES + i], zero[HALF / LANES + i]);
-        }
+struct Widening {
+  const uint8_t *codes;    // [lines, columns, HALF]
+  const uint16_t *scales;  // [columns / group, rows, 2]
+  uint16_t *out;           // [columns, (last_line - line) * LINE]
+  int64_t *next;           // the next group to be taken, shared by all threads
+  int64_t columns, rows, group, line, last_line;
+};
+
+static void widen_group(const Widening *w, int64_t begin) {
+  const int64_t width = (w->last_line - w->line) * LINE;
+  for (int64_t n = w->line; n < w->last_line; n++) {
+    Vector scale[LINE / LANES], zero[LINE / LANES];
+    const uint16_t *pairs = w->scales + (begin / w->group * w->rows + n * LINE) * 2;
+    for (int i = 0; i < LINE / LANES; i++) {
+      scale[i] = widened(pairs + 2 * LANES * i);
+      zero[i] = widened(pairs + 2 * LANES * i + 1) - 8 * scale[i];
+    }
+    for (int64_t k = begin; k < begin + w->group; k++) {
+      const uint8_t *from = w->codes + (n * w->columns + k) * HALF;
+      uint16_t *to = w->out + k * width + (n - w->line) * LINE;
+      for (int i = 0; i < HALF / LANES; i++) {
+        Bytes bytes;
+        memcpy(&bytes, from + LANES * i, sizeof bytes);
+        const Words words = __builtin_convertvector(bytes, Words);
+        put(to + LANES * i, words & 15, scale[i], zero[i]);
+        put(to + HALF + LANES * i, words >> 4, scale[HALF / LANES + i], zero[HALF / LANES + i]);
       }
     }
+  }
+}
+
+// Take groups of columns until none is left; any number of threads may.
+extern "C" void widen(const Widening *w) {
+  for (;;) {
+    const int64_t group = __atomic_fetch_add(w->next, 1, __ATOMIC_RELAXED);
+    if (group >= w->columns / w->group) return;
+    widen_group(w, group * w->group);
   }
 }
