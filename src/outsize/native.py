@@ -1,4 +1,4 @@
-"""Small C libraries of this package: built once with the machine's compiler, kept in the cache folder; run on torch's threads.
+"""Small C libraries: built once with the machine's compiler, kept in the cache folder, run on torch's threads.
 
 They are plain C, so building takes a second and needs none of torch's headers. $OUTSIZE_EAGER=1 builds and uses none.
 """

@@ -84,7 +84,7 @@ def test_tiles_become_smaller_before_a_batch_is_refused(tmp_path):
     _, model = llama(tmp_path)
     train(model, batches(1, rows=8))
     session = session_of(model)
-    budget, call = session.budget, session._call
+    budget, call = session.budget, session.calls.current
     sizes = []
     room = budget.room_bytes
     for left in (1 << 40, *range(1 << 20, 0, -(1 << 12))):
@@ -102,10 +102,10 @@ def test_a_pinned_tile_is_never_made_smaller(tmp_path):
     _, model = llama(tmp_path, pins=Pins(tile_rows=2))
     train(model, batches(1, rows=8))
     session = session_of(model)
-    assert session.budget.begin_call(session._call.rehearsal, session._call.shape) == 2
+    assert session.budget.begin_call(session.calls.current.rehearsal, session.calls.current.shape) == 2
     session.budget.room_bytes = session.budget.placement.arena_bytes + 1
     with pytest.raises(BudgetError, match="of activations"):
-        session.budget.begin_call(session._call.rehearsal, session._call.shape)
+        session.budget.begin_call(session.calls.current.rehearsal, session.calls.current.shape)
 
 
 @pytest.mark.skipif(

@@ -44,13 +44,13 @@ def test_packed_documents_are_tiled_like_any_batch(tmp_path, monkeypatch):
         plain = ZOO["llama"].build().train()
     model = opened(plain, disk=tmp_path, home="disk", pins=Pins(tile_rows=1))
     session, counts = session_of(model), set()
-    tiles = session.tiles
+    tiles = session.calls.tiles
 
     def counted(layer, tensors):
         dims, parts = tiles(layer, tensors)
         counts.add(len(parts))
         return dims, parts
 
-    monkeypatch.setattr(session, "tiles", counted)
+    monkeypatch.setattr(session.calls, "tiles", counted)
     train(model, [packed(lengths, seed) for seed, lengths in enumerate(BATCHES)])
     assert counts == {3}, "a mask that the rehearsal did not see makes a batch one tile"

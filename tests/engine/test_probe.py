@@ -15,7 +15,7 @@ from tests.zoo import ZOO, plain_batch, plain_stack
 
 def rehearsal_of(model, batch):
     model(**batch)
-    call = session_of(model)._call
+    call = session_of(model).calls.current
     assert call is not None
     return call.rehearsal
 
@@ -124,7 +124,7 @@ def test_a_rehearsal_reads_no_weights(monkeypatch, tmp_path):
 
     monkeypatch.setattr(session.source, "read", refuse)
     kwargs = ZOO["llama"].batch()
-    rehearsal = session.rehearse_with_labels(kwargs, batch_shape(model, (), kwargs))
+    rehearsal = session.calls.rehearse_with_labels(kwargs, batch_shape(model, (), kwargs))
     assert len(rehearsal.visits) > 8 and session.probe is None and session.executor is None
 
 

@@ -59,9 +59,13 @@ def test_bits_are_those_of_a_visit(folder, tmp_path, dtype, home):
     expected = logits_of(visited)  # whose parameters may train
     model = outsize.load(folder, **options).requires_grad_(False)
     assert torch.equal(logits_of(model), expected)
-    tables = [block for block, _, _ in session_of(model).row_blocks("model.embed_tokens.weight")]
+    tables = [block for block, _, _ in session_of(model).parameters.row_blocks("model.embed_tokens.weight")]
     assert len(tables) > 2
-    seen = {visit.block for rehearsal in session_of(model)._rehearsals.values() for visit in rehearsal.visits}
+    seen = {
+        visit.block
+        for rehearsal in session_of(model).calls._rehearsals.values()
+        for visit in rehearsal.visits
+    }
     assert seen.isdisjoint(tables) is not model.config.tie_word_embeddings
     assert not outsize.report(model).off_plan
 
@@ -91,7 +95,7 @@ def test_tables_stay_last(folder, tmp_path):
     ).requires_grad_(False)
     logits_of(model)
     placement = executor_of(model).store.placement
-    tables = {block for block, _, _ in session_of(model).row_blocks("model.embed_tokens.weight")}
+    tables = {block for block, _, _ in session_of(model).parameters.row_blocks("model.embed_tokens.weight")}
     stay = {block for block, _ in placement.resident}
     assert stay and (model.config.tie_word_embeddings or stay.isdisjoint(tables))
 

@@ -9,7 +9,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask
 
 import outsize
-from outsize.engine import session
+from outsize.engine import calls
 from outsize.engine.session import session_of
 from outsize.errors import ConfigError, UsageError
 from outsize.model import attention as attention_module
@@ -98,7 +98,7 @@ def of_one_row(module, query, key, value, attention_mask, **options):
 @pytest.fixture
 def flash(monkeypatch):
     name = "of_one_row"
-    monkeypatch.setattr(session, "merges_rows", lambda module: attention_of(module) == name)
+    monkeypatch.setattr(calls, "merges_rows", lambda module: attention_of(module) == name)
     transformers.AttentionInterface.register(name, of_one_row)
     AttentionMaskInterface.register(name, flash_attention_mask)
     return name
@@ -118,7 +118,7 @@ def test_packed_documents_are_kept_apart_with_flash_attention_too(flash):
         loss = model(**batch).loss
         loss.backward()
         gradient = model.model.layers[0].mlp.up_proj.weight.grad.clone()
-        call = session_of(model).last_training_call
+        call = session_of(model).calls.last_training
         close(session_of(model))
         return loss.detach(), gradient, call.tile_rows
 

@@ -198,7 +198,7 @@ def test_gradients_that_come_at_once_are_planned_for(no_inductor):
     for compile in (False, True):
         model = opened(ZOO["llama"].build().train(), compile=compile)
         model(**ZOO["llama"].batch()).loss.backward()
-        most.append(session_of(model).last_training_call.rehearsal.tile_bytes.fixed)
+        most.append(session_of(model).calls.last_training.rehearsal.tile_bytes.fixed)
         close(session_of(model))
     layer = ZOO["llama"].build().model.layers[0]
     assert most[1] - most[0] >= 4 * sum(parameter.numel() for parameter in layer.parameters())

@@ -387,5 +387,5 @@ def test_smaller_tiles_outlive_the_process(tmp_path, monkeypatch):
     model, optimizer = start()
     step(model, optimizer)
     session = session_of(model)
-    assert session.last_training_call.tile_rows == 1 and session.loss_tile_elements == 398
+    assert session.calls.last_training.tile_rows == 1 and session.loss_tile_elements == 398
     outsize.checkpoint.close(model)

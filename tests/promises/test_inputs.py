@@ -163,7 +163,7 @@ def test_memory_for_inputs_does_not_grow_with_depth(tmp_path):
         )
         model(**ZOO["llama"].batch(rows=16, length=16)).loss.backward()
         session = session_of(model)
-        call = session._call
+        call = session.calls.current
         inputs = budget._needs(call.rehearsal, call.shape, 16, session.budget.placement.inputs)
         stay = budget._needs(call.rehearsal, call.shape, 16)
         needs.append((inputs.boundary_bytes, stay.boundary_bytes, session.keeper.high_water_bytes))

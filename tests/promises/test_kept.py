@@ -311,7 +311,7 @@ def test_a_budget_that_is_too_small_for_them_names_one_that_works(tmp_path, monk
     session = run(None)
     if not session.device.is_host:
         pytest.skip("a device has a budget of its own")
-    rehearsal, shape = session._call.rehearsal, session._call.shape
+    rehearsal, shape = session.calls.current.rehearsal, session.calls.current.shape
     per_layer = [layer.bytes_at(shape.rows, shape.rows) for layer in rehearsal.activations]
     assert len(per_layer) == 3 and min(per_layer) > 3 * 12 * 32 * 4
     with pytest.raises(BudgetError) as caught:
@@ -341,7 +341,7 @@ for count in (0, 2):
     loss = model(input_ids=ids, labels=ids).loss
     memory.give_back()
     session, tile_rows = session_of(model), int(sys.argv[1])
-    call = session._call
+    call = session.calls.current
     counted = kept_bytes(call.rehearsal, call.shape, tile_rows, session.budget.placement.kept)
     figures.append((memory.resident_bytes() - before, counted, session.budget.activation_bytes))
     loss.backward()

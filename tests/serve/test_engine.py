@@ -8,7 +8,7 @@ import torch
 
 import outsize
 from outsize import Pins
-from outsize.engine.session import Session
+from outsize.engine.calls import Calls
 from outsize.errors import BudgetError, ConfigError, ModelError, RequestError
 from outsize.serve import Engine, Finish, Request, Sampling, Stream, open_engine
 from outsize.serve.schedule import Sample
@@ -346,26 +346,26 @@ def test_a_cache_that_is_too_small_is_refused_with_the_numbers(model):
 
 
 def test_a_cache_that_nobody_asked_for_gives_way_to_the_model(tmp_path, monkeypatch):
-    tried, settle = [], Session.settle_for
+    tried, settle = [], Calls.settle_for
 
-    def refuse(session, arguments):
+    def refuse(calls, arguments):
         tried.append(weakref.ref(arguments["paged"].kv))
         if len(tried) < 3:
-            monkeypatch.setattr(session.budget, "place", lambda *_: _raise(BudgetError("too large")))
+            monkeypatch.setattr(calls._session.budget, "place", lambda *_: _raise(BudgetError("too large")))
         else:
             monkeypatch.undo()
-        return settle(session, arguments)
+        return settle(calls, arguments)
 
     def pages(**options):
         model = opened(lively("llama"), disk=tmp_path, home="disk").requires_grad_(False)
         return Engine(model, pass_tokens=8, **options).runner.kv.num_pages - 1
 
     most = pages()
-    monkeypatch.setattr(Session, "settle_for", refuse)
+    monkeypatch.setattr(Calls, "settle_for", refuse)
     assert pages() == most // 4
     gc.collect()
     assert tried[0]() is None and tried[1]() is None
-    monkeypatch.setattr(Session, "settle_for", refuse)
+    monkeypatch.setattr(Calls, "settle_for", refuse)
     tried.clear()
     with pytest.raises(BudgetError, match="too large"):
         pages(kv="64KiB")

@@ -31,6 +31,19 @@ def test_paged(name):
     engine.scheduler.check()
 
 
+def test_of_ten_thousand_tokens_at_most_one_differs():
+    model = lively("llama_tied", max_position_embeddings=320)
+    prompts = prompts_of((8,) * 40)
+    expected = model.generate(torch.tensor(prompts), do_sample=False, max_new_tokens=256, pad_token_id=0)[
+        :, 8:
+    ]
+    ours = serve(Engine(model), prompts, 256)
+    differing = [index for index, tokens in enumerate(ours) if tokens != expected[index].tolist()]
+    assert len(differing) <= 1
+    for index in differing:
+        assert_greedy(model, prompts[index], ours[index])
+
+
 @pytest.mark.parametrize("name", ["llama_tied", "gemma2", "gpt2", "gpt_oss", "deepseek_v3", "phi3"])
 def test_streamed(name, tmp_path, monkeypatch):
     plain, prompts = lively(name), prompts_of(LENGTHS)

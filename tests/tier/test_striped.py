@@ -107,7 +107,7 @@ def test_each_folder_has_its_own_limit(tmp_path):
 
 
 def test_a_second_folder_that_cannot_be_opened_leaves_nothing(tmp_path, monkeypatch):
-    from outsize.engine import session
+    from outsize.engine import scratch
 
     (tmp_path / "b").mkdir()
     opened_tiers = []
@@ -118,7 +118,7 @@ def test_a_second_folder_that_cannot_be_opened_leaves_nothing(tmp_path, monkeypa
         opened_tiers.append(DiskTier(folder, num_bytes, **options))
         return opened_tiers[-1]
 
-    monkeypatch.setattr(session, "DiskTier", open_tier)
+    monkeypatch.setattr(scratch, "DiskTier", open_tier)
     model = opened(ZOO["llama"].build().train(), disk=[tmp_path, tmp_path / "b"], home="disk")
     outsize.AdamW(model)
     with pytest.raises(ConfigError, match="refused"):

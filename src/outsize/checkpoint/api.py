@@ -260,7 +260,7 @@ def _decode(text: str) -> torch.Tensor:
 
 
 def _run_facts(session: Session) -> dict[str, Any]:
-    call = session.last_training_call
+    call = session.calls.last_training
     kernel = session.kernel() if session.kernel is not None else None
     return {
         "tile_rows": call.tile_rows if call is not None else None,

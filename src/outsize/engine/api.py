@@ -146,7 +146,7 @@ def save(
     def fetch(block: Block) -> list[torch.Tensor]:
         if watch is not None:
             watch(numbers[block.name], len(numbers))
-        return session.block_values(block)
+        return session.parameters.block_values(block)
 
     write_folder(session.module, session.cut.blocks, fetch, Path(path), tokenizer_from=tokenizer_from)
 

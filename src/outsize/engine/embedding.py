@@ -66,10 +66,12 @@ class Embedding:
             device=self.session.torch_device,
         )
         takes_rows = self.takes_rows
-        for name, start, stop in self.session.row_blocks(self.parameter):
+        for name, start, stop in self.session.parameters.row_blocks(self.parameter):
             first, last = _range(distinct, start, stop)
             if takes_rows:
-                self.session.take_rows(name, self.parameter, distinct[first:last] - start, table[first:last])
+                self.session.parameters.take_rows(
+                    name, self.parameter, distinct[first:last] - start, table[first:last]
+                )
                 continue
             with self.session.visit((name,), Direction.FORWARD) as values:
                 if first < last:
@@ -81,7 +83,7 @@ class Embedding:
     @property
     def takes_rows(self) -> bool:
         """Whether rows come one by one, from where the table stays or else from the files, without a visit."""
-        return self.session.gives_rows(self.parameter)
+        return self.session.parameters.gives_rows(self.parameter)
 
     def backward(self, ids: torch.Tensor, gradient: torch.Tensor, autocast: Autocast, guard: Guard) -> None:
         """Add to the gradients of all row blocks."""
@@ -99,7 +101,7 @@ class Embedding:
             output = self.original(places.inverse)
         output.backward(gradient)
         assert table.grad is not None
-        for name, start, stop in reversed(self.session.row_blocks(self.parameter)):
+        for name, start, stop in reversed(self.session.parameters.row_blocks(self.parameter)):
             with self.session.visit_backward((name,), needs_weights=False):
                 first, last = _range(distinct, start, stop)
                 rows = self.session.gradient_sum(name, self.parameter)
@@ -143,14 +145,14 @@ class _Places:
 
     @classmethod
     def of(cls, ids: torch.Tensor, num_rows: int, session: Session) -> _Places:
-        known = ids if ids.device.type == "cpu" else session.known_on_host(ids)
+        known = ids if ids.device.type == "cpu" else session.arguments.known_on_host(ids)
         if known is None and num_rows <= SMALL_ROWS:
             distinct = torch.arange(num_rows)
-            return cls(distinct, session.on_device(distinct), ids)
+            return cls(distinct, session.arguments.on_device(distinct), ids)
         distinct, inverse = torch.unique(
-            session.on_host(ids) if known is None else known, return_inverse=True
+            session.arguments.on_host(ids) if known is None else known, return_inverse=True
         )
-        return cls(distinct, session.on_device(distinct), session.on_device(inverse))
+        return cls(distinct, session.arguments.on_device(distinct), session.arguments.on_device(inverse))
 
 
 def _range(distinct: torch.Tensor, start: int, stop: int) -> tuple[int, int]:
@@ -163,7 +165,7 @@ class _Embed(torch.autograd.Function):
     def forward(ctx: Any, embedding: Embedding, anchor: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         ctx.embedding, ctx.autocast = embedding, Autocast.current(embedding.session.device)
         ctx.guard = embedding.session.guard(embedding.point)
-        known = embedding.session.known_on_host(ids)
+        known = embedding.session.arguments.known_on_host(ids)
         ctx.save_for_backward(ids if known is None else known)
         return embedding.forward(ids)
 

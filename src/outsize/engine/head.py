@@ -68,7 +68,7 @@ class Head:
 
     def __call__(self, input: torch.Tensor) -> torch.Tensor:
         """Logits `[..., V]` of hidden states `[..., h]`; a handle while a call with labels runs."""
-        if self.session.has_labels:
+        if self.session.calls.has_labels:
             return Logits(self, input)
         return self.logits(input)
 
@@ -91,11 +91,11 @@ class Head:
         `hidden [..., h]`, `targets [...]`.
         """
         flat = hidden.reshape(-1, hidden.shape[-1])
-        targets = self.session.on_host(targets).reshape(-1)
+        targets = self.session.arguments.on_host(targets).reshape(-1)
         if flat.shape[0] != targets.numel():
             raise UsageError(f"{targets.numel()} labels are given for {flat.shape[0]} positions")
         kept = (targets != ignore_index).nonzero().squeeze(1)
-        flat = flat.index_select(0, self.session.on_device(kept))
+        flat = flat.index_select(0, self.session.arguments.on_device(kept))
         targets = targets.index_select(0, kept)
         rows = self.module.out_features
         if targets.numel() and not 0 <= int(targets.min()) <= int(targets.max()) < rows:
@@ -161,7 +161,7 @@ class Head:
             torch.zeros(count, device=hidden.device),
             torch.zeros(count, device=hidden.device),
         )
-        targets = self.session.on_device(targets)
+        targets = self.session.arguments.on_device(targets)
         with torch.no_grad():
             for name, start, stop in self._rows():
                 with self.session.visit((name,), Direction.FORWARD) as values:
@@ -232,8 +232,8 @@ class Head:
         slope = self._tile(hidden, values, call.autocast).sub_(call.logsumexp[tile].unsqueeze(1)).exp_()
         place = call.targets[tile] - start
         rows = ((place >= 0) & (place < slope.shape[1])).nonzero().squeeze(1)
-        places = self.session.on_device(place[rows])
-        slope[self.session.on_device(rows), places] -= 1
+        places = self.session.arguments.on_device(place[rows])
+        slope[self.session.arguments.on_device(rows), places] -= 1
         slope.mul_(call.scale)
         narrow = slope.to(weight.dtype)
         weight_sum, bias_sum = sums
@@ -263,7 +263,7 @@ class Head:
             return F.linear(hidden.to(weight.dtype), weight, bias).float()
 
     def _rows(self) -> list[tuple[str, int, int]]:
-        return self.session.row_blocks(self.weight)
+        return self.session.parameters.row_blocks(self.weight)
 
 
 @dataclass(frozen=True, slots=True)
@@ -403,7 +403,7 @@ class Logits(torch.Tensor):
         )
         self.head, self.hidden, self.is_sealed = head, hidden, False
         self.has_graph = torch.is_grad_enabled()
-        head.session.handles.append(self)
+        head.session.calls.handles.append(self)
         return self
 
     @classmethod
@@ -470,7 +470,7 @@ class TiledLoss:
                 logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels, **kwargs
             )
         if shift_labels is None:
-            labels = logits.head.session.on_host(labels)
+            labels = logits.head.session.arguments.on_host(labels)
             shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
         total, count = logits.head.loss(logits.hidden, shift_labels, ignore_index)
         return total / (count if num_items_in_batch is None else num_items_in_batch)

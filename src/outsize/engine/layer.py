@@ -176,8 +176,8 @@ class Layer:
         differentiates = trains or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
         if self.session.probe is not None:
             return call.result(self.session.probe.layer(self, call, tensors, trains, differentiates))
-        call.dims, call.tiles = self.session.tiles(self, tensors)
-        call.row_tokens = self.session.row_tokens
+        call.dims, call.tiles = self.session.calls.tiles(self, tensors)
+        call.row_tokens = self.session.calls.row_tokens
         call.training = tuple(module.training for module in self.module.modules())
         call.keeps_graphs = self.session.keeps_graphs(self.blocks)
         if not differentiates:
@@ -210,7 +210,7 @@ class Layer:
             try:
                 outputs = self._run_tiles(call, tensors, graphs)
             except UnevenTiles:
-                call.dims, call.tiles = None, self.session.keep_whole(self.point)
+                call.dims, call.tiles = None, self.session.calls.keep_whole(self.point)
                 call.randomness.put_back()
                 outputs = self._run_tiles(call, tensors, graphs)
             call.draws = not call.randomness.is_now()
@@ -288,7 +288,7 @@ class Layer:
 
     def _shrink(self, call: Call, tiles: Sequence[Tile]) -> None:
         """The call's tiles could not be computed, and these were."""
-        self.session.shrink_tiles(max(tile.stop - tile.start for tile in tiles), call.row_tokens)
+        self.session.calls.shrink_tiles(max(tile.stop - tile.start for tile in tiles), call.row_tokens)
 
     def _run_with_graph(self, call: Call, tensors: Sequence[torch.Tensor], tile: Tile) -> Graph:
         """Run one tile with a graph that begins at its inputs and at the parameters."""

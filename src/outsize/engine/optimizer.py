@@ -143,7 +143,7 @@ class Optimizer(torch.optim.Optimizer, ABC):
     ) -> None:
         assert self._session.executor is not None
         store = self._session.executor.store
-        places = self._session.locations(name)
+        places = self._session.parameters.locations(name)
         gradients = [store[place.block].gradients[place.index] for place in places]
         if not any(gradient.present for gradient in gradients):
             return
@@ -156,7 +156,7 @@ class Optimizer(torch.optim.Optimizer, ABC):
         """The gradient of a parameter before clipping, in double precision, in parts of at most a chunk."""
         assert self._session.executor is not None
         store = self._session.executor.store
-        for place in self._session.locations(name):
+        for place in self._session.parameters.locations(name):
             state = store[place.block]
             gradient = state.gradients[place.index]
             if gradient.present:
@@ -173,7 +173,7 @@ class Optimizer(torch.optim.Optimizer, ABC):
             (at.block, at.index)
             for group in self.param_groups
             for parameter in group["params"]
-            for at in self._session.locations(self._names[id(parameter)])
+            for at in self._session.parameters.locations(self._names[id(parameter)])
         }
         return math.sqrt(
             sum(
@@ -196,7 +196,7 @@ class Optimizer(torch.optim.Optimizer, ABC):
         """Forget the gradients of all groups; an update that `step()` froze still uses them."""
         for group in self.param_groups:
             for parameter in group["params"]:
-                self._session.drop_gradient(self._names[id(parameter)])
+                self._session.parameters.drop_gradient(self._names[id(parameter)])
 
     def state_dict(self) -> dict[str, Any]:
         """Groups, step counts and other numbers per parameter, and where the moments are; never tensors."""

@@ -143,7 +143,7 @@ def predict(model: nn.Module, profile: Profile, *, commit_every: int = 0) -> Pre
     gradients on.
     """
     session = session_of(model)
-    call, executor, placement = session.last_training_call, session.executor, session.budget.placement
+    call, executor, placement = session.calls.last_training, session.executor, session.budget.placement
     if call is None or executor is None or placement is None:
         raise UsageError(
             "a prediction needs the shape of a batch",
@@ -234,7 +234,7 @@ def advise(model: nn.Module, profile: Profile, step_s: float, stalled_s: float) 
     none where the model was opened without a profile.
     """
     session = session_of(model)
-    call, choices = session.last_training_call, session.budget.choices
+    call, choices = session.calls.last_training, session.budget.choices
     if call is None or len(choices) < 2 or session.executor is None:
         return None
     records = session.executor.store.records

@@ -187,7 +187,7 @@ def _rehearse(session: Session, rows: int, seq_len: int) -> tuple[Rehearsal, Bat
     ids = torch.zeros(rows, seq_len, dtype=torch.long)
     kwargs = {"input_ids": ids, "labels": ids, "use_cache": False}
     shape = batch_shape(session.module, (), kwargs)
-    return session.rehearse_with_labels(kwargs, shape), shape
+    return session.calls.rehearse_with_labels(kwargs, shape), shape
 
 
 def _settings_elsewhere(

@@ -217,7 +217,7 @@ class Probe:
         """A loss of zero."""
         from outsize.engine.head import tile_elements
 
-        rows = max(stop - start for _, start, stop in self.session.row_blocks(head.weight))
+        rows = max(stop - start for _, start, stop in self.session.parameters.row_blocks(head.weight))
         tile = min(tile_elements(hidden.device), hidden.shape[0] * rows) * 4
         self.loss_bytes = max(self.loss_bytes, 3 * tile + 3 * hidden.numel() * 4)
         loss = torch.zeros((), device=hidden.device)
@@ -480,7 +480,7 @@ def _run(session: Session, args: tuple[Any, ...], kwargs: dict[str, Any], *, see
     buffers = {
         name: (buffer, buffer._version, buffer.clone()) for name, buffer in session.module.named_buffers()
     }
-    args, kwargs = session.moved(args, kwargs)
+    args, kwargs = session.arguments.moved(args, kwargs)
     try:
         with Randomness.current(session.device).restored():
             output = session.forward(*args, **kwargs)

@@ -116,7 +116,7 @@ class Runner:
         if session is not None and session.executor is None:
             with switched(self.model), self._products():
                 for parts in self._largest():
-                    session.settle_for(self._arguments(parts))
+                    session.calls.settle_for(self._arguments(parts))
 
     @torch.no_grad()
     def run(self, parts: Sequence[Part], *, is_long: bool = False) -> list[torch.Tensor]:
@@ -132,7 +132,7 @@ class Runner:
         with switched(self.model), self._products():
             logits_NV = self._call(self._arguments(parts)).logits[0]
         if self._session is not None:
-            self._session.read_ahead()
+            self._session.calls.read_ahead()
         return list(logits_NV.split([len(part.rows) for part in parts] + [int(not _num_rows(parts))]))
 
     def _call(self, arguments: dict[str, Any]) -> Any:

@@ -1,0 +1,305 @@
+"""Calls of the root module: the running one, and what was learned of those before.
+
+The first call of a kind is rehearsed; the very first settles where everything lives. Points ask here how the running
+call's batch is cut, and whether it has labels.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import Cache, PreTrainedModel
+
+from outsize.engine.batch import BatchDims, Tile, tiles
+from outsize.engine.probe import BatchShape, Rehearsal, batch_shape, rehearse
+from outsize.errors import BudgetError, UsageError
+from outsize.model import Point, attention_of, merges_rows
+from outsize.plan import Direction, Visit
+
+if TYPE_CHECKING:
+    from outsize.engine.head import Logits
+    from outsize.engine.layer import Layer
+    from outsize.engine.session import Session
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A call of the root module, forward and backward; each of its visits takes `visit_bytes` at most."""
+
+    rehearsal: Rehearsal
+    shape: BatchShape
+    tile_rows: int
+    visit_bytes: int
+    is_row_by_row: bool = False
+    """Whether a visit of several rows at once would be wrong."""
+
+
+class Calls:
+    """What hooks of the root module tell of its calls, and points ask of them."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self.current: Call | None = None
+        """The running call, else the last one; None while a cache is filled."""
+        self.last_training: Call | None = None
+        self.handles: list[Logits] = []
+        """Logits of the running call, which can be read until it is over."""
+        self.has_labels = False
+        self._kept_whole: set[str] = set()
+        self._forward_order: list[Visit] = []
+        self._rehearsals: dict[tuple[Any, ...], Rehearsal] = {}
+        module = session.module
+        self._has_cache_switch = _has_cache_switch(module)
+        self._merges_rows = merges_rows(module)
+        module.register_forward_pre_hook(self.before, with_kwargs=True, prepend=True)
+        module.register_forward_hook(self.after, with_kwargs=True, always_call=True)
+        encoder = _encoder_of(module)
+        if encoder is not None:
+            encoder.register_forward_pre_hook(self.before_encoder, with_kwargs=True)
+
+    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Make ready for a call: rehearse it, settle where nothing is settled yet, and say what will be visited.
+
+        Returns the arguments where blocks compute. Raises UsageError, and BudgetError where the call does not fit.
+        """
+        session = self._session
+        if session.probe is not None:
+            return None
+        if torch.compiler.is_compiling():
+            raise UsageError(
+                "torch.compile cannot trace a model that lives in Outsize's store",
+                hint="call the model as it is: leave out torch.compile, or torch_compile of TrainingArguments",
+            )
+        session.check()
+        self.has_labels = kwargs.get("labels") is not None
+        kwargs, uses_cache = self._switched(kwargs)
+        shape = batch_shape(module, args, kwargs)
+        is_row_by_row = self._merges_rows and _is_packed(kwargs)
+        if uses_cache and is_row_by_row and shape.rows != 1:
+            raise _packed_error(attention_of(module))
+        if uses_cache and session.executor is not None:
+            # A cache grows with every call; the order of visits is that of a call without.
+            self.current = None
+            session.executor.begin(self._forward_order)
+            return session.arguments.moved(args, kwargs)
+        plain_kwargs = {**kwargs, **_uncached(kwargs)} if uses_cache else kwargs
+        rehearsal = self._rehearsed(self._signature(args, kwargs, uses_cache), args, plain_kwargs, shape)
+        if session.executor is None:
+            needed = rehearsal
+            if session.rule is not None and not torch.is_grad_enabled():
+                with torch.enable_grad():  # room for training, which comes
+                    needed = rehearse(session, args, {**kwargs, **_uncached(kwargs)}, shape)
+            session.settle(needed, shape)
+        self._begin(rehearsal, shape, is_row_by_row)
+        return session.arguments.moved(args, kwargs)
+
+    def _switched(self, kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
+        """Arguments that fill a cache only where that can be, and whether they do."""
+        cache = kwargs.get("past_key_values")
+        if torch.is_grad_enabled() and cache is not None:
+            raise UsageError(
+                "past_key_values with gradients on: recomputation would append to the cache a second time",
+                hint="call the model under torch.no_grad(), or without a cache",
+            )
+        switched = dict(kwargs)
+        if self._has_cache_switch and (torch.is_grad_enabled() or (self.has_labels and cache is None)):
+            switched["use_cache"] = False
+        return switched, self._has_cache_switch and switched.get("use_cache") is not False
+
+    def _rehearsed(
+        self, signature: tuple[Any, ...], args: tuple[Any, ...], kwargs: dict[str, Any], shape: BatchShape
+    ) -> Rehearsal:
+        """The rehearsal of calls like this one; made where there is none, or none of rows as long."""
+        rehearsal = self._rehearsals.get(signature)
+        if rehearsal is None or shape.row_elements > rehearsal.row_elements:
+            rehearsal = self._rehearsals[signature] = rehearse(self._session, args, kwargs, shape)
+            self._forward_order = [v for v in rehearsal.visits if v.direction is Direction.FORWARD]
+        return rehearsal
+
+    def _begin(self, rehearsal: Rehearsal, shape: BatchShape, is_row_by_row: bool) -> None:
+        """The call runs from here on: its visits are told to whoever moves blocks."""
+        session = self._session
+        tile_rows = session.budget.begin_call(rehearsal, shape)
+        self.current = Call(
+            rehearsal, shape, 1 if is_row_by_row else tile_rows, session.budget.visit_bytes, is_row_by_row
+        )
+        if torch.is_grad_enabled():
+            self.last_training = self.current
+        session.running.begin(rehearsal.visits)
+        if session.keeper is not None:
+            session.keeper.begin()
+
+    def settle_for(self, kwargs: dict[str, Any]) -> None:
+        """Place and allocate for calls like this one, which is not made. Raises BudgetError where they do not fit, having
+        kept nothing of their arguments."""
+        try:
+            self.before(self._session.module, (), kwargs)
+        except BudgetError:
+            self._rehearsals.clear()
+            self._session.forget_costs()
+            raise
+        finally:
+            self.after(self._session.module, (), kwargs, None)
+
+    def read_ahead(self) -> None:
+        """Start reading what a call like the last one needs first, beside what its caller does meanwhile."""
+        if self._session.executor is not None and self.current is not None:
+            self._session.executor.begin(self.current.rehearsal.visits)
+
+    def before_encoder(self, encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Settle for the whole model where `generate` runs the encoder alone before the model was ever called.
+
+        What is rehearsed is the call that follows: the encoder's arguments, and one token for the decoder.
+        """
+        if (
+            self._session.executor is not None
+            or self._session.probe is not None
+            or args
+            or torch.is_grad_enabled()
+        ):
+            return
+        rows = next((value.shape[0] for value in kwargs.values() if isinstance(value, torch.Tensor)), 1)
+        first = torch.zeros(rows, 1, dtype=torch.long, device=self._session.torch_device)
+        self.settle_for({**kwargs, "decoder_input_ids": first, "use_cache": False})
+
+    def after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        """The forward of the call is over, whether it failed or not."""
+        if self._session.probe is not None:
+            return
+        for handle in self.handles:
+            handle.seal()
+        self.handles.clear()
+        self.has_labels = False
+        self._session.arguments.forget()
+
+    def _signature(self, args: tuple[Any, ...], kwargs: dict[str, Any], uses_cache: bool) -> tuple[Any, ...]:
+        """What decides the order of visits and the batch dimensions: everything but sizes."""
+
+        def describe(value: Any, name: str = "") -> Any:
+            if isinstance(value, torch.Tensor):
+                # Models leave a mask out that masks nothing: layers are then given one tensor less.
+                masks = False
+                if value.dim() == 2 and value.dtype in (torch.bool, torch.long):
+                    # Positions that begin anew within a row stand for packed documents, which need a mask.
+                    is_position = name == "position_ids"
+                    masks = bool((value.diff() != 1).any() if is_position else (value == 0).any())
+                return value.dim(), value.dtype, masks
+            return type(value).__name__ if isinstance(value, Cache) else repr(value)[:80]
+
+        trains = tuple(parameter.requires_grad for parameter in self._session.parameters.values())
+        return (
+            torch.is_grad_enabled(),
+            self._session.module.training,
+            uses_cache,
+            hash(trains),
+            tuple(map(describe, args)),
+            tuple(sorted((key, describe(value, key)) for key, value in kwargs.items() if value is not None)),
+        )
+
+    def rehearse_with_labels(self, kwargs: dict[str, Any], shape: BatchShape) -> Rehearsal:
+        """A rehearsal of a call that was not made, with labels."""
+        self.has_labels = True
+        try:
+            return rehearse(self._session, (), kwargs, shape)
+        finally:
+            self.has_labels = False
+            self.handles.clear()
+
+    @property
+    def row_tokens(self) -> int:
+        """Tokens of a row of the running call's batch."""
+        return 1 if self.current is None else self.current.shape.row_tokens
+
+    def keep_whole(self, point: Point) -> tuple[Tile, ...]:
+        """Never tile `point` again; the one tile it runs as."""
+        self._kept_whole.add(point.module)
+        return (Tile(0, 1, 1),)
+
+    def shrink_tiles(self, rows: int, row_tokens: int) -> None:
+        """Compute at most `rows` rows at once from now on, of `row_tokens` each; in calls to come, as many tokens."""
+        before = 0
+        for call in (self.current, self.last_training):
+            if call is not None and call.tile_rows > rows:
+                before = call.tile_rows
+        self.current = _with_tiles(self.current, rows)
+        self.last_training = _with_tiles(self.last_training, rows)
+        self._session.budget.shrink_tiles(rows * row_tokens)
+        if before:
+            self._session.stepdown.note(f"blocks compute {rows} rows at once instead of {before}")
+
+    def tiles(
+        self, layer: Layer, tensors: Sequence[torch.Tensor]
+    ) -> tuple[BatchDims | None, tuple[Tile, ...]]:
+        """How the running call's batch is cut for `layer`; one tile where the batch dimension is not known."""
+        dims, parts = self._tiles(layer, tensors)
+        if self.current is not None and self.current.is_row_by_row and self.current.shape.rows != len(parts):
+            raise _packed_error(attention_of(self._session.module))
+        return dims, parts
+
+    def _tiles(
+        self, layer: Layer, tensors: Sequence[torch.Tensor]
+    ) -> tuple[BatchDims | None, tuple[Tile, ...]]:
+        current = self.current
+        whole = (Tile(0, 1, 1),)
+        if current is None or current.shape.rows is None:
+            return None, whole
+        dims, rows = current.rehearsal.dims.get(layer.point.module), current.shape.rows
+        if layer.point.module in self._kept_whole:
+            return None, whole
+        if dims is None or (layer.has_batch_statistics and layer.module.training):
+            return None, whole
+        if all(dim is None for dim in dims.inputs):
+            return None, whole  # nothing of the batch enters
+        fits = len(dims.inputs) == len(tensors) and all(
+            dim is None or (dim < tensor.dim() and tensor.shape[dim] % rows == 0)
+            for dim, tensor in zip(dims.inputs, tensors, strict=True)
+        )
+        return (dims, tuple(tiles(rows, current.tile_rows))) if fits else (None, whole)
+
+
+def _is_packed(kwargs: Mapping[str, Any]) -> bool:
+    """Whether positions begin anew within a row, which stands for several documents."""
+    positions = kwargs.get("position_ids")
+    return (
+        isinstance(positions, torch.Tensor) and positions.dim() == 2 and bool((positions.diff() != 1).any())
+    )
+
+
+def _packed_error(attention: str | None) -> UsageError:
+    return UsageError(
+        f"{attention} keeps packed documents apart in calls of one row, and this one cannot be cut into rows",
+        hint='load the model with attention="sdpa", or leave packing out',
+    )
+
+
+def _with_tiles(call: Call | None, rows: int) -> Call | None:
+    return None if call is None else replace(call, tile_rows=min(call.tile_rows, rows))
+
+
+def _uncached(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """What to pass instead so that a rehearsal fills no cache of the caller."""
+    caches = {key: None for key, value in kwargs.items() if isinstance(value, Cache)}
+    return {**caches, **({"use_cache": False} if "use_cache" in kwargs or caches else {})}
+
+
+def _encoder_of(module: nn.Module) -> nn.Module | None:
+    """The encoder of an encoder-decoder of transformers, which `generate` calls by itself."""
+    if not isinstance(module, PreTrainedModel) or not module.config.is_encoder_decoder:
+        return None
+    encoder: nn.Module = module.get_encoder()
+    return None if encoder is module else encoder
+
+
+def _has_cache_switch(module: nn.Module) -> bool:
+    """Whether `use_cache=False` reaches the part of the model that would make a cache."""
+    names = inspect.signature(module.forward).parameters
+    if "use_cache" in names:
+        return True
+    passes_on = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in names.values())
+    inner = (child for child in module.modules() if isinstance(child, PreTrainedModel))
+    return passes_on and any("use_cache" in inspect.signature(child.forward).parameters for child in inner)

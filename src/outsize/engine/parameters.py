@@ -1,0 +1,204 @@
+"""A model's parameters: the placeholders that stand for them, where their pieces are, their values and gradients.
+
+A parameter lies in one block, or in several of some rows each; after the first call its pieces are entries of records.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from outsize.block import Block, Piece
+from outsize.engine.placeholder import GradientPlaceholder, OffloadedParameter
+from outsize.errors import UsageError
+from outsize.optim import split
+
+if TYPE_CHECKING:
+    from outsize.engine.session import Session
+
+
+@dataclass(frozen=True, slots=True)
+class Location:
+    """Entry `index` of `block` holds rows `[start, stop)` of a parameter (all of it where `rows` is None)."""
+
+    block: str
+    index: int
+    rows: tuple[int, int] | None
+
+
+class Parameters(Mapping[str, OffloadedParameter]):
+    """The placeholders by name, which take the parameters' places in `module`."""
+
+    def __init__(self, session: Session, module: nn.Module, blocks: Sequence[Block]) -> None:
+        self._session = session
+        self._shapes = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
+        self._locations: dict[str, list[Location]] = {}
+        self._owned: list[tuple[dict[str, Any], str, OffloadedParameter]] = []
+        self._placeholders = self._take(module)
+        self.locate({block.name: block.pieces for block in blocks})
+
+    def __getitem__(self, name: str) -> OffloadedParameter:
+        return self._placeholders[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._placeholders)
+
+    def __len__(self) -> int:
+        return len(self._placeholders)
+
+    def _take(self, module: nn.Module) -> dict[str, OffloadedParameter]:
+        session, placeholders = self._session, dict[str, OffloadedParameter]()
+        for name, parameter in module.named_parameters():
+            placeholders[name] = OffloadedParameter.of(
+                parameter,
+                name,
+                session.dtype,
+                session.torch_device,
+                fetch=partial(self.value, name),
+                get_gradient=partial(self.gradient, name),
+                drop_gradient=partial(self.drop_gradient, name),
+            )
+        by_identity = {id(parameter): placeholders[name] for name, parameter in module.named_parameters()}
+        for owner in module.modules():
+            for attribute, owned in owner._parameters.items():
+                if owned is not None:
+                    placeholder = by_identity[id(owned)]
+                    owner._parameters[attribute] = placeholder  # type: ignore[assignment]
+                    self._owned.append((owner._parameters, attribute, placeholder))
+        return placeholders
+
+    def check(self) -> None:
+        """Refuse to run with parameters that are no longer ours, or that train without a place for gradients."""
+        for parameters, attribute, placeholder in self._owned:
+            if parameters.get(attribute) is not placeholder:
+                raise UsageError(
+                    f"a parameter was put in the place of {placeholder._label}: it would not be used",
+                    hint="change weights before outsize.wrap, or save, change and load again",
+                )
+        if self._session.executor is None:
+            return
+        for name, parameter in self.items():
+            at = self._locations[name][0]
+            if (
+                parameter.requires_grad
+                and not self._session.store[at.block].record.entries[at.index].trainable
+            ):
+                raise UsageError(
+                    f"{name} (in block {at.block}) requires grad now, but had no gradient when memory was laid out",
+                    hint="set requires_grad before the first call of the model",
+                )
+
+    def locate(self, pieces: Mapping[str, Sequence[Piece]]) -> None:
+        """From now on pieces are those of `pieces`, by block."""
+        self._locations = {}
+        for block, members in pieces.items():
+            for index, piece in enumerate(members):
+                rows = None if piece.is_whole else (piece.row_start or 0, piece.row_stop or 0)
+                self._locations.setdefault(piece.parameter, []).append(Location(block, index, rows))
+        for locations in self._locations.values():
+            locations.sort(key=lambda location: location.rows or (0, 0))
+
+    def locations(self, parameter: str) -> Sequence[Location]:
+        """Where a parameter's pieces are."""
+        return self._locations[parameter]
+
+    def row_blocks(self, parameter: str) -> list[tuple[str, int, int]]:
+        """`(block, first row, last row)` of a table, in order."""
+        rows = self._shapes[parameter][0]
+        return [(at.block, *(at.rows or (0, rows))) for at in self._locations[parameter]]
+
+    def gives_rows(self, parameter: str) -> bool:
+        """Whether rows of a table can be taken without a visit: nothing trains, and its source gives them."""
+        source = self._session.source
+        return (
+            self._session.versions is None
+            and source is not None
+            and source.gives_rows(parameter)
+            and not any(each.requires_grad for each in self.values())
+            and not (
+                self._session.executor is not None
+                and any(state.is_stored for state in self._session.executor.store)
+            )
+        )
+
+    def take_rows(self, block: str, parameter: str, rows: torch.Tensor, target: torch.Tensor) -> None:
+        """Fill `target` with sorted rows, counted from the first of `block`, of a table that `gives_rows`."""
+        index = next(at.index for at in self._locations[parameter] if at.block == block)
+        self._session.store.take_rows(self._session.store[block], index, rows, target)
+
+    def value(self, parameter: str) -> torch.Tensor:
+        """A copy of a parameter's current value."""
+        parts = [self.piece_value(at) for at in self._locations[parameter]]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def piece_value(self, at: Location) -> torch.Tensor:
+        """A copy of one piece's current value."""
+        if self._session.executor is None:
+            piece = self._session.blocks[at.block].pieces[at.index]
+            exact = torch.empty(piece.shape, dtype=torch.float32)
+            source = self._session.committed or self._session.own_source()
+            source.read(Block(at.block, (piece,)), [exact])
+            value = (
+                exact if self._session.dtype is torch.float32 else split(exact.view(-1))[0].view(piece.shape)
+            )
+            return value.to(self._session.torch_device)
+        with self._session.executor.touch(at.block) as state:
+            return self._session.store.pieces(state)[at.index].clone()
+
+    def block_values(self, block: Block) -> list[torch.Tensor]:
+        """Copies of the current values of all pieces of a block of the cut."""
+        if self._session.executor is None:
+            return [self.piece_value(self._place_of(piece)) for piece in block.pieces]
+        with self._session.executor.touch(block.name) as state:
+            views = {
+                e.piece: v
+                for e, v in zip(state.record.entries, self._session.store.pieces(state), strict=True)
+            }
+            return [views[piece].clone() for piece in block.pieces]
+
+    def _place_of(self, piece: Piece) -> Location:
+        rows = None if piece.is_whole else (piece.row_start or 0, piece.row_stop or 0)
+        return next(at for at in self._locations[piece.parameter] if at.rows == rows)
+
+    def gradient(self, parameter: str) -> torch.Tensor | None:
+        """What stands for the parameter's gradient, or None."""
+        if self._session.executor is None or not any(g.present for g in self._gradients(parameter)):
+            return None
+        return GradientPlaceholder.of(
+            self._placeholders[parameter],
+            f"{parameter}.grad",
+            fetch=lambda: self._gradient_value(parameter),
+            norm=lambda: self._gradient_norm(parameter),
+            scale_by=lambda factor: self._scale_gradient(parameter, factor),
+        )
+
+    def drop_gradient(self, parameter: str) -> None:
+        """Forget the parameter's gradient."""
+        if self._session.executor is not None:
+            for gradient in self._gradients(parameter):
+                gradient.present, gradient.scale = False, 1.0
+
+    def _gradients(self, parameter: str) -> list[Any]:
+        return [self._session.store[at.block].gradients[at.index] for at in self._locations[parameter]]
+
+    def _gradient_norm(self, parameter: str) -> float:
+        self._session.store.settle_norms()
+        return float(sum(g.sum_of_squares * g.scale**2 for g in self._gradients(parameter)) ** 0.5)
+
+    def _scale_gradient(self, parameter: str, factor: float) -> None:
+        for gradient in self._gradients(parameter):
+            gradient.scale *= factor
+
+    def _gradient_value(self, parameter: str) -> torch.Tensor:
+        parts = []
+        for at in self._locations[parameter]:
+            state = self._session.store[at.block]
+            parts.append(
+                self._session.store.gradient_value(state, at.index) * state.gradients[at.index].scale
+            )
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
