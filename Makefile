@@ -4,6 +4,9 @@
 # Everything is installed into .venv beside this file. Nothing else on the machine is touched, but for one thing: where there is
 # no browser, `make test` installs Debian's Chromium if it is run by root; else it leaves out the test that needs one.
 
+# Tests run in so many processes, each on as many threads as torch takes.
+JOBS ?= 2
+
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 READY := .venv/.ready
@@ -49,7 +52,8 @@ test: $(READY) browser
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not timed"
+	$(BIN)/python -m pytest -m timed
 
 soak: $(READY)
 	folder=$$(mktemp -d -p /var/tmp) && $(BIN)/python -m tests.checkpoint.kill $$folder/runs --count 200; status=$$?; rm -rf $$folder; exit $$status

@@ -150,7 +150,7 @@ def abandon(model: nn.Module) -> None:
 @contextmanager
 def wrapped_disk(monkeypatch: Any, wrap: Callable[[Any], Any]) -> Iterator[list[Any]]:
     """Inside, sessions open their disk through `wrap(DiskTier(...))`; yields what was opened."""
-    from outsize.engine import session
+    from outsize.engine import scratch
     from outsize.tier import DiskTier
 
     tiers: list[Any] = []
@@ -160,5 +160,5 @@ def wrapped_disk(monkeypatch: Any, wrap: Callable[[Any], Any]) -> Iterator[list[
         return tiers[-1]
 
     with monkeypatch.context() as patch:
-        patch.setattr(session, "DiskTier", open_tier)
+        patch.setattr(scratch, "DiskTier", open_tier)
         yield tiers

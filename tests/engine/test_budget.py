@@ -1,10 +1,12 @@
 """The division of memory: room for freed activations, smaller tiles, and memory that is given back in need."""
 
 import dataclasses
+import gc
 import os
 import re
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ import outsize
 from outsize import Pins
 from outsize.cli.options import pins_of
 from outsize.config import Home, parse_bytes
+from outsize.engine import memory
 from outsize.engine.budget import SLACK_BYTES, Budget
 from outsize.engine.predict import pins_text
 from outsize.engine.session import session_of
@@ -46,6 +49,27 @@ def test_under_pressure_every_visit_gives_freed_memory_back_first_and_nothing_ch
     assert budget.num_times_given_back >= 2 * visits - 2 > 0
     assert_same_losses(losses, train(plain, batches(1)) + train_more(plain, batches(3)[1:]))
     assert_same_weights(model, plain)
+
+
+def test_a_call_that_is_refused_keeps_nothing_of_its_arguments(tmp_path):
+    """They may be what took the memory, and the next attempt is made at once: not when the collector has come by."""
+
+    class Pages:
+        """Stands for what a call hands down to attention."""
+
+    _, model = llama(tmp_path, host=memory.resident_bytes() + (1 << 20))
+    arguments = {"input_ids": torch.ones(2, 9, dtype=torch.long), "pages": Pages()}
+    kept, is_refused = weakref.ref(arguments["pages"]), False
+    gc.disable()
+    try:
+        try:
+            session_of(model).calls.settle_for(arguments)
+        except BudgetError:
+            is_refused = True
+        arguments.clear()
+        assert is_refused and kept() is None
+    finally:
+        gc.enable()
 
 
 def test_a_call_without_a_graph_makes_no_less_room_for_the_backward_of_an_earlier_one(tmp_path, monkeypatch):

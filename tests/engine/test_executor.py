@@ -55,6 +55,7 @@ def test_updates_are_started_before_the_block_is_reached(tmp_path):
     assert "L01" in ahead[0]
 
 
+@pytest.mark.timed
 def test_transfers_run_beside_computing(tmp_path, monkeypatch):
     """Slow reads and slow layers: together they take little more than the longer of the two."""
     delay_s, count = 0.03, 3

@@ -16,6 +16,8 @@ from outsize.plan.profile import Resource
 from tests.plan.test_simulate import HOST
 from tests.zoo import ZOO
 
+pytestmark = pytest.mark.timed
+
 SLOW = dataclasses.replace(HOST, name="a slow disk", disk_read=2e6, disk_write=2e6)
 
 

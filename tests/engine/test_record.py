@@ -18,6 +18,8 @@ from tests.promises.test_device import with_twin
 from tests.running import adamw, executor_of, loss_of, opened, wrapped_disk
 from tests.zoo import ZOO
 
+pytestmark = pytest.mark.timed
+
 COMPUTE, UPDATE, READ, WRITE, UP, DOWN = Resource
 
 

@@ -314,9 +314,10 @@ class Budget:
             try:
                 fit = self._fit_for(attempt, records, rehearsal, shape)
             except BudgetError as failure:
-                error = failure
-                if isinstance(failure, DiskShortage):
-                    shortage = shortage or failure  # memory was enough
+                # Kept with its frames it would keep, in a cycle, all that they hold: pages that are to be made smaller.
+                error = failure.with_traceback(None)
+                if isinstance(error, DiskShortage):
+                    shortage = shortage or error  # memory was enough
                 needs = _needs_of(attempt, rehearsal, shape)
                 if least is None or needs.num_bytes + needs.host_bytes <= least.num_bytes + least.host_bytes:
                     least = needs
@@ -326,7 +327,7 @@ class Budget:
         if any_fits:
             return
         if shortage is not None:
-            raise shortage
+            raise DiskShortage(shortage.message, hint=shortage.hint) from shortage
         assert error is not None and least is not None
         self._least_needs = least
         self.activation_bytes, self.host_inputs_bytes = least.num_bytes, least.host_bytes
