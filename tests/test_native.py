@@ -1,8 +1,11 @@
 """C functions on all of torch's threads."""
 
 import ctypes
+import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor, wait
 
 import pytest
 import torch
@@ -53,3 +56,45 @@ def test_each_piece_of_work_is_done_once(num_threads, way, tmp_path):
 def test_the_threads_are_those_of_torchs_operators():
     torch.ones(1 << 20).sum()
     assert native._openmp() is not None
+
+
+def test_a_forked_child_runs_alone(tmp_path):
+    """torch's threads are the parent's: whoever waited for them would wait for ever."""
+    (tmp_path / "count.c").write_text(COUNT)
+    program = f"""
+import ctypes, os, sys, warnings
+from pathlib import Path
+import torch
+from outsize import native
+from tests.test_native import Call
+torch.set_num_threads(2)
+torch.ones(1 << 22).sum()
+if os.fork() == 0:
+    taken = torch.zeros(100, dtype=torch.int64)
+    built = native.library(Path({str(tmp_path / "count.c")!r}), "a test")
+    native.on_all_threads(built.count, Call(0, 100, taken.data_ptr()))
+    os._exit(int(taken.sum()) != 100)
+sys.exit(os.waitstatus_to_exitcode(os.wait()[1]))
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+
+
+def test_whoever_is_interrupted_waits_for_the_others(monkeypatch):
+    """They use memory that would be freed."""
+    monkeypatch.setattr(native, "_openmp", lambda: None)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    ended = []
+
+    def work(_):
+        if threading.current_thread() is threading.main_thread():
+            raise KeyboardInterrupt
+        time.sleep(0.05)
+        ended.append(1)
+
+    started = [native._helpers().submit(time.sleep, 0) for _ in range(4)]
+    wait(started)
+    with pytest.raises(KeyboardInterrupt):
+        native.on_all_threads(work, Call())
+    count = len(ended)
+    time.sleep(0.1)
+    assert len(ended) == count

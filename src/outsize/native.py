@@ -10,12 +10,11 @@ import hashlib
 import logging
 import os
 import platform
-import re
 import shutil
 import subprocess
 import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ import torch
 from outsize.config import cache_folder
 
 _FLAGS = ("-x", "c++", "-O3", "-march=native", "-shared", "-fPIC", "-w")
+_PROCESS = os.getpid()
 _log = logging.getLogger(__name__)
 
 
@@ -54,34 +54,45 @@ def on_all_threads(function: Any, argument: ctypes.Structure) -> None:
     They are the threads of torch's own operators, where those can be had. Between operators these spin for a while, and
     others started beside them would find no core: attention on two cores gained nothing by the second.
     """
-    num_threads = torch.get_num_threads()
+    num_threads = torch.get_num_threads() if os.getpid() == _PROCESS else 1  # a forked child has none of them
     if num_threads == 1:
         function(ctypes.byref(argument))
     elif (openmp := _openmp()) is not None:
         openmp.GOMP_parallel(function, ctypes.byref(argument), ctypes.c_uint(num_threads), ctypes.c_uint(0))
     else:
-        helpers = [_helpers().submit(function, ctypes.byref(argument)) for _ in range(num_threads - 1)]
+        _on_own_threads(function, argument, num_threads)
+
+
+def _on_own_threads(function: Any, argument: ctypes.Structure, num_threads: int) -> None:
+    helpers: list[Future[None]] = []
+    interrupt: KeyboardInterrupt | None = None
+    try:
+        helpers.extend(_helpers().submit(function, ctypes.byref(argument)) for _ in range(num_threads - 1))
         function(ctypes.byref(argument))
-        wait(helpers)
+    finally:
+        while not all(helper.done() or helper.cancel() for helper in helpers):
+            try:
+                wait(helpers)  # who was interrupted would free what they still use
+            except KeyboardInterrupt as error:
+                interrupt = error
+    if interrupt is not None:
+        raise interrupt
 
 
 @cache
 def _openmp() -> ctypes.CDLL | None:
-    """The OpenMP library that torch runs on, where it has GCC's entry (LLVM's and Intel's have it too); else None."""
+    """What leads to torch's OpenMP, where that has GCC's entry (LLVM's and Intel's have it too); else None.
+
+    Of several in a process it is the one that torch is bound to.
+    """
     if sys.platform != "linux" or not torch.backends.openmp.is_available():
         return None
-    mapped = re.findall(r"/\S*/lib(?:gomp|iomp5|omp)\b\S*", Path("/proc/self/maps").read_text())
-    of_torch = str(
-        Path(torch.__file__).parent
-    )  # with `torch.libs` beside it; others may have brought a library of their own
-    for path in sorted(set(mapped), key=lambda path: not path.startswith(of_torch)):
-        try:
-            found = ctypes.CDLL(path)
-            found.GOMP_parallel.restype = None
-        except (OSError, AttributeError):
-            continue
-        return found
-    return None
+    try:
+        found = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+        found.GOMP_parallel.restype = None
+    except (OSError, AttributeError):
+        return None
+    return found
 
 
 @cache

@@ -114,6 +114,27 @@ def test_what_a_query_gets_depends_on_nothing_else_in_the_pass(name, dtype, monk
             assert torch.equal(alone[0][0], together[index][row])
 
 
+@pytest.mark.parametrize("name", ["grouped", "window"])
+def test_what_a_query_does_not_see_does_not_reach_it(name):
+    """Not even where it is infinite, and another query of the same tile sees it."""
+    if kernel.load() is None:
+        pytest.skip("no compiler")
+    shape, options = SHAPES[name]
+    kv, tables, pasts, news = filled(shape, torch.float32, [(0, 16)], torch.Generator().manual_seed(3))
+    expected = attend(kv, [(0, 16)], tables, pasts, news, options)[0]
+    pasts[0][1][3] = torch.inf
+    output = attend(kv, [(0, 16)], tables, pasts, news, options)[0]
+    seeing = slice(3, 3 + (shape.window or 16))
+    assert not output[seeing].isfinite().any()
+    output[seeing] = expected[seeing]
+    assert torch.equal(output, expected)
+
+
+def test_one_long_request_among_short_ones_is_dealt_out():
+    assert kernel.Units([(row, 1, 0, 1000) for row in range(64)]).balance == 64
+    assert kernel.Units([(0, 1, 0, 16000), *((row, 1, 0, 9) for row in range(1, 64))]).balance < 1.1
+
+
 def test_tokens_of_no_request_reach_nobody(way):
     shape, options = SHAPES["grouped"]
     kv, tables, pasts, news = filled(shape, torch.float32, [(0, 3)], torch.Generator().manual_seed(2))

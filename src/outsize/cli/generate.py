@@ -200,7 +200,9 @@ def _check(options: argparse.Namespace) -> None:
         if folder is not None and not folder.is_dir():
             raise ConfigError(f"no such folder: {folder}", hint="pass the folder of a Hugging Face model")
     if not options.prompt and options.prompts is None:
-        raise ConfigError("no prompt", hint='pass --prompt "some text", or --prompts FILE --out FILE')
+        raise ConfigError(
+            "no prompt", hint='pass --prompt "some text", --prompt - to read it, or --prompts FILE --out FILE'
+        )
     if options.prompt and options.prompts is not None:
         raise ConfigError("--prompt and --prompts are both given", hint="pass one of them")
     if "" in (options.prompt or []):

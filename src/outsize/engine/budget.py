@@ -327,7 +327,7 @@ class Budget:
         if any_fits:
             return
         if shortage is not None:
-            raise DiskShortage(shortage.message, hint=shortage.hint) from shortage
+            raise DiskShortage(shortage.message, hint=shortage.hint)
         assert error is not None and least is not None
         self._least_needs = least
         self.activation_bytes, self.host_inputs_bytes = least.num_bytes, least.host_bytes

@@ -106,8 +106,8 @@ class Calls:
                 "past_key_values with gradients on: recomputation would append to the cache a second time",
                 hint="call the model under torch.no_grad(), or without a cache",
             )
-        switched = dict(kwargs)
-        if self._has_cache_switch and (torch.is_grad_enabled() or (self.has_labels and cache is None)):
+        switched, has_labels = dict(kwargs), kwargs.get("labels") is not None
+        if self._has_cache_switch and (torch.is_grad_enabled() or (has_labels and cache is None)):
             switched["use_cache"] = False
         return switched, self._has_cache_switch and switched.get("use_cache") is not False
 

@@ -181,11 +181,7 @@ static inline int32_t add_columns(
 
 template <int Q, typename T>
 static inline void add(Tile<Q> &tile, const Page<T> &page, int32_t width, const T *ahead) {
-  int first = PAGE, stop = 0;
-  for (int q = 0; q < Q; q++) {
-    first = tile.first[q] < first ? tile.first[q] : first;
-    stop = tile.stop[q] > stop ? tile.stop[q] : stop;
-  }
+  const int first = tile.first[0], stop = tile.stop[0];
   int32_t d = add_columns<Q, Q <= 2 ? 8 : Q <= 4 ? 4 : 2>(tile, page, 0, width, first, stop, ahead);
   d = add_columns<Q, 1>(tile, page, d, width, first, stop, ahead);
   for (; d < width; d++)
@@ -197,8 +193,30 @@ static inline void add(Tile<Q> &tile, const Page<T> &page, int32_t width, const 
     }
 }
 
+// Queries that see the same positions are added together. No value is added to a query that does not see it, not even with a
+// weight of zero: it may be infinite.
 template <int Q, typename T>
-static void attend_tile(const Attention *a, State *states, int32_t start, const Page<T> &page, const T *next_keys) {
+static inline void add_what_is_seen(Tile<Q> &tile, const Page<T> &page, int32_t width, const T *ahead) {
+  bool is_alike = true;
+  for (int q = 1; q < Q; q++) is_alike &= tile.first[q] == tile.first[0] && tile.stop[q] == tile.stop[0];
+  if (is_alike) return add(tile, page, width, ahead);
+  if constexpr (Q > 1)
+    for (int half = 0; half < 2; half++) {
+      Tile<Q / 2> own;
+      own.states = tile.states + half * (Q / 2);
+      for (int q = 0; q < Q / 2; q++) {
+        own.first[q] = tile.first[half * (Q / 2) + q];
+        own.stop[q] = tile.stop[half * (Q / 2) + q];
+        own.weights[q] = tile.weights[half * (Q / 2) + q];
+      }
+      add_what_is_seen(own, page, width, half ? nullptr : ahead);
+    }
+}
+
+// The first tile of a page reads from memory, and fetches the values and the `next_keys` beside; others find all in the cache.
+template <int Q, typename T>
+static void attend_tile(
+    const Attention *a, State *states, int32_t start, const Page<T> &page, const T *next_keys, bool is_first) {
   Tile<Q> tile;
   tile.states = states;
   for (int q = 0; q < Q; q++) {
@@ -206,9 +224,9 @@ static void attend_tile(const Attention *a, State *states, int32_t start, const 
     tile.first[q] = first < 0 ? 0 : first < PAGE ? first : PAGE;
     tile.stop[q] = last < 0 ? 0 : last < PAGE ? last + 1 : PAGE;
   }
-  score(tile, page, a->key_width, next_keys ? page.values : nullptr);
+  score(tile, page, a->key_width, is_first ? page.values : nullptr);
   weigh(tile, a);
-  add(tile, page, a->value_width, next_keys);
+  add_what_is_seen(tile, page, a->value_width, is_first ? next_keys : nullptr);
 }
 
 template <typename T> static Page<T> page_of(const Attention *a, int32_t page, int32_t head) {
@@ -221,16 +239,18 @@ template <typename T> static void attend_unit(const Attention *a, const int32_t 
   const int32_t *table = a->tables + item[2];
   State states[num_heads * count];  // of the queries of one head of the keys, then of the next
 
-  for (int32_t i = 0; i < num_heads * count; i++) {
-    const int32_t row = i % count / group, query_head = (head + i / count) * group + i % group;
-    const int64_t vector = (int64_t)(item[0] + row) * a->heads + query_head;
-    states[i].query = a->query + vector * a->key_width;
-    states[i].output = a->output + vector * a->value_width;
-    states[i].top = a->sinks ? a->sinks[query_head] : -INFINITY;
-    states[i].sum = a->sinks ? 1.0f : 0.0f;
-    states[i].position = item[3] + row;
-    memset(states[i].output, 0, sizeof(float) * a->value_width);
-  }
+  State *state = states;
+  for (int32_t h = head; h < head + num_heads; h++)
+    for (int32_t row = 0; row < item[1]; row++)
+      for (int32_t query_head = h * group; query_head < (h + 1) * group; query_head++, state++) {
+        const int64_t vector = (int64_t)(item[0] + row) * a->heads + query_head;
+        state->query = a->query + vector * a->key_width;
+        state->output = a->output + vector * a->value_width;
+        state->top = a->sinks ? a->sinks[query_head] : -INFINITY;
+        state->sum = a->sinks ? 1.0f : 0.0f;
+        state->position = item[3] + row;
+        memset(state->output, 0, sizeof(float) * a->value_width);
+      }
   const int32_t first_page = a->window && item[3] >= a->window ? (item[3] - a->window + 1) / PAGE : 0;
   const int32_t num_pages = (item[3] + item[1] + PAGE - 1) / PAGE;
   for (int32_t p = first_page; p < num_pages; p++)
@@ -239,11 +259,11 @@ template <typename T> static void attend_unit(const Attention *a, const int32_t 
       const Page<T> page = page_of<T>(a, table[p], head + h);
       const T *next_keys = page_of<T>(a, table[next], head + (h + 1) % num_heads).keys;
       State *of_head = states + h * count;
-      int32_t i = 0;  // only the first tile reads from memory; the others find the page in the cache
-      for (; i + 8 <= count; i += 8) attend_tile<8>(a, of_head + i, p * PAGE, page, i ? nullptr : next_keys);
-      for (; i + 4 <= count; i += 4) attend_tile<4>(a, of_head + i, p * PAGE, page, i ? nullptr : next_keys);
-      for (; i + 2 <= count; i += 2) attend_tile<2>(a, of_head + i, p * PAGE, page, i ? nullptr : next_keys);
-      for (; i < count; i++) attend_tile<1>(a, of_head + i, p * PAGE, page, i ? nullptr : next_keys);
+      int32_t i = 0;
+      for (; i + 8 <= count; i += 8) attend_tile<8>(a, of_head + i, p * PAGE, page, next_keys, i == 0);
+      for (; i + 4 <= count; i += 4) attend_tile<4>(a, of_head + i, p * PAGE, page, next_keys, i == 0);
+      for (; i + 2 <= count; i += 2) attend_tile<2>(a, of_head + i, p * PAGE, page, next_keys, i == 0);
+      for (; i < count; i++) attend_tile<1>(a, of_head + i, p * PAGE, page, next_keys, i == 0);
     }
   for (int32_t i = 0; i < num_heads * count; i++)
     for (int32_t d = 0; d < a->value_width; d++) states[i].output[d] /= states[i].sum;

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
@@ -13,7 +14,10 @@ from outsize.native import library, on_all_threads
 _SOURCE = Path(__file__).with_name("kernel.c")
 
 UNITS_PER_THREAD = 4
-"""At least, where there is that much to do: threads end together."""
+"""As large as the largest, at least, where there is that much to do: threads end together."""
+
+MOST_STATES = 1024
+"""Queries of a unit, which are books on its thread's stack."""
 
 
 class Attention(ctypes.Structure):
@@ -30,6 +34,17 @@ class Attention(ctypes.Structure):
     ]
 
 
+class Units:
+    """Work that is dealt out: `items [n, 4]`, int32, as in `kernel.c`. The longest come first: threads end together."""
+
+    def __init__(self, items: Sequence[tuple[int, int, int, int]]) -> None:
+        work = [rows * (position + rows) for _, rows, _, position in items]
+        self.items = torch.tensor(sorted(items, key=lambda item: -item[3]), dtype=torch.int32)
+        self.most_rows = max(rows for _, rows, _, _ in items)
+        self.balance = sum(work) / max(work)
+        """How many there would be if all were as large as the largest."""
+
+
 class Kernel:
     """The built library."""
 
@@ -41,7 +56,7 @@ class Kernel:
         query_THK: torch.Tensor,
         keys: torch.Tensor,
         values: torch.Tensor,
-        items: torch.Tensor,
+        units: Units,
         tables: torch.Tensor,
         *,
         scale: float,
@@ -51,23 +66,25 @@ class Kernel:
     ) -> torch.Tensor:
         """`[T, H, V]` in fp32, from fp32 `query_THK`, `keys [pages, heads, K, PAGE]`, `values [pages, heads, PAGE, V]`.
 
-        `items [n, 4]` and `tables` are int32, as in `kernel.c`. All tensors are contiguous, on the host.
+        `tables` are int32, as in `kernel.c`. All tensors are contiguous, on the host.
         """
         num_tokens, heads, key_width = query_THK.shape
         output = torch.zeros(num_tokens, heads, values.shape[-1])  # zeros for tokens of no request
         taken, kv_heads = ctypes.c_int64(0), keys.shape[1]
         num_units = UNITS_PER_THREAD * torch.get_num_threads()
-        unit_heads = min(max(1, items.shape[0] * kv_heads // num_units), kv_heads)
+        unit_heads = min(
+            int(kv_heads * units.balance / num_units), MOST_STATES // (units.most_rows * heads // kv_heads)
+        )
         call = Attention(
             query=query_THK.data_ptr(),
             keys=keys.data_ptr(),
             values=values.data_ptr(),
             sinks=None if sinks is None else sinks.data_ptr(),
-            items=items.data_ptr(),
+            items=units.items.data_ptr(),
             tables=tables.data_ptr(),
             output=output.data_ptr(),
             next=ctypes.addressof(taken),
-            num_items=items.shape[0],
+            num_items=len(units.items),
             heads=heads,
             kv_heads=kv_heads,
             key_width=key_width,
@@ -76,7 +93,7 @@ class Kernel:
             is_bfloat16=int(keys.dtype is torch.bfloat16),
             scale=scale,
             softcap=softcap,
-            unit_heads=unit_heads,
+            unit_heads=max(1, min(unit_heads, kv_heads)),
         )
         on_all_threads(self._attend, call)
         return output

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from outsize.kv.kernel import load
+from outsize.kv.kernel import Units, load
 from outsize.kv.pages import PAGE_TOKENS, SCRATCH
 
 # T tokens of the pass, H heads, G key heads, R = H / G, K key width, V value width, P pages, S positions seen
@@ -125,7 +125,7 @@ class Pass:
         self._real = [segment for segment in segments if segment.table]
         self._tables = [torch.tensor(segment.table, device=kv.device) for segment in self._real]
         self._flat_tables = torch.cat(self._tables).to("cpu", torch.int32) if self._tables else None
-        self._items: dict[int, torch.Tensor] = {}
+        self._dealt: dict[int, Units] = {}
 
     def __repr__(self) -> str:
         return "<pass>"
@@ -171,18 +171,17 @@ class Pass:
             )
         return output_THV.to(query.dtype).unsqueeze(0)
 
-    def _units(self, group: int) -> torch.Tensor:
-        """`[n, 4]`: first row, rows, where its table begins, position of the first row; for `group` heads to a key."""
-        if group not in self._items:
+    def _units(self, group: int) -> Units:
+        """The pass in units, for `group` heads to a key."""
+        if group not in self._dealt:
             rows, items, table_start = max(1, ROWS_PER_UNIT // group), [], 0
             for segment in self._real:
                 for start in range(segment.start, segment.stop, rows):
                     count = min(rows, segment.stop - start)
                     items.append((start, count, table_start, segment.position + start - segment.start))
                 table_start += len(segment.table)
-            items.sort(key=lambda item: -item[3])  # the longest first: threads end together
-            self._items[group] = torch.tensor(items, dtype=torch.int32)
-        return self._items[group]
+            self._dealt[group] = Units(items)
+        return self._dealt[group]
 
     def _in_torch(
         self, query_THK: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scoring: Scoring
