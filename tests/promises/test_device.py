@@ -18,8 +18,8 @@ import outsize
 from outsize import Pins
 from outsize.block import Plane
 from outsize.engine import api, budget, closing, keep
-from outsize.engine.blocks import BlockStore
 from outsize.engine.executor import Executor
+from outsize.engine.origin import Origin
 from outsize.engine.session import session_of
 from outsize.errors import BudgetError, DeviceError, UsageError, WeightsError
 from outsize.plan import Backward, Forward, place_apart
@@ -227,7 +227,7 @@ def test_weights_that_cannot_be_read_are_not_computed_with(tmp_path, monkeypatch
     def fail(store, record, plane):
         raise WeightsError("the file is gone")
 
-    monkeypatch.setattr(BlockStore, "_fill_from_source", fail)
+    monkeypatch.setattr(Origin, "_fill", fail)
     with pytest.raises(WeightsError), torch.no_grad():
         model(**ZOO["llama"].batch())
     abandon(model)
@@ -299,7 +299,7 @@ def test_no_copy_overtakes_computing(home, dtype, slots, tmp_path, monkeypatch):
             if state.slot is not None:
                 device.computed(executor.store.weights(state))
             if state.gradient_slot is not None and isinstance(op, Backward):
-                device.computed(executor.store._sum(state))
+                device.computed(executor.store.gradients._sum(state))
         proceed(executor)
 
     monkeypatch.setattr(Executor, "_proceed", note)

@@ -15,7 +15,7 @@ import outsize
 from outsize import Pins
 from outsize.config import ComputeType
 from outsize.engine import api, keep, layer
-from outsize.engine.blocks import BlockStore
+from outsize.engine.gradients import Gradients
 from outsize.engine.session import session_of
 from outsize.optim import Kernel, gpu_kernel
 from outsize.optim.rules import RULES
@@ -63,11 +63,11 @@ def paper(monkeypatch):
         devices.append(PaperDevice())
         return devices[-1]
 
-    def settle(store):
-        for gradient, norm in store._norms:
+    def settle(gradients):
+        for gradient, norm in gradients._norms:
             assert norm.device.type == "meta"
             gradient.sum_of_squares = 1.0
-        store._norms = []
+        gradients._norms = []
 
     plain_call = Kernel.__call__
 
@@ -78,7 +78,7 @@ def paper(monkeypatch):
             plain_call(kernel, weight, state, gradient, hyper)
 
     monkeypatch.setattr(api, "open_device", open_device)
-    monkeypatch.setattr(BlockStore, "settle_norms", settle)
+    monkeypatch.setattr(Gradients, "settle_norms", settle)
     monkeypatch.setattr(Kernel, "__call__", call)
     # Where a mask is made, transformers asks the device once per call whether sequences are packed.
     monkeypatch.setattr(masking_utils, "is_tracing", lambda *values: True)

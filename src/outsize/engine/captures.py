@@ -20,7 +20,8 @@ from outsize.errors import OutsizeError, StorageError
 from outsize.tier import Region, Stored, Transfer, VersionedTier, wait_all
 
 if TYPE_CHECKING:
-    from outsize.engine.blocks import BlockState, BlockStore
+    from outsize.engine.blocks import BlockStore
+    from outsize.engine.state import BlockState
 
 
 class Captures:

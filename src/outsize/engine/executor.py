@@ -13,8 +13,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 
 from outsize.block import Plane
-from outsize.engine.blocks import BlockState, BlockStore
+from outsize.engine.blocks import BlockStore
 from outsize.engine.recorder import Recorder
+from outsize.engine.state import BlockState
 from outsize.errors import UsageError
 from outsize.plan import (
     Backward,
@@ -63,11 +64,11 @@ class Executor:
             (Wait, weight): store.wait_weights,
             (Free, weight): store.free_weights,
             (Update, None): store.start_update,
-            (Claim, gradient): store.claim_gradient,
-            (Read, gradient): store.read_gradient,
-            (Wait, gradient): store.wait_gradient,
-            (Write, gradient): store.write_gradient,
-            (Free, gradient): store.free_gradient,
+            (Claim, gradient): store.gradients.claim,
+            (Read, gradient): store.gradients.read,
+            (Wait, gradient): store.gradients.wait,
+            (Write, gradient): store.gradients.write,
+            (Free, gradient): store.gradients.free,
         }
 
     def begin(self, visits: Sequence[Visit]) -> None:
@@ -92,7 +93,7 @@ class Executor:
         states = [self.store[visit.block] for visit in visits]
         for visit, state in zip(visits, states, strict=True):
             if visit.trains and visit.direction is Direction.BACKWARD:
-                self.store.begin_sum(state)
+                self.store.gradients.begin(state)
         self._depth += 1
         self._visiting = frozenset(visit.block for visit in visits)
         try:
@@ -150,7 +151,7 @@ class Executor:
         chosen = max(staying, key=distance)
         if chosen.name in self._summing:
             self._summing.remove(chosen.name)
-            self.store.free_gradient(chosen)
+            self.store.gradients.free(chosen)
         self.store.evict(chosen, evicted(self.store.placement, chosen.record))
         self._is_stale = True
         return chosen
@@ -255,7 +256,7 @@ class Executor:
         while self._index < len(self.plan) and isinstance(self.plan.ops[self._index], Write):
             self._run_next()
         while self._summing:
-            self.store.free_gradient(self.store[self._summing.pop()])
+            self.store.gradients.free(self.store[self._summing.pop()])
         self._expected, self.plan, self._index = list(self._expected), Plan(()), 0
 
     def _abandon(self) -> None:
@@ -265,6 +266,6 @@ class Executor:
             self._summing.remove(block)
             if state.gradient_slot is not None:
                 with suppress(BaseException):  # the first error is the one to report
-                    self.store.free_gradient(state)
+                    self.store.gradients.free(state)
         self._held = [state.name for state in self.store if state.slot is not None]
         self._expected, self.plan, self._index = [], Plan(()), 0

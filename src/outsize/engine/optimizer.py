@@ -160,7 +160,7 @@ class Optimizer(torch.optim.Optimizer, ABC):
             state = store[place.block]
             gradient = state.gradients[place.index]
             if gradient.present:
-                for part in store.gradient_parts(state, place.index):
+                for part in store.gradients.parts(state, place.index):
                     yield part.double() * gradient.scale
 
     def gradient_norm(self) -> float:
@@ -168,7 +168,7 @@ class Optimizer(torch.optim.Optimizer, ABC):
         if self._session.executor is None:
             return 0.0
         store = self._session.executor.store
-        store.settle_norms()
+        store.gradients.settle_norms()
         ours = {
             (at.block, at.index)
             for group in self.param_groups

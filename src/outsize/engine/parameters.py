@@ -129,7 +129,7 @@ class Parameters(Mapping[str, OffloadedParameter]):
     def take_rows(self, block: str, parameter: str, rows: torch.Tensor, target: torch.Tensor) -> None:
         """Fill `target` with sorted rows, counted from the first of `block`, of a table that `gives_rows`."""
         index = next(at.index for at in self._locations[parameter] if at.block == block)
-        self._session.store.take_rows(self._session.store[block], index, rows, target)
+        self._session.store.origin.take_rows(self._session.store[block], index, rows, target)
 
     def value(self, parameter: str) -> torch.Tensor:
         """A copy of a parameter's current value."""
@@ -187,7 +187,7 @@ class Parameters(Mapping[str, OffloadedParameter]):
         return [self._session.store[at.block].gradients[at.index] for at in self._locations[parameter]]
 
     def _gradient_norm(self, parameter: str) -> float:
-        self._session.store.settle_norms()
+        self._session.store.gradients.settle_norms()
         return float(sum(g.sum_of_squares * g.scale**2 for g in self._gradients(parameter)) ** 0.5)
 
     def _scale_gradient(self, parameter: str, factor: float) -> None:
@@ -199,6 +199,6 @@ class Parameters(Mapping[str, OffloadedParameter]):
         for at in self._locations[parameter]:
             state = self._session.store[at.block]
             parts.append(
-                self._session.store.gradient_value(state, at.index) * state.gradients[at.index].scale
+                self._session.store.gradients.value(state, at.index) * state.gradients[at.index].scale
             )
         return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -91,7 +91,7 @@ def report(model: nn.Module) -> Report:
         return Report((), num_parameters, 0, budget.limit_bytes, memory.peak_bytes(), 0, 0)
     records = [state.record for state in executor.store]
     rows = placement_rows(session, records, placement)
-    keeper, source = session.keeper, executor.store.source
+    keeper, source = session.keeper, executor.store.origin.source
     stats = [tier.stats() for tier in (executor.store.disk, keeper) if tier is not None]
     return Report(
         rows=rows,

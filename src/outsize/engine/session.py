@@ -26,7 +26,7 @@ from outsize.block import Block, Entry, Piece, Plane, Record
 from outsize.config import Home, OnDeviceFull, Settings, format_bytes
 from outsize.engine import memory
 from outsize.engine.arguments import Arguments
-from outsize.engine.blocks import DTYPES, BlockState, BlockStore, close_workers, reading_bytes
+from outsize.engine.blocks import DTYPES, BlockStore, close_workers
 from outsize.engine.budget import Budget, Foresight, disk_bytes
 from outsize.engine.calls import Calls
 from outsize.engine.closing import when_dropped
@@ -37,9 +37,11 @@ from outsize.engine.guard import Guard
 from outsize.engine.head import Head, TiledLoss
 from outsize.engine.keep import Keeper
 from outsize.engine.layer import Layer, Loose
+from outsize.engine.origin import reading_bytes
 from outsize.engine.parameters import Parameters
 from outsize.engine.probe import BatchShape, Probe, Rehearsal
 from outsize.engine.scratch import open_scratch
+from outsize.engine.state import BlockState
 from outsize.engine.stepdown import StepDown
 from outsize.engine.timing import measure_costs
 from outsize.engine.versions import Layout, Versions
@@ -242,7 +244,7 @@ class Session:
                     gradient, leaf.grad = leaf.grad, None
                     assert gradient is not None
                     if self._collects(entry):  # still: a kept graph is older than its backward
-                        add = partial(self.store.add_gradient, state, index, gradient)
+                        add = partial(self.store.gradients.add, state, index, gradient)
                         self.stepdown.add((state.name, index), add)
 
                 leaf = leaves[entry.piece.parameter].detach().requires_grad_()
@@ -255,14 +257,14 @@ class Session:
         (at,) = self.parameters.locations(parameter)
         state = self.store[at.block]
         if self._collects(state.record.entries[at.index]):
-            self.store.add_gradient(state, at.index, gradient)
+            self.store.gradients.add(state, at.index, gradient)
 
     def gradient_sum(self, block: str, parameter: str) -> torch.Tensor | None:
         """The sum of the rows of `parameter` in `block`, to be added to; None where it is frozen."""
         state = self.store[block]
         for index, entry in enumerate(state.record.entries):
             if entry.piece.parameter == parameter and self._collects(entry):
-                total = self.store.gradient_sum(state, index)
+                total = self.store.gradients.sum_of(state, index)
                 if index not in state.summed:
                     total.zero_()
                     state.summed.add(index)
