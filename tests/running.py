@@ -147,6 +147,14 @@ def abandon(model: nn.Module) -> None:
             close_it()
 
 
+def needing(monkeypatch: Any, needs_at: Callable[..., Any]) -> None:
+    """From now on activations take what `needs_at(rehearsal, shape, tile_rows, inputs, kept)` says."""
+    from outsize.engine import budget, needs
+
+    for module in (budget, needs):
+        monkeypatch.setattr(module, "needs_at", needs_at)
+
+
 @contextmanager
 def wrapped_disk(monkeypatch: Any, wrap: Callable[[Any], Any]) -> Iterator[list[Any]]:
     """Inside, sessions open their disk through `wrap(DiskTier(...))`; yields what was opened."""

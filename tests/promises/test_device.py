@@ -19,6 +19,7 @@ from outsize import Pins
 from outsize.block import Plane
 from outsize.engine import api, budget, closing, keep
 from outsize.engine.executor import Executor
+from outsize.engine.needs import Needs
 from outsize.engine.origin import Origin
 from outsize.engine.session import session_of
 from outsize.errors import BudgetError, DeviceError, UsageError, WeightsError
@@ -26,7 +27,7 @@ from outsize.plan import Backward, Forward, place_apart
 from outsize.tier import SlowTier, TwinDevice, Way
 from outsize.tier.transfer import DoneTransfer
 from tests.promises.test_placement import RUNS, Run, assert_same_bits, small_chunks, trained
-from tests.running import abandon, close, executor_of, opened, wrapped_disk
+from tests.running import abandon, close, executor_of, needing, opened, wrapped_disk
 from tests.zoo import ZOO
 
 __all__ = ["small_chunks"]  # a fixture for all tests here
@@ -455,10 +456,9 @@ def test_a_graph_may_be_gone_back_twice_and_dropped(tmp_path, monkeypatch):
 def test_a_long_sequence_moves_inputs_where_the_device_is_too_small(tmp_path, monkeypatch):
     monkeypatch.setattr(keep, "LEAST_BYTES", 1)
     monkeypatch.setattr(budget, "DEVICE_SLACK_BYTES", 0)
-    monkeypatch.setattr(
-        budget,
-        "_needs",
-        lambda rehearsal, shape, tile_rows, inputs=None, kept=frozenset(): budget._Needs(
+    needing(
+        monkeypatch,
+        lambda rehearsal, shape, tile_rows, inputs=None, kept=frozenset(): Needs(
             *((100, 50, 900, inputs) if inputs else (1000, 50))
         ),
     )
@@ -486,10 +486,9 @@ def _first_fits(spare):
 
 @pytest.mark.parametrize("pins", [Pins(), Pins(inputs="host")])
 def test_budgets_that_are_named_hold_the_inputs_that_wait(pins, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        budget,
-        "_needs",
-        lambda rehearsal, shape, tile_rows, inputs=None, kept=frozenset(): budget._Needs(
+    needing(
+        monkeypatch,
+        lambda rehearsal, shape, tile_rows, inputs=None, kept=frozenset(): Needs(
             *((1 << 20, 1 << 20, 300 << 20, inputs) if inputs else (80 << 30, 1 << 20))
         ),
     )
@@ -511,10 +510,9 @@ def test_budgets_that_are_named_hold_the_inputs_that_wait(pins, tmp_path, monkey
 
 
 def test_smaller_tiles_do_where_the_host_has_no_room_for_inputs(tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        budget,
-        "_needs",
-        lambda rehearsal, shape, tile_rows, inputs=None, kept=frozenset(): budget._Needs(
+    needing(
+        monkeypatch,
+        lambda rehearsal, shape, tile_rows, inputs=None, kept=frozenset(): Needs(
             *((0, 0, 1 << 50, inputs) if inputs else (0, tile_rows << 36 if tile_rows > 1 else 0))
         ),
     )

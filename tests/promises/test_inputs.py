@@ -12,6 +12,7 @@ from torch import nn
 import outsize
 from outsize import Pins
 from outsize.engine import budget, keep
+from outsize.engine.needs import Needs, needs_at
 from outsize.engine.session import session_of
 from outsize.errors import BudgetError, ConfigError, CorruptionError, StorageError, UsageError
 from outsize.tier import (
@@ -32,6 +33,7 @@ from tests.running import (
     assert_same_losses,
     assert_same_weights,
     close,
+    needing,
     opened,
     train,
     wrapped_disk,
@@ -164,8 +166,8 @@ def test_memory_for_inputs_does_not_grow_with_depth(tmp_path):
         model(**ZOO["llama"].batch(rows=16, length=16)).loss.backward()
         session = session_of(model)
         call = session.calls.current
-        inputs = budget._needs(call.rehearsal, call.shape, 16, session.budget.placement.inputs)
-        stay = budget._needs(call.rehearsal, call.shape, 16)
+        inputs = needs_at(call.rehearsal, call.shape, 16, session.budget.placement.inputs)
+        stay = needs_at(call.rehearsal, call.shape, 16)
         needs.append((inputs.boundary_bytes, stay.boundary_bytes, session.keeper.high_water_bytes))
         placement = session.budget.placement
         each = 16 * 16 * 32 * 4
@@ -386,16 +388,15 @@ def test_a_disk_that_is_full_is_named_and_nothing_is_kept(tmp_path, monkeypatch)
 
 def attempts_of(model, room, monkeypatch, **options):
     """Where inputs wait, and rows of a tile, where blocks compute in `room` bytes beside the arenas."""
-    needs = budget._needs
 
     def limited(rehearsal, shape, tile_rows, inputs=None, kept=frozenset()):
-        own = needs(rehearsal, shape, tile_rows, inputs, kept)
+        own = needs_at(rehearsal, shape, tile_rows, inputs, kept)
         boundary, visit = (1000, 100 * tile_rows) if inputs is None else (200, 100 * tile_rows)
         short = 1 << 50 if boundary + visit > room else 0
-        return budget._Needs(boundary + short, visit, own.moved_bytes if inputs else 0, inputs)
+        return Needs(boundary + short, visit, own.moved_bytes if inputs else 0, inputs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(budget, "_needs", limited)
+        needing(patch, limited)
         patch.setattr(budget.Budget, "begin_call", lambda self, rehearsal, shape: self._fit.tile_rows)
         model(**ZOO["llama"].batch(rows=8, length=options.get("length", 12)))
     own = session_of(model).budget

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 import outsize
 from outsize import Pins
-from outsize.engine import blocks
+from outsize.engine import origin
 from outsize.errors import BudgetError
 from tests.promises.test_device import with_twin
 from tests.running import executor_of
@@ -68,13 +68,13 @@ def test_weights_that_are_there_in_the_compute_type_are_not_converted(name, tmp_
     tensors = {key: value.float() for key, value in load_file(folder / "model.safetensors").items()}
     save_file(tensors, wide / "model.safetensors", metadata={"format": "pt"})
     converted = []
-    real = blocks.split
+    real = origin.split
 
     def spy(values):
         converted.append(values.numel())
         return real(values)
 
-    monkeypatch.setattr(blocks, "split", spy)
+    monkeypatch.setattr(origin, "split", spy)
     _, found = logits(folder, name, pins=STREAMED)
     assert not converted
     _, expected = logits(wide, name, pins=STREAMED)

@@ -16,19 +16,20 @@ from functools import partial
 
 import torch
 
-from outsize.block import ALIGNMENT, Plane, Record, align
+from outsize.block import Plane, Record
 from outsize.config import Home, OnDeviceFull, Pins, Settings, format_bytes
-from outsize.engine import closing, keep, memory
+from outsize.engine import closing, memory
+from outsize.engine.needs import Attempt, Needs, needs_at, needs_of
 from outsize.engine.probe import BatchShape, Rehearsal
+from outsize.engine.scratch import DiskShortage, disk_bytes
 from outsize.engine.versions import Layout
 from outsize.errors import BudgetError
-from outsize.plan import Direction, Placement, is_stored, place, place_apart
+from outsize.plan import Placement, is_stored, place, place_apart
 from outsize.plan.place import GROUPS, group_bytes
 from outsize.plan.planner import Choice, choose, prefer, waits
 from outsize.plan.profile import Profile
 from outsize.plan.simulate import Costs
 from outsize.tier import Device
-from outsize.tier.striped import part_bytes
 
 SLACK_BYTES = 128 << 20
 """Memory left for what is not planned: malloc's remains, Python objects, thread stacks."""
@@ -54,46 +55,11 @@ FEWEST_TILE_TOKENS = 512
 
 
 @dataclass(frozen=True, slots=True)
-class _Needs:
-    """What activations take: tensors kept between visits, and the most that one visit takes beside its weights."""
-
-    boundary_bytes: int
-    visit_bytes: int
-    moved_bytes: int = 0
-    """Of the boundary, what waits elsewhere; `boundary_bytes` counts the rest."""
-    inputs: Home | None = None
-    """Where it waits."""
-    kept: frozenset[str] = frozenset()
-    """Blocks whose activations the boundary holds too."""
-
-    @property
-    def host_bytes(self) -> int:
-        """Memory of the host that it takes: its own or, on the way to the disk, that of buffers."""
-        return keep.BUFFERS_BYTES if self.inputs is Home.DISK else self.moved_bytes
-
-    @property
-    def num_bytes(self) -> int:
-        """What is taken where blocks compute."""
-        return self.boundary_bytes + self.visit_bytes
-
-
-@dataclass(frozen=True, slots=True)
-class _Attempt:
-    """A way to make it fit: tiles of so many rows; with room for a second visit; inputs elsewhere than blocks compute."""
-
-    tile_rows: int
-    is_roomy: bool
-    inputs: Home | None
-    kept_blocks: int = 0
-    """Layers that keep their activations."""
-
-
-@dataclass(frozen=True, slots=True)
 class Fit:
     """An attempt that fits: `room` bytes are left for planes where blocks compute, `home_room` in a host that does not."""
 
-    attempt: _Attempt
-    needs: _Needs
+    attempt: Attempt
+    needs: Needs
     room: int
     home_room: int
     placement: Placement
@@ -151,7 +117,7 @@ class Budget:
         self.visit_bytes = 0
         """What a visit of the call that began last takes of the host's memory beside weights, at most."""
         self._fit: Fit | None = None
-        self._least_needs = _Needs(0, 0)
+        self._least_needs = Needs(0, 0)
         self.choices: list[Choice[Fit]] = []
         """What was simulated, the fastest first; empty where nothing is known of the machine."""
         self._ceiling: memory.Ceiling | None = None
@@ -237,14 +203,14 @@ class Budget:
         room = self._room_beside_inputs - self._beside_activations(self.placement)
         tile_rows = self._wanted_tile_rows(shape)
         inputs, kept = self.placement.inputs, self.placement.kept
-        moved = _needs(rehearsal, shape, tile_rows, inputs).moved_bytes
+        moved = needs_at(rehearsal, shape, tile_rows, inputs).moved_bytes
         if inputs is not None and moved > self.placement.inputs_bytes:
             raise BudgetError(
                 f"the inputs of blocks take {format_bytes(moved)} for a batch of {shape.rows or 1} rows, "
                 f"{format_bytes(self.placement.inputs_bytes)} of the {inputs} were set aside for them",
                 hint="make the first call with the largest batch",
             )
-        while (needs := _needs(rehearsal, shape, tile_rows, inputs, kept)).num_bytes > room:
+        while (needs := needs_at(rehearsal, shape, tile_rows, inputs, kept)).num_bytes > room:
             if tile_rows == 1 or self._settings.pins.tile_rows is not None:
                 raise BudgetError(
                     f"a batch of {shape.rows or 1} rows takes {format_bytes(needs.num_bytes)} of activations, "
@@ -306,7 +272,7 @@ class Budget:
 
     def _fitting(self, records: Sequence[Record], rehearsal: Rehearsal, shape: BatchShape) -> Iterator[Fit]:
         """What fits: activations get memory first, then arenas. Raises BudgetError where nothing does."""
-        least: _Needs | None = None
+        least: Needs | None = None
         error: BudgetError | None = None
         shortage: DiskShortage | None = None
         any_fits = False
@@ -318,7 +284,7 @@ class Budget:
                 error = failure.with_traceback(None)
                 if isinstance(error, DiskShortage):
                     shortage = shortage or error  # memory was enough
-                needs = _needs_of(attempt, rehearsal, shape)
+                needs = needs_of(attempt, rehearsal, shape)
                 if least is None or needs.num_bytes + needs.host_bytes <= least.num_bytes + least.host_bytes:
                     least = needs
                 continue
@@ -348,14 +314,14 @@ class Budget:
 
     def _fit_for(
         self,
-        attempt: _Attempt,
+        attempt: Attempt,
         records: Sequence[Record],
         rehearsal: Rehearsal,
         shape: BatchShape,
         spare_bytes: int = 0,
     ) -> Fit:
         """Raises BudgetError where it does not fit in this way, with so much to spare."""
-        needs = _needs_of(attempt, rehearsal, shape)
+        needs = needs_of(attempt, rehearsal, shape)
         # Freed activations fit badly into one another; with room for a second visit nothing has to be given back.
         taken = needs.num_bytes + (needs.visit_bytes if attempt.is_roomy else 0)
         home_room = self._home_room_bytes - needs.host_bytes - spare_bytes
@@ -486,7 +452,7 @@ class Budget:
         """What is left where blocks compute, beside the memory in which inputs wait or through which they pass."""
         return self.room_bytes - (self.host_inputs_bytes if self._device.is_host else 0)
 
-    def _attempts(self, records: Sequence[Record], shape: BatchShape) -> Iterator[_Attempt]:
+    def _attempts(self, records: Sequence[Record], shape: BatchShape) -> Iterator[Attempt]:
         """What is tried, the fastest first: inputs go to the disk only where tiles would become too small otherwise.
 
         A call that only reads has one large visit, of the head: there is nothing that it has to fit into.
@@ -502,13 +468,13 @@ class Budget:
             stays = pins.inputs == Home.DEVICE or (is_host and pins.inputs == Home.HOST)
             near, far = [None if stays else Home(pins.inputs)], []
         if is_host and is_stored(records):
-            yield _Attempt(sizes[0], True, near[0], kept)
+            yield Attempt(sizes[0], True, near[0], kept)
         enough = [rows for rows in sizes if rows == sizes[0] or rows * shape.row_tokens >= FEWEST_TILE_TOKENS]
         for some, homes in ((enough, near), (sizes, far), (sizes[len(enough) :], near)):
-            yield from (_Attempt(rows, False, home, kept) for rows in some for home in homes)
+            yield from (Attempt(rows, False, home, kept) for rows in some for home in homes)
 
     def _place(
-        self, records: Sequence[Record], needs: _Needs, room: int, home_room: int, pins: Pins
+        self, records: Sequence[Record], needs: Needs, room: int, home_room: int, pins: Pins
     ) -> Placement:
         """The placement that needs `room` for planes where blocks compute, and `home_room` in a host that does not.
 
@@ -533,7 +499,7 @@ class Budget:
     def _place_anywhere(
         self,
         records: Sequence[Record],
-        needs: _Needs,
+        needs: Needs,
         room: int,
         home_room: int,
         pins: Pins,
@@ -651,74 +617,3 @@ def _pinned(pins: Pins) -> str:
     }
     named = [f"{name}={value}" for name, value in taken.items() if value is not None]
     return f"; or pin less than {', '.join(named)}" if named else ""
-
-
-class DiskShortage(BudgetError):
-    """The disk is what is short; the hint names a size of it that works."""
-
-
-def disk_bytes(placement: Placement, settings: Settings, versions_bytes: int | None = None) -> int:
-    """What records and inputs of blocks take on disk. Raises BudgetError where that is not allowed.
-
-    `versions_bytes` is what records take where commits are kept.
-    """
-    disks = settings.budgets.disks
-    inputs = placement.inputs_bytes if placement.inputs is Home.DISK else 0
-    store = placement.disk_bytes if disks else 0
-    if versions_bytes is not None:
-        store = versions_bytes
-    num_bytes = store + inputs
-    share = num_bytes if len(disks) < 2 else sum(part_bytes(each, len(disks)) for each in (store, inputs))
-    for disk in disks:
-        if disk.num_bytes is not None and share > disk.num_bytes:
-            part = "" if len(disks) == 1 else f", {format_bytes(share)} on each of {len(disks)}"
-            what = "the state" if not inputs else "the state and the inputs of blocks"
-            what += " and commits of it" if versions_bytes is not None else ""
-            raise DiskShortage(
-                f"{what} {'takes' if what == 'the state' else 'take'} {format_bytes(num_bytes)} on disk{part}; "
-                f"{disk.folder} may hold {format_bytes(disk.num_bytes)}",
-                hint=f'disk="{disk.folder}:{-(-share // 2**20)}MiB" works',
-            )
-    return num_bytes
-
-
-def last_layers(rehearsal: Rehearsal, count: int) -> frozenset[str]:
-    """The blocks of the `count` layers that a call visits last: what they keep is kept for the shortest time."""
-    layers = rehearsal.activations[max(0, len(rehearsal.activations) - count) :]
-    return frozenset(block for layer in layers for block in layer.blocks)
-
-
-def kept_bytes(rehearsal: Rehearsal, shape: BatchShape, tile_rows: int, kept: frozenset[str]) -> int:
-    """What the activations of the layers in `kept` take between forward and backward."""
-    return sum(
-        layer.bytes_at(shape.rows or 1, tile_rows)
-        for layer in rehearsal.activations
-        if kept.issuperset(layer.blocks)
-    )
-
-
-def _needs(
-    rehearsal: Rehearsal,
-    shape: BatchShape,
-    tile_rows: int,
-    inputs: Home | None = None,
-    kept: frozenset[str] = frozenset(),
-) -> _Needs:
-    rows = shape.rows or 1
-    is_tiled = bool(rehearsal.dims) and all(dims is not None for dims in rehearsal.dims.values())
-    tile = rehearsal.tile_bytes.at(tile_rows if is_tiled else rows)
-    visit = max(tile, rehearsal.loss_bytes.at(rows))
-    boundary = rehearsal.boundary_bytes.at(rows) + kept_bytes(rehearsal, shape, tile_rows, kept)
-    each = rehearsal.input_bytes.at(rows)
-    if inputs is None or each < keep.LEAST_BYTES:
-        return _Needs(boundary, visit, kept=kept)
-    movable = rehearsal.movable_bytes.at(rows)
-    num_kept = sum(v.block in kept and v.direction is Direction.FORWARD for v in rehearsal.visits)
-    # Each input takes whole pages.
-    moved = align(movable + ALIGNMENT * len(rehearsal.visits))
-    return _Needs(boundary - movable + (keep.COPIES + num_kept) * each, visit, moved, inputs, kept)
-
-
-def _needs_of(attempt: _Attempt, rehearsal: Rehearsal, shape: BatchShape) -> _Needs:
-    kept = last_layers(rehearsal, attempt.kept_blocks)
-    return _needs(rehearsal, shape, attempt.tile_rows, attempt.inputs, kept)

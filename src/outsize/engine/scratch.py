@@ -1,10 +1,12 @@
-"""Scratch space of a run on the disks it was given."""
+"""Scratch space of a run on the disks it was given, and whether they may hold it."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from outsize.config import Settings
+from outsize.config import Home, Settings, format_bytes
+from outsize.errors import BudgetError
+from outsize.plan import Placement
 from outsize.tier import DiskTier, StripedTier, Tier
 from outsize.tier.striped import part_bytes
 
@@ -37,3 +39,32 @@ def open_scratch(name: str, num_bytes: int, settings: Settings, num_threads: int
             tier.close()
         raise
     return StripedTier(opened, num_bytes)
+
+
+class DiskShortage(BudgetError):
+    """The disk is what is short; the hint names a size of it that works."""
+
+
+def disk_bytes(placement: Placement, settings: Settings, versions_bytes: int | None = None) -> int:
+    """What records and inputs of blocks take on disk. Raises BudgetError where that is not allowed.
+
+    `versions_bytes` is what records take where commits are kept.
+    """
+    disks = settings.budgets.disks
+    inputs = placement.inputs_bytes if placement.inputs is Home.DISK else 0
+    store = placement.disk_bytes if disks else 0
+    if versions_bytes is not None:
+        store = versions_bytes
+    num_bytes = store + inputs
+    share = num_bytes if len(disks) < 2 else sum(part_bytes(each, len(disks)) for each in (store, inputs))
+    for disk in disks:
+        if disk.num_bytes is not None and share > disk.num_bytes:
+            part = "" if len(disks) == 1 else f", {format_bytes(share)} on each of {len(disks)}"
+            what = "the state" if not inputs else "the state and the inputs of blocks"
+            what += " and commits of it" if versions_bytes is not None else ""
+            raise DiskShortage(
+                f"{what} {'takes' if what == 'the state' else 'take'} {format_bytes(num_bytes)} on disk{part}; "
+                f"{disk.folder} may hold {format_bytes(disk.num_bytes)}",
+                hint=f'disk="{disk.folder}:{-(-share // 2**20)}MiB" works',
+            )
+    return num_bytes

@@ -27,7 +27,7 @@ from outsize.config import Home, OnDeviceFull, Settings, format_bytes
 from outsize.engine import memory
 from outsize.engine.arguments import Arguments
 from outsize.engine.blocks import DTYPES, BlockStore, close_workers
-from outsize.engine.budget import Budget, Foresight, disk_bytes
+from outsize.engine.budget import Budget, Foresight
 from outsize.engine.calls import Calls
 from outsize.engine.closing import when_dropped
 from outsize.engine.compiled import Compiler
@@ -40,7 +40,7 @@ from outsize.engine.layer import Layer, Loose
 from outsize.engine.origin import reading_bytes
 from outsize.engine.parameters import Parameters
 from outsize.engine.probe import BatchShape, Probe, Rehearsal
-from outsize.engine.scratch import open_scratch
+from outsize.engine.scratch import disk_bytes, open_scratch
 from outsize.engine.state import BlockState
 from outsize.engine.stepdown import StepDown
 from outsize.engine.timing import measure_costs
