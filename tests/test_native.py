@@ -1,6 +1,7 @@
 """C functions on all of torch's threads."""
 
 import ctypes
+import os
 import subprocess
 import sys
 import threading
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from outsize import native
+from outsize.native import find_compiler, library, on_all_threads
 
 COUNT = """
 #include <stdint.h>
@@ -33,20 +35,18 @@ def way(request, monkeypatch):
 
 @pytest.mark.parametrize("num_threads", [1, 2, 5])
 def test_each_piece_of_work_is_done_once(num_threads, way, tmp_path):
-    if native.find_compiler() is None:
+    if find_compiler() is None:
         pytest.skip("no compiler")
     source = tmp_path / "count.c"
     source.write_text(COUNT)
-    built = native.library(source, "a test")
+    built = library(source, "a test")
     before = torch.get_num_threads()
     torch.set_num_threads(num_threads)
     try:
         taken = torch.zeros(10_000, dtype=torch.int64)
-        native.on_all_threads(built.count, Call(0, len(taken), taken.data_ptr()))
+        on_all_threads(built.count, Call(0, len(taken), taken.data_ptr()))
         with ThreadPoolExecutor(1) as elsewhere:  # a server generates in a thread of its own
-            elsewhere.submit(
-                native.on_all_threads, built.count, Call(0, len(taken), taken.data_ptr())
-            ).result()
+            elsewhere.submit(on_all_threads, built.count, Call(0, len(taken), taken.data_ptr())).result()
     finally:
         torch.set_num_threads(before)
     assert taken.eq(2).all()
@@ -58,22 +58,24 @@ def test_the_threads_are_those_of_torchs_operators():
     assert native._openmp() is not None
 
 
-def test_a_forked_child_runs_alone(tmp_path):
-    """torch's threads are the parent's: whoever waited for them would wait for ever."""
+@pytest.mark.skipif(find_compiler() is None, reason="no compiler")
+def test_a_forked_child_has_threads_of_its_own(tmp_path):
+    """torch's threads, and the parent's own, are the parent's: whoever waited for them would wait for ever."""
     (tmp_path / "count.c").write_text(COUNT)
     program = f"""
-import ctypes, os, sys, warnings
+import os, sys
 from pathlib import Path
 import torch
-from outsize import native
+from outsize.native import _on_own_threads, library, on_all_threads
 from tests.test_native import Call
 torch.set_num_threads(2)
-torch.ones(1 << 22).sum()
+built = library(Path({str(tmp_path / "count.c")!r}), "a test")
+taken = torch.zeros(100, dtype=torch.int64)
+on_all_threads(built.count, Call(0, 100, taken.data_ptr()))
+_on_own_threads(built.count, Call(0, 100, taken.data_ptr()), 2)
 if os.fork() == 0:
-    taken = torch.zeros(100, dtype=torch.int64)
-    built = native.library(Path({str(tmp_path / "count.c")!r}), "a test")
-    native.on_all_threads(built.count, Call(0, 100, taken.data_ptr()))
-    os._exit(int(taken.sum()) != 100)
+    on_all_threads(built.count, Call(0, 100, taken.data_ptr()))
+    os._exit(int(taken.sum()) != 300)
 sys.exit(os.waitstatus_to_exitcode(os.wait()[1]))
 """
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
@@ -91,10 +93,10 @@ def test_whoever_is_interrupted_waits_for_the_others(monkeypatch):
         time.sleep(0.05)
         ended.append(1)
 
-    started = [native._helpers().submit(time.sleep, 0) for _ in range(4)]
+    started = [native._helpers(os.getpid()).submit(time.sleep, 0) for _ in range(4)]
     wait(started)
     with pytest.raises(KeyboardInterrupt):
-        native.on_all_threads(work, Call())
+        on_all_threads(work, Call())
     count = len(ended)
     time.sleep(0.1)
     assert len(ended) == count

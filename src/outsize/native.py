@@ -54,10 +54,11 @@ def on_all_threads(function: Any, argument: ctypes.Structure) -> None:
     They are the threads of torch's own operators, where those can be had. Between operators these spin for a while, and
     others started beside them would find no core: attention on two cores gained nothing by the second.
     """
-    num_threads = torch.get_num_threads() if os.getpid() == _PROCESS else 1  # a forked child has none of them
+    num_threads = torch.get_num_threads()
+    openmp = _openmp() if os.getpid() == _PROCESS else None  # a forked child has none of its threads
     if num_threads == 1:
         function(ctypes.byref(argument))
-    elif (openmp := _openmp()) is not None:
+    elif openmp is not None:
         openmp.GOMP_parallel(function, ctypes.byref(argument), ctypes.c_uint(num_threads), ctypes.c_uint(0))
     else:
         _on_own_threads(function, argument, num_threads)
@@ -67,7 +68,9 @@ def _on_own_threads(function: Any, argument: ctypes.Structure, num_threads: int)
     helpers: list[Future[None]] = []
     interrupt: KeyboardInterrupt | None = None
     try:
-        helpers.extend(_helpers().submit(function, ctypes.byref(argument)) for _ in range(num_threads - 1))
+        helpers.extend(
+            _helpers(os.getpid()).submit(function, ctypes.byref(argument)) for _ in range(num_threads - 1)
+        )
         function(ctypes.byref(argument))
     finally:
         while not all(helper.done() or helper.cancel() for helper in helpers):
@@ -96,7 +99,7 @@ def _openmp() -> ctypes.CDLL | None:
 
 
 @cache
-def _helpers() -> ThreadPoolExecutor:
+def _helpers(process: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(64, thread_name_prefix="outsize-native")
 
 

@@ -79,61 +79,15 @@ def add_parser(commands: shared.Commands[argparse.ArgumentParser]) -> None:
     length.add_argument("--steps", type=int, metavar="N", help="number of updates")
     length.add_argument("--epochs", type=float, metavar="N", help="times through the data (1)")
     length.add_argument("--minutes", type=float, metavar="N", help="as many steps as fit into the time")
-    data = parser.add_argument_group("data")
-    size = data.add_mutually_exclusive_group()
-    _add(size, "--batch-size", type=int, metavar="B", help="sequences per step")
-    size.add_argument("--batch-tokens", type=int, metavar="N", help="the same in tokens, such as 65536")
-    _add(data, "--seq-len", type=int, metavar="T", help="tokens per sequence")
-    data.add_argument(
-        "--packing",
-        choices=["packed", "padded"],
-        help="fill sequences with several documents, kept apart, or one each (packed where the model can)",
+    _add_data(parser.add_argument_group("data"))
+    _add_evaluation(parser.add_argument_group("evaluation"))
+    _add_checkpoints(
+        parser.add_argument_group(
+            "checkpoints",
+            "A commit copies nothing that lives on disk, so one per step is cheap. A kill loses what came after the last.",
+        )
     )
-    _add(
-        data,
-        "--too-long",
-        choices=["error", "skip", "cut"],
-        help="what to do with conversations longer than a sequence",
-    )
-    _add(data, "--seed", type=int, help="for the order of the data and dropout")
-    evaluating = parser.add_argument_group("evaluation")
-    evaluating.add_argument("--eval", action="append", metavar="FILE", help="measure the model by this file")
-    evaluating.add_argument(
-        "--eval-split", type=float, metavar="F", help="or this part of DATA, such as 0.02"
-    )
-    evaluating.add_argument(
-        "--eval-every", type=int, metavar="N", help="steps between evaluations (at most 5 in a run)"
-    )
-    keeping = parser.add_argument_group(
-        "checkpoints",
-        "A commit copies nothing that lives on disk, so one per step is cheap. A kill loses what came after the last.",
-    )
-    keeping.add_argument("--checkpoint-every", type=int, metavar="N", help="steps between commits (none)")
-    _add(keeping, "--keep", type=int, metavar="K", help="commits that are kept; each takes the state's size")
-    keeping.add_argument("--checkpoint", metavar="DIR", help="folder of the commits (OUT.checkpoint)")
-    keeping.add_argument(
-        "--resume",
-        action="store_true",
-        default=None,
-        help="go on from the last commit, bit by bit; begin where there is none",
-    )
-    learning = parser.add_argument_group("learning")
-    _add(
-        learning,
-        "--optimizer",
-        choices=["adamw", "adamw8bit", "lion", "adan", "sgd", "sgdsai"],
-        help="what turns gradients into updates; they differ in bytes per parameter",
-    )
-    _add(learning, "--lr", type=float, help="peak learning rate")
-    _add(
-        learning,
-        "--schedule",
-        choices=["cosine", "linear", "wsd", "constant"],
-        help="how it falls to a tenth after the warm-up",
-    )
-    _add(learning, "--warmup", type=int, metavar="N", help="steps of warm-up")
-    _add(learning, "--weight-decay", type=float, metavar="W", help="for matrices; norms and biases have none")
-    _add(learning, "--max-grad-norm", type=_number_or_none, metavar="G", help="clip to this, or none")
+    _add_learning(parser.add_argument_group("learning"))
     parser.add_argument(
         "--tracker",
         action="append",
@@ -150,6 +104,70 @@ def add_parser(commands: shared.Commands[argparse.ArgumentParser]) -> None:
     )
     shared.add_compile(place)
     parser.set_defaults(run=run)
+
+
+def _add_data(data: argparse._ArgumentGroup) -> None:
+    """What is trained on."""
+    size = data.add_mutually_exclusive_group()
+    _add(size, "--batch-size", type=int, metavar="B", help="sequences per step")
+    size.add_argument("--batch-tokens", type=int, metavar="N", help="the same in tokens, such as 65536")
+    _add(data, "--seq-len", type=int, metavar="T", help="tokens per sequence")
+    data.add_argument(
+        "--packing",
+        choices=["packed", "padded"],
+        help="fill sequences with several documents, kept apart, or one each (packed where the model can)",
+    )
+    _add(
+        data,
+        "--too-long",
+        choices=["error", "skip", "cut"],
+        help="what to do with conversations longer than a sequence",
+    )
+    _add(data, "--seed", type=int, help="for the order of the data and dropout")
+
+
+def _add_evaluation(evaluating: argparse._ArgumentGroup) -> None:
+    """What the model is measured by."""
+    evaluating.add_argument("--eval", action="append", metavar="FILE", help="measure the model by this file")
+    evaluating.add_argument(
+        "--eval-split", type=float, metavar="F", help="or this part of DATA, such as 0.02"
+    )
+    evaluating.add_argument(
+        "--eval-every", type=int, metavar="N", help="steps between evaluations (at most 5 in a run)"
+    )
+
+
+def _add_checkpoints(keeping: argparse._ArgumentGroup) -> None:
+    """What outlives the run."""
+    keeping.add_argument("--checkpoint-every", type=int, metavar="N", help="steps between commits (none)")
+    _add(keeping, "--keep", type=int, metavar="K", help="commits that are kept; each takes the state's size")
+    keeping.add_argument("--checkpoint", metavar="DIR", help="folder of the commits (OUT.checkpoint)")
+    keeping.add_argument(
+        "--resume",
+        action="store_true",
+        default=None,
+        help="go on from the last commit, bit by bit; begin where there is none",
+    )
+
+
+def _add_learning(learning: argparse._ArgumentGroup) -> None:
+    """How the model learns."""
+    _add(
+        learning,
+        "--optimizer",
+        choices=["adamw", "adamw8bit", "lion", "adan", "sgd", "sgdsai"],
+        help="what turns gradients into updates; they differ in bytes per parameter",
+    )
+    _add(learning, "--lr", type=float, help="peak learning rate")
+    _add(
+        learning,
+        "--schedule",
+        choices=["cosine", "linear", "wsd", "constant"],
+        help="how it falls to a tenth after the warm-up",
+    )
+    _add(learning, "--warmup", type=int, metavar="N", help="steps of warm-up")
+    _add(learning, "--weight-decay", type=float, metavar="W", help="for matrices; norms and biases have none")
+    _add(learning, "--max-grad-norm", type=_number_or_none, metavar="G", help="clip to this, or none")
 
 
 def run(options: argparse.Namespace) -> int:

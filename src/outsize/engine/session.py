@@ -427,6 +427,29 @@ class Session:
         updates_there = any(plane is Plane.MOMENT1 for _, plane in placement.resident)
         if self.device_kernel is not None and updates_there and not self.device.is_host:
             self.device_kernel()
+        store, restored = self._open_store(records, placement)
+        self.executor = Executor(store)
+        self._finalizer = when_dropped(self, close_workers, *store.workers())
+        self.parameters.locate({r.name: [entry.piece for entry in r.entries] for r in records})
+        self.blocks = {r.name: Block(r.name, tuple(entry.piece for entry in r.entries)) for r in records}
+        try:
+            if placement.inputs is not None:
+                is_disk = placement.inputs is Home.DISK
+                inputs = self._open_scratch("inputs", placement.inputs_bytes) if is_disk else None
+                self.keeper = Keeper(self.device, placement.inputs_bytes, inputs)
+            if store.captures is not None:
+                store.captures.restore(restored)
+            self._forget_committed()
+            self._load_resident(store, records)
+        except BaseException:
+            with suppress(BaseException):  # the first error is the one to report
+                self.close()
+            raise
+
+    def _open_store(
+        self, records: Sequence[Record], placement: Placement
+    ) -> tuple[BlockStore, frozenset[str]]:
+        """The store of `records` with its disk, and the names of those that are on it from an earlier process."""
         assert self.source is not None
         restored: frozenset[str] = frozenset()
         bases: Mapping[str, int] | None = None
@@ -464,36 +487,23 @@ class Session:
             if disk is not None:
                 disk.close()
             raise
-        self.executor = Executor(store)
-        self._finalizer = when_dropped(self, close_workers, *store.workers())
-        self.parameters.locate({r.name: [entry.piece for entry in r.entries] for r in records})
-        self.blocks = {r.name: Block(r.name, tuple(entry.piece for entry in r.entries)) for r in records}
-        try:
-            if placement.inputs is not None:
-                is_disk = placement.inputs is Home.DISK
-                inputs = self._open_scratch("inputs", placement.inputs_bytes) if is_disk else None
-                self.keeper = Keeper(self.device, placement.inputs_bytes, inputs)
-            if store.captures is not None:
-                store.captures.restore(restored)
-            self._forget_committed()
-            if isinstance(self.source, EncodingSource) and any(
-                group.blocks for group in placement.weight_classes
-            ):
-                _log.warning(
-                    "weights are encoded anew each time they are read, as they do not all fit into memory: "
-                    "`outsize quantize` writes them once"
-                )
-            in_memory = isinstance(self.source, InitSource | TensorSource)
-            if self.rule is not None and in_memory and is_stored(records):
-                store.import_all(self._touch)
-                self.source = None
-            else:
-                for state in store:
-                    store.load_resident(state)
-        except BaseException:
-            with suppress(BaseException):  # the first error is the one to report
-                self.close()
-            raise
+        return store, restored
+
+    def _load_resident(self, store: BlockStore, records: Sequence[Record]) -> None:
+        """Start reading what stays in memory; all of it, where the source is memory that should not stay beside it."""
+        streams = any(group.blocks for group in store.placement.weight_classes)
+        if isinstance(self.source, EncodingSource) and streams:
+            _log.warning(
+                "weights are encoded anew each time they are read, as they do not all fit into memory: "
+                "`outsize quantize` writes them once"
+            )
+        in_memory = isinstance(self.source, InitSource | TensorSource)
+        if self.rule is not None and in_memory and is_stored(records):
+            store.import_all(self._touch)
+            self.source = None
+        else:
+            for state in store:
+                store.load_resident(state)
 
     def _forget_committed(self) -> None:
         if self.committed is not None:

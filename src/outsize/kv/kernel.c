@@ -4,14 +4,17 @@
 // pages in order, with a running maximum and sum (Milakov and Gimelshein, 2018), so nothing is gathered and no score is
 // stored. Keys lie transposed in their page: the 16 scores of a page are one vector, and no sum goes across lanes.
 //
-// What is computed for a query, and in which order, depends on its position alone: never on what else is in the pass. Blocks
-// begin at multiples of their size, and queries that share a tile share nothing but what was read.
+// What is computed for a query, and in which order, depends on its position alone: never on what else is in the pass. Queries
+// that share a tile share nothing but what was read.
+//
+// Memory sets the pace. Heads of a page lie side by side, so all heads of a unit come before the next page; and a page of one head
+// is what is computed on at once, because it and the next one fit into the first cache.
 
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
 
-enum { PAGE = 16, LANES = 16, CHAINS = 2 };
+enum { PAGE = 16, LANES = 16, CHAINS = 2 };  // CHAINS: partial sums of a score, which do not wait for each other
 
 struct Attention {
   const float *query;     // [rows, heads, key_width]

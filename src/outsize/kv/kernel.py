@@ -44,6 +44,12 @@ class Units:
         self.balance = sum(work) / max(work)
         """How many there would be if all were as large as the largest."""
 
+    def heads_at_once(self, kv_heads: int, group: int) -> int:
+        """Heads of keys, of `group` heads each, that one unit goes through."""
+        num_units = UNITS_PER_THREAD * torch.get_num_threads()
+        fair, most = int(kv_heads * self.balance / num_units), MOST_STATES // (self.most_rows * group)
+        return max(1, min(fair, most, kv_heads))
+
 
 class Kernel:
     """The built library."""
@@ -71,10 +77,6 @@ class Kernel:
         num_tokens, heads, key_width = query_THK.shape
         output = torch.zeros(num_tokens, heads, values.shape[-1])  # zeros for tokens of no request
         taken, kv_heads = ctypes.c_int64(0), keys.shape[1]
-        num_units = UNITS_PER_THREAD * torch.get_num_threads()
-        unit_heads = min(
-            int(kv_heads * units.balance / num_units), MOST_STATES // (units.most_rows * heads // kv_heads)
-        )
         call = Attention(
             query=query_THK.data_ptr(),
             keys=keys.data_ptr(),
@@ -93,7 +95,7 @@ class Kernel:
             is_bfloat16=int(keys.dtype is torch.bfloat16),
             scale=scale,
             softcap=softcap,
-            unit_heads=max(1, min(unit_heads, kv_heads)),
+            unit_heads=units.heads_at_once(kv_heads, heads // kv_heads),
         )
         on_all_threads(self._attend, call)
         return output

@@ -8,7 +8,8 @@ bfloat16: with others torch's kernels are up to a hundred times slower.
 from __future__ import annotations
 
 import ctypes
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -108,34 +109,35 @@ class _Widening(ctypes.Structure):
     ]
 
 
-class _Widen:
-    """`_widened` compiled, into `part_KN`."""
-
-    def __init__(self, built: ctypes.CDLL) -> None:
-        self._widen = built.widen
-
-    def __call__(
-        self, packed_LKR: torch.Tensor, scales: torch.Tensor, start: int, stop: int, part_KN: torch.Tensor
-    ) -> None:
-        taken = ctypes.c_int64(0)
-        call = _Widening(
-            codes=packed_LKR.data_ptr(),
-            scales=scales.data_ptr(),
-            out=part_KN.data_ptr(),
-            next=ctypes.addressof(taken),
-            columns=packed_LKR.shape[1],
-            rows=packed_LKR.shape[0] * LINE_ROWS,
-            group=GROUP,
-            line=start,
-            last_line=stop,
-        )
-        on_all_threads(self._widen, call)
+def _widen_into(
+    function: Any,
+    packed_LKR: torch.Tensor,
+    scales: torch.Tensor,
+    start: int,
+    stop: int,
+    part_KN: torch.Tensor,
+) -> None:
+    """`_widened` into `part_KN`, by the compiled `function`."""
+    taken = ctypes.c_int64(0)
+    call = _Widening(
+        codes=packed_LKR.data_ptr(),
+        scales=scales.data_ptr(),
+        out=part_KN.data_ptr(),
+        next=ctypes.addressof(taken),
+        columns=packed_LKR.shape[1],
+        rows=packed_LKR.shape[0] * LINE_ROWS,
+        group=GROUP,
+        line=start,
+        last_line=stop,
+    )
+    on_all_threads(function, call)
 
 
 @cache
-def _widen() -> _Widen | None:
+def _widen() -> Callable[..., None] | None:
+    """`_widen_into` with its function; None where that cannot be built."""
     built = library(_SOURCE, "weights of four bits are read")
-    return None if built is None else _Widen(built)
+    return None if built is None else partial(_widen_into, built.widen)
 
 
 @cache
