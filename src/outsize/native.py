@@ -55,11 +55,12 @@ def on_all_threads(function: Any, argument: ctypes.Structure) -> None:
     others started beside them would find no core: attention on two cores gained nothing by the second.
     """
     num_threads = torch.get_num_threads()
-    openmp = _openmp() if os.getpid() == _PROCESS else None  # a forked child has none of its threads
+    # GCC's entry, which LLVM's and Intel's have on Linux too; a forked child has none of those threads.
+    enter = getattr(openmp(), "GOMP_parallel", None) if os.getpid() == _PROCESS else None
     if num_threads == 1:
         function(ctypes.byref(argument))
-    elif openmp is not None:
-        openmp.GOMP_parallel(function, ctypes.byref(argument), ctypes.c_uint(num_threads), ctypes.c_uint(0))
+    elif enter is not None:
+        enter(function, ctypes.byref(argument), ctypes.c_uint(num_threads), ctypes.c_uint(0))
     else:
         _on_own_threads(function, argument, num_threads)
 
@@ -83,19 +84,13 @@ def _on_own_threads(function: Any, argument: ctypes.Structure, num_threads: int)
 
 
 @cache
-def _openmp() -> ctypes.CDLL | None:
-    """What leads to torch's OpenMP, where that has GCC's entry (LLVM's and Intel's have it too); else None.
-
-    Of several in a process it is the one that torch is bound to.
-    """
-    if sys.platform != "linux" or not torch.backends.openmp.is_available():
-        return None
+def openmp() -> ctypes.CDLL:
+    """Where functions of the OpenMP that torch is bound to are found, if there is one; a process may have several."""
+    suffix = "dylib" if sys.platform == "darwin" else "so"
     try:
-        found = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
-        found.GOMP_parallel.restype = None
-    except (OSError, AttributeError):
-        return None
-    return found
+        return ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / f"libtorch_cpu.{suffix}"))
+    except OSError:
+        return ctypes.CDLL(None)
 
 
 @cache

@@ -6,8 +6,8 @@ import pytest
 
 from outsize.hardware import host, threads
 from outsize.hardware.rate import Work
+from outsize.native import openmp
 from outsize.optim import limit_threads, limited_threads
-from outsize.optim.threads import _openmp
 
 
 def machine(folder, **lists):
@@ -79,11 +79,11 @@ def test_the_cores_of_a_node_are_tried(most, sizes, counts):
     assert threads.update_counts(most, [frozenset(range(size)) for size in sizes]) == counts
 
 
-@pytest.mark.skipif(_openmp() is None, reason="torch has no OpenMP here")
+@pytest.mark.skipif(not hasattr(openmp(), "omp_set_num_threads"), reason="torch has no OpenMP here")
 def test_a_limit_is_that_of_one_thread_and_ends():
     from concurrent.futures import ThreadPoolExecutor
 
-    library = _openmp()
+    library = openmp()
     with ThreadPoolExecutor(1) as pool:
         before = library.omp_get_max_threads()
         pool.submit(limit_threads, 3).result()

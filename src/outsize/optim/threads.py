@@ -6,20 +6,20 @@ Kernels give the same bits for any number of threads.
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 
 import torch
+
+from outsize.native import openmp
 
 
 def limit_threads(num_threads: int) -> None:
     """Let kernels that this thread calls from now on take `num_threads`; where torch has no OpenMP nothing happens."""
-    library = _openmp()
-    if library is not None:
+    set_number = getattr(openmp(), "omp_set_num_threads", None)
+    if set_number is not None:
         torch.get_num_threads()  # torch sets its own number when a thread asks for the first time
-        library.omp_set_num_threads(num_threads)
+        set_number(num_threads)
 
 
 @contextmanager
@@ -31,9 +31,3 @@ def limited_threads(num_threads: int) -> Iterator[None]:
         yield
     finally:
         limit_threads(before)
-
-
-@cache
-def _openmp() -> ctypes.CDLL | None:
-    library = ctypes.CDLL(None)
-    return library if hasattr(library, "omp_set_num_threads") else None
