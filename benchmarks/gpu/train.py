@@ -284,14 +284,14 @@ def run_steps(model: Any, optimizer: Any, ids: list[Any]) -> list[float]:
     return losses
 
 
-def machine() -> dict[str, float]:
-    """Products in bf16 and the link's two ways, alone and together; in FLOP/s and bytes/s."""
+def machine(side: int, size: int) -> dict[str, float]:
+    """Products of `side` in bf16 and both ways of the link with `size` bytes, alone and together; FLOP/s and bytes/s."""
     import torch
 
     if not torch.cuda.is_available():
         return {}
     figures: dict[str, float] = {}
-    a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+    a = torch.randn(side, side, device="cuda", dtype=torch.bfloat16)
 
     def timed(run: Callable[[], object]) -> float:
         run()
@@ -304,8 +304,7 @@ def machine() -> dict[str, float]:
             times.append(time.perf_counter() - start)
         return statistics.median(times)
 
-    figures["matmul"] = 20 * 2 * 8192**3 / timed(lambda: [a @ a for _ in range(20)])
-    size = 1 << 30
+    figures["matmul"] = 20 * 2 * side**3 / timed(lambda: [a @ a for _ in range(20)])
     host = [torch.empty(size, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
     device = [torch.empty(size, dtype=torch.uint8, device="cuda") for _ in range(2)]
     streams = [torch.cuda.Stream() for _ in range(2)]
@@ -360,7 +359,8 @@ def main() -> None:
         contend(arguments)
         return
     parity()
-    figures = machine()
+    is_tiny = arguments.size == "tiny"
+    figures = machine(512 if is_tiny else 8192, 1 << (24 if is_tiny else 30))
     for name, figure in figures.items():
         unit = "TFLOP/s" if name == "matmul" else "GB/s"
         print(f"{name}: {figure / (1e12 if name == 'matmul' else 1e9):.1f} {unit}", flush=True)

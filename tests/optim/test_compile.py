@@ -1,4 +1,5 @@
 import fcntl
+import gc
 import logging
 import shutil
 import subprocess
@@ -143,6 +144,24 @@ def test_of_two_builders_one_waits_and_finds_the_package(own_cache):
         stamp = own_cache.stat().st_mtime_ns
     assert compilation.wait().backend is Backend.COMPILED
     assert own_cache.stat().st_mtime_ns == stamp
+
+
+@needs_compiler
+@pytest.mark.filterwarnings("error")
+def test_a_build_that_nobody_waits_for_is_joined_by_who_comes_next(own_cache):
+    """A model that is dropped before its first update drops the process without a word."""
+    good = own_cache.read_bytes()
+    own_cache.unlink()
+    with own_cache.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        process = start_compile(ADAMW, FLOAT32)._build._process
+        gc.collect()
+        assert process.poll() is None
+        one, other = start_compile(ADAMW, FLOAT32), start_compile(ADAMW, FLOAT32)
+        assert one._build._process is process and other._build._process is process
+        own_cache.write_bytes(good)
+    assert one.wait().backend is other.wait().backend is Backend.COMPILED
+    assert not compile._builds
 
 
 def test_the_key_names_rule_and_type():

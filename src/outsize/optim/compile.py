@@ -54,6 +54,10 @@ _loaders: dict[Path, Any] = {}
 """Packages that are loaded, each once. A loader unpacks into the temporary folder and clears it when it goes."""
 atexit.register(_loaders.clear)
 
+_builds: dict[Path, _Build] = {}
+"""Packages that are being built: who wants one again joins, and who no longer wants it lets it be finished for the next."""
+_builds_lock = Lock()
+
 _log = logging.getLogger("outsize")
 
 
@@ -133,7 +137,7 @@ class Compilation:
         self._path = path
         self._lock = Lock()
         self._kernel: Kernel | None = None
-        self._build = None if path is None or path.exists() else _Build(rule, compute_type, path)
+        self._build = None if path is None or path.exists() else _build(rule, compute_type, path)
 
     def wait(self) -> Kernel:
         """The kernel when it is ready, eager where compiling failed (said once); may be called again."""
@@ -148,8 +152,9 @@ class Compilation:
                 return kernel
             if self._build is None:
                 self._path.unlink(missing_ok=True)  # damaged, or left by a machine unlike this one
-                self._build = _Build(self._rule, self._compute_type, self._path)
+                self._build = _build(self._rule, self._compute_type, self._path)
             failure = self._build.wait()
+            _builds.pop(self._path, None)
             if failure is None and (kernel := self._load(self._path)) is not None:
                 return kernel
             _say_once(
@@ -181,6 +186,8 @@ class _Build:
     """The process that builds one package."""
 
     def __init__(self, rule: Rule, compute_type: ComputeType, path: Path) -> None:
+        self._lock = Lock()
+        self._failure: str | None = None
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (closed by `wait`)
         self._process = subprocess.Popen(
             [sys.executable, "-W", "ignore", "-m", "outsize.optim.build", rule.name, compute_type, str(path)],
@@ -191,12 +198,23 @@ class _Build:
         )
 
     def wait(self) -> str | None:
-        """Wait for the end; what went wrong, or None."""
+        """Wait for the end; what went wrong, or None. May be called again, from any thread."""
+        with self._lock:
+            if not self._errors.closed:
+                self._failure = self._end()
+            return self._failure
+
+    def _end(self) -> str | None:
         status = self._process.wait()
         with self._errors as errors:
             errors.seek(0)
             lines = errors.read().decode(errors="replace").strip().splitlines()
         return None if status == 0 else (lines[-1] if lines else f"the compiler ended with status {status}")
+
+
+def _build(rule: Rule, compute_type: ComputeType, path: Path) -> _Build:
+    with _builds_lock:
+        return _builds.get(path) or _builds.setdefault(path, _Build(rule, compute_type, path))
 
 
 def start_compile(rule: Rule, compute_type: ComputeType, *, eager: bool = False) -> Compilation:
