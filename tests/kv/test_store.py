@@ -35,11 +35,14 @@ def plain(query, key, value, options):
     return torch.einsum("hts,shv->thv", scores / total, value)
 
 
-@pytest.fixture(params=["compiled", "torch"])
+@pytest.fixture(params=["compiled", "torch", "fused"])
 def way(request, monkeypatch):
-    if request.param == "torch":
+    """In C, in torch where there is no compiler, and as on a device."""
+    if request.param != "compiled":
         monkeypatch.setattr(store, "load", lambda: None)
+        monkeypatch.setattr(store, "is_fused", lambda device: request.param == "fused")
         monkeypatch.setattr(store, "TILE_SCORES", 500)
+        monkeypatch.setattr(store, "TILE_MASK", 500)
     elif kernel.load() is None:
         pytest.skip("no compiler")
 
@@ -51,7 +54,7 @@ def filled(shape, dtype, requests, generator):
         count = pages_for(past + new)
         tables.append(list(range(page, page + count))[::-1])
         page += count
-    kv = PagedKV({0: shape}, page, dtype, torch.device("cpu"))
+    kv = PagedKV({0: shape}, page, dtype, torch.device("cpu"), most_positions=200)
     kv.keys[0].fill_(torch.nan)  # what nobody wrote must not be read
     kv.values[0].fill_(torch.nan)
     pasts, news = [], []
@@ -83,7 +86,7 @@ def attend(kv, requests, tables, pasts, news, options):
 @pytest.mark.parametrize("name", SHAPES)
 def test_attention_is_the_formula(name, dtype, way):
     shape, options = SHAPES[name]
-    requests = [(0, 1), (0, 45), (37, 1), (16, 16), (3, 30), (130, 1)]
+    requests = [(0, 1), (0, 45), (37, 1), (16, 16), (3, 30), (130, 1), (40, 1), (41, 1), (60, 1)]
     kv, tables, pasts, news = filled(shape, dtype, requests, torch.Generator().manual_seed(0))
     outputs = attend(kv, requests, tables, pasts, news, options)
     for output, query, (keys, values) in zip(outputs, news, pasts, strict=True):

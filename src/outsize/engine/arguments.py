@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_map_only
 
+from outsize.tier import sent
+
 
 class Arguments:
     """Moves a call's tensors to `device`, and knows those that came from the host until `forget`."""
@@ -39,12 +41,7 @@ class Arguments:
 
     def on_device(self, tensor: torch.Tensor) -> torch.Tensor:
         """`tensor` where blocks compute; what comes from the host is sent ahead, and nothing waits for it."""
-        if tensor.device.type == self._device.type:
-            return tensor
-        pinned = (
-            tensor.pin_memory() if self._device.type == "cuda" and tensor.device.type == "cpu" else tensor
-        )
-        return pinned.to(self._device, non_blocking=True)
+        return sent(tensor, self._device)
 
     def on_host(self, tensor: torch.Tensor) -> torch.Tensor:
         """`tensor` where the host can read it: an argument of the running call as it came, else a copy, which is waited

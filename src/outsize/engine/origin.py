@@ -17,7 +17,7 @@ from outsize.engine.state import BlockState
 from outsize.engine.update import UpdateJob
 from outsize.model import READ_BUFFERS_BYTES, Source
 from outsize.optim import split
-from outsize.tier import Transfer, Way, follow_all
+from outsize.tier import Transfer, Way, follow_all, sent
 
 if TYPE_CHECKING:
     from outsize.engine.blocks import BlockStore
@@ -47,7 +47,7 @@ class Origin:
             state.loading.wait()
         if plane is not None:
             table = plane[entry.start : entry.stop].view(entry.piece.shape)
-            target.copy_(table.index_select(0, rows.to(table.device)))
+            target.copy_(sent(table.index_select(0, sent(rows, table.device)), target.device))
             return
         assert self.source is not None, f"{state.name}: the source is gone"
         piece, is_rounded = entry.piece, _is_rounded(self.source, entry.piece, self._store.dtype)
@@ -60,7 +60,8 @@ class Origin:
             runs.append(Piece(piece.parameter, shape, start, start + last - first))
             parts.append(found[first:last])
         self.source.read(Block(state.name, tuple(runs)), parts)
-        target.copy_(split(found.view(-1))[0].view(found.shape) if is_rounded else found)
+        rounded = split(found.view(-1))[0].view(found.shape) if is_rounded else found
+        target.copy_(sent(rounded, target.device))
 
     def read(self, state: BlockState) -> None:
         """Start bringing weights that were never stored to where the block computes."""

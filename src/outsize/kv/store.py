@@ -11,16 +11,22 @@ import mmap
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 
+from outsize.kv.fused import Singles, attend_one, attend_singles
 from outsize.kv.kernel import Units, load
-from outsize.kv.pages import PAGE_TOKENS, SCRATCH
+from outsize.kv.pages import PAGE_TOKENS, SCRATCH, pages_for
+from outsize.tier import sent
 
-# T tokens of the pass, H heads, G key heads, R = H / G, K key width, V value width, P pages, S positions seen
+# T tokens of the pass, H heads, G key heads, R = H / G, K key width, V value width, P pages, S positions seen, B requests
 TILE_SCORES = 1 << 22
 """Scores that are held at once where attention runs in torch."""
+
+TILE_MASK = 1 << 26
+"""Places of a mask that are held at once where torch's fused attention runs: its kernels hold no scores."""
 
 ROWS_PER_UNIT = 32
 """Queries that a unit of the kernel computes, over all heads that share a key: a page stays in cache for them."""
@@ -61,6 +67,11 @@ class Scoring:
     sinks: torch.Tensor | None = None
 
 
+def is_fused(device: torch.device) -> bool:
+    """Whether torch's fused attention runs there: on a device; on a processor the kernel reads pages where they lie."""
+    return device.type != "cpu"
+
+
 class PagedKV:
     """Keys `[P, G, K, PAGE]` (transposed: one vector for each of K) and values `[P, G, PAGE, V]` of every layer.
 
@@ -68,9 +79,16 @@ class PagedKV:
     """
 
     def __init__(
-        self, layers: Mapping[int, LayerShape], num_pages: int, dtype: torch.dtype, device: torch.device
+        self,
+        layers: Mapping[int, LayerShape],
+        num_pages: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        most_positions: int | None = None,
     ) -> None:
+        """`most_positions`: of one request; None: as many as there are pages for."""
         self.num_pages = num_pages
+        self.most_pages = num_pages if most_positions is None else min(num_pages, pages_for(most_positions))
         self.dtype = dtype
         self.device = device
         self.keys: dict[int, torch.Tensor] = {}
@@ -120,11 +138,11 @@ class Pass:
             for position in range(segment.position, segment.position + segment.stop - segment.start):
                 pages.append(segment.table[position // PAGE_TOKENS] if segment.table else SCRATCH)
                 offsets.append(position % PAGE_TOKENS)
-        self._pages = torch.tensor(pages, device=kv.device)
-        self._offsets = torch.tensor(offsets, device=kv.device)
+        self._pages, self._offsets = (
+            sent(torch.tensor(pages), kv.device),
+            sent(torch.tensor(offsets), kv.device),
+        )
         self._real = [segment for segment in segments if segment.table]
-        self._tables = [torch.tensor(segment.table, device=kv.device) for segment in self._real]
-        self._flat_tables = torch.cat(self._tables).to("cpu", torch.int32) if self._tables else None
         self._dealt: dict[int, Units] = {}
 
     def __repr__(self) -> str:
@@ -155,9 +173,7 @@ class Pass:
         )
         query_THK = query[0].transpose(0, 1)
         kernel = load() if query.device.type == "cpu" else None
-        if kernel is None or self._flat_tables is None:
-            output_THV = self._in_torch(query_THK, keys, values, scoring)
-        else:
+        if kernel is not None and self._real:
             output_THV = kernel.attend(
                 query_THK.float().contiguous(),
                 keys,
@@ -169,7 +185,45 @@ class Pass:
                 window=scoring.window or 0,
                 sinks=None if scoring.sinks is None else scoring.sinks.float().contiguous(),
             )
+        elif is_fused(query.device) and not (self.one_by_one or scoring.softcap or scoring.sinks is not None):
+            output_THV = self._fused(query_THK.to(keys.dtype), keys, values, scoring)
+        else:
+            output_THV = self._in_torch(query_THK, keys, values, scoring)
         return output_THV.to(query.dtype).unsqueeze(0)
+
+    @cached_property
+    def _flat_tables(self) -> torch.Tensor:
+        """All tables end to end, for the kernel."""
+        return torch.tensor([page for segment in self._real for page in segment.table], dtype=torch.int32)
+
+    @cached_property
+    def _tables(self) -> list[torch.Tensor]:
+        return [sent(torch.tensor(segment.table), self.kv.device) for segment in self._real]
+
+    @cached_property
+    def _singles(self) -> list[Singles]:
+        """Requests with one token in the pass, in groups of like length that gather no more pages than one request has."""
+        ones = sorted(
+            (segment for segment in self._real if segment.stop - segment.start == 1),
+            key=lambda segment: segment.position,
+        )
+        groups: list[list[Segment]] = []
+        for segment in ones:
+            pages = segment.position // PAGE_TOKENS + 1
+            if not groups or pages * (len(groups[-1]) + 1) > self.kv.most_pages:
+                groups.append([])
+            groups[-1].append(segment)
+        return [self._together(group) for group in groups]
+
+    def _together(self, group: Sequence[Segment]) -> Singles:
+        pages = group[-1].position // PAGE_TOKENS + 1
+        tables = [(*segment.table[:pages], *[SCRATCH] * (pages - len(segment.table))) for segment in group]
+        device = self.kv.device
+        return Singles(
+            rows=sent(torch.tensor([segment.start for segment in group]), device),
+            tables=sent(torch.tensor(tables), device),
+            seen=sent(torch.tensor([segment.position + 1 for segment in group]), device),
+        )
 
     def _units(self, group: int) -> Units:
         """The pass in units, for `group` heads to a key."""
@@ -182,6 +236,26 @@ class Pass:
                 table_start += len(segment.table)
             self._dealt[group] = Units(items)
         return self._dealt[group]
+
+    def _fused(
+        self, query_THK: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scoring: Scoring
+    ) -> torch.Tensor:
+        output_THV = query_THK.new_zeros(*query_THK.shape[:2], values.shape[-1])
+        for singles in self._singles:
+            output_THV[singles.rows] = attend_singles(
+                query_THK[singles.rows], keys, values, singles, scoring.scale, scoring.window
+            )
+        for segment, table in zip(self._real, self._tables, strict=True):
+            count = segment.stop - segment.start
+            if count > 1:
+                rows = max(1, TILE_MASK // (query_THK.shape[1] * (segment.position + count)))
+                for start in range(segment.start, segment.stop, rows):
+                    stop = min(start + rows, segment.stop)
+                    position = segment.position + start - segment.start
+                    output_THV[start:stop] = attend_one(
+                        query_THK[start:stop], keys, values, table, position, scoring.scale, scoring.window
+                    )
+        return output_THV
 
     def _in_torch(
         self, query_THK: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scoring: Scoring

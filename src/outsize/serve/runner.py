@@ -101,14 +101,24 @@ class Runner:
         self.page_bytes = page_bytes(self.pageable.layers, dtype)
         sizes = self._sizes(session, kv, share)
         for num_pages in sizes:
-            self.kv = PagedKV(self.pageable.layers, num_pages + 1, dtype, self.device)
             try:
+                self.kv = self._made(num_pages + 1, dtype)
                 self._settle(session)
                 return
             except BudgetError:
                 if num_pages == sizes[-1]:
                     raise
-                del self.kv  # before a smaller one is made
+                self.__dict__.pop("kv", None)  # before a smaller one is made
+
+    def _made(self, num_pages: int, dtype: torch.dtype) -> PagedKV:
+        """Pages on the device. Raises BudgetError."""
+        try:
+            return PagedKV(self.pageable.layers, num_pages, dtype, self.device, self.pageable.most_positions)
+        except torch.OutOfMemoryError as error:
+            raise BudgetError(
+                f"the KV cache takes {format_bytes(num_pages * self.page_bytes)}, more than the device has free",
+                hint=f"give less with kv=; {format_bytes(max(0, self._free_bytes(self._session)))} are free",
+            ) from error
 
     @torch.no_grad()
     def _settle(self, session: Session | None) -> None:
@@ -209,6 +219,8 @@ class Runner:
         return [num_bytes // self.page_bytes]
 
     def _free_bytes(self, session: Session | None) -> int:
+        if session is not None and not session.device.is_host:
+            return session.device.free_bytes()
         if self.device.type != "cpu":
             return int(torch.cuda.mem_get_info(self.device)[0])
         limit = session.settings.budgets.host_bytes if session is not None else None

@@ -14,6 +14,7 @@ from outsize.tier.device import (
     PaperDevice,
     TwinDevice,
     Way,
+    sent,
 )
 from outsize.tier.disk import IO_THREADS, DiskTier
 from outsize.tier.faulty import Fault, FaultKind, FaultyTier
@@ -64,5 +65,6 @@ __all__ = [
     "Way",
     "at",
     "follow_all",
+    "sent",
     "wait_all",
 ]

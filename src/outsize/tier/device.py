@@ -184,6 +184,14 @@ class PaperDevice(Device):
         return self._num_bytes
 
 
+def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """`tensor` on `device`. What comes from the host is pinned and sent ahead, and nothing waits for it."""
+    if tensor.device.type == device.type:
+        return tensor
+    is_pinned = device.type == "cuda" and tensor.device.type == "cpu"
+    return (tensor.pin_memory() if is_pinned else tensor).to(device, non_blocking=True)
+
+
 class DeviceRegion:
     """Memory of a device; made by `DeviceArena.allocate`, reads as zero at first."""
 
