@@ -53,7 +53,7 @@ test: $(READY) browser
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not timed"
-	$(BIN)/python -m pytest -n $(JOBS) -p tests.emulation tests/gpu
+	$(BIN)/python -m pytest -n $(JOBS) -p tests.emulation tests/gpu tests/integrations
 	$(BIN)/python -m pytest -m timed
 
 soak: $(READY)

@@ -20,6 +20,18 @@ Each message says what happened, to which thing, and what was expected; `hint:` 
 from __future__ import annotations
 
 
+def in_short(error: BaseException) -> str:
+    """What the error of a library says, in a line: its first, and the next where the first only announces it.
+
+    >>> in_short(RuntimeError("backend='inductor' raised:\\nNo compiler\\n\\nSet TORCH_LOGS"))
+    "backend='inductor' raised: No compiler"
+    """
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    return " ".join(lines[: 2 if lines[0].endswith(":") else 1])
+
+
 class OutsizeError(Exception):
     """Base of all errors; `hint` is printed on its own line.
 

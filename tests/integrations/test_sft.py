@@ -43,7 +43,6 @@ def trained(make, model, tokenizer, folder, **options):
             logging_steps=1,
             save_strategy="no",
             report_to="none",
-            use_cpu=True,
             bf16=False,
             disable_tqdm=True,
             **options,

@@ -39,7 +39,7 @@ def trainer_of(model, folder, *, scheduler=True, **changes):
         logging_steps=1,
         save_strategy="no",
         report_to="none",
-        use_cpu=True,
+        use_cpu=not torch.cuda.is_available(),
         disable_tqdm=True,
         seed=0,
         data_seed=0,
@@ -140,7 +140,7 @@ def test_resuming_is_refused_and_does_not_begin_with_moments_of_zero(tmp_path):
 def test_an_optimizer_that_the_trainer_makes_itself_is_refused(tmp_path):
     model, _ = pair(tmp_path)
     arguments = TrainingArguments(
-        output_dir=str(tmp_path / "out"), max_steps=1, report_to="none", use_cpu=True, disable_tqdm=True
+        output_dir=str(tmp_path / "out"), max_steps=1, report_to="none", disable_tqdm=True
     )
     before = values_of(model)
     with pytest.raises(UsageError) as caught:

@@ -24,6 +24,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from outsize.errors import in_short
+
 
 class Compiler:
     """Compiled forwards of layers, by the class of their module; where `is_on` is false, none."""
@@ -80,7 +82,7 @@ class Compiler:
         name = type(module).__name__
         if name in self.failures:
             return
-        self.failures[name] = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        self.failures[name] = in_short(error)
         warnings.warn(
             f"{name} cannot be compiled, and runs as it is: {self.failures[name]}",
             RuntimeWarning,

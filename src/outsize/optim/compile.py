@@ -34,6 +34,7 @@ import torch
 from torch import Tensor
 
 from outsize.config import ComputeType, cache_folder
+from outsize.errors import in_short
 from outsize.native import cpu_description, find_compiler
 from outsize.optim.rule import CODED_GROUP_BYTES, GROUP, Hyper, Rule, part
 from outsize.optim.rules import RULES
@@ -256,7 +257,7 @@ def gpu_kernel(rule: Rule, compute_type: ComputeType, device: torch.device) -> K
             with torch.no_grad():  # as it is called; for another mode it would be compiled again
                 kernel._function([weight, *state, gradient], torch.ones(rule.num_scalars, device=device))
     except Exception as error:  # whatever a compiler raises
-        _say_once(f"update rules run uncompiled on {device}, slower: {error}")
+        _say_once(f"update rules run uncompiled on {device}, slower: {in_short(error)}")
         return _eager(rule, compute_type)
     return kernel
 
