@@ -32,6 +32,12 @@ SIZES = {
         "intermediate_size": 12288,
         "num_attention_heads": 32,
     },
+    "10b": {
+        "hidden_size": 4096,
+        "num_hidden_layers": 48,
+        "intermediate_size": 12288,
+        "num_attention_heads": 32,
+    },
     "4b": {
         "hidden_size": 2560,
         "num_hidden_layers": 36,

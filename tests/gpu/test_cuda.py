@@ -3,15 +3,19 @@
 import gc
 import itertools
 import warnings
+from dataclasses import dataclass
 
 import pytest
 import torch
 
 import outsize
 from outsize import Pins
+from outsize.config import ComputeType
 from outsize.engine import keep
+from outsize.engine.budget import DEVICE_SLACK_BYTES
 from outsize.engine.session import session_of
 from outsize.errors import BudgetError, ConfigError
+from outsize.optim import RULES, gpu_kernel
 from outsize.plan.profile import Resource
 from outsize.tier import CudaDevice, Way
 from tests.running import adamw, assert_same_losses, assert_same_weights, close, executor_of, opened, train
@@ -188,7 +192,28 @@ def test_memory_of_the_device_stays_within_its_budget(tmp_path):
     report = outsize.report(model)
     assert report.device_peak_bytes <= limit
     planned = session_of(model).budget.device_bytes()
-    assert report.device_peak_bytes <= planned + (64 << 20)
+    assert report.device_peak_bytes <= planned + DEVICE_SLACK_BYTES
+
+
+@pytest.mark.parametrize("home", HOMES)
+def test_memory_of_the_device_is_what_the_plan_says(home, tmp_path):
+    """Never more, but for workspaces of products, and what the rule takes there where no compiler serves it."""
+    is_emulated = torch.cuda.get_device_name() == "emulated"
+    slack = 0 if is_emulated and home != "device" else DEVICE_SLACK_BYTES
+    gc.collect()
+    before = torch.cuda.memory_allocated()
+    sizes = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "vocab_size": 2048}
+    model = opened(ZOO["llama"].build(**sizes).train(), disk=tmp_path, home=home, dtype="bfloat16")
+    optimizer = outsize.AdamW(model, max_grad_norm=1.0)
+    for seed in range(3):
+        torch.cuda.reset_peak_memory_stats()
+        ids = torch.randint(4, 2000, (4, 64), generator=torch.Generator().manual_seed(seed))
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    peak = torch.cuda.max_memory_allocated() - before
+    planned = session_of(model).budget.device_bytes()
+    assert (0.9 * planned if is_emulated else 0) < peak <= planned + slack
 
 
 def test_running_out_of_the_devices_memory_is_named(tmp_path):
@@ -323,3 +348,29 @@ def test_the_rule_on_the_device_is_that_of_the_host(dtype):
     """To the last bits: a GPU fuses multiplications and additions."""
     on_device, on_host = trained(dtype=dtype, home="device"), trained(dtype=dtype, home="host")
     assert on_device[0] == pytest.approx(on_host[0], rel=2e-2 if dtype == "bfloat16" else 1e-4)
+
+
+@dataclass(frozen=True)
+class Ones:
+    """Settings of any rule."""
+
+    num_scalars: int
+
+    def scalars(self):
+        return [1.0] * self.num_scalars
+
+
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+def test_a_rule_that_is_not_compiled_takes_no_more_than_the_slack(rule, monkeypatch):
+    """Which no plan uses, whatever the size of a block."""
+    monkeypatch.setenv("OUTSIZE_EAGER", "1")
+    kernel = gpu_kernel(rule, ComputeType.BFLOAT16, torch.device("cuda"))
+    sizes = rule.element_bytes(ComputeType.BFLOAT16)
+    weight, *state, gradient = (
+        torch.zeros(int((1 << 23) * sizes[plane]) // dtype.itemsize, dtype=dtype, device="cuda")
+        for plane, dtype in rule.dtypes(ComputeType.BFLOAT16).items()
+    )
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    kernel(weight, state, gradient, Ones(rule.num_scalars))
+    assert torch.cuda.max_memory_allocated() - before < DEVICE_SLACK_BYTES

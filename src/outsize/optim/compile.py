@@ -39,8 +39,9 @@ from outsize.native import cpu_description, find_compiler
 from outsize.optim.rule import CODED_GROUP_BYTES, GROUP, Hyper, Rule, part
 from outsize.optim.rules import RULES
 
-_EAGER_ELEMENTS = {"cpu": 1 << 16, "cuda": 1 << 22}
-"""Elements per eager pass: its temporaries stay within a few MiB, and in a CPU's cache; a GPU needs more to be busy."""
+_EAGER_ELEMENTS = {"cpu": 1 << 16, "cuda": 1 << 20}
+"""Elements per eager pass: its temporaries stay in a CPU's cache, and on a GPU, which needs more to be busy, within the
+slack of its memory that no plan uses."""
 
 Function = Callable[[list[Tensor], Tensor], object]
 """Updates planes (weight, state, gradient) in place, given the scalars."""
