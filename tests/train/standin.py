@@ -22,6 +22,7 @@ class PlainReport:
     state_bytes: int = 16000
     host_budget_bytes: int = 1 << 30
     host_peak_bytes: int = 1 << 29
+    device_budget_bytes: int = 0
     device_peak_bytes: int = 0
     bytes_read: int = 0
     bytes_written: int = 0

@@ -15,7 +15,15 @@ from outsize.train.api import OptimizerName
 from outsize.train.data import DataFile, DataOptions, Packing, Position, TooLong, open_dataset
 from outsize.train.loop import train
 from outsize.train.metrics import StepMetrics
-from outsize.train.progress import PlainProgress, course, fixed, progress_on, sparkline, where_time_goes
+from outsize.train.progress import (
+    PlainProgress,
+    course,
+    fixed,
+    moving,
+    progress_on,
+    sparkline,
+    where_time_goes,
+)
 from outsize.train.schedule import Shape
 from outsize.train.settings import Evaluating, Learning, Length, Place, TrainSettings
 from outsize.train.watch import Watcher
@@ -289,6 +297,13 @@ def test_settings_that_cannot_be(make):
     with pytest.raises(ConfigError) as caught:
         make()
     assert caught.value.hint
+
+
+def test_figures_name_the_device_where_there_is_one():
+    metrics = StepMetrics(1, 2.0, 1e-3, None, 10.0, 1.0, 1 << 29, 0, 0, {})
+    assert "device" not in " ".join(moving(metrics, PlainReport()))
+    report = PlainReport(device_budget_bytes=24 << 30, device_peak_bytes=3 << 30)
+    assert "device 3.00 GiB of 24.0 GiB" in moving(metrics, report)
 
 
 def test_progress_without_a_terminal_is_one_line_per_step(model, data, tmp_path):

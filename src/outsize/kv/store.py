@@ -25,7 +25,7 @@ from outsize.tier import sent
 TILE_SCORES = 1 << 22
 """Scores that are held at once where attention runs in torch."""
 
-TILE_MASK = 1 << 26
+TILE_MASK = 1 << 25
 """Places of a mask that are held at once where torch's fused attention runs: its kernels hold no scores."""
 
 ROWS_PER_UNIT = 32
@@ -138,10 +138,8 @@ class Pass:
             for position in range(segment.position, segment.position + segment.stop - segment.start):
                 pages.append(segment.table[position // PAGE_TOKENS] if segment.table else SCRATCH)
                 offsets.append(position % PAGE_TOKENS)
-        self._pages, self._offsets = (
-            sent(torch.tensor(pages), kv.device),
-            sent(torch.tensor(offsets), kv.device),
-        )
+        self._pages = sent(torch.tensor(pages), kv.device)
+        self._offsets = sent(torch.tensor(offsets), kv.device)
         self._real = [segment for segment in segments if segment.table]
         self._dealt: dict[int, Units] = {}
 
@@ -248,7 +246,8 @@ class Pass:
         for segment, table in zip(self._real, self._tables, strict=True):
             count = segment.stop - segment.start
             if count > 1:
-                rows = max(1, TILE_MASK // (query_THK.shape[1] * (segment.position + count)))
+                per_key = query_THK.shape[1] // keys.shape[1]
+                rows = max(1, TILE_MASK // (per_key * (segment.position + count)))
                 for start in range(segment.start, segment.stop, rows):
                     stop = min(start + rows, segment.stop)
                     position = segment.position + start - segment.start

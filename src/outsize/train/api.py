@@ -41,8 +41,12 @@ class Report(Protocol):
         """The most bytes of memory used so far."""
 
     @property
+    def device_budget_bytes(self) -> int:
+        """Bytes allowed of a device with memory of its own; else 0."""
+
+    @property
     def device_peak_bytes(self) -> int:
-        """The same of a device with memory of its own; else 0."""
+        """The most bytes used of it so far."""
 
     @property
     def bytes_read(self) -> int:

@@ -25,15 +25,23 @@ def progress_on(console: Console) -> Watcher:
     return LiveProgress(console) if console.is_terminal else PlainProgress(console)
 
 
-def figures(metrics: StepMetrics, report: Report) -> list[str]:
-    """The figures of a step, in the order in which they are shown."""
+def learning(metrics: StepMetrics) -> list[str]:
+    """How a step learned, and how fast."""
     shown = [f"loss {fixed(metrics.loss, 4)}", f"lr {metrics.lr:.2e}"]
     if metrics.grad_norm is not None:
         shown.append(f"grad {fixed(metrics.grad_norm, 2)}")
+    return [*shown, f"{metrics.tokens_per_s:,.0f} tok/s"]
+
+
+def moving(metrics: StepMetrics, report: Report) -> list[str]:
+    """What is where, at most, and what a step moved."""
+    shown = []
+    if report.device_budget_bytes:
+        peak, limit = format_bytes(report.device_peak_bytes), format_bytes(report.device_budget_bytes)
+        shown.append(f"device {peak} of {limit}")
     used, budget = format_bytes(metrics.host_peak_bytes), format_bytes(report.host_budget_bytes)
     return [
         *shown,
-        f"{metrics.tokens_per_s:,.0f} tok/s",
         f"mem {used} of {budget}",
         f"read {format_bytes(metrics.bytes_read)}",
         f"wrote {format_bytes(metrics.bytes_written)}",
@@ -74,7 +82,11 @@ class PlainProgress(Watcher):
         if num_steps is not None:
             of = f"/{num_steps}"
             left = _clock(max(0, num_steps - metrics.step) * self._seconds / self._count)
-        self._line(" | ".join([f"step {metrics.step}{of}", *figures(metrics, report), f"left {left}"]))
+        self._line(
+            " | ".join(
+                [f"step {metrics.step}{of}", *learning(metrics), *moving(metrics, report), f"left {left}"]
+            )
+        )
 
     def evaluated(self, evaluation: Evaluation) -> None:
         """Print the evaluation."""
@@ -128,8 +140,6 @@ class LiveProgress(Watcher):
     def stepped(self, metrics: StepMetrics, report: Report, num_steps: int | None) -> None:
         """Redraw with the step's figures."""
         self._losses.append(metrics.loss)
-        shown = figures(metrics, report)
-        learning, moving = shown[: -3 if len(shown) > 3 else None], shown[-3:]
         self._bar.update(
             self._task,
             completed=metrics.step,
@@ -137,9 +147,9 @@ class LiveProgress(Watcher):
             of=f"/{num_steps}" if num_steps is not None else "",
         )
         self._lines = [
-            _line("  ".join(learning), "bold"),
+            _line("  ".join(learning(metrics)), "bold"),
             _line(course(list(self._losses)), "cyan"),
-            _line("  ".join(moving)),
+            _line("  ".join(moving(metrics, report))),
             _line(where_time_goes(metrics)),
         ]
         self._live.refresh()

@@ -169,6 +169,11 @@ class ReportPage(Watcher):
             ),
             ("training state", format_bytes(report.state_bytes)),
         ]
+        if report.device_budget_bytes:
+            of_limit = (
+                f"{format_bytes(report.device_peak_bytes)} of {format_bytes(report.device_budget_bytes)}"
+            )
+            figures.insert(-2, ("device memory, peak of limit", of_limit))
         if self._evaluations:
             best = min(self._evaluations, key=lambda evaluation: evaluation.loss)
             figures.insert(
