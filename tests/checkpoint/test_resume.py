@@ -72,20 +72,25 @@ def test_placement_may_change(before, after, tmp_path):
     assert_equal(values_of(second.model), weights)
 
 
+def assert_goes_on(folder, home, dtype):
+    """On a device with memory of its own; where no home is named, some of the blocks stay there."""
+    pins = Pins(resident_bytes=300_000) if home is None else Pins()
+    options = {"home": home, "dtype": dtype, "pins": pins}
+    expected, weights = uninterrupted(folder, 6, **options)
+    losses, second = interrupted(folder, options)
+    assert losses == expected
+    assert_equal(values_of(second.model), weights)
+    second.finish()
+    second.versions.check_books()
+
+
 @pytest.mark.parametrize("home", ["device", "host", "disk", None])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_device_with_memory_of_its_own_goes_on_too(home, dtype, tmp_path, monkeypatch):
     """What lives on the device is copied down for a commit, in the order of computing, and up again."""
     delays = iter(range(1 << 30))
     with_twin(monkeypatch, lambda way, label: 0.002 * (next(delays) % 3))
-    pins = Pins(resident_bytes=300_000) if home is None else Pins()
-    options = {"home": home, "dtype": dtype, "pins": pins}
-    expected, weights = uninterrupted(tmp_path, 6, **options)
-    losses, second = interrupted(tmp_path, options)
-    assert losses == expected
-    assert_equal(values_of(second.model), weights)
-    second.finish()
-    second.versions.check_books()
+    assert_goes_on(tmp_path, home, dtype)
 
 
 def test_what_comes_after_the_last_commit_is_done_again(tmp_path):

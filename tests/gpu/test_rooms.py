@@ -7,13 +7,12 @@ import pytest
 import torch
 
 import outsize
-from outsize import Pins
 from outsize.config import ComputeType
 from outsize.hardware import device, host, measure
 from outsize.plan.profile import Profile, Resource
 from tests.checkpoint.runs import batches
-from tests.checkpoint.test_resume import assert_equal, interrupted, uninterrupted
-from tests.running import settled, values_of  # noqa: F401
+from tests.checkpoint.test_resume import assert_goes_on
+from tests.running import settled  # noqa: F401
 from tests.zoo import ZOO
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -31,14 +30,7 @@ def deterministic(monkeypatch):
 @pytest.mark.parametrize("home", ["device", "host", "disk", None])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_resumed_run_has_the_bits_of_one_that_was_not_interrupted(home, dtype, tmp_path):
-    pins = Pins(resident_bytes=300_000) if home is None else Pins()
-    options = {"home": home, "dtype": dtype, "pins": pins}
-    expected, weights = uninterrupted(tmp_path, 6, **options)
-    losses, second = interrupted(tmp_path, options)
-    assert losses == expected
-    assert_equal(values_of(second.model), weights)
-    second.finish()
-    second.versions.check_books()
+    assert_goes_on(tmp_path, home, dtype)
 
 
 def test_numbers_that_the_device_draws_go_on_where_they_were(tmp_path):
