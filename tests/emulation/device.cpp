@@ -473,14 +473,11 @@ struct Hooks final : at::CUDAHooksInterface {
   c10::Device getDeviceFromPtr(void*) const override { return {c10::kCUDA, 0}; }
 };
 
-// torch gives pinned memory away again only when the copies that use it are over; so does this.
+// torch gives pinned memory away again only when the copies that use it are over. Here its bytes stay as they are, and
+// unused: tests are short.
 void release_pinned(void* address) {
-  for (int64_t id = 0; id < queues().count(); ++id) {
-    queues().at(id).give([] {});
-  }
   order().forget(static_cast<char*>(address));
   pinned().remove(address);
-  // Its bytes stay as they are, and unused, as long as copies may be on their way: tests are short.
 }
 
 struct PinnedAllocator final : c10::Allocator {
@@ -546,10 +543,10 @@ at::Tensor& copy_(at::Tensor& self, const at::Tensor& source, bool non_blocking)
     }
     return self;
   }
-  // On a real device a copy up from pageable memory is staged by the driver, and waits only for that.
-  if (crosses && !(self.is_cuda() && late)) waits("a copy that blocks");
+  const bool blocks = crosses && !(self.is_cuda() && late);
+  if (blocks) waits("a copy that blocks");
   if (current_stream != 0) queue.drain();
-  if (crosses) host_waited_for_stream(current_stream);
+  if (blocks) host_waited_for_stream(current_stream);
   const Inside guard;
   auto target = on_host(self);
   target.copy_(on_host(source));

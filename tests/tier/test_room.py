@@ -40,6 +40,7 @@ def test_public_names_are_pinned():
         "Way",
         "at",
         "follow_all",
+        "sent",
         "wait_all",
     ]
     assert all(hasattr(outsize.tier, name) for name in outsize.tier.__all__)
