@@ -15,14 +15,14 @@ import pytest
 
 from tests.emulation.install import install
 
-library = install()
+functions = install()
 
 
 def race() -> str:
     """What was found out of order since the last time; empty: nothing."""
     message = ctypes.create_string_buffer(1000)
-    if library is not None:
-        library.emulated_race(message, ctypes.c_size_t(1000))
+    if functions is not None:
+        functions.emulated_race(message, ctypes.c_size_t(1000))
     return message.value.decode()
 
 

@@ -53,7 +53,7 @@ struct Memory {
   std::map<char*, size_t> blocks;                       // in use, by address
   std::map<size_t, std::vector<char*>> idle;            // freed, by size; the last one freed is given away first
   size_t total = size_t(8) << 30, limit = size_t(8) << 30;
-  size_t allocated = 0, highest = 0, reserved = 0;
+  size_t allocated = 0, highest = 0;
 
   char* take(size_t num_bytes) {
     const size_t size = (std::max<size_t>(num_bytes, 1) + kPage - 1) / kPage * kPage;
@@ -68,7 +68,6 @@ struct Memory {
       TORCH_CHECK(fresh != MAP_FAILED, "the host has no memory for the emulated device");
       address = static_cast<char*>(fresh);
       std::memset(address, 0xfb, std::min<size_t>(size, size_t(1) << 20));
-      reserved += size;
     } else {
       address = same.back();
       same.pop_back();
@@ -669,6 +668,23 @@ void ask(const std::string& name) {  // operators whose result's size depends on
   if (names.count(name) != 0) waits(name.c_str());
 }
 
+// Put `replace` of it in the place of every tensor that a value holds.
+template <class Replace>
+void replace_tensors(c10::IValue& value, const Replace& replace) {
+  if (value.isTensor()) {
+    value = replace(value.toTensor());
+  } else if (value.isTensorList()) {
+    c10::List<at::Tensor> tensors;
+    for (const at::Tensor& tensor : value.toTensorVector()) tensors.push_back(replace(tensor));
+    value = tensors;
+  } else if (value.isOptionalTensorList()) {
+    c10::List<std::optional<at::Tensor>> tensors;
+    for (const std::optional<at::Tensor>& tensor : value.toOptionalTensorVector())
+      tensors.push_back(tensor.has_value() ? std::optional<at::Tensor>(replace(*tensor)) : std::nullopt);
+    value = tensors;
+  }
+}
+
 // Every other operator: on the same bytes, by the processor's kernel.
 void run_on_host(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   const auto& schema = op.schema();
@@ -700,20 +716,8 @@ void run_on_host(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
     auto& value = (*stack)[index];
     const auto* alias = schema.arguments()[index - begin].alias_info();
     writes = alias != nullptr && alias->isWrite();
-    if (value.isTensor()) {
-      value = take(value.toTensor());
-    } else if (value.isTensorList()) {
-      std::vector<at::Tensor> tensors;
-      for (const at::Tensor& tensor : value.toTensorVector()) tensors.push_back(take(tensor));
-      value = c10::IValue(c10::List<at::Tensor>(tensors));
-    } else if (value.isOptionalTensorList()) {
-      c10::List<std::optional<at::Tensor>> tensors;
-      for (const std::optional<at::Tensor>& tensor : value.toOptionalTensorVector())
-        tensors.push_back(tensor.has_value() ? std::optional<at::Tensor>(take(*tensor)) : std::nullopt);
-      value = c10::IValue(tensors);
-    } else if (value.isDevice()) {
-      value = c10::Device(c10::kCPU);
-    }
+    if (value.isDevice()) value = c10::Device(c10::kCPU);
+    replace_tensors(value, take);
   }
   std::vector<Touch> touches;
   for (auto& pair : pairs) touches.push_back({&pair.device, pair.writes});
@@ -739,16 +743,8 @@ void run_on_host(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
     }
     return on_device(tensor);
   };
-  for (size_t index = stack->size() - schema.returns().size(); index < stack->size(); ++index) {
-    auto& value = (*stack)[index];
-    if (value.isTensor()) {
-      value = give_back(value.toTensor());
-    } else if (value.isTensorList()) {
-      std::vector<at::Tensor> tensors;
-      for (const at::Tensor& tensor : value.toTensorVector()) tensors.push_back(give_back(tensor));
-      value = c10::IValue(c10::List<at::Tensor>(tensors));
-    }
-  }
+  for (size_t index = stack->size() - schema.returns().size(); index < stack->size(); ++index)
+    replace_tensors((*stack)[index], give_back);
 }
 
 }  // namespace

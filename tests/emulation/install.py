@@ -30,9 +30,9 @@ def install() -> ctypes.CDLL | None:
     root = Path(spec.origin).parent
     for name in ("c10", "torch_cpu"):
         ctypes.CDLL(str(root / "lib" / f"lib{name}.so"), mode=ctypes.RTLD_GLOBAL)
-    library = ctypes.CDLL(str(built(root)), mode=ctypes.RTLD_GLOBAL)
-    put_over(library)
-    return library
+    functions = ctypes.CDLL(str(built(root)), mode=ctypes.RTLD_GLOBAL)
+    put_over(functions)
+    return functions
 
 
 def compiler() -> str | None:
@@ -40,7 +40,7 @@ def compiler() -> str | None:
 
 
 def built(root: Path) -> Path:
-    """The compiled library, from an earlier run where nothing has changed since."""
+    """The compiled device, from an earlier run where nothing has changed since."""
     key = SOURCE.read_bytes() + (root / "version.py").read_bytes()
     folder = cache_folder() / "emulation"
     target = folder / f"device-{hashlib.sha256(key).hexdigest()[:16]}.so"
@@ -58,22 +58,22 @@ def built(root: Path) -> Path:
     return target
 
 
-def put_over(library: ctypes.CDLL) -> None:
+def put_over(functions: ctypes.CDLL) -> None:
     """What `torch.cuda` does on a machine with one device."""
     import torch
 
     cuda = torch.cuda
     device = torch.device("cuda", 0)
-    library.emulated_allow.argtypes = [ctypes.c_size_t, ctypes.c_size_t]
-    library.emulated_pin.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
-    library.emulated_unpin.argtypes = [ctypes.c_void_p]
-    library.emulated_sleep.argtypes = [ctypes.c_int64]
-    library.emulated_random.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_bool]
-    library.emulated_allow(TOTAL_BYTES, TOTAL_BYTES)
+    functions.emulated_allow.argtypes = [ctypes.c_size_t, ctypes.c_size_t]
+    functions.emulated_pin.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+    functions.emulated_unpin.argtypes = [ctypes.c_void_p]
+    functions.emulated_sleep.argtypes = [ctypes.c_int64]
+    functions.emulated_random.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_bool]
+    functions.emulated_allow(TOTAL_BYTES, TOTAL_BYTES)
 
     def figures() -> list[int]:
         values = (ctypes.c_size_t * 4)()
-        library.emulated_memory(values)
+        functions.emulated_memory(values)
         return list(values)
 
     class Stream:
@@ -95,12 +95,12 @@ def put_over(library: ctypes.CDLL) -> None:
 
     def rng_state(where=None):
         state = torch.empty_like(torch.get_rng_state())
-        library.emulated_random(state.data_ptr(), state.numel(), False)
+        functions.emulated_random(state.data_ptr(), state.numel(), False)
         return state
 
     def set_rng_state(state, where=None):
         state = state.cpu().contiguous().clone()
-        library.emulated_random(state.data_ptr(), state.numel(), True)
+        functions.emulated_random(state.data_ptr(), state.numel(), True)
 
     def manual_seed(seed):
         set_rng_state(torch.Generator().manual_seed(seed).get_state())
@@ -108,8 +108,8 @@ def put_over(library: ctypes.CDLL) -> None:
     modes = {"default": 0, "warn": 1, "error": 2}
     status = type("cudaError", (int,), {})
     runtime = types.SimpleNamespace(
-        cudaHostRegister=lambda address, size, flags: status(library.emulated_pin(address, size)),
-        cudaHostUnregister=lambda address: status(library.emulated_unpin(address)),
+        cudaHostRegister=lambda address, size, flags: status(functions.emulated_pin(address, size)),
+        cudaHostUnregister=lambda address: status(functions.emulated_unpin(address)),
     )
     properties = types.SimpleNamespace(
         name="emulated", total_memory=TOTAL_BYTES, major=9, minor=0, multi_processor_count=1
@@ -132,16 +132,16 @@ def put_over(library: ctypes.CDLL) -> None:
         "stream": stream,
         "current_stream": lambda chosen=None: torch.accelerator.current_stream(device),
         "synchronize": lambda chosen=None: torch.accelerator.synchronize(device),
-        "set_sync_debug_mode": lambda mode: library.emulated_sync_mode(modes[mode]),
-        "_sleep": lambda cycles: library.emulated_sleep(cycles // 2000),
+        "set_sync_debug_mode": lambda mode: functions.emulated_sync_mode(modes[mode]),
+        "_sleep": lambda cycles: functions.emulated_sleep(cycles // 2000),
         "mem_get_info": lambda chosen=None: (figures()[0] - figures()[2], figures()[0]),
         "memory_allocated": lambda chosen=None: figures()[2],
         "memory_reserved": lambda chosen=None: figures()[2],
         "max_memory_allocated": lambda chosen=None: figures()[3],
         "max_memory_reserved": lambda chosen=None: figures()[3],
-        "reset_peak_memory_stats": lambda chosen=None: library.emulated_reset_highest(),
+        "reset_peak_memory_stats": lambda chosen=None: functions.emulated_reset_highest(),
         "empty_cache": lambda: None,
-        "set_per_process_memory_fraction": lambda fraction, chosen=None: library.emulated_allow(
+        "set_per_process_memory_fraction": lambda fraction, chosen=None: functions.emulated_allow(
             TOTAL_BYTES, int(TOTAL_BYTES * fraction)
         ),
         "get_rng_state": rng_state,

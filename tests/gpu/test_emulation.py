@@ -7,7 +7,7 @@ import torch
 
 emulation = sys.modules.get("tests.emulation")
 pytestmark = pytest.mark.skipif(
-    emulation is None or emulation.library is None, reason="the device is not emulated"
+    emulation is None or emulation.functions is None, reason="the device is not emulated"
 )
 SIZE = 1 << 16
 
@@ -80,7 +80,7 @@ def test_memory_that_was_computed_with_is_not_filled_before_that_is_over():
 def test_a_copy_down_arrives_late():
     target = torch.zeros(1 << 20).pin_memory()
     source = torch.ones(1 << 20, device="cuda")
-    emulation.library.emulated_latest(200_000)
+    emulation.functions.emulated_latest(200_000)
     try:
         seen = []
         for _ in range(5):
@@ -90,7 +90,7 @@ def test_a_copy_down_arrives_late():
             torch.cuda.synchronize()
             assert target[0] == 1
     finally:
-        emulation.library.emulated_latest(200)
+        emulation.functions.emulated_latest(200)
     assert 0 in seen
 
 

@@ -139,7 +139,7 @@ class Compilation:
         self._path = path
         self._lock = Lock()
         self._kernel: Kernel | None = None
-        self._build = None if path is None or path.exists() else _build(rule, compute_type, path)
+        self._build = None if path is None or path.exists() else _building(rule, compute_type, path)
 
     def wait(self) -> Kernel:
         """The kernel when it is ready, eager where compiling failed (said once); may be called again."""
@@ -154,7 +154,7 @@ class Compilation:
                 return kernel
             if self._build is None:
                 self._path.unlink(missing_ok=True)  # damaged, or left by a machine unlike this one
-                self._build = _build(self._rule, self._compute_type, self._path)
+                self._build = _building(self._rule, self._compute_type, self._path)
             failure = self._build.wait()
             _builds.pop(self._path, None)
             if failure is None and (kernel := self._load(self._path)) is not None:
@@ -214,7 +214,8 @@ class _Build:
         return None if status == 0 else (lines[-1] if lines else f"the compiler ended with status {status}")
 
 
-def _build(rule: Rule, compute_type: ComputeType, path: Path) -> _Build:
+def _building(rule: Rule, compute_type: ComputeType, path: Path) -> _Build:
+    """The build of a package that is under way, or a new one."""
     with _builds_lock:
         return _builds.get(path) or _builds.setdefault(path, _Build(rule, compute_type, path))
 

@@ -102,13 +102,20 @@ class Runner:
         sizes = self._sizes(session, kv, share)
         for num_pages in sizes:
             try:
-                self.kv = self._made(num_pages + 1, dtype)
-                self._settle(session)
+                self._open_pages(num_pages + 1, dtype)
                 return
             except BudgetError:
                 if num_pages == sizes[-1]:
                     raise
-                self.__dict__.pop("kv", None)  # before a smaller one is made
+
+    def _open_pages(self, num_pages: int, dtype: torch.dtype) -> None:
+        """Make pages, and place the model beside them. Raises BudgetError, and then there are none."""
+        self.kv = self._made(num_pages, dtype)
+        try:
+            self._settle(self._session)
+        except BudgetError:
+            del self.kv
+            raise
 
     def _made(self, num_pages: int, dtype: torch.dtype) -> PagedKV:
         """Pages on the device. Raises BudgetError."""
