@@ -1,7 +1,22 @@
+import mmap
+import time
+from pathlib import Path
+
 import pytest
 
+from outsize.block import Extent
 from outsize.errors import StorageError
-from outsize.tier import follow_all, wait_all
+from outsize.tier import (
+    DiskTier,
+    FaultyTier,
+    Slab,
+    SlowTier,
+    StripedTier,
+    Tier,
+    VersionedTier,
+    follow_all,
+    wait_all,
+)
 from outsize.tier.transfer import DoneTransfer, PieceTransfer, Verb, checked_bytes
 
 from .helpers import pages
@@ -70,3 +85,31 @@ def test_an_error_is_raised_when_nothing_is_under_way_any_more(verb):
         verb(transfers)
     assert all(transfer.is_over for transfer in transfers)
     verb([Late(), Late()])
+
+
+@pytest.mark.parametrize("kind", ["disk", "slow", "faulty", "striped", "versioned"])
+def test_memory_can_be_closed_as_soon_as_its_transfer_is_over(kind: str, disk_folder: Path, monkeypatch):
+    """However long the thread that moved the last bytes takes to get out of what it ran."""
+    finish = PieceTransfer.finish_piece
+
+    def linger(transfer: PieceTransfer, error: BaseException | None) -> None:
+        finish(transfer, error)
+        time.sleep(0.1)
+
+    monkeypatch.setattr(PieceTransfer, "finish_piece", linger)
+    disk = DiskTier(disk_folder, 1 << 20, name="one")
+    tier: Tier = disk
+    match kind:
+        case "slow":
+            tier = SlowTier(disk, 0.0)
+        case "faulty":
+            tier = FaultyTier(disk, [])
+        case "striped":
+            tier = StripedTier([disk, DiskTier(disk_folder, 1 << 20, name="two")], 1 << 20)
+        case "versioned":
+            tier = VersionedTier(disk, [Extent(0, 8192)], [Slab(0, 8192, 1)])
+    for start in (tier.start_write, tier.start_read):
+        memory = mmap.mmap(-1, 8192)
+        start(0, memoryview(memory), "L00").wait()
+        memory.close()
+    tier.close()

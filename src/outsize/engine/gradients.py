@@ -67,23 +67,24 @@ class Gradients:
         stored = self._store.resident_plane(state, Plane.GRADIENT)
         if stored is None:
             stored = self._store.hosted_plane(state, Plane.GRADIENT)
-        with mmap.mmap(-1, record.chunk_extent(Plane.GRADIENT, 0, CHUNK).num_bytes) as scratch:
-            for start, stop in record.chunks():
-                first, last = max(entry.start, start), min(entry.stop, stop)
-                if first >= last:
-                    continue
-                if stored is not None:
-                    yield stored[first:last]
-                    continue
-                assert self._store.disk is not None, f"{state.name}.gradient has no home on disk"
-                extent = record.chunk_extent(Plane.GRADIENT, start, stop)
-                label = f"{record.name}.gradient[{start // CHUNK}]"
-                buffer = memoryview(scratch)[: extent.num_bytes]
-                self._store.disk.start_read(state.disk_offset + extent.offset, buffer, label).wait()
-                size = dtype.itemsize
-                inside = bytearray(buffer[(first - start) * size : (last - start) * size])
-                buffer.release()
-                yield torch.frombuffer(inside, dtype=dtype)
+        scratch: memoryview | None = None
+        for start, stop in record.chunks():
+            first, last = max(entry.start, start), min(entry.stop, stop)
+            if first >= last:
+                continue
+            if stored is not None:
+                yield stored[first:last]
+                continue
+            assert self._store.disk is not None, f"{state.name}.gradient has no home on disk"
+            extent = record.chunk_extent(Plane.GRADIENT, start, stop)
+            if scratch is None:
+                scratch = memoryview(mmap.mmap(-1, record.chunk_extent(Plane.GRADIENT, 0, CHUNK).num_bytes))
+            buffer = scratch[: extent.num_bytes]
+            label = f"{record.name}.gradient[{start // CHUNK}]"
+            self._store.disk.start_read(state.disk_offset + extent.offset, buffer, label).wait()
+            size = dtype.itemsize
+            inside = bytearray(buffer[(first - start) * size : (last - start) * size])
+            yield torch.frombuffer(inside, dtype=dtype)
 
     def claim(self, state: BlockState) -> None:
         """Claim a slot to sum the block's gradient in."""

@@ -294,22 +294,21 @@ def run_on_zeros(
     """
     pieces = session.entry_pieces(layer.blocks)
     most = max(piece.num_elements for piece in pieces) * session.dtype.itemsize
-    with mmap.mmap(-1, max(most, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory_of_zeros:
-        zeros = torch.frombuffer(memory_of_zeros, dtype=torch.uint8)
-        if session.torch_device.type != "cpu":
-            zeros = torch.zeros(most, dtype=torch.uint8, device=session.torch_device)
-        values = {
-            piece.parameter: zeros[: piece.num_elements * session.dtype.itemsize]
-            .view(session.dtype)
-            .view(piece.shape)
-            for piece in pieces
-            if piece.num_elements
-        }
-        try:
-            return _run_on(session, layer, call, tensors, values, trains, differentiates)
-        finally:
-            values.clear()
-            del zeros
+    if session.torch_device.type == "cpu":
+        untouched = mmap.mmap(
+            -1, max(most, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        )  # it takes no memory
+        zeros = torch.frombuffer(untouched, dtype=torch.uint8)
+    else:
+        zeros = torch.zeros(most, dtype=torch.uint8, device=session.torch_device)
+    values = {
+        piece.parameter: zeros[: piece.num_elements * session.dtype.itemsize]
+        .view(session.dtype)
+        .view(piece.shape)
+        for piece in pieces
+        if piece.num_elements
+    }
+    return _run_on(session, layer, call, tensors, values, trains, differentiates)
 
 
 def _run_on(

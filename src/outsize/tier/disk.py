@@ -140,16 +140,17 @@ class DiskTier:
             raise UsageError(f"{self.path}: {label} was started on a closed tier")
         transfer = PieceTransfer(len(pieces))
 
-        def run_piece(piece: ReadPiece) -> None:
+        def run_piece(piece: ReadPiece, part: memoryview) -> None:
             error: BaseException | None = None
-            try:
-                run(piece, view[piece.start - offset : piece.stop - offset], label)
-            except BaseException as caught:
-                error = caught
+            with part:  # released before anyone is told: whose memory it is may close it then
+                try:
+                    run(piece, part, label)
+                except BaseException as caught:
+                    error = caught
             transfer.finish_piece(error)
 
         for piece in pieces:
-            self._threads.submit(run_piece, piece)
+            self._threads.submit(run_piece, piece, view[piece.start - offset : piece.stop - offset])
         return transfer
 
     def _read(self, piece: ReadPiece, view: memoryview, label: str) -> None:

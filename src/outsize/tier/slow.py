@@ -58,17 +58,18 @@ class SlowTier:
         delay_s = self._delay(verb, label) if callable(self._delay) else self._delay
         transfer = PieceTransfer(1)
 
-        def run() -> None:
+        def run(view: memoryview) -> None:
             error: BaseException | None = None
-            try:
-                time.sleep(delay_s)
-                start = self._inner.start_read if verb is Verb.READ else self._inner.start_write
-                start(offset, buffer, label).wait()
-            except BaseException as caught:
-                error = caught
+            with view:
+                try:
+                    time.sleep(delay_s)
+                    start = self._inner.start_read if verb is Verb.READ else self._inner.start_write
+                    start(offset, view, label).wait()
+                except BaseException as caught:
+                    error = caught
             transfer.finish_piece(error)
 
-        thread = threading.Thread(target=run, name=f"outsize-slow {label}")
+        thread = threading.Thread(target=run, args=(memoryview(buffer),), name=f"outsize-slow {label}")
         thread.start()
         with self._lock:  # transfers are started from several threads
             self._threads = [*(other for other in self._threads if other.is_alive()), thread]
