@@ -10,7 +10,6 @@
 // clocks: each stream knows how far it is ordered behind every other, by events and by the host's waiting, and two uses of
 // the same bytes by two streams, one of them a write, that nothing orders are an error.
 #include <pthread.h>
-#include <sys/mman.h>
 
 #include <condition_variable>
 #include <cstring>
@@ -38,6 +37,8 @@
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 #include <torch/library.h>
 
+#include "memory.h"
+
 namespace {
 
 using Clock = std::chrono::steady_clock;
@@ -46,62 +47,9 @@ double now_s() { return std::chrono::duration<double>(Clock::now().time_since_ep
 
 // ---- memory ----
 
-constexpr size_t kPage = 512;
+thread_local int64_t current_stream = 0;
 
-struct Memory {
-  std::mutex lock;
-  std::map<char*, size_t> blocks;                       // in use, by address
-  std::map<size_t, std::vector<char*>> idle;            // freed, by size; the last one freed is given away first
-  size_t total = size_t(8) << 30, limit = size_t(8) << 30;
-  size_t allocated = 0, highest = 0;
-
-  char* take(size_t num_bytes) {
-    const size_t size = (std::max<size_t>(num_bytes, 1) + kPage - 1) / kPage * kPage;
-    std::lock_guard<std::mutex> guard(lock);
-    TORCH_CHECK_WITH(OutOfMemoryError, allocated + size <= limit && allocated + size >= size,
-                     "CUDA out of memory. Tried to allocate ", size, " bytes of ", limit, ", ", allocated,
-                     " are in use (emulated device)");
-    auto& same = idle[size];
-    char* address;
-    if (same.empty()) {
-      void* fresh = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-      TORCH_CHECK(fresh != MAP_FAILED, "the host has no memory for the emulated device");
-      address = static_cast<char*>(fresh);
-      std::memset(address, 0xfb, std::min<size_t>(size, size_t(1) << 20));
-    } else {
-      address = same.back();
-      same.pop_back();
-    }
-    blocks[address] = size;
-    allocated += size;
-    highest = std::max(highest, allocated);
-    return address;
-  }
-
-  void give(char* address) {
-    std::lock_guard<std::mutex> guard(lock);
-    auto block = blocks.find(address);
-    if (block == blocks.end()) return;
-    std::memset(address, 0xfb, block->second);
-    allocated -= block->second;
-    idle[block->second].push_back(address);
-    blocks.erase(block);
-  }
-
-  size_t size_of(char* address) {
-    std::lock_guard<std::mutex> guard(lock);
-    auto block = blocks.find(address);
-    return block == blocks.end() ? 0 : block->second;
-  }
-
-  const char* begin_of(const void* data) {  // of the block that holds `data`; null: none does
-    std::lock_guard<std::mutex> guard(lock);
-    auto next = blocks.upper_bound(const_cast<char*>(static_cast<const char*>(data)));
-    if (next == blocks.begin()) return nullptr;
-    --next;
-    return static_cast<const char*>(data) < next->first + next->second ? next->first : nullptr;
-  }
-};
+constexpr size_t workspace_bytes = size_t(32) << 20;  // of cuBLAS, on Hopper; 8 MiB elsewhere
 
 Memory& memory() {
   static auto* instance = new Memory;
@@ -110,10 +58,11 @@ Memory& memory() {
 
 void release(void* address);
 
+c10::DataPtr allocated(size_t num_bytes);
+
 struct DeviceAllocator final : c10::Allocator {
   c10::DataPtr allocate(size_t num_bytes) override {
-    char* address = num_bytes == 0 ? nullptr : memory().take(num_bytes);
-    return {address, address, &release, c10::Device(c10::kCUDA, 0)};
+    return allocated(num_bytes);
   }
   c10::DeleterFnPtr raw_deleter() const override { return &release; }
   void copy_data(void* target, const void* source, std::size_t count) const override {
@@ -180,6 +129,11 @@ struct Order {
   std::map<int64_t, Known> streams;
   Known host;
   std::map<const char*, std::vector<Use>> uses;  // by the begin of the memory that the bytes are part of
+  struct Freed {
+    const char* end;
+    int64_t count;
+  };
+  std::map<const char*, Freed> freed;
   std::string race;
 
   void start(int64_t stream) {  // something more is given to a stream
@@ -212,7 +166,22 @@ struct Order {
       if (use.stream != 0 && streams[0][use.stream] < use.count && race.empty())
         race = "a race on the device: memory is given back while " + use.by + " on stream " +
                std::to_string(use.stream) + " uses it";
-    uses[memory] = {{memory, end, 0, streams[0][0], true, "its last owner"}};
+    uses.erase(memory);
+    freed[memory] = {end, streams[0][0]};
+  }
+
+  // What is taken may still be in use by those that had it before, as far as the computing stream knows.
+  void take(const char* memory, const char* end) {
+    std::lock_guard<std::mutex> guard(lock);
+    auto range = freed.upper_bound(memory);
+    if (range != freed.begin() && std::prev(range)->second.end > memory) --range;
+    while (range != freed.end() && range->first < end) {
+      const auto [begin, last] = *range;
+      range = freed.erase(range);
+      if (begin < memory) freed[begin] = {memory, last.count};
+      if (end < last.end) freed[end] = last;
+      uses[memory].push_back({std::max(begin, memory), std::min(last.end, end), 0, last.count, true, "its last owner"});
+    }
   }
 
   void forget(const char* memory) {
@@ -230,6 +199,12 @@ void release(void* address) {
   auto begin = static_cast<char*>(address);
   order().give_back(begin, begin + memory().size_of(begin));
   memory().give(begin);
+}
+
+c10::DataPtr allocated(size_t num_bytes) {
+  char* address = num_bytes == 0 ? nullptr : memory().take(num_bytes, current_stream);
+  if (address != nullptr) order().take(address, address + memory().size_of(address));
+  return {address, address, &release, c10::Device(c10::kCUDA, 0)};
 }
 
 // The bytes that the elements of a tensor lie in.
@@ -358,7 +333,6 @@ Queues& queues() {
   return *instance;
 }
 
-thread_local int64_t current_stream = 0;
 std::atomic<int> sync_mode{0};  // 0: say nothing, 1: warn, 2: raise
 thread_local int inside = 0;    // depth of operators that run on the processor
 
@@ -668,6 +642,37 @@ void ask(const std::string& name) {  // operators whose result's size depends on
   if (names.count(name) != 0) waits(name.c_str());
 }
 
+// A thread has a handle of cuBLAS, one that a thread that is over has left if there is any.
+struct Handle {
+  static std::mutex lock;
+  static std::set<int> left;
+  int number;
+  Handle() {
+    static int next = 0;
+    std::lock_guard<std::mutex> guard(lock);
+    number = left.empty() ? next++ : left.extract(left.begin()).value();
+  }
+  ~Handle() {
+    std::lock_guard<std::mutex> guard(lock);
+    left.insert(number);
+  }
+};
+std::mutex Handle::lock;
+std::set<int> Handle::left;
+
+// Each handle has a workspace for each stream from its first product there on, which torch takes from its own allocator.
+// So a backward, which runs on a thread of autograd's, has another than its forward.
+void take_workspace(const std::string& name) {
+  static const std::set<std::string> products{"aten::mm",  "aten::addmm", "aten::bmm", "aten::baddbmm",
+                                              "aten::dot", "aten::mv",    "aten::addmv"};
+  static auto* taken = new std::map<std::pair<int, int64_t>, c10::DataPtr>;
+  if (products.count(name.substr(0, name.find('.'))) == 0) return;
+  thread_local Handle handle;
+  std::lock_guard<std::mutex> guard(Handle::lock);
+  if (taken->count({handle.number, current_stream}) == 0)
+    taken->emplace(std::pair(handle.number, current_stream), device_allocator.allocate(workspace_bytes));
+}
+
 // Put `replace` of it in the place of every tensor that a value holds.
 template <class Replace>
 void replace_tensors(c10::IValue& value, const Replace& replace) {
@@ -692,6 +697,7 @@ void run_on_host(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   const auto name = c10::toString(op.operator_name());
   const size_t begin = stack->size() - num_arguments;
   ask(name);
+  take_workspace(name);
   if (current_stream != 0) queues().at(current_stream).drain();
   const Inside guard;
 
@@ -796,13 +802,19 @@ void emulated_race(char* message, size_t size) {
 }
 int emulated_sync_mode(int mode) { return sync_mode.exchange(mode); }
 void emulated_latest(int microseconds) { longest_us = microseconds; }
-// Bytes in all, allowed, in use, and in use at most.
+// Bytes in all, in use, in use at most, kept, kept at most; how often some were given back for want of others.
 void emulated_memory(size_t* figures) {
   std::lock_guard<std::mutex> guard(memory().lock);
   figures[0] = memory().total;
-  figures[1] = memory().limit;
-  figures[2] = memory().allocated;
-  figures[3] = memory().highest;
+  figures[1] = memory().allocated;
+  figures[2] = memory().highest_allocated;
+  figures[3] = memory().reserved();
+  figures[4] = memory().highest_reserved;
+  figures[5] = memory().retries;
+}
+void emulated_empty_cache() {
+  std::lock_guard<std::mutex> guard(memory().lock);
+  memory().release();
 }
 void emulated_allow(size_t total, size_t limit) {
   std::lock_guard<std::mutex> guard(memory().lock);
@@ -811,7 +823,8 @@ void emulated_allow(size_t total, size_t limit) {
 }
 void emulated_reset_highest() {
   std::lock_guard<std::mutex> guard(memory().lock);
-  memory().highest = memory().allocated;
+  memory().highest_allocated = memory().allocated;
+  memory().highest_reserved = memory().reserved();
 }
 int emulated_pin(void* address, size_t num_bytes) {
   if (pinned().overlaps(address, num_bytes)) return 712;  // cudaErrorHostMemoryAlreadyRegistered

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from outsize.config import cache_folder
 
-SOURCE = Path(__file__).with_name("device.cpp")
+SOURCES = [Path(__file__).with_name(name) for name in ("device.cpp", "memory.h")]
 TOTAL_BYTES = int(os.environ.get("OUTSIZE_EMULATED_BYTES", 8 << 30))
 
 
@@ -41,7 +41,7 @@ def compiler() -> str | None:
 
 def built(root: Path) -> Path:
     """The compiled device, from an earlier run where nothing has changed since."""
-    key = SOURCE.read_bytes() + (root / "version.py").read_bytes()
+    key = b"".join(path.read_bytes() for path in [*SOURCES, root / "version.py"])
     folder = cache_folder() / "emulation"
     target = folder / f"device-{hashlib.sha256(key).hexdigest()[:16]}.so"
     if target.exists():
@@ -52,7 +52,7 @@ def built(root: Path) -> Path:
         options = ["-O1", "-std=c++20", "-fPIC", "-shared", "-w"]
         headers = [f"-I{root / each}" for each in ("include", "include/torch/csrc/api/include")]
         libraries = [f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10"]
-        command = [str(compiler()), *options, *headers, str(SOURCE), "-o", str(fresh), *libraries]
+        command = [str(compiler()), *options, *headers, str(SOURCES[0]), "-o", str(fresh), *libraries]
         subprocess.run(command, check=True)
         fresh.replace(target)
     return target
@@ -72,7 +72,7 @@ def put_over(functions: ctypes.CDLL) -> None:
     functions.emulated_allow(TOTAL_BYTES, TOTAL_BYTES)
 
     def figures() -> list[int]:
-        values = (ctypes.c_size_t * 4)()
+        values = (ctypes.c_size_t * 6)()
         functions.emulated_memory(values)
         return list(values)
 
@@ -134,13 +134,14 @@ def put_over(functions: ctypes.CDLL) -> None:
         "synchronize": lambda chosen=None: torch.accelerator.synchronize(device),
         "set_sync_debug_mode": lambda mode: functions.emulated_sync_mode(modes[mode]),
         "_sleep": lambda cycles: functions.emulated_sleep(cycles // 2000),
-        "mem_get_info": lambda chosen=None: (figures()[0] - figures()[2], figures()[0]),
-        "memory_allocated": lambda chosen=None: figures()[2],
-        "memory_reserved": lambda chosen=None: figures()[2],
-        "max_memory_allocated": lambda chosen=None: figures()[3],
-        "max_memory_reserved": lambda chosen=None: figures()[3],
+        "mem_get_info": lambda chosen=None: (figures()[0] - figures()[3], figures()[0]),
+        "memory_allocated": lambda chosen=None: figures()[1],
+        "max_memory_allocated": lambda chosen=None: figures()[2],
+        "memory_reserved": lambda chosen=None: figures()[3],
+        "max_memory_reserved": lambda chosen=None: figures()[4],
+        "memory_stats": lambda chosen=None: {"num_alloc_retries": figures()[5]},
         "reset_peak_memory_stats": lambda chosen=None: functions.emulated_reset_highest(),
-        "empty_cache": lambda: None,
+        "empty_cache": lambda: functions.emulated_empty_cache(),
         "set_per_process_memory_fraction": lambda fraction, chosen=None: functions.emulated_allow(
             TOTAL_BYTES, int(TOTAL_BYTES * fraction)
         ),

@@ -17,6 +17,7 @@ from outsize.engine.summary import WIDTH, PlanSummary, bar
 from outsize.errors import ConfigError, ModelError
 from outsize.hardware import machine
 from outsize.plan.profile import Resource
+from outsize.tier.device import WORKSPACE_BYTES
 from tests.plan.test_simulate import HOST
 from tests.zoo import ZOO
 
@@ -36,7 +37,7 @@ def test_a_model_is_planned_for_a_device_that_is_not_there(name, hardware, tmp_p
     )
     assert summary.fits and summary.device_bytes > 0 and summary.prediction.step_s > 0
     assert summary.prediction.simulation.bytes_moved[Resource.UP] > 0
-    assert summary.device_budget_bytes == int(0.95 * machine(hardware).device_bytes)
+    assert summary.device_budget_bytes == int(0.95 * (machine(hardware).device_bytes - WORKSPACE_BYTES))
     assert summary.host_budget_bytes > 0.8 * machine(hardware).host_bytes
 
 

@@ -1,5 +1,7 @@
 """A rehearsal: what it finds out, and that it leaves nothing behind."""
 
+import gc
+
 import pytest
 import torch
 from torch import nn
@@ -7,7 +9,7 @@ from torch import nn
 import outsize
 from outsize.engine import probe
 from outsize.engine.probe import Linear, batch_shape
-from outsize.engine.session import session_of
+from outsize.engine.session import Session, session_of
 from outsize.plan import Direction
 from tests.running import executor_of, opened, train
 from tests.zoo import ZOO, plain_batch, plain_stack
@@ -79,6 +81,26 @@ def test_a_call_is_rehearsed_once_and_again_when_rows_grow(monkeypatch):
     with torch.no_grad():
         model(**ZOO["llama"].batch(rows=3, length=10))
     assert len(counts) == 6
+
+
+@pytest.mark.parametrize("name", ["llama_tied", "gpt2", "mixtral"])
+def test_nothing_of_a_rehearsal_is_left_when_memory_is_planned(name, monkeypatch):
+    """Its tensors, which are as large as those of a few rows of the call, would be missing in the plan."""
+    left = []
+    settle = Session.settle
+
+    def watched(self, *args):
+        left.append([each for each in gc.get_objects() if type(each) is probe.Probe])
+        return settle(self, *args)
+
+    monkeypatch.setattr(Session, "settle", watched)
+    model = opened(ZOO[name].build().train())
+    gc.disable()
+    try:
+        model(**ZOO[name].batch()).loss.backward()
+    finally:
+        gc.enable()
+    assert left == [[]]
 
 
 def test_boundary_memory_grows_with_rows(tmp_path):

@@ -86,6 +86,7 @@ def test_bytes_are_those_of_the_report(count, tmp_path):
     assert not moved[UP] and not moved[DOWN]
 
 
+@pytest.mark.timed
 def test_inputs_on_disk_are_in_the_trace_and_waits_for_them_are_counted(tmp_path, monkeypatch):
     def slow(verb, label):
         return 0.05 * (".input" in label)

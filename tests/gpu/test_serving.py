@@ -62,24 +62,23 @@ def test_weights_in_few_bits(weights, tmp_path):
 
 @pytest.mark.parametrize("kv", [None, "8MiB"])
 def test_pages_and_weights_stay_within_the_limit(kv, tmp_path):
-    limit = 128 << 20
+    limit = 256 << 20
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
     plain = lively("llama_tied", max_position_embeddings=16384)
     model = opened(plain, device=limit, disk=tmp_path, home="disk")
     model.requires_grad_(False)
     engine = Engine(model, pass_tokens=64, kv=kv)
     serve(engine, prompts_of((100, 3, 60)), 4)
     assert engine.runner.kv.num_bytes > 1 << 20
-    assert torch.cuda.max_memory_allocated() - before <= limit
+    assert torch.cuda.max_memory_reserved() <= limit
 
 
 def test_pages_that_the_device_has_no_room_for_are_named(tmp_path):
-    model = opened(lively("llama_tied"), device=128 << 20, home="host")
+    model = opened(lively("llama_tied"), device=256 << 20, home="host")
     model.requires_grad_(False)
     with pytest.raises(BudgetError, match="KV cache takes"):
-        Engine(model, pass_tokens=16, kv="200MiB")
+        Engine(model, pass_tokens=16, kv="400MiB")
     assert len(serve(Engine(model, pass_tokens=16, kv="4MiB"), prompts_of((5,)), 3)[0]) == 3
 
 

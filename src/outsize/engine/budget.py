@@ -41,7 +41,8 @@ HINT_MARGIN_BYTES = 16 << 20
 """Added to what a hint names: the process may have grown when it is tried."""
 
 DEVICE_SLACK_BYTES = 64 << 20
-"""Memory of the device left for what is not planned: libraries' workspaces, rounding of tensors."""
+"""Memory of the device left for what is not planned: torch's allocator takes pages of 20 MiB for large tensors and of 2
+for small ones, and more than one stays partly used."""
 
 TILE_TOKENS = 2048
 """Tokens that a tile aims at: enough for full matmul speed; fewer where memory is short. Adding up the gradients of
@@ -99,6 +100,8 @@ class Budget:
     ) -> None:
         self.limit_bytes = 0
         self.device_limit_bytes = 0
+        self.device_taken_bytes = 0
+        """What was in use of the device before anything was placed there."""
         self.base_bytes = 0
         self.activation_bytes = 0
         self.room_bytes = 0
@@ -177,7 +180,7 @@ class Budget:
         )
         self.room_bytes = self._home_room_bytes
         if not self._device.is_host:
-            free = self._device.free_bytes()
+            free, self.device_taken_bytes = self._device.free_bytes(), self._device.taken_bytes()
             self.device_limit_bytes = self._settings.budgets.device_bytes or int(0.95 * free)
             self.room_bytes = min(self.device_limit_bytes, free) - DEVICE_SLACK_BYTES
 
@@ -245,9 +248,11 @@ class Budget:
         return min(self.host_bytes() + kept + UNPLANNED_BYTES, self.limit_bytes)
 
     def device_bytes(self) -> int:
-        """What is taken of a device with memory of its own, as placed; else 0."""
+        """What is taken of a device with memory of its own, as placed, and what was taken before; else 0."""
         assert self.placement is not None
-        return 0 if self._device.is_host else self.activation_bytes + self.placement.compute_bytes
+        if self._device.is_host:
+            return 0
+        return self.device_taken_bytes + self.activation_bytes + self.placement.compute_bytes
 
     @contextmanager
     def guarded(self) -> Iterator[None]:
@@ -571,7 +576,8 @@ class Budget:
     ) -> BudgetError:
         """What is short, on the device or in the host's memory, and the smallest budgets that work."""
         least = self._least(records)
-        device = self.activation_bytes + least.compute_bytes + DEVICE_SLACK_BYTES + HINT_MARGIN_BYTES
+        device = self.device_taken_bytes + self.activation_bytes + least.compute_bytes
+        device += DEVICE_SLACK_BYTES + HINT_MARGIN_BYTES
         host = (
             self.limit_bytes
             - self._home_room_bytes

@@ -15,8 +15,9 @@ import torch
 from torch import nn
 from transformers import Cache, PreTrainedModel
 
+from outsize.config import format_bytes
 from outsize.engine.batch import BatchDims, Tile, tiles
-from outsize.engine.probe import BatchShape, Rehearsal, batch_shape, rehearse
+from outsize.engine.probe import SMALL_ROWS, BatchShape, Rehearsal, batch_shape, rehearse
 from outsize.errors import BudgetError, UsageError
 from outsize.model import Point, attention_of, merges_rows
 from outsize.plan import Direction, Visit
@@ -93,7 +94,7 @@ class Calls:
             needed = rehearsal
             if session.rule is not None and not torch.is_grad_enabled():
                 with torch.enable_grad():  # room for training, which comes
-                    needed = rehearse(session, args, {**kwargs, **_uncached(kwargs)}, shape)
+                    needed = _rehearsal(session, args, {**kwargs, **_uncached(kwargs)}, shape)
             session.settle(needed, shape)
         self._begin(rehearsal, shape, is_row_by_row)
         return session.arguments.moved(args, kwargs)
@@ -117,7 +118,7 @@ class Calls:
         """The rehearsal of calls like this one; made where there is none, or none of rows as long."""
         rehearsal = self._rehearsals.get(signature)
         if rehearsal is None or shape.row_elements > rehearsal.row_elements:
-            rehearsal = self._rehearsals[signature] = rehearse(self._session, args, kwargs, shape)
+            rehearsal = self._rehearsals[signature] = _rehearsal(self._session, args, kwargs, shape)
             self._forward_order = [v for v in rehearsal.visits if v.direction is Direction.FORWARD]
         return rehearsal
 
@@ -303,3 +304,19 @@ def _has_cache_switch(module: nn.Module) -> bool:
     passes_on = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in names.values())
     inner = (child for child in module.modules() if isinstance(child, PreTrainedModel))
     return passes_on and any("use_cache" in inspect.signature(child.forward).parameters for child in inner)
+
+
+def _rehearsal(
+    session: Session, args: tuple[Any, ...], kwargs: dict[str, Any], shape: BatchShape
+) -> Rehearsal:
+    """Raises BudgetError where a device has not even memory for that."""
+    try:
+        return rehearse(session, args, kwargs, shape)
+    except torch.OutOfMemoryError as error:
+        what, rows = str(error).partition(". ")[0], min(shape.rows or 1, SMALL_ROWS[-1])
+        raise BudgetError(
+            f"the device ran out of memory ({what}) where a block was tried with up to {rows} rows of "
+            f"{shape.row_tokens} tokens; {format_bytes(session.device.free_bytes())} are free",
+            hint="give more with device=, or use shorter sequences"
+            + (", or a batch of one row" if rows > 1 else ""),
+        ) from error.with_traceback(None)  # whose frames hold what did not fit

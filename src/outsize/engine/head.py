@@ -336,7 +336,7 @@ def _add_to_logsumexp(logits: torch.Tensor, largest: torch.Tensor, total: torch.
     """Take `logits [n, rows]` into the running maximum and sum `[n]`, in place: all memory is taken before."""
     maximum = torch.maximum(largest, logits.amax(1))
     factor = torch.exp(largest - maximum)
-    addition = torch.exp(logits - maximum.unsqueeze(1)).sum(1)
+    addition = (logits - maximum.unsqueeze(1)).exp_().sum(1)
     total.mul_(factor).add_(addition)
     largest.copy_(maximum)
 

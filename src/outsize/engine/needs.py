@@ -72,7 +72,7 @@ def needs_at(
     rows = shape.rows or 1
     is_tiled = bool(rehearsal.dims) and all(dims is not None for dims in rehearsal.dims.values())
     tile = rehearsal.tile_bytes.at(tile_rows if is_tiled else rows)
-    visit = max(tile, rehearsal.loss_bytes.at(rows))
+    visit = max(tile, rehearsal.loss_memory.at(rows))
     boundary = rehearsal.boundary_bytes.at(rows) + kept_bytes(rehearsal, shape, tile_rows, kept)
     each = rehearsal.input_bytes.at(rows)
     if inputs is None or each < keep.LEAST_BYTES:

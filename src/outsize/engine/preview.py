@@ -86,7 +86,10 @@ def preview(
         )
     else:
         settings = _settings_elsewhere(hardware, device, host, disk, home, dtype, pins)
-        computes_on = PaperDevice(hardware.device_bytes if hardware.has_device else None)
+        limit = settings.budgets.device_bytes or hardware.device_bytes
+        computes_on = PaperDevice(
+            min(limit, hardware.device_bytes) if limit and hardware.device_bytes else None
+        )
     memory.keep_freed_memory()
     memory.bound_kernel_caches()
     module = open_skeleton(folder, DTYPES[settings.compute_type], attention=attention)

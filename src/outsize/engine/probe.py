@@ -58,6 +58,22 @@ class Linear:
 
 
 @dataclass(frozen=True, slots=True)
+class LossMemory:
+    """The most that embedding, head and loss take beside their weights: what grows with the batch, or tiles of the loss
+    and what is beside those. Tiles grow until they are as large as they may be."""
+
+    whole: Linear
+    tiles: Linear
+    most_tile_bytes: int
+    beside_tiles: Linear
+
+    def at(self, rows: int) -> int:
+        """Bytes, in a batch of `rows`."""
+        tiled = min(self.tiles.at(rows), self.most_tile_bytes) + self.beside_tiles.at(rows)
+        return max(self.whole.at(rows), tiled)
+
+
+@dataclass(frozen=True, slots=True)
 class BatchShape:
     """A call's batch: `rows` is None where it cannot be told, and then nothing is tiled."""
 
@@ -96,7 +112,7 @@ class Rehearsal:
     """What a call will do, and calls of the same kind with rows of at most `row_elements`.
 
     `boundary_bytes`: tensors kept between forward and backward, by rows. `tile_bytes`: the most that a block takes
-    beside its weights, by rows of a tile. `loss_bytes`: the most that embedding, head and loss take, by rows.
+    beside its weights, by rows of a tile.
     """
 
     visits: tuple[Visit, ...]
@@ -110,7 +126,7 @@ class Rehearsal:
     sent_bytes: dict[str, Linear]
     """Of these, what all visits of a layer are the first to have, by its last block."""
     tile_bytes: Linear
-    loss_bytes: Linear
+    loss_memory: LossMemory
     kinds: tuple[Kind, ...]
     kind_of: dict[str, int]
     """The kind of each layer, by the name of its module."""
@@ -135,7 +151,12 @@ class Probe:
     input_bytes: int = 0
     sent_bytes: Counter[str] = field(default_factory=Counter)
     tile_bytes: int = 0
-    loss_bytes: int = 0
+    whole_bytes: int = 0
+    """Outputs of embeddings, and logits that are not tiled."""
+    loss_tile_bytes: int = 0
+    """What the tiles of the loss would take, were it one."""
+    most_loss_tile_bytes: int = 0
+    beside_loss_bytes: int = 0
     kinds: list[Kind] = field(default_factory=list)
     kind_of: dict[str, int] = field(default_factory=dict)
     activations: dict[str, tuple[tuple[str, ...], int]] = field(default_factory=dict)
@@ -199,7 +220,7 @@ class Probe:
         """Zeros in the shape of the output."""
         shape = (*ids.shape, embedding.module.embedding_dim)
         output = torch.zeros(shape, dtype=self.session.dtype, device=self.session.torch_device)
-        self.loss_bytes = max(self.loss_bytes, 3 * output.nbytes)
+        self.whole_bytes = max(self.whole_bytes, 3 * output.nbytes)
         if embedding.takes_rows:
             return output
         return self._visit(embedding.blocks, [], [output], trains, weights_in_backward=False, is_table=True)[
@@ -210,7 +231,7 @@ class Probe:
         """Logits that take no memory; their real ones are counted."""
         shape = (*hidden.shape[:-1], head.module.out_features)
         logits = torch.zeros((), dtype=hidden.dtype, device=hidden.device).expand(shape)
-        self.loss_bytes = max(self.loss_bytes, 4 * logits.numel() * 4)
+        self.whole_bytes = max(self.whole_bytes, 4 * logits.numel() * 4)
         return self._visit(head.blocks, [hidden], [logits], differentiates, is_table=True)[0]
 
     def loss(self, head: Head, hidden: torch.Tensor, trains: bool, differentiates: bool) -> torch.Tensor:
@@ -218,8 +239,13 @@ class Probe:
         from outsize.engine.head import tile_elements
 
         rows = max(stop - start for _, start, stop in self.session.parameters.row_blocks(head.weight))
-        tile = min(tile_elements(hidden.device), hidden.shape[0] * rows) * 4
-        self.loss_bytes = max(self.loss_bytes, 3 * tile + 3 * hidden.numel() * 4)
+        num_tiles = (
+            3 if self.session.device.is_host else 2
+        )  # the processor's products have copies of their own
+        gradient_bytes = rows * head.module.in_features * self.session.dtype.itemsize
+        self.loss_tile_bytes = max(self.loss_tile_bytes, num_tiles * hidden.shape[0] * rows * 4)
+        self.most_loss_tile_bytes = num_tiles * tile_elements(hidden.device) * 4
+        self.beside_loss_bytes = max(self.beside_loss_bytes, 3 * hidden.numel() * 4 + gradient_bytes)
         loss = torch.zeros((), device=hidden.device)
         return self._visit(head.blocks, [hidden], [loss], differentiates, is_table=True)[0]
 
@@ -409,6 +435,8 @@ def rehearse(session: Session, args: tuple[Any, ...], kwargs: dict[str, Any], sh
                 probes[count] = _run(
                     session, *tree_map_only(torch.Tensor, partial(_take, rows, index), (args, kwargs))
                 )
+        except torch.OutOfMemoryError:
+            raise
         except Exception:  # a batch whose tensors belong together in another way: take it whole
             probes = {}
     if not probes:
@@ -444,7 +472,12 @@ def rehearse(session: Session, args: tuple[Any, ...], kwargs: dict[str, Any], sh
             for block in first.sent_bytes
         },
         tile_bytes=Linear.through({n: float(probe.tile_bytes) for n, probe in probes.items()}),
-        loss_bytes=Linear.through({n: float(probe.loss_bytes) for n, probe in probes.items()}),
+        loss_memory=LossMemory(
+            Linear.through({n: float(probe.whole_bytes) for n, probe in probes.items()}),
+            Linear.through({n: float(probe.loss_tile_bytes) for n, probe in probes.items()}),
+            last.most_loss_tile_bytes,
+            Linear.through({n: float(probe.beside_loss_bytes) for n, probe in probes.items()}),
+        ),
         kinds=tuple(first.kinds),
         kind_of=first.kind_of,
         rows=min(probes),
@@ -480,6 +513,7 @@ def _run(session: Session, args: tuple[Any, ...], kwargs: dict[str, Any], *, see
         name: (buffer, buffer._version, buffer.clone()) for name, buffer in session.module.named_buffers()
     }
     args, kwargs = session.arguments.moved(args, kwargs)
+    num_handles = len(session.calls.handles)
     try:
         with Randomness.current(session.device).restored():
             output = session.forward(*args, **kwargs)
@@ -487,6 +521,9 @@ def _run(session: Session, args: tuple[Any, ...], kwargs: dict[str, Any], *, see
                 _backward(output)
     finally:
         session.probe = None
+        del session.calls.handles[
+            num_handles:
+        ]  # by which the graph would be there still when memory is planned
         for name, buffer in session.module.named_buffers():
             if name not in buffers:
                 continue

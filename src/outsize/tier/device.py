@@ -31,6 +31,10 @@ from outsize.errors import BudgetError, DeviceError
 from outsize.tier.base import Transfer
 from outsize.tier.transfer import DoneTransfer, Listener, Moment, at
 
+WORKSPACE_BYTES = 64 << 20
+"""What libraries keep of a device, on Hopper; a quarter elsewhere: cuBLAS has a workspace for each thread, and one thread
+computes forwards, one of autograd's backwards."""
+
 
 class Way(StrEnum):
     """The direction of a copy."""
@@ -93,6 +97,10 @@ class Device(ABC):
     def free_bytes(self) -> int:
         """Memory beside the device that could be taken now."""
         return 1 << 60
+
+    def taken_bytes(self) -> int:
+        """Memory beside the device that is in use: by libraries' workspaces, by tensors of others, by our own."""
+        return 0
 
     def links(self) -> LinkStats:
         """What was copied so far."""
@@ -180,8 +188,12 @@ class PaperDevice(Device):
         raise AssertionError(f"{name}: nothing is placed on paper")
 
     def free_bytes(self) -> int:
-        """All of it."""
-        return self._num_bytes
+        """All of it but for libraries' workspaces."""
+        return max(0, self._num_bytes - self.taken_bytes())
+
+    def taken_bytes(self) -> int:
+        """What libraries take at most."""
+        return 0 if self.is_host else WORKSPACE_BYTES
 
 
 def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -258,6 +270,12 @@ class CudaDevice(Device):
             if limit_bytes is not None and limit_bytes < total:
                 torch.cuda.set_per_process_memory_fraction(limit_bytes / total, number)
             self._streams = {way: torch.cuda.Stream(number) for way in Way}
+            _take_workspaces(self.torch_device)
+        except torch.cuda.OutOfMemoryError as error:
+            raise BudgetError(
+                "device memory: the libraries that compute have no room for their workspaces",
+                hint="give more with device=, or end what else runs on the device",
+            ) from error
         except RuntimeError as error:
             raise DeviceError(
                 f"the CUDA device cannot be used: {error}", hint="look at nvidia-smi, or leave device= out"
@@ -336,6 +354,10 @@ class CudaDevice(Device):
         within = free + kept if self._limit_bytes is None else self._limit_bytes - allocated
         return int(max(0, min(free + kept, within)))
 
+    def taken_bytes(self) -> int:
+        """What tensors take now."""
+        return int(torch.cuda.memory_allocated(self.torch_device))
+
     def links(self) -> LinkStats:
         """What was copied so far."""
         return LinkStats(self._moved[Way.UP], self._moved[Way.DOWN])
@@ -378,6 +400,13 @@ class CudaDevice(Device):
         """Wait for both streams."""
         for stream in self._streams.values():
             stream.synchronize()
+
+
+def _take_workspaces(device: torch.device) -> None:
+    """Let libraries take what they keep from their first product on, so that what is free from here on stays free."""
+    with torch.enable_grad():
+        value = torch.ones(8, 8, device=device, requires_grad=True)
+        (value @ value).sum().backward()
 
 
 class _CudaTransfer:
