@@ -70,9 +70,17 @@ class _WithoutValues(TorchFunctionMode):
         """Run `func`, or what stands for it."""
         if func is torch.Tensor.__contains__:
             return False
+        if func is torch.bincount:
+            return _no_counts(*args, **(kwargs or {}))
         if func is F.scaled_dot_product_attention:
             return _fused_attention(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
+
+
+def _no_counts(values: torch.Tensor, weights: torch.Tensor | None = None, minlength: int = 0) -> torch.Tensor:
+    return torch.zeros(
+        minlength, dtype=torch.long if weights is None else weights.dtype, device=values.device
+    )
 
 
 def _fused_attention(

@@ -123,7 +123,7 @@ def quantize(
 
 def _is_experts(module: nn.Module) -> bool:
     """Whether transformers computes `module` by one of its implementations of experts, from two stacks of matrices."""
-    return hasattr(module, "has_post_expert_norm") and all(
+    return hasattr(module, "has_gate") and all(
         isinstance(stack := module._parameters.get(name), nn.Parameter) and stack.dim() == 3
         for name in _stacks(module)
     )
@@ -135,7 +135,7 @@ def _stacks(module: Any) -> tuple[str, str]:
 
 def _fits(module: Any, weights: Weights) -> bool:
     shapes = [module._parameters[name].shape[1:] for name in _stacks(module)]
-    return not module.has_post_expert_norm and all(
+    return not getattr(module, "has_post_expert_norm", False) and all(  # which not every version has
         FORMATS[weights].fits(*(reversed(shape) if module.is_transposed else shape)) for shape in shapes
     )
 
