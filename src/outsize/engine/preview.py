@@ -86,10 +86,8 @@ def preview(
         )
     else:
         settings = _settings_elsewhere(hardware, device, host, disk, home, dtype, pins)
-        limit = settings.budgets.device_bytes or hardware.device_bytes
-        computes_on = PaperDevice(
-            min(limit, hardware.device_bytes) if limit and hardware.device_bytes else None
-        )
+        whole = hardware.device_bytes
+        computes_on = PaperDevice(whole and min(whole, settings.budgets.device_bytes or whole))
     memory.keep_freed_memory()
     memory.bound_kernel_caches()
     module = open_skeleton(folder, DTYPES[settings.compute_type], attention=attention)

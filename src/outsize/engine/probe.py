@@ -239,9 +239,8 @@ class Probe:
         from outsize.engine.head import tile_elements
 
         rows = max(stop - start for _, start, stop in self.session.parameters.row_blocks(head.weight))
-        num_tiles = (
-            3 if self.session.device.is_host else 2
-        )  # the processor's products have copies of their own
+        # Logits and what becomes of them; the processor's products have copies of their own.
+        num_tiles = 3 if self.session.device.is_host else 2
         gradient_bytes = rows * head.module.in_features * self.session.dtype.itemsize
         self.loss_tile_bytes = max(self.loss_tile_bytes, num_tiles * hidden.shape[0] * rows * 4)
         self.most_loss_tile_bytes = num_tiles * tile_elements(hidden.device) * 4
@@ -321,10 +320,9 @@ def run_on_zeros(
     pieces = session.entry_pieces(layer.blocks)
     most = max(piece.num_elements for piece in pieces) * session.dtype.itemsize
     if session.torch_device.type == "cpu":
-        untouched = mmap.mmap(
-            -1, max(most, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-        )  # it takes no memory
-        zeros = torch.frombuffer(untouched, dtype=torch.uint8)
+        # Pages that are only read take no memory.
+        pages = mmap.mmap(-1, max(most, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        zeros = torch.frombuffer(pages, dtype=torch.uint8)
     else:
         zeros = torch.zeros(most, dtype=torch.uint8, device=session.torch_device)
     values = {
@@ -513,7 +511,7 @@ def _run(session: Session, args: tuple[Any, ...], kwargs: dict[str, Any], *, see
         name: (buffer, buffer._version, buffer.clone()) for name, buffer in session.module.named_buffers()
     }
     args, kwargs = session.arguments.moved(args, kwargs)
-    num_handles = len(session.calls.handles)
+    handles, num_before = session.calls.handles, len(session.calls.handles)
     try:
         with Randomness.current(session.device).restored():
             output = session.forward(*args, **kwargs)
@@ -521,9 +519,9 @@ def _run(session: Session, args: tuple[Any, ...], kwargs: dict[str, Any], *, see
                 _backward(output)
     finally:
         session.probe = None
-        del session.calls.handles[
-            num_handles:
-        ]  # by which the graph would be there still when memory is planned
+        for handle in handles[num_before:]:
+            handle.seal()  # else the graph would be there still when memory is planned
+        del handles[num_before:]
         for name, buffer in session.module.named_buffers():
             if name not in buffers:
                 continue

@@ -404,7 +404,7 @@ class CudaDevice(Device):
 
 def _take_workspaces(device: torch.device) -> None:
     """Let libraries take what they keep from their first product on, so that what is free from here on stays free."""
-    with torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad():
         value = torch.ones(8, 8, device=device, requires_grad=True)
         (value @ value).sum().backward()
 

@@ -142,11 +142,11 @@ class DiskTier:
 
         def run_piece(piece: ReadPiece, part: memoryview) -> None:
             error: BaseException | None = None
-            with part:  # released before anyone is told: whose memory it is may close it then
-                try:
+            try:
+                with part:  # released before anyone is told: whose memory it is may close it then
                     run(piece, part, label)
-                except BaseException as caught:
-                    error = caught
+            except BaseException as caught:
+                error = caught
             transfer.finish_piece(error)
 
         for piece in pieces:

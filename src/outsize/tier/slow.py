@@ -60,13 +60,13 @@ class SlowTier:
 
         def run(view: memoryview) -> None:
             error: BaseException | None = None
-            with view:
-                try:
+            try:
+                with view:
                     time.sleep(delay_s)
                     start = self._inner.start_read if verb is Verb.READ else self._inner.start_write
                     start(offset, view, label).wait()
-                except BaseException as caught:
-                    error = caught
+            except BaseException as caught:
+                error = caught
             transfer.finish_piece(error)
 
         thread = threading.Thread(target=run, args=(memoryview(buffer),), name=f"outsize-slow {label}")
