@@ -1,10 +1,12 @@
 """Why a model cannot run over pages, found by a look at one call."""
 
+from unittest import mock
+
 import pytest
 import torch
 
 from outsize.kv import NotPageableError, probe, switched
-from outsize.kv.probe import _window_of
+from outsize.kv.probe import _Watcher, _window_of
 from tests.serve.families import FAMILIES
 
 
@@ -37,6 +39,48 @@ def test_what_is_learned_of_a_model():
 def test_why_a_model_is_refused(name, why):
     with pytest.raises(NotPageableError, match=why):
         look(name)
+
+
+def looked(model, change):
+    """What the probe says of `model`, the keys and values of whose last layer are changed on their way."""
+    attend = _Watcher.attend
+
+    def changed(watcher, layer, query, key, value, mask, options):
+        if layer == 2:
+            query, key, value = change(query, key, value)
+        return attend(watcher, layer, query, key, value, mask, options)
+
+    with mock.patch.object(_Watcher, "attend", changed):
+        return probe(model, lambda arguments: model(**arguments))
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (
+            lambda q, k, v: (q, k.to(torch.float8_e4m3fn), v),
+            "layer 2 has keys or values of type torch.float8",
+        ),
+        (lambda q, k, v: (q, k, v.to(torch.complex64)), "layer 2 has keys or values of type torch.complex64"),
+        (lambda q, k, v: (q, k.to("meta"), v.to("meta")), "its layers are on 2 devices"),
+        (
+            lambda q, k, v: (q, *(x.repeat(1, 2, 1, 1)[:, :3] for x in (k, v))),
+            "layer 2 has queries, keys and",
+        ),
+        (lambda q, k, v: (q, k[..., 1:], v), "layer 2 has queries, keys and values of shapes"),
+    ],
+)
+def test_keys_and_values_that_pages_cannot_hold_refuse(change, why):
+    with pytest.raises(NotPageableError, match=why):
+        looked(FAMILIES["llama"].build(), change)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_pages_have_the_type_of_keys_and_values(dtype):
+    model = FAMILIES["llama"].build().to(dtype)
+    assert looked(model, lambda *parts: parts).dtype is dtype
+    wider = looked(model, lambda query, key, value: (query, key.double(), value))
+    assert wider.dtype is torch.float64
 
 
 def test_an_argument_that_is_not_known_refuses(monkeypatch):

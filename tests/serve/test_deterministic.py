@@ -50,7 +50,7 @@ def test_bits_do_not_depend_on_what_else_runs(name, threads, tmp_path, monkeypat
 
 
 def test_bits_do_not_depend_on_what_else_runs_without_a_compiler(monkeypatch):
-    monkeypatch.setattr(store, "load", lambda: None)
+    monkeypatch.setattr(store, "load", lambda dtype: None)
     model, prompts = lively("gemma3"), prompts_of((33, 5))
     requests = [Request(prompt, DRAWN, 5) for prompt in prompts]
     expected = [alone(model, request) for request in requests]

@@ -31,6 +31,29 @@ def test_paged(name):
     engine.scheduler.check()
 
 
+@pytest.mark.parametrize(
+    ("name", "dtype", "deterministic"),
+    [
+        ("llama", torch.float16, False),
+        ("gemma2", torch.float16, True),
+        ("llama", torch.float64, False),
+    ],
+)
+def test_models_of_other_types(name, dtype, deterministic):
+    model, prompts = lively(name).to(dtype), prompts_of(LENGTHS)
+    engine = Engine(model, pass_tokens=16, deterministic=deterministic)
+    streams = [engine.submit(Request(prompt, max_new_tokens=8)) for prompt in prompts]
+    for prompt, stream in zip(prompts, streams, strict=True):
+        (completion,) = stream.wait()
+        ids = torch.tensor([[*prompt, *completion.tokens]])
+        with torch.no_grad():
+            logprobs_NV = model(ids).logits[0, len(prompt) - 1 : -1].float().log_softmax(-1)
+        expected = logprobs_NV.gather(1, ids[0, len(prompt) :, None]).flatten()
+        tolerance = 0.05 if dtype is torch.float16 else 1e-5
+        assert float((torch.tensor(completion.logprobs) - expected).abs().max()) < tolerance
+        assert float((logprobs_NV.max(-1).values - expected).max()) < tolerance  # greedy, up to ties
+
+
 def test_of_ten_thousand_tokens_at_most_one_differs():
     model = lively("llama_tied", max_position_embeddings=320)
     prompts = prompts_of((8,) * 40)

@@ -34,6 +34,12 @@ struct Attention {
   int32_t unit_heads;     // heads of keys that a unit goes through
 };
 
+// What `kernel.py` compares with its own.
+extern "C" {
+extern const int32_t PAGE_TOKENS, ATTENTION_BYTES;
+const int32_t PAGE_TOKENS = PAGE, ATTENTION_BYTES = sizeof(Attention);
+}
+
 typedef float Vector __attribute__((vector_size(4 * LANES)));
 typedef int32_t Integers __attribute__((vector_size(4 * LANES)));
 typedef uint32_t Words __attribute__((vector_size(4 * LANES)));

@@ -1,4 +1,7 @@
-"""The compiled attention over pages (`kernel.c`). Where it cannot be built `load` gives None, and torch attends."""
+"""The compiled attention over pages (`kernel.c`), which reads fp32 and bf16.
+
+`load` gives None for any other type, and where the library cannot be built; torch then attends.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from outsize.kv.pages import PAGE_TOKENS
 from outsize.native import library, on_all_threads
 
 _SOURCE = Path(__file__).with_name("kernel.c")
@@ -18,6 +22,9 @@ UNITS_PER_THREAD = 4
 
 MOST_STATES = 1024
 """Queries of a unit, which are books on its thread's stack."""
+
+_IS_BFLOAT16 = {torch.float32: 0, torch.bfloat16: 1}
+"""For each type of keys and values that the library reads."""
 
 
 class Attention(ctypes.Structure):
@@ -55,6 +62,8 @@ class Kernel:
     """The built library."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
+        layout = [ctypes.c_int32.in_dll(library, name).value for name in ("PAGE_TOKENS", "ATTENTION_BYTES")]
+        assert layout == [PAGE_TOKENS, ctypes.sizeof(Attention)], layout
         self._attend = library.attend
 
     def attend(
@@ -72,8 +81,12 @@ class Kernel:
     ) -> torch.Tensor:
         """`[T, H, V]` in fp32, from fp32 `query_THK`, `keys [pages, heads, K, PAGE]`, `values [pages, heads, PAGE, V]`.
 
-        `tables` are int32, as in `kernel.c`. All tensors are contiguous, on the host.
+        `keys` and `values` are both fp32 or both bf16; `tables` are int32, as in `kernel.c`. All tensors are contiguous, on
+        the host.
         """
+        for tensor in (query_THK, keys, values, tables):
+            assert tensor.is_contiguous() and tensor.device.type == "cpu", (tensor.stride(), tensor.device)
+        assert keys.dtype is values.dtype and query_THK.dtype is torch.float32, (keys.dtype, values.dtype)
         num_tokens, heads, key_width = query_THK.shape
         output = torch.zeros(num_tokens, heads, values.shape[-1])  # zeros for tokens of no request
         taken, kv_heads = ctypes.c_int64(0), keys.shape[1]
@@ -92,7 +105,7 @@ class Kernel:
             key_width=key_width,
             value_width=values.shape[-1],
             window=window,
-            is_bfloat16=int(keys.dtype is torch.bfloat16),
+            is_bfloat16=_IS_BFLOAT16[keys.dtype],
             scale=scale,
             softcap=softcap,
             unit_heads=units.heads_at_once(kv_heads, heads // kv_heads),
@@ -101,8 +114,13 @@ class Kernel:
         return output
 
 
+def load(dtype: torch.dtype) -> Kernel | None:
+    """The kernel for keys and values of type `dtype`; None where it does not read them or cannot be built."""
+    return _built() if dtype in _IS_BFLOAT16 else None
+
+
 @cache
-def load() -> Kernel | None:
-    """The kernel, built where the cache has none; None where it cannot be, said once."""
+def _built() -> Kernel | None:
+    """The kernel, built where the cache has none; None where that fails, with one warning."""
     built = library(_SOURCE, "attention runs")
     return None if built is None else Kernel(built)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import reduce
 from typing import Any
 
 import torch
@@ -30,6 +31,9 @@ _USED = {"scaling", "softcap", "sliding_window", "s_aux"}
 _HARMLESS = {"dropout", "position_ids", "use_cache", "is_causal"}
 """And what says which outputs are wanted."""
 
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+"""What keys and values may be: attention over pages is computed in fp32 or wider."""
+
 _NUM_TOKENS = 3
 
 
@@ -46,6 +50,8 @@ class Pageable:
     """
 
     layers: dict[int, LayerShape]
+    dtype: torch.dtype
+    """Of keys and values, as the layers compute them; the widest, where they differ."""
     most_positions: int
     long_after: int | None
 
@@ -55,6 +61,8 @@ class _Watcher:
     """Looks on in the place of a pass, and answers with zeros."""
 
     layers: dict[int, LayerShape] = field(default_factory=dict)
+    dtypes: list[torch.dtype] = field(default_factory=list)
+    devices: set[torch.device] = field(default_factory=set)
     faults: list[str] = field(default_factory=list)
 
     def __repr__(self) -> str:
@@ -77,6 +85,18 @@ class _Watcher:
             self.faults.append(f"layer {layer} makes a mask of its own")
         if options.get("is_causal") is False:
             self.faults.append(f"layer {layer} looks ahead")
+        for part in (key, value):
+            self.dtypes.append(part.dtype)
+            self.devices.add(part.device)
+            if part.dtype not in _DTYPES:
+                self.faults.append(f"layer {layer} has keys or values of type {part.dtype}")
+        if (
+            query.shape[1] % key.shape[1]
+            or query.shape[3] != key.shape[3]
+            or key.shape[1:3] != value.shape[1:3]
+        ):
+            shapes = [tuple(part.shape) for part in (query, key, value)]
+            self.faults.append(f"layer {layer} has queries, keys and values of shapes {shapes}")
         shape = LayerShape(
             query.shape[1], key.shape[1], key.shape[3], value.shape[3], options.get("sliding_window")
         )
@@ -116,6 +136,8 @@ def probe(model: torch.nn.Module, call: Callable[[dict[str, Any]], object]) -> P
             raise NotPageableError(f"a packed row fails: {error}") from error
     if watcher.faults:
         raise NotPageableError(watcher.faults[0])
+    if len(watcher.devices) > 1:
+        raise NotPageableError(f"its layers are on {len(watcher.devices)} devices")
     expected = set(range(config.num_hidden_layers))
     if watcher.layers.keys() != expected:
         raise NotPageableError(
@@ -128,7 +150,8 @@ def probe(model: torch.nn.Module, call: Callable[[dict[str, Any]], object]) -> P
             continue  # made for a kind of layer that the model has none of
         if window not in windows and not (window is None and _reach(windows) >= most_positions):
             raise NotPageableError(f"it masks with a window of {window}, and its layers say {windows}")
-    return Pageable(watcher.layers, most_positions, long_after)
+    dtype = reduce(torch.promote_types, watcher.dtypes)
+    return Pageable(watcher.layers, dtype, most_positions, long_after)
 
 
 def _reach(windows: set[int | None]) -> int:

@@ -91,6 +91,8 @@ class PagedKV:
         self.most_pages = num_pages if most_positions is None else min(num_pages, pages_for(most_positions))
         self.dtype = dtype
         self.device = device
+        self.kernel = load(dtype) if device.type == "cpu" else None
+        """The compiled attention, where it reads pages of this type on this device."""
         self.keys: dict[int, torch.Tensor] = {}
         self.values: dict[int, torch.Tensor] = {}
         for index, layer in layers.items():
@@ -170,7 +172,7 @@ class Pass:
             sinks=options.get("s_aux"),
         )
         query_THK = query[0].transpose(0, 1)
-        kernel = load() if query.device.type == "cpu" else None
+        kernel = self.kv.kernel
         if kernel is not None and self._real:
             output_THV = kernel.attend(
                 query_THK.float().contiguous(),
@@ -260,7 +262,7 @@ class Pass:
         self, query_THK: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scoring: Scoring
     ) -> torch.Tensor:
         output_THV = query_THK.new_zeros(
-            *query_THK.shape[:2], values.shape[-1], dtype=torch.float32
+            *query_THK.shape[:2], values.shape[-1], dtype=_wide(keys.dtype)
         )  # zeros for tokens of no request
         for segment, table in zip(self._real, self._tables, strict=True):
             num_seen = segment.position + segment.stop - segment.start
@@ -274,6 +276,11 @@ class Pass:
         return output_THV
 
 
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """The type that scores and sums have: fp32, or the type of keys and values where that is wider."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 def attend_in_torch(
     query_THK: torch.Tensor,
     keys: torch.Tensor,
@@ -282,16 +289,16 @@ def attend_in_torch(
     position: int,
     scoring: Scoring,
 ) -> torch.Tensor:
-    """`[T, H, V]` in fp32: consecutive queries of one request, the first at `position`, over gathered pages."""
+    """`[T, H, V]`, in fp32 or wider: consecutive queries of one request, the first at `position`, over gathered pages."""
     num_queries, heads, _ = query_THK.shape
-    groups = keys.shape[1]
+    groups, wide = keys.shape[1], _wide(keys.dtype)
     window = scoring.window or position + num_queries
     first_page = max(0, position - window + 1) // PAGE_TOKENS
     begin, end = first_page * PAGE_TOKENS, position + num_queries
     pages = table[first_page : -(-end // PAGE_TOKENS)]
-    key_GKS = keys[pages].permute(1, 2, 0, 3).flatten(2)[..., : end - begin].float()
-    value_GSV = values[pages].transpose(0, 1).flatten(1, 2)[:, : end - begin].float()
-    query_GRTK = query_THK.float().unflatten(1, (groups, -1)).permute(1, 2, 0, 3)
+    key_GKS = keys[pages].permute(1, 2, 0, 3).flatten(2)[..., : end - begin].to(wide)
+    value_GSV = values[pages].transpose(0, 1).flatten(1, 2)[:, : end - begin].to(wide)
+    query_GRTK = query_THK.to(wide).unflatten(1, (groups, -1)).permute(1, 2, 0, 3)
     scores_GRTS = (query_GRTK.flatten(1, 2) @ key_GKS).unflatten(1, (-1, num_queries)) * scoring.scale
     if scoring.softcap:
         scores_GRTS = torch.tanh(scores_GRTS / scoring.softcap) * scoring.softcap
@@ -299,7 +306,7 @@ def attend_in_torch(
     key_at = torch.arange(begin, end, device=query_THK.device)
     scores_GRTS.masked_fill_((key_at > query_at) | (key_at <= query_at - window), -torch.inf)
     if scoring.sinks is not None:
-        sinks_GRT1 = scoring.sinks.float().view(groups, -1, 1, 1).expand(-1, -1, num_queries, 1)
+        sinks_GRT1 = scoring.sinks.to(wide).view(groups, -1, 1, 1).expand(-1, -1, num_queries, 1)
         weights_GRTS = torch.cat([scores_GRTS, sinks_GRT1], -1).softmax(-1)[..., :-1]
     else:
         weights_GRTS = scores_GRTS.softmax(-1)

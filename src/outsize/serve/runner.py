@@ -92,35 +92,35 @@ class Runner:
             self._call if session is None else lambda arguments: walk(session, arguments),
         )
         assert isinstance(model, PreTrainedModel)
-        dtype = next(model.parameters()).dtype if session is None else session.dtype
         self.vocabulary = int(model.config.get_text_config(decoder=True).vocab_size)
         self.pass_tokens = pass_tokens or (
             PASS_TOKENS if self.device.type == "cpu" else PASS_TOKENS_ON_DEVICE
         )
         self.pass_rows = max(1, min(self.pass_tokens, LOGIT_ELEMENTS // self.vocabulary))
-        self.page_bytes = page_bytes(self.pageable.layers, dtype)
+        self.page_bytes = page_bytes(self.pageable.layers, self.pageable.dtype)
         sizes = self._sizes(session, kv, share)
         for num_pages in sizes:
             try:
-                self._open_pages(num_pages + 1, dtype)
+                self._open_pages(num_pages + 1)
                 return
             except BudgetError:
                 if num_pages == sizes[-1]:
                     raise
 
-    def _open_pages(self, num_pages: int, dtype: torch.dtype) -> None:
+    def _open_pages(self, num_pages: int) -> None:
         """Make pages, and place the model beside them. Raises BudgetError, and then there are none."""
-        self.kv = self._made(num_pages, dtype)
+        self.kv = self._made(num_pages)
         try:
             self._settle(self._session)
         except BudgetError:
             del self.kv
             raise
 
-    def _made(self, num_pages: int, dtype: torch.dtype) -> PagedKV:
+    def _made(self, num_pages: int) -> PagedKV:
         """Pages on the device. Raises BudgetError."""
         try:
-            return PagedKV(self.pageable.layers, num_pages, dtype, self.device, self.pageable.most_positions)
+            pageable = self.pageable
+            return PagedKV(pageable.layers, num_pages, pageable.dtype, self.device, pageable.most_positions)
         except torch.OutOfMemoryError as error:
             raise BudgetError(
                 f"the KV cache takes {format_bytes(num_pages * self.page_bytes)}, more than the device has free",
