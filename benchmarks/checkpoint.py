@@ -43,7 +43,7 @@ def write_model(folder: Path, hidden: int, layers: int) -> Path:
 
 
 def open_model(model: Path, folder: Path, home: str) -> tuple[Any, Any]:
-    opened = outsize.load(model, disk=folder, home=home, dtype="float32").train()
+    opened = outsize.load(model, disk=folder, home=home, dtype="float32", from_scratch=True).train()
     return opened, outsize.AdamW(opened, lr=1e-5, max_grad_norm=1.0)
 
 

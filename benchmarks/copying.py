@@ -91,6 +91,7 @@ def train(folder: Path, minutes: float) -> None:
         [
             "train",
             str(folder / "untrained"),
+            "--from-scratch",
             f"{folder}/train-edits.jsonl@0.85",
             f"{folder}/train-texts.jsonl@0.15",
             *("--out", str(folder / "trained"), "--minutes", str(minutes), "--lr", "2e-3"),

@@ -51,7 +51,7 @@ def open_model(case: dict[str, Any], folder: Path, **options: Any) -> Any:
         architectures=["LlamaForCausalLM"],
     )
     config.save_pretrained(folder / "model")
-    return outsize.load(folder / "model", disk=folder, dtype="float32", **options).train()
+    return outsize.load(folder / "model", disk=folder, dtype="float32", from_scratch=True, **options).train()
 
 
 def one(case: dict[str, Any], folder: Path, host: str, pins: dict[str, Any] | None) -> dict[str, Any]:

@@ -87,6 +87,7 @@ def one(run: Run, folder: Path, num_steps: int) -> dict[str, Any]:
         home=run.home if not run.resident else None,
         dtype=run.dtype,
         pins=pins if run.home == "disk" else None,
+        from_scratch=True,
     ).train()
     optimizer = outsize.AdamW(model, lr=1e-5, max_grad_norm=1.0)
     if run.commits:

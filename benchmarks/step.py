@@ -89,6 +89,7 @@ def offloaded(rows: int, seq_len: int, folder: Path, home: str) -> None:
         pins=None
         if home == "host"
         else outsize.Pins(resident_bytes=num_state_bytes // 4 if home == "auto" else 0),
+        from_scratch=True,
     )
     model.train()
     optimizer = outsize.AdamW(model, lr=1e-5, max_grad_norm=1.0)

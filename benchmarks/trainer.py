@@ -41,7 +41,7 @@ def plain_loop(folder: Path, num_steps: int) -> None:
 
     import outsize
 
-    model = outsize.load(folder / "untrained", disk=folder, dtype="float32").train()
+    model = outsize.load(folder / "untrained", disk=folder, dtype="float32", from_scratch=True).train()
     optimizer = outsize.AdamW(model, lr=1e-4, max_grad_norm=1.0)
     generator = torch.Generator().manual_seed(0)
     print("ready", flush=True)
@@ -86,6 +86,7 @@ def trainer(folder: Path, num_steps: int) -> None:
         batch_size=BATCH_SIZE,
         seq_len=SEQ_LEN,
         place=Place(disk=str(folder), dtype="float32"),
+        from_scratch=True,
     )
     with open(os.devnull, "w") as nowhere:
         console = Console(file=nowhere, force_terminal=True, width=120)

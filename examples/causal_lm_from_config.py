@@ -1,7 +1,8 @@
-"""Train a causal language model from nothing: no weights, only a configuration.
+"""Train a causal language model from scratch: no weights, only a configuration.
 
-A folder with a `config.json` is all `outsize.load` needs; weights are drawn block by block, straight to where they
-live. So the model may be larger than the memory from the first moment. The text is Python's standard library.
+A folder with a `config.json` is all that `outsize.load(..., from_scratch=True)` needs; weights are drawn block by
+block, straight to where they live. So the model may be larger than the memory from the first moment. The text is
+Python's standard library.
 
     python examples/causal_lm_from_config.py --host 2GiB --disk /nvme/scratch --out my-model
 """
@@ -57,7 +58,7 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as untrained:
         make_config(tokenizer, options.tiny).save_pretrained(untrained)
-        model = outsize.load(untrained, host=options.host, disk=options.disk)
+        model = outsize.load(untrained, host=options.host, disk=options.disk, from_scratch=True)
     model.train()
     optimizer = outsize.AdamW(model, lr=3e-3 if options.tiny else 1e-3, weight_decay=0.1, max_grad_norm=1.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(

@@ -92,7 +92,7 @@ def main() -> None:
         if options.base is None:
             make_base(made, [turn["content"] for turns in conversations for turn in turns], options.tiny)
         tokenizer = AutoTokenizer.from_pretrained(base, padding_side="right")
-        model = outsize.load(base, host=options.host, disk=options.disk)
+        model = outsize.load(base, host=options.host, disk=options.disk, from_scratch=options.base is None)
     if "{% generation %}" not in (tokenizer.chat_template or ""):
         tokenizer.chat_template = TEMPLATE
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token

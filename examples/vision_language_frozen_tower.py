@@ -86,7 +86,7 @@ def main() -> None:
         tempfile.TemporaryDirectory() as untrained
     ):  # in its place: the folder of a LLaVA, and its own processor
         make_config(tokenizer, size, options.tiny).save_pretrained(untrained)
-        model = outsize.load(untrained, host=options.host, disk=options.disk)
+        model = outsize.load(untrained, host=options.host, disk=options.disk, from_scratch=True)
     tower = model.model.vision_tower
     tower.requires_grad_(False)
     before = [parameter.detach().clone() for parameter in tower.parameters()]

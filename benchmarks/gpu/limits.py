@@ -71,7 +71,9 @@ def opened(folder: Path, size: str, **options: Any) -> tuple[Any, Any, Any]:
     import outsize
 
     config(size).save_pretrained(folder / "model")
-    model = outsize.load(folder / "model", disk=folder, dtype="bfloat16", **options).train()
+    model = outsize.load(
+        folder / "model", disk=folder, dtype="bfloat16", from_scratch=True, **options
+    ).train()
     optimizer = outsize.AdamW(model, lr=1e-5, max_grad_norm=1.0)
     generator = torch.Generator().manual_seed(0)
 

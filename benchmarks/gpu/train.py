@@ -95,6 +95,7 @@ def outsize_step(arguments: argparse.Namespace, folder: Path, *, home: str | Non
         dtype="bfloat16",
         compile=arguments.compile,
         attention=arguments.attention,
+        from_scratch=True,
     ).train()
     optimizer = outsize.AdamW(model, lr=1e-5, max_grad_norm=1.0)
     draw = batches(arguments.size, arguments.tokens)

@@ -263,6 +263,33 @@ def test_another_machine_is_planned_for_from_the_command_line(tmp_path, capsys, 
     assert "did you mean rtx4090-1ssd?" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("generate", "MODEL", "--prompt", "w1"),
+        ("quantize", "MODEL", "OUT", "--weights", "int8"),
+        ("plan", "MODEL"),
+        ("train", "MODEL", "DATA", "--out", "OUT"),
+        ("train", "MODEL", "DATA", "--out", "OUT", "--dry-run"),
+    ],
+)
+def test_no_command_runs_on_weights_that_are_not_there(arguments, model, data, tmp_path, capsys):
+    (model / "model.safetensors").rename(model / "model.safetensors.part")
+    places = {"MODEL": model, "DATA": data, "OUT": tmp_path / "out"}
+    assert run(*(places.get(word, word) for word in arguments)) == 1
+    printed = capsys.readouterr()
+    assert "unfinished download: model.safetensors.part" in printed.err and printed.out == ""
+    assert not (tmp_path / "out").exists()
+
+
+def test_from_scratch_is_asked_for(plain, tmp_path, data, capsys):
+    model = write_model(tmp_path / "bare", weights=False)
+    arguments = ("train", model, data, "--out", tmp_path / "out", "--steps", 1, "--seq-len", 16)
+    assert run(*arguments) == 1
+    assert "no weights" in (said := capsys.readouterr().err) and "--from-scratch" in said
+    assert run(*arguments, "--from-scratch") == 0
+
+
 def test_pins():
     assert options.pins_of([]) is None
     assert options.pins_of(["verify=false", "resident_bytes=0"]) == Pins(verify=False, resident_bytes=0)

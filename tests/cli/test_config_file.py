@@ -113,7 +113,11 @@ def test_every_option_reaches_its_setting():
     }
     arguments = [part for name, value in given.items() for part in (f"--{name}", value)]
     table = flat(
-        settings_of(resolve(options("m", "d@2", "--out", "o", "--overwrite", "--no-compile", *arguments)))
+        settings_of(
+            resolve(
+                options("m", "d@2", "--out", "o", "--overwrite", "--from-scratch", "--no-compile", *arguments)
+            )
+        )
     )
     asked = {
         "compile": False,
@@ -121,6 +125,7 @@ def test_every_option_reaches_its_setting():
         "data": "d@2",
         "out": "o",
         "overwrite": True,
+        "from-scratch": True,
         "eval": None,
         "epochs": None,
     }

@@ -86,7 +86,9 @@ def test_inference_is_predicted_without_backward(tmp_path):
 def test_inputs_on_disk_move_as_many_bytes_as_predicted(kept_blocks, tmp_path, monkeypatch):
     monkeypatch.setattr(keep, "LEAST_BYTES", 1)
     pins = Pins(inputs="disk", kept_blocks=kept_blocks)
-    model = outsize.load(wide(tmp_path), disk=tmp_path, dtype="float32", home="host", pins=pins).train()
+    model = outsize.load(
+        wide(tmp_path), from_scratch=True, disk=tmp_path, dtype="float32", home="host", pins=pins
+    ).train()
     ids = torch.zeros(4, 64, dtype=torch.long)
     for _ in range(2):
         before = outsize.report(model)
@@ -105,7 +107,9 @@ def test_inputs_on_disk_move_as_many_bytes_as_predicted(kept_blocks, tmp_path, m
 )
 def test_a_commit_copies_as_many_bytes_as_predicted(home, pins, tmp_path):
     """What lives in memory is copied for each commit, what lives on disk is not."""
-    model = outsize.load(wide(tmp_path), disk=tmp_path, dtype="float32", home=home, pins=pins).train()
+    model = outsize.load(
+        wide(tmp_path), from_scratch=True, disk=tmp_path, dtype="float32", home=home, pins=pins
+    ).train()
     optimizer = outsize.AdamW(model, lr=1e-3)
     outsize.checkpoint.resume(model, optimizer, tmp_path / "run")
     ids = torch.zeros(2, 8, dtype=torch.long)
@@ -162,7 +166,9 @@ def trained_with_choices(tmp_path):
     """A model that was opened with a profile, one step, and what could have been chosen."""
     folder = wide(tmp_path)
     host = f"{(outsize.preview(folder, disk=tmp_path, home='disk', dtype='float32', seq_len=16).host_bytes >> 20) + 200}MiB"
-    model = outsize.load(folder, disk=tmp_path, dtype="float32", host=host, profile=SLOW).train()
+    model = outsize.load(
+        folder, from_scratch=True, disk=tmp_path, dtype="float32", host=host, profile=SLOW
+    ).train()
     outsize.AdamW(model)
     ids = torch.zeros(1, 16, dtype=torch.long)
     model(input_ids=ids, labels=ids).loss.backward()
@@ -190,7 +196,9 @@ def test_a_faster_plan_is_named_when_what_was_measured_shows_one(tmp_path):
 
 
 def test_no_plan_is_named_where_none_were_compared(tmp_path):
-    model = outsize.load(wide(tmp_path), disk=tmp_path, dtype="float32", home="disk").train()
+    model = outsize.load(
+        wide(tmp_path), from_scratch=True, disk=tmp_path, dtype="float32", home="disk"
+    ).train()
     outsize.AdamW(model)
     ids = torch.zeros(1, 16, dtype=torch.long)
     model(input_ids=ids, labels=ids).loss.backward()

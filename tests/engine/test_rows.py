@@ -123,5 +123,5 @@ def test_an_id_without_a_row_is_refused(folder):
 def test_a_table_that_is_computed_is_visited(folder, tmp_path):
     """Weights from nothing depend on how a table is cut: its rows are those of its blocks."""
     (tmp_path / "config.json").write_text((folder / "config.json").read_text())
-    trains, reads = (outsize.load(tmp_path, dtype="float32", seed=1) for _ in range(2))
+    trains, reads = (outsize.load(tmp_path, dtype="float32", from_scratch=True, seed=1) for _ in range(2))
     assert torch.equal(logits_of(reads.requires_grad_(False)), logits_of(trains))

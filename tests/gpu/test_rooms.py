@@ -92,7 +92,7 @@ def test_what_is_predicted_to_move_is_what_moves(home, profile, tmp_path):
     """Over the link, to the byte; times are another matter."""
     ZOO["llama"].build().config.save_pretrained(tmp_path / "model")
     options = {"device": 1 << 30, "disk": tmp_path, "home": home, "dtype": "bfloat16"}
-    model = outsize.load(tmp_path / "model", **options).train()
+    model = outsize.load(tmp_path / "model", from_scratch=True, **options).train()
     optimizer = outsize.AdamW(model)
     ids = torch.randint(4, 190, (4, 16), generator=torch.Generator().manual_seed(0))
     for step in range(4):

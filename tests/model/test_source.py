@@ -1,5 +1,7 @@
 import json
+import re
 from concurrent.futures import ThreadPoolExecutor
+from typing import ClassVar
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from outsize.errors import ModelError, StorageError, WeightsError
-from outsize.model import InitSource, SafetensorsSource, TensorSource, cut, open_skeleton
+from outsize.model import InitSource, SafetensorsSource, TensorSource, cut, has_weights, open_skeleton
 from outsize.model.direct import FileReader
 from tests.model.helpers import assert_reads, edit_json, read, rows
 from tests.zoo import ZOO, plain_stack, seeded
@@ -163,7 +165,8 @@ def test_plain_module(tmp_path):
 
 def test_unknown_keys_are_listed(llama):
     change_weights(llama, lambda tensors: tensors.update(surplus=torch.zeros(3)))
-    assert opened(llama)[0].unexpected == ["surplus"]
+    with pytest.warns(RuntimeWarning, match="not read: surplus"):
+        assert opened(llama)[0].unexpected == ["surplus"]
 
 
 def test_either_name_of_a_tied_table_will_do_and_both_must_agree(tmp_path):
@@ -188,13 +191,90 @@ def test_either_name_of_a_tied_table_will_do_and_both_must_agree(tmp_path):
 # Errors
 
 
-def test_no_weights(llama):
-    (llama / "model.safetensors").unlink()
-    with pytest.raises(WeightsError, match=r"no model.safetensors[\s\S]*hint:"):
+@pytest.mark.parametrize(
+    ("names", "said", "advised"),
+    [
+        ((), "has a config.json and no weights", "from_scratch=True"),
+        (("model.safetensors.part",), "unfinished download: model.safetensors.part", "finish the download"),
+        (("model.safetensors.incomplete",), "unfinished download", "finish the download"),
+        (
+            ("model-00001-of-00002.safetensors",),
+            "shards without model.safetensors.index.json: model-00001-of-00002.safetensors",
+            "fetch model.safetensors.index.json",
+        ),
+        (("adapter_config.json", "adapter_model.safetensors"), "a peft adapter", "base model"),
+        (("consolidated.safetensors",), "names that transformers does not use", "convert it"),
+        (("model.fp16.safetensors",), "under another name", "rename it"),
+        (("pytorch_model.bin",), "pickled weights", "save_pretrained writes safetensors"),
+        (("pytorch_model.pt",), "pickled weights", "save_pretrained writes safetensors"),
+        (("pytorch_model.bin.index.json", "pytorch_model-00001-of-00002.bin"), "pickled weights", "save_pre"),
+        (("consolidated.00.pth", "params.json"), "pickled weights under names", "convert it"),
+        (("model-Q4_K_M.gguf",), "GGUF weights, expected safetensors: model-Q4_K_M.gguf", "gguf_file=NAME"),
+        (("tf_model.h5",), "another framework", "save it again"),
+        (("fp16/model.safetensors",), "its folder fp16 has model.safetensors", "move the weights from"),
+        (("checkpoint-5/model.safetensors", "checkpoint-5/config.json"), "its folder checkpoint-5", "pass "),
+        (("training_args.bin", "README.md"), "has a config.json and no weights", "from_scratch=True"),
+    ],
+)
+def test_a_folder_without_weights_is_refused_by_what_it_has(names, said, advised, tmp_path):
+    ZOO["llama"].build().config.save_pretrained(tmp_path)
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    with pytest.raises(WeightsError, match=re.escape(said)) as caught:
+        opened(tmp_path)
+    assert advised in caught.value.hint
+    if "no weights" in said:
+        assert not has_weights(tmp_path)
+    else:
+        with pytest.raises(WeightsError, match=re.escape(said)):
+            has_weights(tmp_path)
+
+
+def test_a_link_to_nothing_and_a_pointer_of_git_lfs_are_named(llama):
+    file = llama / "model.safetensors"
+    file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 12\n")
+    with pytest.raises(WeightsError, match=r"pointer of Git LFS[\s\S]*git lfs pull"):
         opened(llama)
-    (llama / "pytorch_model.bin").write_bytes(b"")
-    with pytest.raises(WeightsError, match=r"only pickled weights \(.bin\)"):
+    file.unlink()
+    file.symlink_to(llama / "blob")
+    with pytest.raises(WeightsError, match="a link to a file that does not exist"):
         opened(llama)
+
+
+class _Optional(nn.Module):
+    """Says, as some models of transformers do, that files need not hold two of its parameters."""
+
+    _keys_to_ignore_on_load_missing: ClassVar = ["scale", "head"]
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.scale = nn.LayerNorm(4)
+        self.register_buffer("shift", torch.zeros(2))
+
+
+def test_optional_parameters_are_computed_and_never_random(tmp_path):
+    model = _Optional()
+    stored = {name: value for name, value in model.state_dict().items() if not name.startswith("scale")}
+    save_file(stored, tmp_path / "model.safetensors")
+    assert_reads(SafetensorsSource(tmp_path, _Optional()), cut(model), model)
+    save_file(
+        {name: value for name, value in stored.items() if name != "head.weight"},
+        tmp_path / "model.safetensors",
+    )
+    with pytest.raises(WeightsError, match=r"has no weights for head\.weight"):
+        SafetensorsSource(tmp_path, _Optional())
+
+
+def test_buffers_that_are_absent_are_named(tmp_path):
+    model = _Optional()
+    save_file(
+        {name: value for name, value in model.state_dict().items() if name != "shift"},
+        tmp_path / "model.safetensors",
+    )
+    with pytest.warns(RuntimeWarning, match="no values for the buffers shift"):
+        SafetensorsSource(tmp_path, model)
 
 
 def test_absent_shard_and_bad_index(tmp_path):
@@ -207,8 +287,8 @@ def test_absent_shard_and_bad_index(tmp_path):
     victim.write_bytes(content)
     index = tmp_path / "model.safetensors.index.json"
     for text, message in [
-        ("{}", "no index"),
-        ("{", "no index"),
+        ("{}", "not an index"),
+        ("{", "not an index"),
         (json.dumps({"weight_map": {"a": "../outside.safetensors"}}), "outside its folder"),
     ]:
         index.write_text(text)

@@ -17,7 +17,8 @@ from outsize.engine import memory
 dtype, spare_mib, rows, folder = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
 config_folder, disk = folder + "/model", folder + "/disk"
 torch.set_num_threads(1)
-model = outsize.load(config_folder, dtype=dtype, disk=disk, host=memory.resident_bytes() + (spare_mib << 20)).train()
+model = outsize.load(config_folder, dtype=dtype, disk=disk, host=memory.resident_bytes() + (spare_mib << 20),
+                     from_scratch=True).train()
 optimizer = outsize.AdamW(model, lr=1e-3, max_grad_norm=1.0)
 generator = torch.Generator().manual_seed(0)
 losses = []

@@ -13,7 +13,7 @@ from torch import nn
 import outsize
 from outsize import Pins
 from outsize.engine.session import session_of
-from outsize.errors import ModelError, UsageError
+from outsize.errors import ModelError, UsageError, WeightsError
 from outsize.model import export
 from tests.model.helpers import stored
 from tests.running import (
@@ -142,14 +142,16 @@ def test_saving_over_something_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_config_alone_is_initialised_and_trains(dtype, tmp_path):
+def test_a_config_alone_is_initialised_where_that_is_asked_for(dtype, tmp_path):
     ZOO["llama_tied"].config().save_pretrained(tmp_path / "model")
+    with pytest.raises(WeightsError, match=r"no weights[\s\S]*from_scratch=True"):
+        outsize.load(tmp_path / "model", dtype=dtype)
     losses, models = [], []
     for index, seed in enumerate((0, 0, 1)):
         folder = tmp_path / str(index)
         folder.mkdir()
         options = {"home": "disk", "disk": folder} if index == 0 else {}
-        model = outsize.load(tmp_path / "model", dtype=dtype, seed=seed, **options).train()
+        model = outsize.load(tmp_path / "model", from_scratch=True, dtype=dtype, seed=seed, **options).train()
         batch = ZOO["llama_tied"].batch()
         losses.append(train(model, [batch] * 8, adamw(model, lr=1e-2)))
         models.append(values_of(model))

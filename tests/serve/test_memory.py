@@ -18,7 +18,7 @@ folder = sys.argv[1]
 torch.set_num_threads(1)
 options = {"weights": sys.argv[2]} if sys.argv[2] else {"dtype": "float32"}
 host = memory.resident_bytes() + (int(sys.argv[3]) << 20)
-model = outsize.load(folder + "/model", disk=folder + "/disk", host=host, **options)
+model = outsize.load(folder + "/model", disk=folder + "/disk", host=host, from_scratch=True, **options)
 engine = Engine(model.requires_grad_(False), pass_tokens=128)
 generator = torch.Generator().manual_seed(0)
 for length in (900, 3, 200, 17, 1, 64):

@@ -9,7 +9,14 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 import outsize
 from outsize.plan.profile import Resource
@@ -64,10 +71,10 @@ class PlainApi:
         self.recorded = []
         self.spoil = spoil
 
-    def load(self, path, *, seed=0, **place):
+    def load(self, path, *, from_scratch=False, seed=0, **place):
         self.loaded.append((Path(path), place))
         torch.manual_seed(seed)
-        if (Path(path) / "model.safetensors").exists():
+        if not from_scratch:
             model = AutoModelForCausalLM.from_pretrained(path, dtype="float32")
         else:
             model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path))
@@ -116,8 +123,8 @@ def write_data(folder):
     return path
 
 
-def write_model(folder, *, vocab_size=64, tokenizer=True, eos="<eos>", positions=32, **changes):
-    LlamaConfig(
+def write_model(folder, *, vocab_size=64, tokenizer=True, eos="<eos>", positions=32, weights=True, **changes):
+    config = LlamaConfig(
         vocab_size=vocab_size,
         **{"hidden_size": 16, "intermediate_size": 32, **changes},
         num_hidden_layers=2,
@@ -128,7 +135,13 @@ def write_model(folder, *, vocab_size=64, tokenizer=True, eos="<eos>", positions
         architectures=["LlamaForCausalLM"],
         bos_token_id=0,
         eos_token_id=0,
-    ).save_pretrained(folder)
+    )
+    if weights:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            LlamaForCausalLM(config).save_pretrained(folder)
+    else:
+        config.save_pretrained(folder)
     if tokenizer:
         word_tokenizer(eos).save_pretrained(folder)
     return folder

@@ -31,6 +31,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "max_grad_norm": (int, float, str),
     "overwrite": (bool,),
     "resume": (bool,),
+    "from_scratch": (bool,),
     "compile": (bool,),
 }
 _EXAMPLES = {int: "100", float: "0.1", bool: "true", str: '"..."'}

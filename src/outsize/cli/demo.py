@@ -143,6 +143,7 @@ def _train(
         seq_len=size.seq_len,
         learning=Learning(lr=1.5e-3, warmup_steps=8),
         place=Place(disk=str(out / "store"), home="disk", pins=Pins(resident_bytes=RESIDENT_BYTES)),
+        from_scratch=True,
     )
     return train(settings, api=api, watchers=[progress_on(console)])
 

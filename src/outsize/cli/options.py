@@ -19,7 +19,7 @@ Commands = argparse._SubParsersAction  # the type that add_subparsers returns ha
 PLACE_OPTIONS = ("device", "host", "disk", "home", "dtype", "attention", "pin")
 """What `add_place` adds, by destination."""
 
-MODEL_HELP = "folder of a Hugging Face model; with a config.json alone, weights start from nothing"
+MODEL_HELP = "folder of a Hugging Face model"
 
 
 def command(

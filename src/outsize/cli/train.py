@@ -44,6 +44,7 @@ _DEFAULTS: dict[str, Any] = {
     "too_long": "error",
     "keep": 1,
     "resume": False,
+    "from_scratch": False,
     "eval": [],
     "optimizer": "adamw",
     "lr": 1e-5,
@@ -74,6 +75,12 @@ def add_parser(commands: shared.Commands[argparse.ArgumentParser]) -> None:
     parser.add_argument("--config", type=Path, metavar="FILE", help="read options from a TOML file")
     parser.add_argument(
         "--dry-run", action="store_true", help="print the resolved options and the plan, and stop"
+    )
+    parser.add_argument(
+        "--from-scratch",
+        action="store_true",
+        default=None,
+        help="begin with random weights drawn from --seed: of MODEL, only its config and tokenizer are read",
     )
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--steps", type=int, metavar="N", help="number of updates")
@@ -123,7 +130,7 @@ def _add_data(data: argparse._ArgumentGroup) -> None:
         choices=["error", "skip", "cut"],
         help="what to do with conversations longer than a sequence",
     )
-    _add(data, "--seed", type=int, help="for the order of the data and dropout")
+    _add(data, "--seed", type=int, help="for the order of the data, dropout and --from-scratch")
 
 
 def _add_evaluation(evaluating: argparse._ArgumentGroup) -> None:
@@ -276,6 +283,7 @@ def settings_of(values: dict[str, Any]) -> TrainSettings:
             on_device_full=_choice(OnDeviceFull, "on_device_full", values["on_device_full"]),
             compile=get("compile"),
         ),
+        from_scratch=values["from_scratch"],
         seed=values["seed"],
         overwrite=values["overwrite"],
         trackers=tuple(values["tracker"]),
@@ -286,7 +294,10 @@ def settings_of(values: dict[str, Any]) -> TrainSettings:
 def _dry_run(settings: TrainSettings, values: dict[str, Any]) -> int:
     """Print the options as a config file, and the plan."""
     import outsize
+    from outsize.model import find_weights, resolve_folder
 
+    if not settings.from_scratch:
+        find_weights(resolve_folder(settings.model))
     print(write_config(values))
     place = settings.place
     summary = outsize.preview(
@@ -301,6 +312,7 @@ def _dry_run(settings: TrainSettings, values: dict[str, Any]) -> int:
         attention=place.attention,
         batch_size=settings.batch_size,
         seq_len=settings.seq_len,
+        from_scratch=settings.from_scratch,
         profile=shared.profile_of(place.disk),
     )
     print("\n".join(f"# {line}".rstrip() for line in str(summary).splitlines()))

@@ -24,6 +24,7 @@ from outsize.model import (
     TensorSource,
     cut,
     encoded,
+    find_weights,
     open_skeleton,
     parse_weights,
     resolve_folder,
@@ -48,6 +49,7 @@ def load(
     compile: bool | None = None,
     attention: str | None = None,
     profile: Profile | None = None,
+    from_scratch: bool = False,
     seed: int = 0,
     trust_remote_code: bool = False,
 ) -> nn.Module:
@@ -60,8 +62,10 @@ def load(
     seconds at the first call. With `on_device_full="retry"` a call that runs out of the device's memory goes on by
     itself: what failed is computed again in less. `compile=True` runs layers through `torch.compile`, one compilation
     for all that are alike; None: as the run did that is resumed, or else not. `attention` names an implementation of
-    transformers, such as "flash_attention_2"; None: that of the model's config, or else torch's own. A folder with a
-    `config.json` and no weights is initialised from `seed`.
+    transformers, such as "flash_attention_2"; None: that of the model's config, or else torch's own.
+
+    `from_scratch=True` reads no weights: the model that `config.json` describes gets random ones by its own rules, drawn
+    from `seed`. Otherwise a folder without weights in safetensors is refused.
 
     `weights="int4"` or "int8" keeps the matrices of layers in few bits, for generating text: they are encoded as
     they are read, or once, where `save` wrote the model so opened to a folder. Nothing in such a model trains.
@@ -70,18 +74,20 @@ def load(
     """
     folder = resolve_folder(path)
     wanted, stored = parse_weights(weights), stored_weights(folder)
+    if not from_scratch:
+        find_weights(folder)
+    elif stored is not None:
+        raise ConfigError(
+            f"from_scratch=True, and the weights of {folder} are in {stored}",
+            hint="pass the folder of the original model",
+        )
     if wanted is not None or stored is not None:
         dtype = few_bits_dtype(dtype)
     settings = resolve_settings(device, host, disk, home, dtype, pins, on_device_full, compile)
     module = open_skeleton(
         folder, DTYPES[settings.compute_type], trust_remote_code=trust_remote_code, attention=attention
     )
-    source: Source
-    patterns = ("*.safetensors", "*.bin", "*.index.json")
-    if stored is not None or any(any(folder.glob(pattern)) for pattern in patterns):
-        source = SafetensorsSource(folder, module)
-    else:
-        source = InitSource(module, seed)
+    source: Source = InitSource(module, seed) if from_scratch else SafetensorsSource(folder, module)
     if wanted is not None and wanted is not stored:
         if stored is not None:
             raise ConfigError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -24,6 +25,7 @@ from outsize.model import (
     TensorSource,
     attention_of,
     cut,
+    has_weights,
     is_quantized,
     longest_sequence,
     open_skeleton,
@@ -61,6 +63,7 @@ def preview(
     batch_size: int = 1,
     seq_len: int = 512,
     train: bool = True,
+    from_scratch: bool = False,
     profile: Profile | None = None,
     hardware: Profile | None = None,
 ) -> PlanSummary:
@@ -68,13 +71,15 @@ def preview(
 
     With a `profile` of this machine one block of each kind is timed, plans are compared, and a step is predicted. With
     `hardware`, the profile of another machine, that one is planned for: its memory is the budget where none is given, and
-    operations are counted instead of timed. `compile` and `attention` as in `load`.
-    Reads no weights and stores nothing. Raises ModelError or ConfigError for what cannot be opened at all.
+    operations are counted instead of timed. `compile`, `attention` and `from_scratch` as in `load`.
+    Reads no weights and stores nothing: a `config.json` is enough. Raises ModelError or ConfigError for what cannot be
+    opened at all, WeightsError for a folder whose weights `load` would refuse.
     """
     for name, value in (("batch_size", batch_size), ("seq_len", seq_len)):
         if value < 1:
             raise ConfigError(f"{name}: {value} is less than 1", hint=f"pass {name} 1 or more")
     folder = resolve_folder(path)
+    weights_are_there = from_scratch or has_weights(folder)
     if stored_weights(folder) is not None:
         dtype = api.few_bits_dtype(dtype)
     if hardware is None:
@@ -113,7 +118,7 @@ def preview(
     else:
         module.requires_grad_(False)
     with on_paper() if hardware is not None else nullcontext(), torch.set_grad_enabled(train):
-        return _summary(session, batch_size, seq_len)
+        return replace(_summary(session, batch_size, seq_len), has_weights=weights_are_there)
 
 
 def _summary(session: Session, batch_size: int, seq_len: int) -> PlanSummary:

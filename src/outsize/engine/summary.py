@@ -53,9 +53,13 @@ class PlanSummary:
     """What attention is computed with; None where the model has no choice."""
     pins: str = ""
     """Those that choose this plan, whatever is known of the machine."""
+    has_weights: bool = True
+    """False where the folder has a config alone."""
 
     def __str__(self) -> str:
         lines = [f"{self.num_parameters / 1e6:,.1f} M parameters in {self.num_blocks} blocks"]
+        if not self.has_weights:
+            lines.append("the folder has no weights: this plan is made from config.json alone")
         if not self.fits:
             return "\n".join([*lines, f"does not fit: {self.reason}"])
         lines += ["", *self._drawn(), ""]

@@ -14,7 +14,7 @@ from outsize.model.export import write_companions, write_folder
 from outsize.model.initial import InitSource
 from outsize.model.points import Binding, Cut, Point, PointKind
 from outsize.model.quantized import is_quantized, parse_weights, stored_weights
-from outsize.model.shards import READ_BUFFERS_BYTES
+from outsize.model.shards import READ_BUFFERS_BYTES, find_weights, has_weights
 from outsize.model.skeleton import longest_sequence, open_skeleton, resolve_folder
 from outsize.model.source import SafetensorsSource, Source, TensorSource
 from outsize.model.tokenizer import load_tokenizer
@@ -33,6 +33,8 @@ __all__ = [
     "attention_of",
     "cut",
     "encoded",
+    "find_weights",
+    "has_weights",
     "is_quantized",
     "load_tokenizer",
     "longest_sequence",

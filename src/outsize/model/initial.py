@@ -75,6 +75,16 @@ class InitSource:
         """The parameter in fp32, and what it is computed from."""
         return 8 * piece.num_elements
 
+    def is_random(self, parameter: str) -> bool:
+        """Whether the rules draw `parameter`; False where its values follow from the model's config.
+
+        Takes memory for the first rows of it, or for all of it where the rules need it whole.
+        """
+        drawn = self._draw_twice(self._first_rows(parameter))
+        if drawn is None:
+            drawn = self._draw_twice(Piece(parameter, self._shapes[parameter]))
+        return drawn is None or not torch.equal(*drawn)
+
     def gives_rows(self, parameter: str) -> bool:
         """Never: rows of a table have values of their own wherever it is cut."""
         return False
@@ -96,16 +106,26 @@ class InitSource:
         if piece.is_whole:
             return False
         if piece.parameter not in self._computed:
-            shape = self._shapes[piece.parameter]
-            count = min(_PROBE_ROWS, shape[0])
-            probe = Piece(piece.parameter, (count, *shape[1:]), 0, count)
-            try:
-                one, other = (self._initialise(Block(name, (probe,)))[0] for name in ("one", "other"))
-                computed = torch.equal(one, other) and not bool((one == one[:1]).all())
-            except ModelError:
-                computed = True
-            self._computed[piece.parameter] = computed
+            drawn = self._draw_twice(self._first_rows(piece.parameter))
+            self._computed[piece.parameter] = drawn is None or (
+                torch.equal(*drawn) and not bool((drawn[0] == drawn[0][:1]).all())
+            )
         return self._computed[piece.parameter]
+
+    def _first_rows(self, parameter: str) -> Piece:
+        shape = self._shapes[parameter]
+        if not shape:
+            return Piece(parameter, shape)
+        count = min(_PROBE_ROWS, shape[0])
+        return Piece(parameter, (count, *shape[1:]), 0, count)
+
+    def _draw_twice(self, piece: Piece) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Values of `piece` from two generators; None where the rules fail on it."""
+        try:
+            one, other = (self._initialise(Block(name, (piece,)))[0] for name in ("one", "other"))
+        except ModelError:
+            return None
+        return one, other
 
     def _whole(self, piece: Piece) -> Block:
         return Block(piece.parameter, (Piece(piece.parameter, self._shapes[piece.parameter]),))

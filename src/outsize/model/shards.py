@@ -24,6 +24,13 @@ READ_BUFFERS_BYTES = BUFFERS_BYTES + 2 * _STAGING_BYTES
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _MAX_HEADER_BYTES = 100_000_000
+_PARTIAL = ("*.part", "*.partial", "*.incomplete", "*.crdownload", "*.download", "*.aria2", "*.tmp")
+"""What tools name a file that they have not downloaded to its end."""
+_NOT_WEIGHTS = {"training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth", "scaler.pt"}
+"""What a Trainer leaves beside weights."""
+_NAMED = 5
+"""Files that a message names."""
+_LFS = b"version https://git-lfs"
 
 DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
@@ -70,7 +77,7 @@ class Shards:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.tensors: dict[str, StoredTensor] = {}
-        for file in _weight_files(folder):
+        for file in find_weights(folder):
             self.tensors.update(_read_header(file))
         self._reader = FileReader()
 
@@ -123,39 +130,142 @@ class Shards:
         return self._reader.start_read(stored.file, stored.offset + start * stored.dtype.itemsize, buffer)
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def find_weights(folder: Path) -> list[Path]:
+    """The safetensors files of a model's folder; of these only the index is read.
+
+    Raises WeightsError where the folder has none that can be opened: it names the files that look like weights, and says
+    how to turn them into safetensors.
+    """
     if (folder / _SINGLE).is_file():
         return [folder / _SINGLE]
     if (folder / _INDEX).is_file():
-        try:
-            names = sorted(set(json.loads((folder / _INDEX).read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise WeightsError(f"{folder / _INDEX} is no index of safetensors files: {error}") from error
-        files = [folder / name for name in names]
-        if outside := [name for name in names if Path(name).name != name]:
-            raise WeightsError(f"{folder / _INDEX} names a file outside its folder: {outside[0]}")
-        if absent := [file.name for file in files if not file.is_file()]:
-            raise WeightsError(
-                f"{folder / _INDEX} names {len(files)} files, "
-                f"{len(absent)} are absent: {', '.join(absent[:5])}",
-                hint="fetch the missing files again",
-            )
-        return files
-    if sorted(folder.glob("*.bin")) or sorted(folder.glob("*.pt")) or sorted(folder.glob("*.pth")):
+        return _indexed_files(folder)
+    raise _unusable(folder) or WeightsError(
+        f"{folder} has a config.json and no weights",
+        hint=f"fetch {_SINGLE} into it; to train from random weights: outsize.load(..., from_scratch=True), "
+        "or outsize train --from-scratch",
+    )
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether `folder` holds weights; False where nothing in it looks like any.
+
+    Raises WeightsError as `find_weights` does, for files that look like weights and cannot be opened.
+    """
+    if (folder / _SINGLE).is_file() or (folder / _INDEX).is_file():
+        return bool(find_weights(folder))
+    if (error := _unusable(folder)) is not None:
+        raise error
+    return False
+
+
+def _indexed_files(folder: Path) -> list[Path]:
+    try:
+        names = sorted(set(json.loads((folder / _INDEX).read_text())["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise WeightsError(f"{folder / _INDEX} is not an index of safetensors files: {error}") from error
+    files = [folder / name for name in names]
+    if outside := [name for name in names if Path(name).name != name]:
+        raise WeightsError(f"{folder / _INDEX} names a file outside its folder: {outside[0]}")
+    if absent := [file.name for file in files if not file.is_file()]:
         raise WeightsError(
-            f"{folder} has only pickled weights (.bin), expected safetensors",
-            hint="load it with transformers once and save it again: save_pretrained writes safetensors",
+            f"{folder / _INDEX} names {len(files)} files, "
+            f"{len(absent)} are absent: {', '.join(absent[:_NAMED])}{_leftovers(folder)}",
+            hint="fetch the missing files again",
         )
-    raise WeightsError(f"no {_SINGLE} and no {_INDEX} in {folder}", hint="pass a folder with weights")
+    return files
+
+
+_CONVERT = "load it with transformers once and save it again: save_pretrained writes safetensors"
+_UNUSABLE: tuple[tuple[tuple[str, ...], str, str], ...] = (
+    (
+        _PARTIAL,
+        "an unfinished download",
+        "finish the download, then try again; a file that is complete must be renamed to its final name",
+    ),
+    (
+        ("model-*-of-*.safetensors",),
+        f"shards without {_INDEX}",
+        f"fetch {_INDEX}, and every file that it names",
+    ),
+    (
+        ("adapter_config.json", "adapter_model.*"),
+        "a peft adapter, which holds no weights of its base model",
+        "pass the folder of the base model; to use the adapter, merge it with peft first",
+    ),
+    (
+        ("consolidated*.safetensors",),
+        "weights under names that transformers does not use",
+        f"fetch the {_SINGLE} of the same model, or convert it with the script that transformers has for it",
+    ),
+    (("*.safetensors",), f"safetensors under another name than {_SINGLE}", f"rename it to {_SINGLE}"),
+    (
+        ("consolidated*.pth",),
+        "pickled weights under names that transformers does not use",
+        f"fetch the {_SINGLE} of the same model, or convert it with the script that transformers has for it",
+    ),
+    (("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl"), "pickled weights, expected safetensors", _CONVERT),
+    (
+        ("*.gguf",),
+        "GGUF weights, expected safetensors",
+        "load it with transformers once, from_pretrained(FOLDER, gguf_file=NAME), and save_pretrained it",
+    ),
+    (
+        ("*.h5", "*.msgpack", "*.onnx", "*.npz", "*.nemo", "*.ot"),
+        "weights of another framework",
+        _CONVERT,
+    ),
+)
+"""What a folder may hold in the place of safetensors: patterns, what the files are, and a hint. The first that matches."""
+
+
+def _unusable(folder: Path) -> WeightsError | None:
+    """What `folder` has in the place of weights that can be opened, as an error; None where it has nothing."""
+    if dangling := [name for name in (_SINGLE, _INDEX) if (folder / name).is_symlink()]:
+        return WeightsError(
+            f"{folder / dangling[0]} is a link to a file that does not exist", hint="fetch the file again"
+        )
+    for patterns, what, hint in _UNUSABLE:
+        if found := _matching(folder, patterns):
+            return WeightsError(f"{folder} has no {_SINGLE}, but {what}: {_listed(found)}", hint=hint)
+    patterns = ("*.safetensors", *(pattern for group, _, _ in _UNUSABLE for pattern in group))
+    for inner in sorted(child for child in folder.iterdir() if child.is_dir()):
+        if found := _matching(inner, patterns):
+            is_model = (inner / "config.json").is_file()
+            return WeightsError(
+                f"{folder} has no {_SINGLE}; its folder {inner.name} has {_listed(found)}",
+                hint=f"pass {inner}" if is_model else f"move the weights from {inner} to {folder}",
+            )
+    return None
+
+
+def _matching(folder: Path, patterns: tuple[str, ...]) -> list[str]:
+    return sorted({file.name for pattern in patterns for file in folder.glob(pattern)} - _NOT_WEIGHTS)
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return ", ".join(names[:_NAMED]) + more
+
+
+def _leftovers(folder: Path) -> str:
+    found = _matching(folder, _PARTIAL)
+    return f"; unfinished downloads: {_listed(found)}" if found else ""
 
 
 def _read_header(file: Path) -> dict[str, StoredTensor]:
     size = file.stat().st_size
     with file.open("rb") as stream:
-        header_size = int.from_bytes(stream.read(8), "little")
+        start = stream.read(len(_LFS))
+        if start == _LFS:
+            raise WeightsError(
+                f"{file} is a pointer of Git LFS, not the file itself", hint="run git lfs pull in its folder"
+            )
+        stream.seek(8)
+        header_size = int.from_bytes(start[:8], "little")
         if size < 8 or header_size > min(size - 8, _MAX_HEADER_BYTES):
             raise WeightsError(
-                f"{file} is no safetensors file, or cut short: "
+                f"{file} is not a safetensors file, or cut short: "
                 f"{size} bytes with a header of {header_size} bytes",
                 hint="fetch the file again",
             )

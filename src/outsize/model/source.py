@@ -7,7 +7,8 @@ caller's affair. Reading is lazy and repeatable: weights stay in their files unt
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
@@ -25,6 +26,8 @@ from outsize.model.names import parameter_aliases, parameter_shapes, persistent_
 from outsize.model.shards import Shards
 
 _COMPARE_ELEMENTS = 1 << 20
+_NAMED = 5
+"""Tensors that a message names."""
 
 
 class Source(Protocol):
@@ -68,10 +71,11 @@ class SafetensorsSource:
     parameter, up to three times its size). Reading is safe from several threads.
 
     A parameter that the model says may be absent (`_keys_to_ignore_on_load_missing`, such as sinusoidal
-    tables) is computed by the model's own rules.
+    tables) is computed by the model's own rules, unless these would draw it at random.
 
     Raises WeightsError, before anything is trained, where files are absent or cut short, a parameter has no
-    key, or a shape differs. Keys that the model does not know are listed in `unexpected`.
+    key, or a shape differs. Warns of buffers that are not in the files, and of keys that the model does not know, which
+    are listed in `unexpected`.
     """
 
     def __init__(self, folder: str | Path, module: nn.Module) -> None:
@@ -84,11 +88,12 @@ class SafetensorsSource:
         self._groups: dict[str, Group]
         self._groups, found, self.unexpected = group_keys(module, names, shapes)
         self._computed: set[str] = set()
-        self._stored_name = self._choose_names(aliases)
-        self._initial = InitSource(module, 0) if self._computed else None
+        self._stored_name, absent = self._choose_names(aliases)
+        self._initial = self._compute(absent) if absent else None
         self._check_shapes(found)
         self._dtypes = {name: parameter.dtype for name, parameter in module.named_parameters()}
         self._fill_buffers(buffers, found)
+        self._report(buffers)
 
     @property
     def folder(self) -> Path:
@@ -167,20 +172,15 @@ class SafetensorsSource:
     def _group(self, piece: Piece) -> Group:
         return self._groups[self._stored_name[piece.parameter]]
 
-    def _choose_names(self, aliases: Mapping[str, Sequence[str]]) -> dict[str, str]:
-        """Which of a parameter's names the files hold; all of them must hold the same values."""
+    def _choose_names(self, aliases: Mapping[str, Sequence[str]]) -> tuple[dict[str, str], list[str]]:
+        """Which of a parameter's names the files hold, all of which must hold the same values; and the parameters that are
+        not in the files."""
         chosen: dict[str, str] = {}
-        missing: list[str] = []
-        unsaved = getattr(self._module, "_keys_to_ignore_on_save", None) or ()
-        optional = {f"^{re.escape(name)}$" for name in unsaved}
-        optional |= set(getattr(self._module, "_keys_to_ignore_on_load_missing", None) or ())
+        absent: list[str] = []
         for first, names in aliases.items():
             present = [name for name in names if name in self._groups]
             if not present:
-                if any(re.search(pattern, name) for pattern in optional for name in names):
-                    self._computed.add(first)
-                else:
-                    missing.append(first)
+                absent.append(first)
                 continue
             chosen[first] = present[0]
             for other in present[1:]:
@@ -190,13 +190,49 @@ class SafetensorsSource:
                         f"but differ in {self._shards.folder}",
                         hint='set "tie_word_embeddings": false in config.json to train them separately',
                     )
+        return chosen, absent
+
+    def _compute(self, absent: Sequence[str]) -> InitSource:
+        """Take parameters that are in no file from the model's own rules. Raises WeightsError for those that the model
+        does not declare optional, or that its rules would draw at random."""
+        aliases = parameter_aliases(self._module)
+        initial = InitSource(self._module, 0)
+        missing = [
+            first
+            for first in absent
+            if not any(self._is_optional(name) for name in aliases[first]) or initial.is_random(first)
+        ]
         if missing:
-            more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+            more = f" and {len(missing) - _NAMED} more" if len(missing) > _NAMED else ""
             raise WeightsError(
-                f"{self._shards.folder} has no weights for {', '.join(missing[:5])}{more}",
+                f"{self._shards.folder} has no weights for {', '.join(missing[:_NAMED])}{more}",
                 hint="the folder may belong to another class of model, see architectures in its config.json",
             )
-        return chosen
+        self._computed.update(absent)
+        return initial
+
+    def _is_optional(self, name: str) -> bool:
+        """Whether the model says that files need not hold `name`."""
+        unsaved = getattr(self._module, "_keys_to_ignore_on_save", None) or ()
+        patterns = getattr(self._module, "_keys_to_ignore_on_load_missing", None) or ()
+        return name in unsaved or any(re.search(pattern, name) for pattern in patterns)
+
+    def _report(self, buffers: Iterable[str]) -> None:
+        """Warn of what the files and the model do not share, as `from_pretrained` does."""
+        absent = [name for name in buffers if name not in self._groups and not self._is_optional(name)]
+        ignored = getattr(self._module, "_keys_to_ignore_on_load_unexpected", None) or ()
+        surplus = [key for key in self.unexpected if not any(re.search(each, key) for each in ignored)]
+        for names, what in (
+            (absent, "has no values for the buffers {}: they are as the model's constructor makes them"),
+            (surplus, "holds tensors that the model does not have, and that are not read: {}"),
+        ):
+            if names:
+                more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+                warnings.warn(
+                    f"{self._shards.folder} {what.format(', '.join(names[:_NAMED]) + more)}",
+                    RuntimeWarning,
+                    stacklevel=4,
+                )
 
     def _equal(self, one: str, other: str) -> bool:
         """Whether two plain tensors in the files have the same values, compared piece by piece."""

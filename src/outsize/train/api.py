@@ -174,6 +174,7 @@ class Api(Protocol):
         compile: bool | None = None,
         attention: str | None = None,
         profile: Profile | None = None,
+        from_scratch: bool = False,
         seed: int = 0,
     ) -> nn.Module:
         """A model whose blocks live in tiers."""

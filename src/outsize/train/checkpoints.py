@@ -60,7 +60,9 @@ class Progress:
         now = flat(settings)
         fixed = [name for name in now if name not in _FREE or name == "eval-split"]
         for name in fixed:
-            before = self.settings.get(name)
+            if name not in self.settings:
+                continue  # an option that the release that made the commit did not have
+            before = self.settings[name]
             if before != now[name]:
                 raise ConfigError(
                     f"--{name}: {_shown(now[name])}, and the run that is resumed had {_shown(before)}",

@@ -1,7 +1,7 @@
 """A model, a tokenizer and a text that every machine with Python can make: what `outsize demo` trains on.
 
 The text is the source of Python's own standard library; the tokenizer is a byte-level BPE trained on it; the
-model has Llama's architecture and starts from nothing. So the demo needs no network and no files but ours.
+model has Llama's architecture and random weights. So the demo needs no network and no files but ours.
 """
 
 from __future__ import annotations

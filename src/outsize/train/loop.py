@@ -23,6 +23,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from outsize.errors import TrainingError
+from outsize.model import find_weights, resolve_folder
 from outsize.plan.profile import Profile
 from outsize.train.api import Api, ClippingOptimizer, Predicted, Report, optimizer_of, public_api
 from outsize.train.checkpoints import History, Progress, check_store, facts_of, read_history
@@ -83,6 +84,8 @@ def train(
     check_files(files)
     settings.place.check()
     check_store(settings)
+    if not settings.from_scratch:
+        find_weights(resolve_folder(settings.model))
     folder = OutputFolder.claim(
         settings.out,
         overwrite=settings.overwrite,
@@ -302,6 +305,7 @@ class Run:
             compile=place.compile,
             attention=place.attention,
             profile=profile,
+            from_scratch=settings.from_scratch,
             seed=settings.seed,
         )
         model.train()

@@ -185,6 +185,8 @@ class TrainSettings:
     evaluating: Evaluating = field(default_factory=Evaluating)
     checkpointing: Checkpointing = field(default_factory=Checkpointing)
     place: Place = field(default_factory=Place)
+    from_scratch: bool = False
+    """Whether weights are drawn from `seed`, by the model's own rules, instead of read."""
     seed: int = 0
     overwrite: bool = False
     trackers: tuple[str, ...] = ()
@@ -240,6 +242,7 @@ def flat(settings: TrainSettings) -> dict[str, str | int | float | bool | None]:
         "warmup": learning.warmup_steps,
         "weight-decay": learning.weight_decay,
         "max-grad-norm": "none" if learning.max_grad_norm is None else learning.max_grad_norm,
+        "from-scratch": settings.from_scratch,
         "seed": settings.seed,
         "tracker": " ".join(settings.trackers) or None,
         "trace-step": settings.trace_step,
