@@ -105,12 +105,16 @@ class DiskBudget:
 
     @classmethod
     def parse(cls, value: OneDisk) -> DiskBudget:
-        """`"/nvme/scratch"`, `"/nvme/scratch:200GiB"` or `("/nvme/scratch", "200GiB")`."""
+        """`"/nvme/scratch"`, `"/nvme/scratch:200GiB"` or `("/nvme/scratch", "200GiB")`.
+
+        A folder that exists as it stands is never divided at a colon.
+        """
         if isinstance(value, tuple):
             return cls(Path(value[0]), parse_bytes(value[1], "disk"))
         text = str(value)
         folder, colon, size = text.rpartition(":")
-        if colon and folder and re.fullmatch(r"\s*\d[\d.]*\s*[A-Za-z]*\s*", size):
+        has_size = colon and folder and re.fullmatch(r"\s*\d[\d.]*\s*[A-Za-z]*\s*", size)
+        if has_size and not Path(text).is_dir():
             return cls(Path(folder), parse_bytes(size, "disk"))
         return cls(Path(text))
 

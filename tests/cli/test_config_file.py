@@ -140,6 +140,11 @@ def test_none_is_read_in_any_case_as_on_the_command_line(tmp_path):
         )
 
 
+def test_a_byte_order_mark_is_not_part_of_a_file(tmp_path):
+    (tmp_path / "run.toml").write_text("steps = 3", encoding="utf-8-sig")
+    assert resolve(options("m", "d", "--out", "o", "--config", tmp_path / "run.toml"))["steps"] == 3
+
+
 BAD = {
     "no toml": ("lr = ", "run.toml"),
     "unknown": ("learning-rate = 1", "no option 'learning-rate'"),

@@ -89,6 +89,19 @@ def test_folders_are_written_with_commas_too(tmp_path):
     assert Budgets.parse(None, None, f"{tmp_path}/with,comma").disks == (DiskBudget(tmp_path / "with,comma"),)
 
 
+@pytest.mark.parametrize("name", ["2026-11-30T11:52", "data:200GiB"])
+def test_a_folder_that_exists_is_never_divided_at_a_colon(tmp_path, name):
+    (tmp_path / name).mkdir()
+    (tmp_path / "other").mkdir()
+    whole = DiskBudget(tmp_path / name)
+    assert DiskBudget.parse(str(tmp_path / name)) == whole
+    assert Budgets.parse(None, None, f"{tmp_path / name},{tmp_path / 'other'}:1GiB").disks == (
+        whole,
+        DiskBudget(tmp_path / "other", 1 << 30),
+    )
+    assert DiskBudget.parse(f"{tmp_path / name}:1GiB") == DiskBudget(tmp_path / name, 1 << 30)
+
+
 def test_a_folder_that_is_missing_or_named_twice_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="named twice"):
         outsize.wrap(ZOO["llama"].build(), disk=[tmp_path, tmp_path])

@@ -91,6 +91,71 @@ def test_tool_calls_are_learned_and_tools_are_shown():
     assert got == learned
 
 
+CALLS = """{% for m in messages %}{{ '<' + m.role + '>' + (m.content or '') }}
+{%- for c in m.tool_calls or [] %}{{ c.function.name + (c.function.arguments | tojson) }}{% endfor %}{{ '\n' }}
+{%- endfor %}{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"""
+
+
+@pytest.mark.parametrize("arguments", [{"day": "Sunday"}, '{"day": "Sunday"}'], ids=["object", "text"])
+def test_arguments_of_tool_calls_are_learned_encoded_once(arguments):
+    call = {"type": "function", "function": {"name": "hours", "arguments": arguments}}
+    messages = [
+        {"role": "user", "content": "open?"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+    ]
+    rendered = render(chat_tokenizer(CALLS), messages, place="here")
+    assert [rendered.text[start:stop] for start, stop in rendered.spans] == ['hours{"day": "Sunday"}\n']
+
+
+SWITCHED = [
+    {"role": "system", "content": "s", "weight": 0},
+    {"role": "user", "content": "one", "train": False},
+    {"role": "assistant", "content": "wrong", "weight": 0},
+    {"role": "user", "content": "two"},
+    {"role": "assistant", "content": "there", "weight": 1},
+    {"role": "user", "content": "what"},
+    {"role": "assistant", "content": "hello", "train": False, "weight": 1},
+    {"role": "user", "content": "what"},
+    {"role": "assistant", "content": "there", "train": True},
+]
+
+
+@pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family[2]])
+def test_messages_that_are_not_to_be_learned_are_shown_alone(name):
+    """The text is that of the conversation without switches; what is learned is what the other turns teach."""
+    tokenizer = TOKENIZERS[name]
+    plain = [{key: message[key] for key in ("role", "content")} for message in SWITCHED]
+    everything = render(tokenizer, plain, place="here")
+    rendered = render(tokenizer, SWITCHED, place="here")
+    assert rendered.text == everything.text
+    assert len(everything.spans) == 4
+    assert rendered.spans == (everything.spans[1], everything.spans[3])
+
+
+MARKED = """{% for m in messages %}{{ '<' + m.role + '>' }}
+{%- if m.role == 'assistant' %}{{ ' ' }}{% generation %}{{ m.content + eos_token }}{% endgeneration %}{{ '\n' }}
+{%- else %}{{ m.content + '\n' }}{% endif %}
+{%- endfor %}{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"""
+
+
+def test_a_template_that_marks_what_is_generated_decides_what_is_learned():
+    """Rendering alone would learn the space before and the line break after, which the marks leave out."""
+    messages = [
+        {"role": "user", "content": "one"},
+        {"role": "assistant", "content": "two"},
+        {"role": "user", "content": "three"},
+        {"role": "assistant", "content": "there"},
+    ]
+    tokenizer = chat_tokenizer(MARKED)
+    rendered = render(tokenizer, messages, place="here")
+    assert rendered.text == tokenizer.apply_chat_template(messages, tokenize=False)
+    assert [rendered.text[start:stop] for start, stop in rendered.spans] == ["two<eos>", "there<eos>"]
+    first_hidden = [messages[0], messages[1] | {"weight": 0}, *messages[2:]]
+    for shown, first in ((first_hidden, 0), (messages, 2)):
+        rendered = render(tokenizer, shown, first_learned=first, place="here")
+        assert [rendered.text[start:stop] for start, stop in rendered.spans] == ["there<eos>"]
+
+
 def test_tokens_across_a_border_are_not_learned():
     offsets = np.array([[0, 2], [2, 5], [5, 6], [6, 6], [6, 7], [6, 8]])
     assert learned_tokens(offsets, [(3, 7)]).tolist() == [False, False, True, False, True, False]
@@ -128,12 +193,51 @@ def test_a_token_of_spaces_is_learned(trimming):
 
 BAD = {
     "no list": ({"messages": "hello"}, "is no list of messages"),
-    "empty": ({"messages": []}, "is no list of messages"),
+    "empty": ({"messages": []}, "the list of messages is empty"),
     "no role": ({"messages": [{"content": "a"}]}, 'message 1 has no "role"'),
     "no content": ({"messages": [{"role": "user"}]}, 'message 1: "content" is missing'),
     "parts": (
         {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
         'message 1: "content" is list',
+    ),
+    "a weight between": (
+        {
+            "messages": [
+                {"role": "user", "content": "a"},
+                {"role": "assistant", "content": "b", "weight": 0.5},
+            ]
+        },
+        'message 2: "weight" is 0.5, expected 0 or 1',
+    ),
+    "a weight that is a switch": (
+        {"messages": [{"role": "assistant", "content": "b", "weight": True}]},
+        'message 1: "weight" is True, expected 0 or 1',
+    ),
+    "a switch that is text": (
+        {"messages": [{"role": "assistant", "content": "b", "train": "no"}]},
+        "message 1: \"train\" is 'no', expected true or false",
+    ),
+    "a user to be learned": (
+        {
+            "messages": [
+                {"role": "user", "content": "a", "train": True},
+                {"role": "assistant", "content": "b"},
+            ]
+        },
+        'message 1: "train" asks to learn a message of the user',
+    ),
+    "nothing to be learned": (
+        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 0}]},
+        "no message of the assistant is to be learned: nothing to learn",
+    ),
+    "arguments": (
+        {
+            "messages": [
+                {"role": "user", "content": "a"},
+                {"role": "assistant", "tool_calls": [{"function": {"name": "look", "arguments": "{"}}]},
+            ]
+        },
+        "message 2: the arguments of tool call 1 are not JSON",
     ),
     "no assistant": ({"messages": [{"role": "user", "content": "a"}]}, "no message of the assistant"),
     "tools": (

@@ -1,6 +1,7 @@
 """Files as records and tokens: every kind, and everything that can be wrong with one, named with its line."""
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -99,6 +100,61 @@ def test_conversations_in_tables_have_no_nulls(tmp_path, write, monkeypatch):
     ]
 
 
+def test_lines_that_were_a_table_have_no_nulls(model, tmp_path):
+    """Whatever wrote a table as lines gave each a field for every column."""
+    lines = [{"text": "w1 w2", "messages": None, "prompt": None}, {"text": "w3", "completion": None}]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert all_ids(opened(model, tmp_path / "data.jsonl")) == [[3, 4, 0, 5, 0]]
+
+
+def test_nulls_in_messages_are_left_out_and_nulls_in_arguments_are_values(tmp_path):
+    call = {"type": "function", "function": {"name": "look", "arguments": {"at": None}}}
+    messages = [
+        {"role": "user", "content": "what", "name": None, "tool_calls": None, "weight": None},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+    ]
+    template = "{% for m in messages %}{{ m | tojson }}{% endfor %}"
+    folder = write_model(tmp_path / "model", vocab_size=500, tokenizer=False, positions=256)
+    chat_tokenizer(template).save_pretrained(folder)
+    path = tmp_path / "chat.jsonl"
+    path.write_text(json.dumps({"messages": messages}) + "\n")
+    dataset = opened(folder, path, seq_len=256)
+    text = chat_tokenizer(template).decode(all_ids(dataset)[0])
+    expected = [{"role": "user", "content": "what"}, {"role": "assistant", "tool_calls": [call]}]
+    assert text == "".join(json.dumps(message) for message in expected)
+
+
+@pytest.mark.parametrize("text", ["w1 w2", "\r\nw1 w2"])
+def test_a_byte_order_mark_is_not_part_of_a_text(model, tmp_path, monkeypatch, text):
+    for number, part_bytes in enumerate([1 << 20, 1]):
+        monkeypatch.setattr(records, "PART_BYTES", part_bytes)
+        path = tmp_path / f"{number}.txt"
+        path.write_text(text, encoding="utf-8-sig", newline="")
+        assert "".join(record.fields["text"] for record in read_records(path)) == text
+
+
+@pytest.mark.parametrize("name", ["it's.csv", "t.TSV", "t.csv.gz", "t.zip", "t.jsonl.zst"])
+def test_tables_of_text_and_archives_are_refused_by_name(model, tmp_path, name):
+    (tmp_path / name).write_text("text\nw1\n")
+    with pytest.raises(DataError, match="files are not read") as caught:
+        opened(model, tmp_path / name)
+    assert str(tmp_path / name) in caught.value.message and name in caught.value.hint.replace("'\"'\"'", "'")
+
+
+@pytest.mark.parametrize("delimiter", [",", "\t"])
+def test_the_hint_for_a_table_of_text_works(model, tmp_path, delimiter, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    path = tmp_path / f"a b's{'.csv' if delimiter == ',' else '.tsv'}"
+    path.write_text(f'prompt{delimiter}completion\n"w1\nw2 "{delimiter}w3\n')
+    with pytest.raises(DataError) as caught:
+        opened(model, path)
+    python, option, program = shlex.split(caught.value.hint.partition(": ")[2])
+    assert (python, option) == ("python", "-c")
+    exec(program, {})
+    assert all_ids(opened(model, Path(f"{path}.jsonl"))) == [[3, 4, 5, 0]]
+
+
 def test_a_document_begins_as_the_tokenizer_begins_texts(tmp_path):
     from tokenizers.processors import TemplateProcessing
 
@@ -119,6 +175,12 @@ def test_a_document_begins_as_the_tokenizer_begins_texts(tmp_path):
 BAD_LINES = {
     "not json": (GOOD + "\n" + "{oops}\n", ":3: not JSON"),
     "cut off": (GOOD + '{"text": "w1', ":2: not JSON"),
+    "cut off before a name": ('{"text": "w1",\n' + GOOD, ":1: not JSON"),
+    "a key that is there twice": (
+        GOOD + '{"text": "w1", "id": {"a": 1, "b": 2, "a": 1}}\n',
+        ':2: "a" is there 2 times in one object',
+    ),
+    "all fields null": (GOOD + '{"text": null}\n', ":2: none of the fields that are needed; there are: none"),
     "not an object": (GOOD + "[1, 2]\n", ":2: expected a JSON object, found list"),
     "no field": (GOOD + '{"body": "a"}\n', ":2: none of the fields that are needed; there are: body"),
     "another layout": (
@@ -152,6 +214,13 @@ def test_a_malformed_line_is_named(model, tmp_path, name, own_token_cache):
     assert str(path) in str(caught.value) and message in str(caught.value)
     assert caught.value.hint
     assert not list(own_token_cache.iterdir()), "something half-written was left"
+
+
+def test_a_line_cut_short_is_named_with_the_column_where_it_ends(model, tmp_path):
+    path = tmp_path / "bad.jsonl"
+    path.write_text(GOOD + '{"text": "w1",\n' + GOOD)
+    with pytest.raises(DataError, match=r"bad\.jsonl:2: not JSON \(.*, column 1[45]\)"):
+        opened(model, path)
 
 
 @pytest.mark.parametrize(

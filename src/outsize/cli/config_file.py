@@ -41,7 +41,7 @@ _EXCLUSIVE = (("steps", "epochs", "minutes"), ("batch_size", "batch_tokens"), ("
 def read_config(path: Path, known: Set[str]) -> dict[str, Any]:
     """The options in a TOML file. Raises ConfigError for a file that cannot be read and an option that is not known."""
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        values = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ConfigError(f"--config {path}: {error.strerror}", hint="pass a TOML file") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

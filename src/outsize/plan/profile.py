@@ -180,7 +180,7 @@ class Profile:
     def read(cls, path: Path) -> Profile:
         """The profile in a file. Raises ConfigError."""
         try:
-            text = path.read_text()
+            text = path.read_text(encoding="utf-8-sig")
         except OSError as error:
             raise ConfigError(
                 f"{path}: {error.strerror}", hint="name a file that outsize profile wrote"

@@ -137,8 +137,10 @@ def _prepare(record: Record, layout: Layout, tokenizer: Any, starts: bool) -> _P
         messages, first = fields["messages"], 0
     rendered = render(tokenizer, messages, tools=tools, first_learned=first, place=place)
     if not rendered.spans:
+        has_any = any(message["role"] == "assistant" for message in messages[first:])
+        reason = "no message of the assistant is to be learned" if has_any else "no message of the assistant"
         raise DataError(
-            f"{place}: no message of the assistant: nothing to learn",
+            f"{place}: {reason}: nothing to learn",
             hint='remove the record, or add {"role": "assistant", "content": "..."}',
         )
     text = _string(rendered.text, "messages", place)

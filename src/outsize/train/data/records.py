@@ -1,5 +1,7 @@
 """Files of training data as records: JSON lines, Parquet, a folder of `datasets`, or plain text.
 
+Tables of text (.csv) and archives are refused by name. A byte order mark is not part of a text.
+
 A record is a mapping with a place (`chat.jsonl:17`), so that whatever is wrong with it later can be named.
 """
 
@@ -7,6 +9,7 @@ from __future__ import annotations
 
 import codecs
 import json
+import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
@@ -20,6 +23,17 @@ PART_BYTES = 1 << 20
 
 _JSON_LINES = frozenset({".jsonl", ".ndjson", ".json"})
 _PARQUET = frozenset({".parquet", ".pq"})
+_DELIMITERS = {".csv": ",", ".tsv": "\t"}
+_UNPACK = {
+    ".gz": "gunzip -k",
+    ".bz2": "bunzip2 -k",
+    ".xz": "unxz -k",
+    ".zst": "unzstd",
+    ".zip": "unzip",
+    ".tar": "tar -xf",
+    ".tgz": "tar -xf",
+}
+"""Commands that unpack a file and leave it in place."""
 
 _OPENINGS = (b"[", b"{")
 """How a line begins where a file is one JSON value over many lines."""
@@ -83,9 +97,29 @@ def file_kind(path: Path) -> FileKind:
         raise DataError(
             f"{path} is empty", hint="pass a text file, JSON lines, Parquet, or a datasets folder"
         )
+    _check_format(path)
     if path.suffix.lower() in _JSON_LINES:
         return FileKind.JSON_LINES
     return FileKind.PARQUET if path.suffix.lower() in _PARQUET else FileKind.TEXT
+
+
+def _check_format(path: Path) -> None:
+    """Raise DataError for a table or an archive, whose bytes would otherwise be taken for plain text."""
+    suffix = path.suffix.lower()
+    if (delimiter := _DELIMITERS.get(suffix)) is not None:
+        program = (
+            f"import datasets; datasets.Dataset.from_csv({str(path)!r}, sep={delimiter!r})"
+            f".to_json({f'{path}.jsonl'!r})"
+        )
+        raise DataError(
+            f"{path}: {suffix} files are not read",
+            hint=f'write JSON lines, with a column "text", or "prompt" and "completion": python -c {shlex.quote(program)}',
+        )
+    if suffix in _UNPACK:
+        raise DataError(
+            f"{path}: compressed files are not read",
+            hint=f"unpack it: {_UNPACK[suffix]} {shlex.quote(str(path))}",
+        )
 
 
 def read_records(path: Path) -> Iterator[Record]:
@@ -114,12 +148,15 @@ def _read_json_lines(path: Path) -> Iterator[Record]:
                     if line.strip() in _OPENINGS or line.lstrip().startswith(b"[{"):
                         raise DataError(error.message, hint=_ONE_VALUE_HINT) from error
                     raise
-                yield Record(fields, path, number)
+                yield Record(_without_null_columns(fields), path, number)
 
 
 def _json_object(line: bytes, place: str) -> dict[str, Any]:
     try:
-        value = json.loads(line)
+        # Without the line break an object that is cut short ends in this line, not at column 1 of the next.
+        value = json.loads(line.rstrip(), object_pairs_hook=_object)
+    except _RepeatedKey as error:
+        raise DataError(f"{place}: {error}", hint="keep one of them") from error
     except UnicodeDecodeError as error:
         raise DataError(f"{place}: not UTF-8 text ({error.reason})", hint=FORMATS_HINT) from error
     except json.JSONDecodeError as error:
@@ -132,6 +169,19 @@ def _json_object(line: bytes, place: str) -> dict[str, Any]:
         raise DataError(f"{place}: not JSON that can be read ({error})", hint=FORMATS_HINT) from error
     if not isinstance(value, dict):
         raise DataError(f"{place}: expected a JSON object, found {type(value).__name__}", hint=FORMATS_HINT)
+    return value
+
+
+class _RepeatedKey(Exception):
+    """An object has a key twice, of which json would drop the first. Never leaves this file."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        names = [name for name, _ in pairs]
+        repeated = next(name for name in names if names.count(name) > 1)
+        raise _RepeatedKey(f"{json.dumps(repeated)} is there {names.count(repeated)} times in one object")
     return value
 
 
@@ -171,6 +221,14 @@ def _read_datasets(path: Path) -> Iterator[Record]:
         yield Record(_without_nulls(row), path, number)
 
 
+def _without_null_columns(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """`fields` without those that are null: lines that were a table have a field for every column.
+
+    Nulls further down are values: arguments of a tool call may hold one.
+    """
+    return {name: value for name, value in fields.items() if value is not None}
+
+
 def _without_nulls(value: Any) -> Any:
     """Tables fill what a row leaves out with null, also inside messages; chat templates take null for a value."""
     if isinstance(value, dict):
@@ -182,7 +240,7 @@ def _without_nulls(value: Any) -> Any:
 
 def _read_text(path: Path) -> Iterator[Record]:
     """Parts of about a mebibyte that end at a line break: no token spans two of them."""
-    decoder = codecs.getincrementaldecoder("utf-8")()
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()  # drops a byte order mark
     line = 1
     found = False
     with path.open("rb") as file:

@@ -35,7 +35,7 @@ from outsize.errors import DataError, StorageError
 from outsize.train.data.examples import Example, Ids, Mask
 
 KEEP_DAYS = 30
-_VERSION = 2
+_VERSION = 3
 _DIGEST_BYTES = 1 << 20
 
 
