@@ -1,4 +1,7 @@
-"""What becomes of logits: tokens, texts, log-probabilities, and the end of a sample. Both engines answer through it."""
+"""What becomes of logits: tokens, texts, log-probabilities, and the end of a sample. Both engines answer through it.
+
+Nothing here changes a stream: an engine first brings its own state up to date, then hands tokens out.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from torch import nn
 
 from outsize.errors import ConfigError
 from outsize.serve.request import Finish, Stream, Token
-from outsize.serve.sample import choose, logprobs_of
+from outsize.serve.sample import check_finite, choose, logprobs_of
 from outsize.serve.text import Detokenizer
 
 
@@ -20,8 +23,16 @@ def end_tokens(model: nn.Module) -> frozenset[int]:
     return frozenset([ends] if isinstance(ends, int) else ends or [])
 
 
+def num_tokens(model: Any) -> int:
+    """How many tokens the model has: the rows of its embedding, where it is a plain one."""
+    embedding = model.get_input_embeddings()
+    if isinstance(embedding, nn.Embedding):
+        return embedding.num_embeddings
+    return int(model.config.get_text_config(decoder=True).vocab_size)
+
+
 class Answer:
-    """Fills the stream of one request."""
+    """Chooses the tokens of one request, and turns them into text."""
 
     def __init__(self, stream: Stream, ends: frozenset[int], tokenizer: Any) -> None:
         request = stream.request
@@ -36,15 +47,16 @@ class Answer:
 
     def choose(
         self, index: int, logits_V: torch.Tensor, tokens: Sequence[int], most_tokens: int
-    ) -> tuple[int, Finish | None]:
-        """The token that sample `index` has after `tokens`, told to the stream, and whether the sample ends with it."""
+    ) -> tuple[Token, Finish | None]:
+        """The token that sample `index` has after `tokens`, and whether the sample ends with it.
+
+        Raises ModelError where the logits are not finite.
+        """
         request = self._stream.request
         token = choose(logits_V, tokens, request.sampling, index)
         logprob, likeliest = logprobs_of(logits_V, token, request.logprobs)
         text, finish = self._text_after(index, token, len(tokens) + 1 >= most_tokens)
-        self._stream.completions[index].text += text
-        self._stream.put(Token(index, token, text, logprob, likeliest))
-        return token, finish
+        return Token(index, token, text, logprob, likeliest), finish
 
     def _text_after(self, index: int, token: int, is_longest: bool) -> tuple[str, Finish | None]:
         """What a token settles, and whether the sample ends with it; with the end all is settled."""
@@ -56,15 +68,19 @@ class Answer:
             text += detokenizer.finish()
         return text, finish
 
-    def tell_prompt(self, position: int, logits_NV: torch.Tensor) -> None:
-        """Log-probabilities of the prompt's tokens that follow `position` and later ones, given their logits."""
-        prompt = self._stream.request.prompt
-        for logits_V, token in zip(logits_NV, prompt[position + 1 :], strict=False):
-            self._stream.prompt_logprobs.append(logprobs_of(logits_V, token, 0)[0])
+    def prompt_logprobs(self, position: int, logits_NV: torch.Tensor) -> list[float]:
+        """Log-probabilities of the prompt's tokens that follow `position` and later ones, given their logits.
 
-    def finish(self, index: int, finish: Finish) -> None:
-        """Sample `index` ended."""
-        completion = self._stream.completions[index]
-        if (detokenizer := self._texts[index]) is not None:
-            completion.text += detokenizer.finish()
-        completion.finish = finish
+        Raises ModelError where the logits are not finite.
+        """
+        logprobs = []
+        following = self._stream.request.prompt[position + 1 :]
+        for place, (logits_V, token) in enumerate(zip(logits_NV, following, strict=False), position + 1):
+            check_finite(logits_V, place)
+            logprobs.append(logprobs_of(logits_V, token, 0)[0])
+        return logprobs
+
+    def rest(self, index: int) -> str:
+        """The text of sample `index` that was held back, when no token follows."""
+        detokenizer = self._texts[index]
+        return "" if detokenizer is None else detokenizer.finish()

@@ -11,6 +11,8 @@ interface.
 from __future__ import annotations
 
 import logging
+import threading
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -19,9 +21,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from outsize.errors import ModelError
+from outsize.errors import ModelError, UsageError
 from outsize.kv import NotPageableError, PagePool
-from outsize.serve.answer import Answer, end_tokens
+from outsize.serve.answer import Answer, end_tokens, num_tokens
 from outsize.serve.draft import Draft
 from outsize.serve.request import Finish, Request, Stream, Token
 from outsize.serve.runner import Part, Runner
@@ -38,13 +40,16 @@ class Serves(Protocol):
     """What takes requests."""
 
     def submit(self, request: Request, watch: Watch | None = None) -> Stream:
-        """Queue a request; `watch` is called with each of its tokens. Raises RequestError where it can never be served."""
+        """Queue a request; `watch` is called with each of its tokens. Raises RequestError where it can never be served.
+
+        A `watch` that raises ends its request with that error, and no other.
+        """
 
     def cancel(self, stream: Stream) -> None:
-        """End a request now, and free its pages."""
+        """End a request now, and free its pages. Any thread may call it, and any callback."""
 
     def step(self) -> None:
-        """Do one pass, or one request where the model allows no more."""
+        """Do one pass, or one request where the model allows no more; what fails ends with the error, in its stream."""
 
     @property
     def is_idle(self) -> bool:
@@ -108,74 +113,121 @@ class Engine:
         self.runner = Runner(model, kv, pass_tokens, deterministic=deterministic)
         pageable = self.runner.pageable
         limits = Limits(
-            self.runner.pass_tokens, self.runner.pass_rows, pageable.most_positions, pageable.long_after
+            tokens=self.runner.pass_tokens,
+            rows=self.runner.pass_rows,
+            positions=pageable.most_positions,
+            long_after=pageable.long_after,
+            vocabulary=num_tokens(model),
         )
         self.scheduler = Scheduler(PagePool(self.runner.kv.num_pages), limits)
         self._answers: dict[int, Answer] = {}
+        """By the identity of their streams, of requests that have not ended."""
+        self._chosen: deque[tuple[Stream, Token, Finish | None]] = deque()
+        """Tokens that were chosen and not handed out yet, with how they end their sample."""
+        self._cancelled: deque[Stream] = deque()
+        """Requests that ended, and may still have pages."""
+        self._lock = threading.RLock()
+        self._is_changing = False
         self._tokenizer = tokenizer
         self._ends = end_tokens(model)
 
     def submit(self, request: Request, watch: Watch | None = None) -> Stream:
-        """Queue a request; `watch` is called with each of its tokens. Raises RequestError where it can never be served."""
+        """Queue a request; `watch` is called with each of its tokens. Raises RequestError where it can never be served.
+
+        Where another thread is in `step`, it waits for the end of that pass.
+        """
         stream = Stream(request, self.step, watch)
         answer = Answer(stream, self._ends, self._tokenizer)
-        self.scheduler.add(stream)
-        self._answers[id(stream)] = answer
+        with self._changing():
+            self.scheduler.add(stream)
+            self._answers[id(stream)] = answer
+        self._release_cancelled()
         return stream
 
     def cancel(self, stream: Stream) -> None:
-        """End a request now, and free its pages."""
-        for sample in [*self.scheduler.running, *self.scheduler.waiting]:
-            if sample.stream is stream:
-                self._end(sample, Finish.CANCELLED)
+        """End a request now, from any thread or callback. Its pages are free at once, or when the pass under way ends."""
+        stream.end(Finish.CANCELLED)
+        self._cancelled.append(stream)
+        self._release_cancelled()
 
     @property
     def is_idle(self) -> bool:
         """Whether nothing is left to do."""
-        return self.scheduler.is_idle
+        return self.scheduler.is_idle and not self._chosen
 
     def step(self) -> None:
-        """One pass: admit, guess, compose, run, and take what came of it."""
+        """One pass: admit, guess, compose, run, choose tokens; then hand them out.
+
+        Of several threads one at a time makes its pass. A pass that fails ends its requests with the error, and a callback
+        that raises ends its own; `step` itself raises interrupts alone, and goes on after them as if there had been none.
+        """
+        try:
+            with self._lock:
+                with self._changing():
+                    self._run_pass()
+                self._hand_out()
+        finally:
+            self._release_cancelled()
+
+    def check(self) -> None:
+        """Assert that every page is where the books say."""
+        self.scheduler.check()
+        self.guesser.check()
+
+    def _run_pass(self) -> None:
+        self._drop_cancelled()
         self.scheduler.admit()
-        self.guesser.prepare(self.scheduler.running)
-        chunks = self.scheduler.compose(self.guesser.propose)
-        if not chunks:
+        samples = list(self.scheduler.running)
+        try:
+            self.guesser.prepare(samples)
+            chunks = self.scheduler.compose(self.guesser.propose)
+            if not chunks:
+                return
+            samples = [chunk.sample for chunk in chunks]
+            with self.guesser.timing(chunks):
+                logits = self.runner.run([_part(chunk) for chunk in chunks], is_long=self._is_long(chunks))
+        except Exception as error:
+            for stream in dict.fromkeys(sample.stream for sample in samples):
+                self._fail(stream, error)
+            self.check()
             return
-        with self.guesser.timing(chunks):
-            logits = self.runner.run([_part(chunk) for chunk in chunks], is_long=self._is_long(chunks))
         for chunk, logits_NV in zip(chunks, logits, strict=False):
-            self._take(chunk, logits_NV)
+            try:
+                self._take(chunk, logits_NV)
+            except BaseException as error:
+                self._fail(chunk.sample.stream, error)
+                if not isinstance(error, Exception):
+                    raise  # what was not taken is computed again
 
     def _is_long(self, chunks: list[Chunk]) -> bool:
         return self.scheduler.is_long(chunks[0].sample)
 
     def _take(self, chunk: Chunk, logits_NV: torch.Tensor) -> None:
         """Choose the tokens whose logits came; guesses hold as far as they are what is chosen."""
-        sample = chunk.sample
+        sample, stream = chunk.sample, chunk.sample.stream
         if _is_over(sample):
-            return  # who watches a sibling cancelled them all
-        answer = self._answers[id(sample.stream)]
+            return  # it was cancelled, or a sibling failed
+        answer = self._answers[id(stream)]
         if chunk.tells_prompt:
-            answer.tell_prompt(sample.num_computed, logits_NV)
-        self.scheduler.computed(sample, chunk.num_tokens)
-        if sample.num_remaining:
+            stream.prompt_logprobs += answer.prompt_logprobs(sample.num_computed, logits_NV)
+        if chunk.num_tokens < sample.num_remaining:
+            self.scheduler.computed(sample, chunk.num_tokens)
             return
-        num_right, finish = 0, None
+        chosen: list[tuple[Token, Finish | None]] = []
         for row_V, guess in zip(logits_NV[-1 - len(chunk.guesses) :], (*chunk.guesses, None), strict=True):
             token, finish = answer.choose(sample.index, row_V, sample.tokens, sample.most_tokens)
-            if _is_over(sample):
-                return
-            sample.tokens.append(token)
-            if finish is not None or token != guess:
+            sample.tokens.append(token.id)
+            chosen.append((token, finish))
+            if finish is not None or token.id != guess:
                 break
-            num_right += 1
+        num_right = len(chosen) - 1
         self.guesser.learn(sample, len(chunk.guesses), num_right)
-        if finish is not None:
-            self._end(sample, finish)
-            return
-        self.scheduler.computed(sample, num_right)
-        if self._has_turned(sample):
+        self.scheduler.computed(sample, chunk.num_tokens + num_right)
+        if chosen[-1][1] is not None:
+            self._remove(sample)
+        elif self._has_turned(sample):
             self.scheduler.turned(sample)
+        self._chosen += ((stream, token, finish) for token, finish in chosen)
 
     def _has_turned(self, sample: Sample) -> bool:
         long_after = self.scheduler.limits.long_after
@@ -183,13 +235,73 @@ class Engine:
             sample.stream.request.prompt
         )
 
-    def _end(self, sample: Sample, finish: Finish) -> None:
+    def _hand_out(self) -> None:
+        """Give the chosen tokens to their streams. Callbacks run here, where the engine is ready for anything they do."""
+        while self._chosen:
+            stream, token, finish = self._chosen.popleft()
+            completion = stream.completions[token.sample]
+            if completion.finish is not None:
+                continue
+            try:
+                stream.put(token)
+            except BaseException as error:
+                with self._changing():
+                    self._fail(stream, error)
+                if not isinstance(error, Exception):
+                    raise
+            completion.finish = completion.finish or finish
+            if stream.is_finished:
+                self._answers.pop(id(stream), None)
+
+    def _fail(self, stream: Stream, error: BaseException) -> None:
+        self._drop(stream)
+        stream.fail(error)
+
+    def _release_cancelled(self) -> None:
+        """Free the pages of cancelled requests, unless a pass is under way: whoever makes it does so at its end."""
+        while self._cancelled and not self._is_changing and self._lock.acquire(blocking=False):
+            try:
+                with self._changing():
+                    self._drop_cancelled()
+            finally:
+                self._lock.release()
+
+    def _drop_cancelled(self) -> None:
+        while self._cancelled:
+            stream = self._cancelled.popleft()
+            answer = self._answers.get(id(stream))
+            if not self._drop(stream) and answer is not None:
+                for index, completion in enumerate(stream.completions):
+                    completion.text += answer.rest(index)
+
+    def _drop(self, stream: Stream) -> bool:
+        """Let go of all that is held for a request; whether tokens were chosen that it did not get."""
+        for sample in [*self.scheduler.running, *self.scheduler.waiting]:
+            if sample.stream is stream:
+                self._remove(sample)
+        self._answers.pop(id(stream), None)
+        num_chosen = len(self._chosen)
+        self._chosen = deque(entry for entry in self._chosen if entry[0] is not stream)
+        return len(self._chosen) < num_chosen
+
+    def _remove(self, sample: Sample) -> None:
         self.scheduler.remove(sample)
         self.guesser.forget(sample)
-        answer = self._answers[id(sample.stream)]
-        answer.finish(sample.index, finish)
-        if sample.stream.is_finished:
-            del self._answers[id(sample.stream)]
+
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        """Inside, this thread alone changes the state. Raises UsageError where it is about to already."""
+        with self._lock:
+            if self._is_changing:
+                raise UsageError(
+                    "the engine was called from within one of its own passes",
+                    hint="call it from the callback of a request, or after step()",
+                )
+            try:
+                self._is_changing = True
+                yield
+            finally:
+                self._is_changing = False
 
 
 def _is_over(sample: Sample) -> bool:

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from outsize.errors import ConfigError, DataError, RequestError
+from outsize.errors import ConfigError, DataError, OutsizeError, RequestError, in_short
 from outsize.serve.pipeline import SETTINGS, Pipeline, Prompt
 from outsize.serve.request import Completion, Stream
 
@@ -91,12 +91,20 @@ def run_job(
             done[line.number] = line.digest
             tell(progress())
 
+        def refuse(line: Line, error: Exception) -> None:
+            nonlocal num_failed
+            num_failed += 1
+            answer(line, {"error": error.message if isinstance(error, OutsizeError) else in_short(error)})
+
         def collect() -> None:
             nonlocal num_tokens
             for line, stream in [pair for pair in under_way if pair[1].is_finished]:
                 under_way.remove((line, stream))
                 num_tokens += sum(len(completion.tokens) for completion in stream.completions)
-                answer(line, _answer_of(stream))
+                if stream.error is None:
+                    answer(line, _answer_of(stream))
+                else:
+                    refuse(line, stream.error)
 
         for line in read_lines(prompts):
             if line.number in done:
@@ -107,8 +115,7 @@ def run_job(
             try:
                 under_way.append((line, generate.submit(line.prompt, **{**settings, **line.settings})))
             except (RequestError, ConfigError) as error:
-                num_failed += 1
-                answer(line, {"error": error.message})
+                refuse(line, error)
         while under_way:
             generate.engine.step()
             collect()

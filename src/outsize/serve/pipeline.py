@@ -17,7 +17,7 @@ from torch import nn
 
 from outsize.config import Disk, Pins
 from outsize.engine.api import load
-from outsize.errors import ConfigError, RequestError
+from outsize.errors import ConfigError, RequestError, in_short
 from outsize.model import load_tokenizer
 from outsize.plan.profile import Profile
 from outsize.serve.engine import Serves, closing_of, open_engine
@@ -140,7 +140,12 @@ def request_of(tokenizer: Any, prompt: Prompt, settings: Mapping[str, Any]) -> R
     if unknown := sorted(settings.keys() - SETTINGS):
         raise ConfigError(f"{unknown[0]}: no such setting", hint=f"known are {', '.join(sorted(SETTINGS))}")
     if isinstance(prompt, str):
-        tokens = tokenizer(prompt)["input_ids"]
+        try:
+            tokens = tokenizer(prompt)["input_ids"]
+        except Exception as error:  # half a surrogate pair, for example
+            raise RequestError(
+                f"the prompt cannot be tokenized: {in_short(error)}", hint="pass text that UTF-8 can encode"
+            ) from error
     else:
         try:
             tokens = tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, return_dict=True)
@@ -150,13 +155,7 @@ def request_of(tokenizer: Any, prompt: Prompt, settings: Mapping[str, Any]) -> R
                 hint='pass a text, or messages such as {"role": "user", "content": "..."}',
             ) from error
         tokens = tokens["input_ids"]
-    try:
-        stop = settings.get("stop", ())
-        given = {**settings, "stop": (stop,) if isinstance(stop, str) else tuple(stop)}
-        sampling = Sampling(**{name: given[name] for name in given.keys() & _SAMPLING})
-        rest = {name: given[name] for name in given.keys() & _REQUEST}
-        return Request(tuple(tokens), sampling, **rest)
-    except TypeError as error:
-        raise ConfigError(
-            f"a setting is of the wrong type: {error}", hint="pass numbers as numbers"
-        ) from error
+    stop = settings.get("stop", ())
+    given = {**settings, "stop": (stop,) if isinstance(stop, str) else stop}
+    sampling = Sampling(**{name: given[name] for name in given.keys() & _SAMPLING})
+    return Request(tuple(tokens), sampling, **{name: given[name] for name in given.keys() & _REQUEST})

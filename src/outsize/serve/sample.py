@@ -8,10 +8,12 @@ what else is computed, on how many were drawn before, or on whether a token was 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 
+from outsize.errors import ModelError
 from outsize.serve.request import Sampling
 
 _MASK = (1 << 64) - 1
@@ -20,7 +22,11 @@ _MIX = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 
 
 def choose(logits_V: torch.Tensor, tokens: Sequence[int], sampling: Sampling, sample: int) -> int:
-    """The token that follows `tokens`, given the model's `logits_V` for it; its position is `len(tokens)`."""
+    """The token that follows `tokens`, given the model's `logits_V` for it; its position is `len(tokens)`.
+
+    Raises ModelError where the logits are not finite; `-inf` rules a token out.
+    """
+    check_finite(logits_V, len(tokens))
     scores_V = logits_V.float()
     if sampling.repetition_penalty != 1.0:
         scores_V = penalised(scores_V, tokens, sampling.repetition_penalty)
@@ -30,9 +36,20 @@ def choose(logits_V: torch.Tensor, tokens: Sequence[int], sampling: Sampling, sa
     return int(ids[(scores.double() + noise(ids, sampling.seed, sample, len(tokens))).argmax()])
 
 
+def check_finite(logits_V: torch.Tensor, position: int) -> None:
+    """Raise ModelError where no token can be chosen: a logit is nan or `inf`, or all are `-inf`."""
+    largest = float(logits_V.max())
+    if not math.isfinite(largest):
+        raise ModelError(
+            f"the logits of the token at position {position:,} are not finite (the largest is {largest})",
+            hint='check the weights for nan and inf, or load with dtype="float32": fp16 overflows beyond 65,504',
+        )
+
+
 def penalised(scores_V: torch.Tensor, tokens: Sequence[int], penalty: float) -> torch.Tensor:
     """Scores of tokens that occurred, divided by `penalty` where positive, else multiplied (Keskar et al., 2019)."""
     seen = torch.tensor(sorted(set(tokens)), device=scores_V.device)
+    seen = seen[seen < len(scores_V)]  # an embedding may have more rows than the head
     scores = scores_V[seen]
     return scores_V.index_copy(0, seen, torch.where(scores > 0, scores / penalty, scores * penalty))
 
@@ -42,12 +59,13 @@ def candidates(scores_V: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor
 
     Temperature, then top-k, top-p and min-p, each on what the one before left, as transformers' `generate` has them.
     """
-    scores = scores_V / (1.0 if sampling.temperature is None else sampling.temperature)
+    scores = _sharpened(scores_V, 1.0 if sampling.temperature is None else sampling.temperature)
     if sampling.top_k is None and sampling.top_p is None and sampling.min_p is None:
         return torch.arange(scores.numel(), device=scores.device), scores
     scores, ids = torch.sort(scores, descending=True, stable=True)
-    scores, ids = scores[: sampling.top_k], ids[: sampling.top_k]
-    if sampling.top_p is not None:
+    if sampling.top_k is not None and sampling.top_k < len(scores):
+        scores, ids = scores[: sampling.top_k], ids[: sampling.top_k]
+    if sampling.top_p is not None and sampling.top_p < 1:  # at 1, rounded sums would cut the tail
         probabilities = scores.softmax(0)
         before = probabilities.cumsum(0) - probabilities
         keep = before < sampling.top_p
@@ -58,6 +76,14 @@ def candidates(scores_V: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor
         keep = probabilities >= sampling.min_p * probabilities[0]
         scores, ids = scores[keep], ids[keep]
     return ids, scores
+
+
+def _sharpened(scores_V: torch.Tensor, temperature: float) -> torch.Tensor:
+    """`scores_V / temperature`; where that overflows in fp32, the same less its maximum, in fp64: the limit is greedy."""
+    scores = scores_V / temperature
+    if math.isfinite(float(scores.max())):
+        return scores
+    return (scores_V.double() - scores_V.max()) / temperature
 
 
 def noise(ids: torch.Tensor, seed: int, sample: int, position: int) -> torch.Tensor:

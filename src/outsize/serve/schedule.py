@@ -61,12 +61,15 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Of a pass (`tokens`, `rows` of logits), of a request (`positions`), and where rotations change (`long_after`)."""
+    """Of a pass (`tokens`, `rows` of logits), of a request (`positions`, and ids below `vocabulary`), and where rotations
+    change (`long_after`).
+    """
 
     tokens: int
     rows: int
     positions: int
     long_after: int | None = None
+    vocabulary: int | None = None
 
 
 class Scheduler:
@@ -88,7 +91,7 @@ class Scheduler:
     def add(self, stream: Stream) -> None:
         """Queue a request's samples. Raises RequestError where it can never be served."""
         request, positions = stream.request, self.limits.positions
-        request.check_prompt(positions)
+        request.check_prompt(positions, self.limits.vocabulary)
         most = min(len(request.prompt) + request.max_new_tokens, positions)
         if (needed := pages_for(most)) > self.pool.num_usable:
             room = self.pool.num_usable * PAGE_TOKENS

@@ -6,6 +6,7 @@ texts and log-probabilities mean the same.
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Callable
 from typing import Any, cast
@@ -15,7 +16,8 @@ from torch import nn
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from outsize.engine.session import find_session
-from outsize.serve.answer import Answer, end_tokens
+from outsize.errors import UsageError
+from outsize.serve.answer import Answer, end_tokens, num_tokens
 from outsize.serve.request import Finish, Request, Stream, Token
 
 
@@ -30,7 +32,10 @@ class SingleEngine:
         self._ends = end_tokens(model)
         config = cast(Any, model).config.get_text_config(decoder=True)
         self._most_positions: int | None = getattr(config, "max_position_embeddings", None)
+        self._vocabulary = num_tokens(model)
         self._waiting: deque[tuple[Stream, Answer]] = deque()
+        self._lock = threading.RLock()
+        self._is_serving = False
 
     @property
     def is_idle(self) -> bool:
@@ -39,36 +44,54 @@ class SingleEngine:
 
     def submit(self, request: Request, watch: Callable[[Token], None] | None = None) -> Stream:
         """Queue a request; `watch` is called with each of its tokens. Raises RequestError where it can never be served."""
-        request.check_prompt(self._most_positions)
+        request.check_prompt(self._most_positions, self._vocabulary)
         stream = Stream(request, self.step, watch)
         self._waiting.append((stream, Answer(stream, self._ends, self._tokenizer)))
         return stream
 
     def cancel(self, stream: Stream) -> None:
-        """End a request now, also while `step` works on it: from `watch`, that is, or from another thread."""
-        for completion in stream.completions:
-            completion.finish = completion.finish or Finish.CANCELLED
+        """End a request now, also while `step` works on it. Any thread may call it, and any callback."""
+        stream.end(Finish.CANCELLED)
+
+    def step(self) -> None:
+        """Serve the next request to its end; one that fails ends with the error, in its stream. Raises interrupts alone."""
+        with self._lock:
+            if self._is_serving:
+                raise UsageError(
+                    f"{type(self._model).__name__} is served one request at a time, and a callback of one asks for another",
+                    hint="submit it, and read it after the one under way",
+                )
+            if not self._waiting:
+                return
+            stream, answer = self._waiting.popleft()
+            try:
+                self._is_serving = True
+                self._serve(stream, answer)
+            except BaseException as error:
+                stream.fail(error)
+                if not isinstance(error, Exception):
+                    raise
+            finally:
+                self._is_serving = False
 
     @torch.no_grad()
-    def step(self) -> None:
-        """Serve the next request to its end."""
-        if not self._waiting:
-            return
-        stream, answer = self._waiting.popleft()
+    def _serve(self, stream: Stream, answer: Answer) -> None:
         request = stream.request
         prompt = torch.tensor([request.prompt], device=self._device)
         if request.prompt_logprobs and not stream.is_finished:
-            answer.tell_prompt(0, self._model(input_ids=prompt).logits[0])
+            stream.prompt_logprobs += answer.prompt_logprobs(0, self._model(input_ids=prompt).logits[0])
         most_tokens = len(request.prompt) + request.max_new_tokens
         if self._most_positions is not None:
             most_tokens = min(most_tokens, self._most_positions)
-        for index in range(request.num_samples):
-            if stream.completions[index].finish is None:
-                self._generate(stream, answer, index, prompt, most_tokens)
+        for index, completion in enumerate(stream.completions):
+            if completion.finish is None:
+                finish = self._generate(stream, answer, index, prompt, most_tokens)
+                completion.text += answer.rest(index)
+                completion.finish = completion.finish or finish
 
     def _generate(
         self, stream: Stream, answer: Answer, index: int, prompt: torch.Tensor, most_tokens: int
-    ) -> None:
+    ) -> Finish:
         chooser = _Chooser(stream, answer, index, most_tokens)
         end = min(self._ends, default=0)
         self._model.generate(
@@ -85,7 +108,7 @@ class SingleEngine:
             logits_processor=LogitsProcessorList([chooser]),
             stopping_criteria=StoppingCriteriaList([_Finished(chooser)]),
         )
-        answer.finish(index, stream.completions[index].finish or chooser.finish or Finish.LENGTH)
+        return chooser.finish or Finish.LENGTH
 
 
 class _Chooser(LogitsProcessor):  # type: ignore[misc]
@@ -100,11 +123,13 @@ class _Chooser(LogitsProcessor):  # type: ignore[misc]
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         tokens = input_ids[0].tolist()
+        completion = self._stream.completions[self._index]
         token, self.finish = self._answer.choose(self._index, scores[0], tokens, self._most_tokens)
-        if self._stream.completions[self._index].finish is not None:
-            self.finish = Finish.CANCELLED
+        if completion.finish is None:  # another thread may have cancelled it
+            self._stream.put(token)
+        self.finish = completion.finish or self.finish
         return torch.full_like(scores, -torch.inf).index_fill_(
-            1, torch.tensor([token], device=scores.device), 0.0
+            1, torch.tensor([token.id], device=scores.device), 0.0
         )
 
 

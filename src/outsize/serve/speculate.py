@@ -10,13 +10,17 @@ each position's token is chosen with its own noise, and guesses hold as far as t
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from outsize.errors import in_short
 from outsize.serve.draft import Draft
 from outsize.serve.schedule import Chunk, Sample
+
+_log = logging.getLogger(__name__)
 
 MATCH = 3
 """Tokens that must have occurred before, in a text that is being copied."""
@@ -205,7 +209,13 @@ class Guesser:
                 record.drafted.fade()
         if self.draft is not None and wanted:
             start = time.perf_counter()
-            for sample, guesses in self.draft.guess(wanted).items():
+            try:
+                drafted = self.draft.guess(wanted)
+            except Exception as error:  # guesses are never needed
+                _log.warning("the draft failed and is not used any more: %s", in_short(error))
+                self.draft = None
+                return
+            for sample, guesses in drafted.items():
                 self._records[sample].guesses = guesses
             a_guess_s = (time.perf_counter() - start) / sum(wanted.values())
             self._draft_s = _MEMORY * self._draft_s + (1 - _MEMORY) * a_guess_s
@@ -231,6 +241,11 @@ class Guesser:
             self._held = _MEMORY * self._held + record.num_held
         if self.draft is not None:
             self.draft.forget(sample)
+
+    def check(self) -> None:
+        """Assert that every page of the draft is where the books say."""
+        if self.draft is not None:
+            self.draft.check()
 
     @contextmanager
     def timing(self, chunks: Sequence[Chunk]) -> Iterator[None]:
