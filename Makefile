@@ -52,9 +52,8 @@ test: $(READY) browser
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not timed"
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 	$(BIN)/python -m pytest -n $(JOBS) -p tests.emulation tests/gpu tests/integrations
-	$(BIN)/python -m pytest -m timed
 
 soak: $(READY)
 	folder=$$(mktemp -d -p /var/tmp) && $(BIN)/python -m tests.checkpoint.kill $$folder/runs --count 200; status=$$?; rm -rf $$folder; exit $$status

@@ -50,7 +50,7 @@ def open_page(page: Path, home: Path, *, width: int = 1280, dark: bool = False) 
         f"--blink-settings=preferredColorScheme={0 if dark else 1}",
         *("--enable-logging=stderr", "--virtual-time-budget=5000", "--dump-dom", page.as_uri()),
     ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0 and "<body" in done.stdout, done.stderr
     (attributes,) = re.findall(r"<body([^>]*)>", done.stdout)
     return Opened(

@@ -207,12 +207,12 @@ def test_a_second_process_is_refused_with_the_owners_pid(tmp_path):
         except StorageError as error:
             print(error)
     """)
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert f"process {os.getpid()}" in done.stdout, done.stdout + done.stderr
     with pytest.raises(StorageError, match="in use"):
         remove_store(run.path)
     run.end()
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert not done.stdout
 
 
@@ -224,7 +224,7 @@ def test_a_lock_of_a_dead_process_is_taken_over(tmp_path):
         Store.claim(Path({str(tmp_path / "run")!r}), 1)
         os.kill(os.getpid(), 9)
     """)
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True)
     assert done.returncode == -9
     Run(tmp_path).end(finish=False)
 

@@ -1,7 +1,9 @@
 """The executor: reads run ahead, slots are given back, waits are counted, nothing is left behind."""
 
+import itertools
 import threading
-import time
+from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,8 +12,7 @@ import outsize
 from outsize import Pins
 from outsize.block import Plane
 from outsize.engine.session import session_of
-from outsize.plan import Direction, Read, Update, Visit
-from outsize.tier import SlowTier
+from outsize.plan import Direction, Read, Update, Visit, Wait
 from tests.running import (
     adamw,
     assert_same_weights,
@@ -55,37 +56,59 @@ def test_updates_are_started_before_the_block_is_reached(tmp_path):
     assert "L01" in ahead[0]
 
 
-@pytest.mark.timed
+class StartedReads:
+    """A tier that notes the transfers of its reads, with their labels."""
+
+    def __init__(self, inner):
+        self._inner = inner
+        self.transfers = []
+
+    def start_read(self, offset, buffer, label):
+        transfer = self._inner.start_read(offset, buffer, label)
+        self.transfers.append((label, transfer))
+        return transfer
+
+    def __getattr__(self, name):
+        return getattr(self._inner, name)
+
+
 def test_transfers_run_beside_computing(tmp_path, monkeypatch):
-    """Slow reads and slow layers: together they take little more than the longer of the two."""
-    delay_s, count = 0.03, 3
-
-    def delay(verb, label):
-        return delay_s if verb == "read" and ".weight" in label and label.startswith("L") else 0.0
-
-    with wrapped_disk(monkeypatch, lambda disk: SlowTier(disk, delay)):
+    """What the next layer needs is read to its end while a layer computes: nobody has to wait for it first."""
+    with wrapped_disk(monkeypatch, StartedReads) as disks:
         model = llama(tmp_path, weight_slots=3)
         train(model, [BATCH])
-        with torch.no_grad():
-            model(**BATCH)
-            for layer in model.model.layers:
-                layer.mlp.register_forward_hook(lambda *_: time.sleep(delay_s))
-            model(**BATCH)
-            waits = executor_of(model).wait_s
-            before = dict(waits)
-            start = time.perf_counter()
-            model(**BATCH)
-            elapsed_s = time.perf_counter() - start
-    waited_s = waits["wait weight"] - before["wait weight"]
-    assert elapsed_s < 2 * count * delay_s, "nothing overlapped"
-    assert waited_s < 0.7 * count * delay_s
+    finished = []
+
+    def compute(index):
+        for label, transfer in list(disks[0].transfers):
+            if label.startswith(f"L{index + 1:02}.weight"):
+                transfer.wait()
+                finished.append(label)
+
+    with torch.no_grad():
+        model(**BATCH)
+        disks[0].transfers.clear()
+        for index, layer in enumerate(model.model.layers):
+            layer.mlp.register_forward_hook(lambda *_, index=index: compute(index))
+        model(**BATCH)
+    assert finished
 
 
 def test_waits_are_measured(tmp_path, monkeypatch):
-    with wrapped_disk(monkeypatch, lambda disk: SlowTier(disk, lambda verb, label: 0.02 * (verb == "read"))):
-        model = llama(tmp_path, weight_slots=1, gradient_slots=1)
-        train(model, [BATCH, BATCH])
-        assert outsize.report(model).wait_s["wait weight"] > 0.1
+    """On a clock that advances by a second whenever it is read, each wait takes one."""
+    monkeypatch.setattr(
+        "outsize.engine.executor.time", SimpleNamespace(perf_counter=itertools.count().__next__)
+    )
+    model = llama(tmp_path, weight_slots=1, gradient_slots=1)
+    optimizer = adamw(model)
+    train(model, [BATCH], optimizer)
+    before = dict(outsize.report(model).wait_s)
+    train(model, [BATCH], optimizer)
+    waits = Counter(f"wait {op.plane}" for op in executor_of(model).executed if isinstance(op, Wait))
+    after = outsize.report(model).wait_s
+    assert waits["wait weight"] >= 6
+    for what, count in waits.items():
+        assert after[what] - before[what] == count
 
 
 def test_touch_brings_a_block_up_to_date_and_resumes(tmp_path):

@@ -12,7 +12,6 @@ from outsize.errors import StorageError
 from outsize.optim import ADAMW, AdamWHyper, compile_rule
 from outsize.tier import Fault, FaultKind, FaultyTier, HostArena, NullTier, Verb
 
-pytestmark = pytest.mark.timeout(30)
 TYPE = ComputeType.FLOAT32
 SIZES = (CHUNK + 100, 64, 500)
 

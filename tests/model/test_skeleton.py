@@ -1,5 +1,4 @@
 import resource
-import time
 
 import pytest
 import torch
@@ -36,7 +35,7 @@ def test_bfloat16_is_the_type_of_all_parameters():
     assert torch.get_default_dtype() == torch.float32
 
 
-def test_a_model_of_8_billion_parameters_opens_in_seconds_and_little_memory():
+def test_a_model_of_8_billion_parameters_opens_in_little_memory():
     config = transformers.LlamaConfig(
         vocab_size=128256,
         hidden_size=4096,
@@ -46,10 +45,11 @@ def test_a_model_of_8_billion_parameters_opens_in_seconds_and_little_memory():
         num_key_value_heads=8,
         architectures=["LlamaForCausalLM"],
     )
-    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     skeleton = open_skeleton(config, torch.bfloat16)
     assert sum(parameter.numel() for parameter in skeleton.parameters()) > 8e9
-    assert time.perf_counter() - start < 20
+    assert all(tensor.is_meta for tensor in skeleton.parameters())
+    assert sum(tensor.nbytes for tensor in skeleton.buffers()) < 1 << 20
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 * 1024
 
 

@@ -40,8 +40,6 @@ from tests.running import (
 )
 from tests.zoo import ZOO, plain_batch, plain_stack
 
-pytestmark = pytest.mark.timeout(60)
-
 
 def llama(tmp_path, **options):
     options = {"home": "disk", "pins": Pins(weight_slots=2, gradient_slots=1), **options}
@@ -311,7 +309,6 @@ def fit(*arguments):
         text=True,
         cwd=Path(__file__).parents[2],
         check=False,
-        timeout=100,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()

@@ -358,7 +358,6 @@ def test_they_take_what_was_counted(tile_rows, dtype):
         text=True,
         cwd=Path(__file__).parents[2],
         check=False,
-        timeout=200,
     )
     assert done.returncode == 0, done.stderr
     (without, nothing, _), (kept, counted, planned) = json.loads(done.stdout.splitlines()[-1])

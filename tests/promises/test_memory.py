@@ -42,7 +42,7 @@ print(json.dumps({
 """
 
 
-@pytest.mark.parametrize(("dtype", "spare_mib", "rows"), [("float32", 420, 2), ("bfloat16", 520, 16)])
+@pytest.mark.parametrize(("dtype", "spare_mib", "rows"), [("float32", 420, 2), ("bfloat16", 480, 16)])
 def test_the_process_stays_within_its_budget(dtype, spare_mib, rows, tmp_path):
     folder = tmp_path
     (folder / "model").mkdir()
@@ -65,7 +65,6 @@ def test_the_process_stays_within_its_budget(dtype, spare_mib, rows, tmp_path):
         text=True,
         cwd=Path(__file__).parents[2],
         check=False,
-        timeout=200,
     )
     assert done.returncode == 0, done.stderr
     figures = json.loads(done.stdout.splitlines()[-1])

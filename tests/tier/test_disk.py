@@ -247,7 +247,7 @@ def test_at_most_num_threads_calls_are_under_way_and_large_transfers_use_them(di
         with lock:
             active.add(offset)
             most.append(len(active))
-        together.wait(timeout=60)
+        together.wait()
         with lock:
             active.remove(offset)
         return len(views[0])

@@ -1,0 +1,43 @@
+"""Tests use neither the home directory nor the clock: each session has empty caches of its own.
+
+Only what takes half a minute to compile is shared between sessions: packages and libraries whose file names contain a hash
+of their sources, the compiler and the processor. `OUTSIZE_TEST_BUILDS` names the folder (default: in pytest's cache). The
+processes of one session (`-n`) share everything.
+"""
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+_FOLDER = pytest.StashKey[Path]()
+
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Make the session's folders, and point libraries to them, in the process that starts the others."""
+    if hasattr(config, "workerinput"):
+        return
+    builds = Path(os.environ.get("OUTSIZE_TEST_BUILDS") or config.rootpath / ".pytest_cache" / "builds")
+    folder = Path(tempfile.mkdtemp(prefix="outsize-tests-", dir="/var/tmp"))
+    config.stash[_FOLDER] = folder
+    for name in ("rules", "kernels"):
+        (builds / name).mkdir(mode=0o700, parents=True, exist_ok=True)
+        (folder / "cache").mkdir(exist_ok=True)
+        (folder / "cache" / name).symlink_to(builds / name)
+    for variable in ("HF_HOME", "HF_HUB_CACHE", "HF_DATASETS_CACHE", "XDG_CACHE_HOME"):
+        os.environ.pop(variable, None)
+    os.environ["HOME"] = str(folder)
+    os.environ["OUTSIZE_CACHE"] = str(folder / "cache")
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "inductor")
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Remove the session's folders; what was compiled stays."""
+    if (folder := config.stash.get(_FOLDER, None)) is not None:
+        shutil.rmtree(folder, ignore_errors=True)
