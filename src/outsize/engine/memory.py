@@ -10,6 +10,7 @@ from typing import TypeVar
 
 import torch
 
+from outsize.engine import cgroup
 from outsize.engine.counting import LiveBytes
 
 Result = TypeVar("Result")
@@ -44,25 +45,14 @@ def peak_bytes() -> int:
 
 
 def available_bytes() -> int:
-    """Memory that could be taken now: what the system has free, or what is left of this process's cgroup."""
+    """Memory that this process can still take: what the system has free, within the limits of its control groups."""
     free = next(
         int(line.split()[1]) * 1024
         for line in Path("/proc/meminfo").read_text().splitlines()
         if line.startswith("MemAvailable:")
     )
-    limits = (
-        (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")),
-        (
-            Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
-            Path("/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-        ),
-    )
-    for limit, usage in limits:
-        try:
-            free = min(free, int(limit.read_text()) - int(usage.read_text()))
-        except (OSError, ValueError):
-            continue
-    return max(free, 0)
+    limited = cgroup.available_bytes()
+    return free if limited is None else min(free, limited)
 
 
 def keep_freed_memory() -> None:
