@@ -90,6 +90,21 @@ def test_outside_of_parts_everything_is_added():
     assert len(total) == 2
 
 
+def test_additions_to_one_sum_are_counted():
+    """A repetition skips the additions that the failed attempt completed, and makes those that it did not."""
+    stepdown, total, attempts = on(), torch.zeros(4), []
+
+    def attempt(part):
+        attempts.append(part)
+        for number in (1, 10, 100):
+            if len(attempts) == 1 and number == 100:
+                full()
+            stepdown.add("sum", lambda n=number: total[part.start : part.stop].add_(n))
+
+    stepdown.compute((Tile(0, 4, 4),), attempt)
+    assert len(attempts) == 3 and torch.equal(total, torch.full((4,), 111.0))
+
+
 def test_random_numbers_begin_anew_at_each_attempt():
     stepdown, drawn = on(), []
 

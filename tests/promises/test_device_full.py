@@ -11,6 +11,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 import outsize
 from outsize import Pins
@@ -21,7 +22,7 @@ from outsize.engine.stepdown import StepDown
 from outsize.errors import BudgetError, ConfigError
 from tests.promises.test_device import with_twin
 from tests.running import close, executor_of, opened, values_of
-from tests.zoo import ZOO
+from tests.zoo import ZOO, plain_batch, plain_stack, seeded
 
 STEPS = 3
 
@@ -322,6 +323,49 @@ def test_wherever_memory_runs_out_nothing_is_lost_or_counted_twice(name, kept_bl
     assert len(notes) == 2, (
         notes
     )  # layers and the loss in smaller tiles; or layers, after activations were let go of
+
+
+class Twice(torch.nn.Module):
+    """A layer that uses its weight in two checkpoints: each adds to the weight's gradient by itself."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.linear = torch.nn.Linear(width, width, bias=False)
+        self.passages = 0
+        self.full_at = None
+
+    def forward(self, x):
+        weight = self.linear.weight
+
+        def part(x):
+            self.passages += torch.is_grad_enabled()
+            if torch.is_grad_enabled() and self.passages == self.full_at:
+                full()
+            return torch.tanh(torch.nn.functional.linear(x, weight))
+
+        return checkpoint(part, checkpoint(part, x, use_reentrant=True), use_reentrant=True)
+
+
+@pytest.mark.parametrize("full_at", [None, 1, 2])
+def test_each_of_several_additions_to_one_gradient_counts_once(full_at, monkeypatch):
+    """Memory runs out nowhere, before the first addition of a tile, or between its two."""
+    with_twin(monkeypatch)
+    plain = plain_stack().train()
+    plain.layers = torch.nn.ModuleList(Twice(16) for _ in range(3))
+    model = opened(plain, home="host", on_device_full="retry" if full_at else "error")
+    batch = plain_batch(rows=4)
+    with seeded(0):
+        plain(**batch).backward()
+    loss = model(**batch)
+    model.layers[1].passages, model.layers[1].full_at = 0, full_at
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        loss.backward()
+    for name, parameter in model.named_parameters():
+        expected = plain.get_parameter(name).grad
+        assert torch.allclose(parameter.grad.clone(), expected, rtol=1e-4, atol=1e-7), name
+    assert model.layers[1].passages > (full_at or 1)
+    close(session_of(model))
 
 
 def test_generating_with_a_cache_is_not_repeated(monkeypatch):

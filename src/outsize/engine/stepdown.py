@@ -2,9 +2,10 @@
 
 Memory runs out inside a visit, which is computed tile by tile, so a tile is what is repeated: first, where other visits
 keep their activations, after letting go of those, which their backward then computes again; then in halves, down to one
-row; then after moving blocks that stay on the device to the host's memory, one by one. What a tile adds to sums it adds
-once: what was added before memory ran out is remembered, and left out of the repetition. So nothing of the step is lost or
-counted twice, and no number changes but for rounding: of smaller tiles, and of updates by the host instead of the device.
+row; then after moving blocks that stay on the device to the host's memory, one by one. A tile may add to one sum several
+times (a layer may use a weight twice), so additions are counted: a repetition skips exactly as many additions to each sum
+as the attempts before it completed. So nothing of the step is lost or counted twice, and no number changes but for
+rounding: of smaller tiles, and of updates by the host instead of the device.
 
 This does not hold where a tile is no function of its arguments: one that filled a cache, or changed a buffer, before it
 failed is not repeated, and one that draws random numbers goes back in the tiles of its forward.
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -36,6 +37,21 @@ class Graphs(dict[Tile, "Graph"]):
     """The graphs that one visit keeps for its backward, by tile; empty where it computes again."""
 
 
+class _Additions:
+    """How often one attempt added to each sum: `completed` includes the additions of earlier attempts, which it skips."""
+
+    def __init__(self, earlier: Counter[Hashable]) -> None:
+        self.completed = earlier.copy()
+        self._to_skip = earlier.copy()
+
+    def skips(self, what: Hashable) -> bool:
+        """Whether an earlier attempt completed the addition to `what` that comes next; counts it."""
+        if not self._to_skip[what]:
+            return False
+        self._to_skip[what] -= 1
+        return True
+
+
 class StepDown:
     """Repeats what a device had no memory for, where `is_on`; elsewhere it lets every error pass."""
 
@@ -49,7 +65,7 @@ class StepDown:
         """Takes something from the device that stays there; false where nothing can be taken."""
         self._device = device
         self._kept: weakref.WeakValueDictionary[int, Graphs] = weakref.WeakValueDictionary()
-        self._added: set[Hashable] | None = None
+        self._additions: _Additions | None = None
 
     def compute(
         self,
@@ -64,8 +80,8 @@ class StepDown:
         What an attempt changes it changes by `add`, or in a way that a repetition overwrites. Raises
         torch.OutOfMemoryError where not even the smallest can be computed.
         """
-        assert self._added is None, "a part of a visit is computed inside another"
-        todo = deque((part, frozenset[Hashable]()) for part in parts)
+        assert self._additions is None, "a part of a visit is computed inside another"
+        todo = deque((part, Counter[Hashable]()) for part in parts)
         computed: list[Tile] = []
         most = max((part.stop - part.start for part in parts), default=1)
         while todo:
@@ -74,7 +90,7 @@ class StepDown:
                 todo.extendleft((each, added) for each in reversed(_cut(part, most)))
                 continue
             before = Randomness.current(self._device) if self.is_on else None
-            self._added = set(added)
+            self._additions = _Additions(added)
             try:
                 attempt(part)
                 computed.append(part)
@@ -82,32 +98,32 @@ class StepDown:
             except torch.OutOfMemoryError:
                 if before is None or not may_repeat():
                     raise
-                added = frozenset(self._added)
+                added = self._additions.completed
                 if self._let_go_of_graphs():
                     pass
                 elif may_cut and most > 1:
                     most = -(-(part.stop - part.start) // 2)
-                    while todo and not added | todo[0][1]:  # cut as it would have been from the start
+                    while todo and not (added or todo[0][1]):  # cut as it would have been from the start
                         part = replace(part, stop=todo.popleft()[0].stop)
                 elif not self.evict():
                     raise
                 todo.appendleft((part, added))
             finally:
-                self._added = None
+                self._additions = None
             # Only from here on, where the error is forgotten, is the memory of the attempt free again.
             before.put_back()
         return tuple(computed)
 
     def add(self, what: Hashable, act: Callable[[], object]) -> None:
-        """Do `act`, which adds to the sum named `what`, unless an earlier attempt at this part did.
+        """Do `act`, which adds to the sum named `what`, unless an earlier attempt at this part completed this addition.
 
         Whatever memory `act` takes it takes before it changes anything.
         """
-        if self._added is None:
+        if self._additions is None:
             act()
-        elif what not in self._added:
+        elif not self._additions.skips(what):
             act()
-            self._added.add(what)
+            self._additions.completed[what] += 1
 
     def keep(self, graphs: Graphs) -> None:
         """Let go of `graphs` where memory runs out, unless they were taken for their backward."""
