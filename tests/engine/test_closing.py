@@ -8,6 +8,7 @@ import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 from outsize.engine import closing
+from outsize.errors import StorageError
 
 
 class Owner:
@@ -32,9 +33,9 @@ def test_what_was_detached_is_left_alone():
     assert not seen
 
 
-def test_an_error_does_not_keep_others_from_being_closed():
+def test_an_error_is_logged_and_does_not_keep_others_from_being_closed(caplog):
     def fail():
-        raise ValueError
+        raise StorageError("the disk is full")
 
     owners, seen = [Owner(), Owner()], []
     closing.when_dropped(owners[0], fail)
@@ -43,6 +44,7 @@ def test_an_error_does_not_keep_others_from_being_closed():
         del owners[0]
     closing.finish()
     assert seen == [1]
+    assert "the disk is full" in caplog.text
 
 
 def test_a_lock_that_is_held_where_something_is_dropped_is_no_obstacle():

@@ -138,6 +138,24 @@ def test_an_error_reaches_whoever_waits_and_the_lane_goes_on(verb, kernel):
     lane.close()
 
 
+def test_a_failed_write_is_an_error_of_its_own_job_only(kernel):
+    """The next job takes the chunk buffer that the failed write used."""
+    record = make_record()
+    disk = FaultyTier(NullTier(record.num_bytes), [Fault(FaultKind.EIO, Verb.WRITE, nth=1)])
+    lane = make_lane(kernel, disk, num_buffers=1)
+    jobs = [make_job(record, [AdamWHyper(lr=0.1)] * 3) for _ in range(3)]
+    for job in jobs:
+        job.state_planes = None
+        lane.submit(job)
+    for job in jobs:
+        job.wait_applied()
+    with pytest.raises(StorageError, match=r"L00.state\[0\]"):
+        jobs[0].wait()
+    for job in jobs[1:]:
+        job.wait()
+    lane.close()
+
+
 def test_an_error_of_the_rule_reaches_whoever_waits():
     def broken(*args):
         raise ZeroDivisionError("a defect")

@@ -5,6 +5,7 @@ an error of the model's own.
 """
 
 import contextlib
+import mmap
 import os
 import shutil
 import subprocess
@@ -97,6 +98,46 @@ def test_after_a_failure_everything_can_be_given_back(plane, verb, tmp_path, mon
             assert not list(tmp_path.iterdir())
         finally:
             abandon(model)
+
+
+def test_everything_is_given_back_whatever_step_of_closing_fails(tmp_path, monkeypatch):
+    (tmp_path / "scratch").mkdir()
+    model = llama(tmp_path / "scratch")
+    optimizer = adamw(model)
+    train(model, batches(1), optimizer)
+    store, session = executor_of(model).store, session_of(model)
+
+    def fail(*args, **kwargs):
+        raise ZeroDivisionError("a step of closing")
+
+    for owner, name in ((store.carrier, "close"), (store.origin.reader, "shutdown"), (store.lane, "close")):
+        real = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda real=real: (real(), fail()))
+    with pytest.raises(ZeroDivisionError):
+        session.close()
+    store.arena.check_books()
+    assert not list((tmp_path / "scratch").iterdir())
+    with pytest.raises(UsageError):
+        store.disk.start_read(0, memoryview(mmap.mmap(-1, 4096)), "closed")
+
+
+def test_a_commit_that_fails_to_finish_leaves_nothing_open(tmp_path, monkeypatch):
+    (tmp_path / "scratch").mkdir()
+    model = llama(tmp_path / "scratch")
+    optimizer = adamw(model)
+    outsize.checkpoint.resume(model, optimizer, tmp_path / "store")
+    train(model, batches(1), optimizer)
+    store, session = executor_of(model).store, session_of(model)
+
+    def fail():
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(store.captures, "finish", fail)
+    with pytest.raises(ZeroDivisionError):
+        session.close()
+    store.arena.check_books()
+    again = llama(tmp_path / "scratch")
+    outsize.checkpoint.resume(again, adamw(again), tmp_path / "store")  # the lock was given back
 
 
 @pytest.mark.parametrize(

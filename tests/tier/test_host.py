@@ -1,4 +1,6 @@
+import errno
 import mmap
+import os
 from pathlib import Path
 
 import pytest
@@ -57,6 +59,27 @@ def test_what_the_system_refuses_is_a_budget_error():
     arena = HostArena(1 << 62)
     with pytest.raises(BudgetError, match="the system refuses"):
         arena.allocate(1 << 60, "too much")
+    arena.check_books()
+
+
+@pytest.mark.parametrize("code", [errno.ENOMEM, errno.EFAULT, errno.EINVAL])
+@pytest.mark.parametrize("advice", [mmap.MADV_HUGEPAGE, 23])
+def test_memory_that_cannot_be_populated_is_a_budget_error(code: int, advice: int, monkeypatch):
+    """Advice that the kernel does not know is left out; memory that it does not have is missed at once."""
+
+    class Mapping(mmap.mmap):
+        def madvise(self, option: int) -> None:
+            if option == advice:
+                raise OSError(code, os.strerror(code))
+            super().madvise(option)
+
+    monkeypatch.setattr(mmap, "mmap", Mapping)
+    arena = HostArena(8 << 20)
+    if code == errno.EINVAL:
+        arena.allocate(4 << 20, "weights").free()
+    else:
+        with pytest.raises(BudgetError, match=f"weights needs .* cannot provide: {os.strerror(code)}"):
+            arena.allocate(4 << 20, "weights")
     arena.check_books()
 
 

@@ -457,13 +457,14 @@ def close_workers(
     device: Device,
     disk: Tier | None,
 ) -> None:
-    """End the threads of a store, those first whose work others finish, and close its disk."""
-    if lane is not None:
-        lane.close()
-    reader.shutdown()
-    if copier is not None:
-        copier.shutdown()
-    carrier.close()
-    device.finish()
-    if disk is not None:
-        disk.close()
+    """End the threads of a store, those first whose work others finish, and close its disk, whatever goes wrong."""
+    with ExitStack() as stack:
+        if disk is not None:
+            stack.callback(disk.close)
+        stack.callback(device.finish)
+        stack.callback(carrier.close)
+        if copier is not None:
+            stack.callback(copier.shutdown)
+        stack.callback(reader.shutdown)
+        if lane is not None:
+            stack.callback(lane.close)

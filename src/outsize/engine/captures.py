@@ -16,7 +16,7 @@ from outsize.block import Extent, Plane
 from outsize.engine.capture import Capture, CapturedBlock
 from outsize.engine.carrier import Carrier, Job, Parcel, Part
 from outsize.engine.update import UpdateJob
-from outsize.errors import OutsizeError, StorageError
+from outsize.errors import StorageError
 from outsize.tier import Region, Stored, Transfer, VersionedTier, wait_all
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ class Captures:
         """Note blocks that no visit came to because an error was in between; what is wrong with them is the commit's."""
         for state in self._store:
             if state.pending is None:
-                with suppress(OutsizeError):
+                with suppress(Exception):
                     self.applied(state)
 
     def finish(self) -> None:

@@ -13,15 +13,13 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 
 import torch
 
 from outsize.block import Extent
-from outsize.errors import OutsizeError
-from outsize.tier import Device, Region, Slot, Tier, Transfer, Way, follow_all, wait_all
+from outsize.tier import Device, Region, Slot, Tier, Transfer, Way, follow_all, wait_all, wait_over
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,8 +196,7 @@ class _Legs:
     def _all_started(self) -> None:
         self.started.wait()
         if self.error is not None:
-            with suppress(OutsizeError):
-                wait_all(self.transfers)  # those that were started before
+            wait_over(self.transfers)  # those that were started before
             raise self.error
 
 
@@ -254,8 +251,7 @@ class _Relay:
                 buffer, busy = self._buffers.popleft()
                 try:
                     if busy is not None:
-                        with suppress(OutsizeError):  # its own parcel was told
-                            busy.wait()
+                        wait_over([busy])  # its own parcel raises what went wrong
                     first = self._first_leg(parcel, after, buffer, index)
                 except BaseException:
                     self._buffers.append((buffer, None))
@@ -324,8 +320,7 @@ class Staging:
     def take(self) -> Region:
         """A region that nothing reads any more; blocks until there is one."""
         region, transfers = self._idle.get()
-        with suppress(OutsizeError):  # who needed those bytes was told
-            wait_all(transfers)
+        wait_over(transfers)  # what needed those bytes raises what went wrong
         return region
 
     def give(self, region: Region, after: Sequence[Transfer]) -> None:

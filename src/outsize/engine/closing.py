@@ -7,13 +7,17 @@ written to from anywhere.
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import weakref
 from collections.abc import Callable
-from contextlib import suppress
 from functools import partial
 from queue import SimpleQueue
+
+from outsize.errors import in_short
+
+_log = logging.getLogger(__name__)
 
 _notes: SimpleQueue[Callable[[], object]] = SimpleQueue()
 _lock = threading.Lock()
@@ -57,6 +61,8 @@ def _run() -> None:
 
 
 def _close(note: Callable[[], object]) -> None:
-    """In a function of its own: what the note holds goes with it, and not when the next comes."""
-    with suppress(Exception):  # nobody is left to be told
+    """Run `note` in a function of its own, so that what it holds goes with it; log what goes wrong: no caller is left."""
+    try:
         note()
+    except BaseException as error:
+        _log.error("closing a model that was dropped failed: %s", in_short(error), exc_info=error)

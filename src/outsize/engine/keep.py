@@ -17,7 +17,7 @@ import time
 import weakref
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 
 import torch
@@ -27,9 +27,9 @@ from outsize.config import format_bytes
 from outsize.engine.carrier import Carrier, Parcel, Part, StagedCarrier
 from outsize.engine.closing import when_dropped
 from outsize.engine.recorder import ENDS_A_FREE, ENDS_A_WAIT, Recorder
-from outsize.errors import BudgetError, OutsizeError, StorageError, UsageError
+from outsize.errors import BudgetError, StorageError, UsageError
 from outsize.plan.profile import Resource
-from outsize.tier import Device, DoneTransfer, HostArena, Tier, TierStats, Transfer
+from outsize.tier import Device, DoneTransfer, HostArena, Tier, TierStats, Transfer, wait_over
 
 LEAST_BYTES = 1 << 20
 """Smaller tensors stay where they are."""
@@ -127,12 +127,13 @@ class Keeper:
             return
         self._is_closed = True
         self._finalizer.detach()
-        _close_workers(self._carrier, self._device, self._disk)
-        for waiting in (self._leaving, self._dropped, self._visits, self._known):
-            waiting.clear()
-        for region in ([] if self._home is None else [self._home]) + self._buffers:
-            region.free()
-        self.arena.check_books()
+        with ExitStack() as stack:
+            stack.callback(self.arena.check_books)
+            for region in ([] if self._home is None else [self._home]) + self._buffers:
+                stack.callback(region.free)
+            for waiting in (self._leaving, self._dropped, self._visits, self._known):
+                stack.callback(waiting.clear)
+            stack.callback(_close_workers, self._carrier, self._device, self._disk)
 
     # -- down ------------------------------------------------------------------------------------------------------
 
@@ -158,13 +159,13 @@ class Keeper:
 
     def _let_go(self, num_visits: int) -> None:
         """Let go of inputs that are on their way, but for those of the last `num_visits`; raise the first error met."""
-        error: OutsizeError | None = None
+        error: Exception | None = None
         while len(self._leaving) > num_visits:
             for tensor, each, down in self._leaving.popleft():
                 try:
                     with self._waiting("free input", each, ENDS_A_FREE):
                         down.follow()
-                except OutsizeError as failure:
+                except Exception as failure:
                     error = error or failure
                     each.is_lost = True
                     each.forget()
@@ -177,7 +178,7 @@ class Keeper:
         while self._dropped:
             each = self._dropped.popleft()
             if each.on_way is not None:
-                with suppress(OutsizeError):  # nobody needs them
+                with suppress(Exception):  # nobody needs them
                     each.on_way[1].follow()
                 each.on_way = None
             self._places.give(each.extent, each.last)
@@ -349,7 +350,7 @@ class Places:
         if not (idle := self._idle.get(size)):
             return None
         extent, last = idle.pop()
-        with suppress(OutsizeError):  # who needed those bytes was told
+        with suppress(Exception):  # what needed those bytes raises what went wrong
             last.follow()
         return extent
 
@@ -364,8 +365,7 @@ class Places:
         """Make all that is idle one with what lies beside it."""
         for idle in self._idle.values():
             for _, last in idle:
-                with suppress(OutsizeError):
-                    last.wait()
+                wait_over([last])
         self._idle.clear()
         self._gaps, start = [], 0
         for extent in sorted(self._in_use, key=lambda extent: extent.offset):
@@ -375,7 +375,9 @@ class Places:
 
 
 def _close_workers(carrier: Carrier, device: Device, disk: Tier | None) -> None:
-    carrier.close()
-    device.finish()
-    if disk is not None:
-        disk.close()
+    """Close each, whatever goes wrong with the others."""
+    with ExitStack() as stack:
+        if disk is not None:
+            stack.callback(disk.close)
+        stack.callback(device.finish)
+        stack.callback(carrier.close)

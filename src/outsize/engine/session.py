@@ -506,9 +506,9 @@ class Session:
                 store.load_resident(state)
 
     def _forget_committed(self) -> None:
-        if self.committed is not None:
-            self.committed.close()
-            self.committed = None
+        committed, self.committed = self.committed, None
+        if committed is not None:
+            committed.close()
 
     def _touch(self, state: BlockState) -> None:
         assert self.executor is not None
@@ -549,20 +549,20 @@ class Session:
         """Give memory and disk back. Weights that were updated or taken over are gone: save them before."""
         executor, self.executor, self.budget.placement = self.executor, None, None
         keeper, self.keeper = self.keeper, None
-        self._forget_committed()
-        with ExitStack() as stack:
+        with ExitStack() as stack:  # the last callback runs first, and all run, whatever one of them raises
             if self.versions is not None:
                 stack.callback(self.versions.close)
             if executor is not None:
-                if self.versions is not None:
-                    assert executor.store.captures is not None
-                    executor.store.captures.finish()
-                    self.versions.is_closing()
                 self._finalizer.detach()
                 self._is_closed = self.source is None or any(state.is_stored for state in executor.store)
                 stack.callback(executor.close)
             if keeper is not None:
                 stack.callback(keeper.close)
+            if executor is not None and self.versions is not None:
+                assert executor.store.captures is not None
+                stack.callback(self.versions.is_closing)
+                stack.callback(executor.store.captures.finish)
+            stack.callback(self._forget_committed)
 
 
 def backward_visits(session: Session, blocks: Sequence[str], needs_weights: bool) -> list[Visit]:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 
@@ -23,7 +22,7 @@ import torch
 from outsize.block import CHUNK, Plane, Record, align
 from outsize.engine.recorder import Recorder
 from outsize.optim import Hyper, Kernel, limit_threads, part
-from outsize.tier import Region, Tier, Transfer, wait_all
+from outsize.tier import Region, Tier, Transfer, wait_all, wait_over
 
 CHUNKS_IN_MEMORY = 8
 """Chunks that are updated at once where no plane streams: the interpreter's part is spread over more."""
@@ -240,7 +239,7 @@ class UpdateLane:
         if not (streams_state or streams_gradient or job.streams_weight):
             return
         chunk.buffer, writes = self._idle.get()
-        wait_all(writes)
+        wait_over(writes)  # the job that they belong to raises what went wrong
         assert self._disk is not None
         if streams_state:
             extent = record.state_extent(chunk.start, chunk.trainable_stop)
@@ -284,11 +283,9 @@ class UpdateLane:
             if chunk.buffer is not None:
                 self._idle.put((chunk.buffer, writes))
             if chunk.is_last:
-                for read in (
+                wait_over(
                     job.weight_reads
-                ):  # after an error: what still fills the weights is over before the job is
-                    with suppress(BaseException):
-                        read.wait()
+                )  # after an error: what fills the weights is over before the job is
                 job.finish()
             del chunk, job, writes
 

@@ -3,7 +3,7 @@
 Only this room opens files for state. `base` says what a tier is; everything else is one file per tier.
 """
 
-from outsize.tier.base import DurableTier, Tier, Transfer, follow_all, wait_all
+from outsize.tier.base import DurableTier, Tier, Transfer, follow_all, wait_all, wait_over
 from outsize.tier.device import (
     CudaDevice,
     Device,
@@ -67,4 +67,5 @@ __all__ = [
     "follow_all",
     "sent",
     "wait_all",
+    "wait_over",
 ]

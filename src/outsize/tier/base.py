@@ -11,7 +11,6 @@ from contextlib import suppress
 from typing import Protocol
 
 from outsize.block import Extent
-from outsize.errors import OutsizeError
 from outsize.tier.digests import Check
 from outsize.tier.stats import TierStats
 from outsize.tier.transfer import Listener
@@ -31,28 +30,47 @@ class Transfer(Protocol):
 
 
 def wait_all(transfers: Iterable[Transfer]) -> None:
-    """Wait for all, those too that come after one that failed; then raise what went wrong first.
+    """Wait for all, whatever is raised meanwhile; then raise what went wrong first.
 
-    Whoever was told of an error may give away what the transfers used: nothing must be under way any more.
+    The caller may give away what the transfers used once this raises, so no transfer may still be under way.
     """
-    error: OutsizeError | None = None
+    error: BaseException | None = None
     for transfer in transfers:
-        try:
-            transfer.wait()
-        except OutsizeError as failure:
-            error = error or failure
+        failure = _wait_out(transfer)
+        error = error or failure
     if error is not None:
         raise error
 
 
+def wait_over(transfers: Iterable[Transfer]) -> None:
+    """Wait until all are over and raise nothing: for cleaning up after an error that is raised anyway."""
+    for transfer in transfers:
+        _wait_out(transfer)
+
+
+def _wait_out(transfer: Transfer) -> BaseException | None:
+    """Wait until `transfer` is over; what was raised first.
+
+    An interrupt ends a wait and not the transfer, which is waited for again. A second interrupt gives up.
+    """
+    try:
+        transfer.wait()
+    except Exception as error:
+        return error
+    except BaseException as interrupt:
+        with suppress(Exception):
+            transfer.wait()
+        return interrupt
+    return None
+
+
 def follow_all(transfers: Sequence[Transfer]) -> None:
-    """Let computing come after all; where one failed, wait for the others and raise what went wrong first."""
+    """Let computing come after all; where anything is raised, wait for all and raise it."""
     try:
         for transfer in transfers:
             transfer.follow()
-    except OutsizeError:
-        with suppress(OutsizeError):
-            wait_all(transfers)
+    except BaseException:
+        wait_over(transfers)
         raise
 
 

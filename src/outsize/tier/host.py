@@ -7,7 +7,7 @@ system cannot give is missing at the start and not in the middle of a step.
 
 from __future__ import annotations
 
-import contextlib
+import errno
 import mmap
 import threading
 import weakref
@@ -89,13 +89,27 @@ class Region:
         if self._unpin is not None:
             self._unpin()
         self._memory = None
+        self._arena._forget(self)
         # The mapping lives as long as a view of it does, and cannot be unmapped before. Its pages can go.
         memory.madvise(mmap.MADV_DONTNEED)
-        self._arena._forget(self)
 
     def _live(self) -> mmap.mmap:
         assert self._memory is not None, f"{self.name}: the region was freed"
         return self._memory
+
+
+def _advise(memory: mmap.mmap, advice: int, name: str) -> None:
+    """Give advice that the kernel may not know. Raises BudgetError where it knows it and has no memory to follow it."""
+    try:
+        memory.madvise(advice)
+    except OSError as error:
+        if error.errno == errno.EINVAL:
+            return
+        raise BudgetError(
+            f"host memory: {name} needs {len(memory)} bytes ({format_bytes(len(memory))}), "
+            f"which the system cannot provide: {error.strerror}",
+            hint="lower the host budget, or end what else takes memory (a container may have a limit of its own)",
+        ) from error
 
 
 def _unpin(pinner: Pinner, address: int, memory: mmap.mmap) -> None:
@@ -150,11 +164,10 @@ class HostArena:
                     hint="lower the host budget, or raise the limit of this process (ulimit -v, overcommit)",
                 ) from error
             if size >= HUGE_PAGE_BYTES:
-                # Refused where the kernel has no transparent huge pages; small pages do as well.
-                with contextlib.suppress(OSError):
-                    memory.madvise(mmap.MADV_HUGEPAGE)
-            with contextlib.suppress(OSError):  # kernels before 5.14: pages are taken when first touched
-                memory.madvise(_MADV_POPULATE_WRITE)
+                # Unknown where the kernel has no transparent huge pages; small pages do as well.
+                _advise(memory, mmap.MADV_HUGEPAGE, name)
+            # Unknown to kernels before 5.14, which take pages when they are first touched.
+            _advise(memory, _MADV_POPULATE_WRITE, name)
             region = Region(self, name, memory)
             if self.pinner is not None:
                 region.pin(self.pinner)

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from typing import cast
 
 from outsize.block import Extent, align
-from outsize.errors import OutsizeError
-from outsize.tier.base import DurableTier, Tier, Transfer, wait_all
+from outsize.tier.base import DurableTier, Tier, Transfer, wait_over
 from outsize.tier.digests import Check
 from outsize.tier.stats import TierStats
 from outsize.tier.together import Together
@@ -56,8 +54,7 @@ class StripedTier:
             for index, place, begin, end in self._parts(offset, len(view)):
                 started.append(verb_of(self._tiers[index])(place, view[begin:end], label))
         except BaseException:
-            with suppress(OutsizeError):
-                wait_all(started)  # nothing may still write into the buffer when the caller has it back
+            wait_over(started)  # nothing may still write into the buffer when the caller has it back
             raise
         return Together(started)
 

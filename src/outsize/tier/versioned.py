@@ -15,12 +15,11 @@ import threading
 from bisect import bisect_left, bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 
 from outsize.block import Extent
-from outsize.errors import OutsizeError, StorageFullError
-from outsize.tier.base import DurableTier, Transfer, wait_all
+from outsize.errors import StorageFullError
+from outsize.tier.base import DurableTier, Transfer, wait_over
 from outsize.tier.digests import Check
 from outsize.tier.stats import TierStats
 from outsize.tier.together import Together
@@ -240,7 +239,6 @@ class VersionedTier:
                 assert cell.offset in self._places, f"{label} is read and was never written"
                 started.append(start(self._places[cell.offset] + inside, view[begin:end], label))
         except BaseException:
-            with suppress(OutsizeError):
-                wait_all(started)  # nothing may still write into the buffer when the caller has it back
+            wait_over(started)  # nothing may still write into the buffer when the caller has it back
             raise
         return started[0] if len(started) == 1 else Together(started)
