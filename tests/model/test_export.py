@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, load_model
 
 from outsize.errors import StorageError, StorageFullError, UsageError
-from outsize.model import SafetensorsSource, TensorSource, cut, open_skeleton, write_folder
+from outsize.model import Existing, SafetensorsSource, TensorSource, cut, open_skeleton, write_folder
 from tests.model.helpers import read, stored
 from tests.zoo import ZOO, plain_stack
 
@@ -137,11 +137,11 @@ def test_taken_folder_is_refused_unless_told(tmp_path):
     (out / "mine").write_text("")
     with pytest.raises(UsageError, match=r"is not empty[\s\S]*overwrite=True"):
         write(model, out)
-    write(model, out, overwrite=True)
+    write(model, out, existing=Existing.REPLACE)
     assert not (out / "mine").exists()
     assert os.listdir(tmp_path) == ["out"]
     with pytest.raises(UsageError, match="is no folder"):
-        write(model, out / "config.json", overwrite=True)
+        write(model, out / "config.json", existing=Existing.REPLACE)
 
 
 def test_saving_over_the_folder_that_is_read(tmp_path):
@@ -156,7 +156,7 @@ def test_saving_over_the_folder_that_is_read(tmp_path):
         fetch_from(source),
         tmp_path / "a",
         tokenizer_from=tmp_path / "a",
-        overwrite=True,
+        existing=Existing.REPLACE,
     )
     assert (tmp_path / "a" / "tokenizer.json").exists()
     again = type(model).from_pretrained(tmp_path / "a")
@@ -178,7 +178,13 @@ def test_a_failure_leaves_what_was_there(tmp_path, overwrite):
         return read(source, block)
 
     with pytest.raises(KeyboardInterrupt):
-        write_folder(model, cut(model).blocks, failing, out, overwrite=overwrite)
+        write_folder(
+            model,
+            cut(model).blocks,
+            failing,
+            out,
+            existing=Existing.REPLACE if overwrite else Existing.REFUSE,
+        )
     assert os.listdir(tmp_path) == (["out"] if overwrite else [])
     if overwrite:
         assert {file.name: file.read_bytes() for file in out.iterdir()} == before

@@ -17,7 +17,7 @@ from outsize.checkpoint.reading import CommitReader, CommitReplaced, CommitSourc
 from outsize.config import ComputeType
 from outsize.engine import memory
 from outsize.errors import ConfigError, StorageError
-from outsize.model import SafetensorsSource, cut, open_skeleton, write_folder
+from outsize.model import Existing, SafetensorsSource, cut, open_skeleton, write_folder
 
 ATTEMPTS = 5
 """At reading the newest commit, where a run replaces it each time."""
@@ -97,7 +97,7 @@ def _export(reader: CommitReader, folder: Path, out: Path, dtype: str | None, ov
             out,
             tokenizer_from=model_folder(folder),
             dtype=torch_dtype,
-            overwrite=overwrite,
+            existing=Existing.REPLACE if overwrite else Existing.REFUSE,
         )
     return reader.manifest
 

@@ -5,19 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
 
 import torch
 from torch import nn
 
-from outsize.block import Block
 from outsize.config import Budgets, ComputeType, Disk, Home, OnDeviceFull, Pins, Settings
 from outsize.engine import memory
 from outsize.engine.blocks import DTYPES
+from outsize.engine.methods import take_methods_over
 from outsize.engine.placeholder import OffloadedParameter
+from outsize.engine.saving import write_model
 from outsize.engine.session import Session, session_of
 from outsize.errors import ConfigError, ModelError, UsageError
 from outsize.model import (
+    Existing,
     InitSource,
     SafetensorsSource,
     Source,
@@ -29,7 +30,6 @@ from outsize.model import (
     parse_weights,
     resolve_folder,
     stored_weights,
-    write_folder,
 )
 from outsize.plan.profile import Profile
 from outsize.tier import CudaDevice, Device, HostDevice
@@ -138,23 +138,27 @@ def save(
     model: nn.Module,
     path: str | Path,
     *,
+    overwrite: bool = False,
     tokenizer_from: str | Path | None = None,
     watch: Callable[[int, int], object] | None = None,
 ) -> None:
     """Write `model` as an ordinary Hugging Face folder, up to date with every `step()`, in memory of about a block.
 
-    A model whose weights are in few bits is written so, for `load` to open. `watch` is told which block is begun, from 1,
-    and how many there are.
+    A model whose weights are packed is written so, for `load` to open. Of a model that peft wrapped the adapters are
+    written, as peft does, for `PeftModel.from_pretrained`. With `overwrite` the folder may hold an earlier model, whose
+    files are replaced; other files in it stay. `watch` is called with the number of each block as it begins, from 1, and
+    how many there are.
+
+    Raises UsageError where the folder is not empty, or a part of the model was replaced since it was opened;
+    StorageError and StorageFullError where the disk fails, and then an earlier model in the folder is whole.
     """
-    session = session_of(model)
-    numbers = {block.name: number for number, block in enumerate(session.cut.blocks, 1)}
-
-    def fetch(block: Block) -> list[torch.Tensor]:
-        if watch is not None:
-            watch(numbers[block.name], len(numbers))
-        return session.parameters.block_values(block)
-
-    write_folder(session.module, session.cut.blocks, fetch, Path(path), tokenizer_from=tokenizer_from)
+    write_model(
+        session_of(model),
+        Path(path),
+        existing=Existing.UPDATE if overwrite else Existing.REFUSE,
+        tokenizer_from=tokenizer_from,
+        watch=watch,
+    )
 
 
 def resolve_settings(
@@ -229,19 +233,10 @@ def _take_over(module: nn.Module, source: Source, settings: Settings, profile: P
     memory.keep_freed_memory()
     memory.bound_kernel_caches()
     Session(module, cut(module), source, settings, open_device(settings), profile)
-    module.load_state_dict = _refuse_state_dict  # type: ignore[method-assign]
-    if hasattr(module, "save_pretrained"):
-        module.save_pretrained = lambda path, **_: save(module, path)  # type: ignore[assignment]
+    take_methods_over(module)
     return module
 
 
 def open_device(settings: Settings) -> Device:
     """Where blocks compute: the first CUDA device where there is one, else the host. Raises DeviceError."""
     return CudaDevice(settings.budgets.device_bytes) if torch.cuda.is_available() else HostDevice()
-
-
-def _refuse_state_dict(*args: Any, **kwargs: Any) -> NoReturn:
-    raise UsageError(
-        "weights cannot be put into a model that lives in Outsize's store",
-        hint="open the folder that holds them with outsize.load(path); going on with a run's moments is not possible yet",
-    )

@@ -52,6 +52,7 @@ class Optimizer(torch.optim.Optimizer, ABC):
             )
         self._check({"max_grad_norm": max_grad_norm}, {"max_grad_norm": _is_norm(max_grad_norm)})
         self._session: Session = session_of(model)
+        self._session.check()
         self._names = {id(placeholder): name for name, placeholder in self._session.parameters.items()}
         self.max_grad_norm = max_grad_norm
         self.grad_norm: float | None = None
@@ -193,10 +194,18 @@ class Optimizer(torch.optim.Optimizer, ABC):
         return min(self.max_grad_norm / (self.grad_norm + 1e-6), 1.0)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget the gradients of all groups; an update that `step()` froze still uses them."""
+        """Drop the gradients of all groups, or make them zero; an update that `step()` froze still uses them.
+
+        As in torch, a parameter whose gradient is zero moves with its moments and weight decay at the next `step()`, and
+        one without a gradient does not. Raises UsageError where a gradient that is to become zero holds inf or nan.
+        """
+        parameters = self._session.parameters
         for group in self.param_groups:
             for parameter in group["params"]:
-                self._session.parameters.drop_gradient(self._names[id(parameter)])
+                if set_to_none:
+                    parameters.drop_gradient(self._names[id(parameter)])
+                else:
+                    parameters.zero_gradient(self._names[id(parameter)])
 
     def state_dict(self) -> dict[str, Any]:
         """Groups, step counts and other numbers per parameter, and where the moments are; never tensors."""

@@ -5,6 +5,7 @@ A parameter lies in one block, or in several of some rows each; after the first 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -38,7 +39,6 @@ class Parameters(Mapping[str, OffloadedParameter]):
         self._session = session
         self._shapes = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
         self._locations: dict[str, list[Location]] = {}
-        self._owned: list[tuple[dict[str, Any], str, OffloadedParameter]] = []
         self._placeholders = self._take(module)
         self.locate({block.name: block.pieces for block in blocks})
 
@@ -67,19 +67,11 @@ class Parameters(Mapping[str, OffloadedParameter]):
         for owner in module.modules():
             for attribute, owned in owner._parameters.items():
                 if owned is not None:
-                    placeholder = by_identity[id(owned)]
-                    owner._parameters[attribute] = placeholder  # type: ignore[assignment]
-                    self._owned.append((owner._parameters, attribute, placeholder))
+                    owner._parameters[attribute] = by_identity[id(owned)]  # type: ignore[assignment]
         return placeholders
 
     def check(self) -> None:
-        """Refuse to run with parameters that are no longer ours, or that train without a place for gradients."""
-        for parameters, attribute, placeholder in self._owned:
-            if parameters.get(attribute) is not placeholder:
-                raise UsageError(
-                    f"a parameter was put in the place of {placeholder._label}: it would not be used",
-                    hint="change weights before outsize.wrap, or save, change and load again",
-                )
+        """Refuse to run with parameters that train without a place for their gradients. Raises UsageError."""
         if self._session.executor is None:
             return
         for name, parameter in self.items():
@@ -175,6 +167,7 @@ class Parameters(Mapping[str, OffloadedParameter]):
             fetch=lambda: self._gradient_value(parameter),
             norm=lambda: self._gradient_norm(parameter),
             scale_by=lambda factor: self._scale_gradient(parameter, factor),
+            zero=lambda: self.zero_gradient(parameter),
         )
 
     def drop_gradient(self, parameter: str) -> None:
@@ -182,6 +175,20 @@ class Parameters(Mapping[str, OffloadedParameter]):
         if self._session.executor is not None:
             for gradient in self._gradients(parameter):
                 gradient.present, gradient.scale = False, 1.0
+
+    def zero_gradient(self, parameter: str) -> None:
+        """Make the gradient zero where there is one, which moves no bytes: what is stored gets the factor 0.
+
+        Raises UsageError where it holds inf or nan, which no factor makes zero.
+        """
+        if self._session.executor is None or not any(g.present for g in self._gradients(parameter)):
+            return
+        if not math.isfinite(self._gradient_norm(parameter)):
+            raise UsageError(
+                f"the gradient of {parameter} holds inf or nan and cannot be made zero in place",
+                hint="drop it instead: optimizer.zero_grad(), which sets gradients to None",
+            )
+        self._scale_gradient(parameter, 0.0)
 
     def _gradients(self, parameter: str) -> list[Any]:
         return [self._session.store[at.block].gradients[at.index] for at in self._locations[parameter]]

@@ -7,7 +7,7 @@ change would be lost. (Plain empty tensors let `save_pretrained` write a file of
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any, NoReturn
 
 import torch
@@ -18,6 +18,9 @@ from outsize.errors import UsageError
 _WRITTEN_HINT = (
     "train it with outsize.AdamW(model, ...); to change weights yourself, do it before outsize.wrap"
 )
+_MEMORY_HINT = "read it with .detach().clone(), or write the whole model with outsize.save(model, path)"
+
+_VIEW = "a view of"
 
 
 class _Placeholder(torch.Tensor):
@@ -46,6 +49,8 @@ class _Placeholder(torch.Tensor):
         )
         self._label = label
         self._fetch = fetch
+        # What reaches for the bytes from C++, past the methods below, raises instead of reading address 0.
+        torch._C._set_throw_on_mutable_data_ptr(self)
         return self
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
@@ -59,9 +64,13 @@ class _Placeholder(torch.Tensor):
         if overload in (torch.ops.aten.detach, torch.ops.aten.alias):
             source = args[0]
             return Reading(source, source._label, source._fetch)
-        if overload is torch.ops.aten._to_copy:
-            source = args[0]
-            source._refuse("converted", "its home and type are chosen by outsize.load(..., dtype=)")
+        if overload is torch.ops.aten._to_copy and isinstance(args[0], OffloadedParameter):
+            # `module.to(...)` would put the result in its place.
+            args[0]._refuse(
+                "converted",
+                "its home and type are chosen by outsize.load(..., dtype=); to read it, "
+                f"write .detach().to({kwargs.get('dtype') or 'dtype'})",
+            )
         for position, argument in enumerate(func._schema.arguments):
             if argument.alias_info is not None and argument.alias_info.is_write:
                 value = args[position] if position < len(args) else kwargs.get(argument.name)
@@ -69,6 +78,8 @@ class _Placeholder(torch.Tensor):
                 for target in values:
                     if isinstance(target, _Placeholder):
                         target._refuse("written", _WRITTEN_HINT)
+        if _is_view(func) and isinstance(args[0], _Placeholder):
+            return args[0]._viewed(partial(func, **kwargs), args[1:])
         fetched: dict[int, torch.Tensor] = {}
 
         def value_of(tensor: _Placeholder) -> torch.Tensor:
@@ -78,6 +89,19 @@ class _Placeholder(torch.Tensor):
 
         args, kwargs = tree_map_only(_Placeholder, value_of, (args, kwargs))
         return func(*args, **kwargs)
+
+    def _viewed(self, view: Callable[..., Any], options: tuple[Any, ...]) -> Any:
+        """What a view of this tensor is: readings of its parts, so that a write through them is refused too."""
+        label = self._label if self._label.startswith(_VIEW) else f"{_VIEW} {self._label}"
+        shapes = view(torch.empty_like(self, device="meta"), *options)
+        read = cache(lambda: view(self._fetch(), *options))
+        if isinstance(shapes, torch.Tensor):
+            return Reading(shapes, label, read, device=self.device)
+        parts = (
+            Reading(shape, label, partial(lambda index: read()[index], index), device=self.device)
+            for index, shape in enumerate(shapes)
+        )
+        return type(shapes)(parts)
 
     def _refuse(self, what: str, hint: str) -> NoReturn:
         raise UsageError(f"{self._label} lives in Outsize's store and cannot be {what} here", hint=hint)
@@ -96,7 +120,30 @@ class _Placeholder(torch.Tensor):
 
     def data_ptr(self) -> NoReturn:
         """Refused: there is no storage to point to."""
-        self._refuse("accessed as raw memory", "use outsize.save(model, path), or read it with .clone()")
+        self._refuse("accessed as raw memory", _MEMORY_HINT)
+
+    def untyped_storage(self) -> NoReturn:
+        """Refused: there is no storage."""
+        self._refuse("accessed as raw memory", _MEMORY_HINT)
+
+    def storage(self) -> NoReturn:
+        """Refused: there is no storage."""
+        self._refuse("accessed as raw memory", _MEMORY_HINT)
+
+    def _typed_storage(self) -> NoReturn:
+        self._refuse("accessed as raw memory", _MEMORY_HINT)
+
+    def is_shared(self) -> bool:
+        """False: what is in the store belongs to this process."""
+        return False
+
+    def share_memory_(self) -> NoReturn:
+        """Refused: another process cannot read the store."""
+        self._refuse("shared between processes", "save the model and load it in each process")
+
+    def __dlpack__(self, **options: Any) -> Any:
+        """A capsule that owns a copy of the value."""
+        return self._fetch().detach().__dlpack__(**options)
 
     def numpy(self, *, force: bool = False) -> Any:
         """The value as an array of its own."""
@@ -116,6 +163,7 @@ class GradientPlaceholder(_Placeholder):
 
     _norm: Callable[[], float]
     _scale_by: Callable[[float], None]
+    _zero: Callable[[], None]
 
     @classmethod
     def of(
@@ -125,11 +173,12 @@ class GradientPlaceholder(_Placeholder):
         fetch: Callable[[], torch.Tensor],
         norm: Callable[[], float],
         scale_by: Callable[[float], None],
+        zero: Callable[[], None],
     ) -> GradientPlaceholder:
-        """The gradient of `parameter`; `norm` is its 2-norm, `scale_by` records a factor."""
+        """The gradient of `parameter`; `norm` is its 2-norm, `scale_by` records a factor, `zero` the factor 0."""
         self = cls(parameter, label, fetch)
         assert isinstance(self, GradientPlaceholder)
-        self._norm, self._scale_by = norm, scale_by
+        self._norm, self._scale_by, self._zero = norm, scale_by, zero
         return self
 
     @classmethod
@@ -150,6 +199,12 @@ class GradientPlaceholder(_Placeholder):
             ):
                 norms = [torch.tensor(gradient._norm(), dtype=torch.float32) for gradient in gradients]
                 return norms if overload is aten._foreach_norm else norms[0]
+        if overload in (aten._foreach_zero_, aten.zero_):
+            gradients = args[0] if isinstance(args[0], list | tuple) else [args[0]]
+            if all(isinstance(gradient, GradientPlaceholder) for gradient in gradients):
+                for gradient in gradients:
+                    gradient._zero()
+                return args[0]
         if overload in (aten._foreach_mul_, aten.mul_, aten._foreach_div_, aten.div_):
             gradients = args[0] if isinstance(args[0], list | tuple) else [args[0]]
             factors = args[1] if isinstance(args[1], list | tuple) else [args[1]] * len(gradients)
@@ -224,6 +279,16 @@ class OffloadedParameter(_Placeholder):
         if value is not None:
             self._refuse("given a gradient", "gradients come from backward(); set None to drop one")
         self._drop_gradient()
+
+
+def _is_view(func: Any) -> bool:
+    """Whether the operator gives its first argument's own bytes, in another shape."""
+    return any(each.alias_info is not None and not each.alias_info.is_write for each in func._schema.returns)
+
+
+def stands_for_same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether both are placeholders of one parameter, such as the parameter and its entry in a state_dict."""
+    return isinstance(one, _Placeholder) and isinstance(other, _Placeholder) and one._label == other._label
 
 
 def _refuse_backward(label: str, gradient: torch.Tensor) -> NoReturn:

@@ -43,6 +43,7 @@ from outsize.engine.probe import BatchShape, Probe, Rehearsal
 from outsize.engine.scratch import disk_bytes, open_scratch
 from outsize.engine.state import BlockState
 from outsize.engine.stepdown import StepDown
+from outsize.engine.structure import Structure
 from outsize.engine.timing import measure_costs
 from outsize.engine.versions import Layout, Versions
 from outsize.errors import UsageError
@@ -73,6 +74,15 @@ _sessions: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Session]] = weakref.
 def session_of(module: nn.Module) -> Session:
     """The session of a model that was loaded or wrapped; raises UsageError for any other."""
     session = find_session(module)
+    if session is None and isinstance(module, nn.Module):
+        inner = next(
+            (type(each).__name__ for each in module.modules() if find_session(each) is not None), None
+        )
+        if inner is not None:
+            raise UsageError(
+                f"{type(module).__name__} was put around a {inner} that is under Outsize already",
+                hint="build the whole model first, adapters included, and pass it to outsize.wrap",
+            )
     if session is None:
         raise UsageError(
             f"{type(module).__name__} is not a model of Outsize",
@@ -135,6 +145,7 @@ class Session:
         self.blocks = {block.name: block for block in cut.blocks}
         self.parameters = Parameters(self, module, cut.blocks)
         self._install()
+        self.structure = Structure(module, self.points)
         self.calls = Calls(self)
         _sessions[module] = weakref.ref(self)
 
@@ -536,9 +547,10 @@ class Session:
         )
 
     def check(self) -> None:
-        """Refuse calls of a model that was closed, or whose parameters are no longer ours. Raises UsageError."""
+        """Refuse a model that was closed, or that was changed since it was opened. Raises UsageError."""
         if self._is_closed:
             raise UsageError("the model was closed, and its weights are gone", hint="load it again")
+        self.structure.check(self.module)
         self.parameters.check()
 
     def forget_costs(self) -> None:

@@ -7,10 +7,12 @@ source.read(block, targets)                     # one tensor per piece
 write_folder(module, plan.blocks, fetch, out)   # an ordinary folder again
 """
 
+from outsize.model.adapter import has_adapters, write_adapters
 from outsize.model.attention import attention_of, merges_rows
 from outsize.model.cut import cut
 from outsize.model.encoding import EncodingSource, encoded
-from outsize.model.export import write_companions, write_folder
+from outsize.model.export import MAX_SHARD_BYTES, write_companions, write_folder
+from outsize.model.folder import Existing
 from outsize.model.initial import InitSource
 from outsize.model.points import Binding, Cut, Point, PointKind
 from outsize.model.quantized import is_quantized, parse_weights, stored_weights
@@ -20,10 +22,12 @@ from outsize.model.source import SafetensorsSource, Source, TensorSource
 from outsize.model.tokenizer import load_tokenizer
 
 __all__ = [
+    "MAX_SHARD_BYTES",
     "READ_BUFFERS_BYTES",
     "Binding",
     "Cut",
     "EncodingSource",
+    "Existing",
     "InitSource",
     "Point",
     "PointKind",
@@ -34,6 +38,7 @@ __all__ = [
     "cut",
     "encoded",
     "find_weights",
+    "has_adapters",
     "has_weights",
     "is_quantized",
     "load_tokenizer",
@@ -43,6 +48,7 @@ __all__ = [
     "parse_weights",
     "resolve_folder",
     "stored_weights",
+    "write_adapters",
     "write_companions",
     "write_folder",
 ]

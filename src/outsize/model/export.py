@@ -13,7 +13,6 @@ import copy
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +25,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from outsize.block import Block
 from outsize.errors import ModelError, UsageError
+from outsize.model.folder import Existing, check_free, flush, written_folder
 from outsize.model.names import parameter_aliases, parameter_shapes, persistent_buffers
 from outsize.model.writer import Planned, SafetensorsWriter, storage_errors
 
@@ -58,7 +58,7 @@ def write_folder(
     tokenizer_from: str | Path | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     dtype: torch.dtype | None = None,
-    overwrite: bool = False,
+    existing: Existing = Existing.REFUSE,
 ) -> Path:
     """Write `module` with the values that `fetch` gives to the folder `path`, and return it.
 
@@ -67,34 +67,23 @@ def write_folder(
     `from_pretrained` expects; tokenizer files are copied from the folder `tokenizer_from`. A module that is
     no Hugging Face model gives `model.safetensors` only. Memory use is about two blocks.
 
-    Raises UsageError where `path` is taken and `overwrite` is off, or a tensor would lose precision;
+    Raises UsageError where `path` is taken and `existing` refuses that, or a tensor would lose precision;
     ModelError where the conversion cannot be reversed; StorageError and StorageFullError where the disk
     fails.
     """
     path = Path(path).expanduser()
-    _check_free(path, overwrite)
+    check_free(path, existing)
     given = dtype
     if dtype is None:
         dtype = fetch(blocks[0])[0].dtype
     plan = _plan(module, blocks, dtype)
-    with storage_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.partial-", dir=path.parent))
-        temporary.chmod(0o777 & ~_umask())
-    try:
+    with written_folder(path, existing) as temporary:
         if tokenizer_from is not None:
             _copy_companions(module, Path(tokenizer_from).expanduser(), temporary)
         if isinstance(module, transformers.PreTrainedModel):
             _write_configs(module, temporary, dtype)
-        _write_weights(
-            module, blocks, fetch, plan, SafetensorsWriter(temporary, plan.files, max_shard_bytes), given
-        )
-        with storage_errors(path):
-            _flush(temporary)
-            _put_in_place(temporary, path)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+        writer = SafetensorsWriter(temporary, plan.files, max_shard_bytes)
+        _write_weights(module, blocks, fetch, plan, writer, given)
     return path
 
 
@@ -113,7 +102,7 @@ def write_companions(module: nn.Module, folder: Path) -> None:
             _copy_companions(module, opened_from, partial)
         _write_configs(module, partial, next(module.parameters()).dtype)
     with storage_errors(folder):
-        _flush(partial)
+        flush(partial)
         os.rename(partial, folder)
 
 
@@ -360,14 +349,6 @@ def _check_type(name: str, value: torch.Tensor, plan: _Plan, given: torch.dtype 
 # The folder
 
 
-def _check_free(path: Path, overwrite: bool) -> None:
-    if path.is_dir():
-        if any(path.iterdir()) and not overwrite:
-            raise UsageError(f"{path} is not empty", hint="choose another folder, or pass overwrite=True")
-    elif path.exists() or path.is_symlink():
-        raise UsageError(f"{path} exists and is no folder", hint="choose another folder")
-
-
 def _write_configs(module: Any, folder: Path, dtype: torch.dtype) -> None:
     config = copy.deepcopy(module.config)
     config.architectures = [type(module).__name__]
@@ -397,39 +378,3 @@ def _copy_companions(module: nn.Module, source: Path, folder: Path) -> None:
                     shutil.copytree(file, folder / file.name, dirs_exist_ok=True)
                 elif file.is_file() and not file.name.endswith(_NOT_COMPANIONS):
                     shutil.copyfile(file, folder / file.name)
-
-
-def _flush(folder: Path) -> None:
-    for entry in [*sorted(folder.rglob("*")), folder]:
-        descriptor = os.open(entry, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def _put_in_place(temporary: Path, path: Path) -> None:
-    """Rename; what was at `path` is removed afterwards, never before."""
-    old = None
-    if path.is_dir() and any(path.iterdir()):
-        old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old-", dir=path.parent))
-        os.rename(path, old)
-    try:
-        os.rename(temporary, path)
-    except OSError:
-        if old is not None:
-            os.rename(old, path)
-        raise
-    descriptor = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-    if old is not None:
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
