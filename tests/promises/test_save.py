@@ -14,7 +14,6 @@ import outsize
 from outsize import Pins
 from outsize.engine.session import session_of
 from outsize.errors import ModelError, UsageError, WeightsError
-from outsize.model import export
 from tests.model.helpers import stored
 from tests.running import (
     abandon,
@@ -106,7 +105,7 @@ def test_bf16_is_saved_as_bf16(tmp_path):
     assert torch.equal(files["model.norm.weight"], model.model.norm.weight.detach().clone())
 
 
-def test_a_sharded_folder_is_read_and_trained(tmp_path, monkeypatch):
+def test_a_sharded_folder_is_read_and_trained(tmp_path):
     plain = ZOO["llama"].build()
     plain.save_pretrained(tmp_path / "model", max_shard_size="20KB")
     assert len(list((tmp_path / "model").glob("*.safetensors"))) > 3
@@ -114,13 +113,7 @@ def test_a_sharded_folder_is_read_and_trained(tmp_path, monkeypatch):
     data = [ZOO["llama"].batch(seed=seed) for seed in range(3)]
     assert_same_losses(train(model, data), train(plain.train(), data))
     assert_same_weights(model, plain)
-    monkeypatch.setattr(export, "MAX_SHARD_BYTES", 20_000)
-    monkeypatch.setattr(
-        export.write_folder,
-        "__kwdefaults__",
-        {**export.write_folder.__kwdefaults__, "max_shard_bytes": 20_000},
-    )
-    outsize.save(model, tmp_path / "out")
+    model.save_pretrained(tmp_path / "out", max_shard_size="20KB")
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 3
     again = dict(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").named_parameters())
     assert all(torch.equal(again[name], value) for name, value in values_of(model).items())
