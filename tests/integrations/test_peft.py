@@ -1,4 +1,4 @@
-"""Models that peft put adapters into: they train as with plain PyTorch and save peft's own folder, or are refused by name."""
+"""Models with adapters of peft train as with plain PyTorch and save peft's own folder, or are refused by name."""
 
 import copy
 

@@ -140,7 +140,7 @@ def test_taken_folder_is_refused_unless_told(tmp_path):
     write(model, out, existing=Existing.REPLACE)
     assert not (out / "mine").exists()
     assert os.listdir(tmp_path) == ["out"]
-    with pytest.raises(UsageError, match="is no folder"):
+    with pytest.raises(UsageError, match="is not a folder"):
         write(model, out / "config.json", existing=Existing.REPLACE)
 
 
