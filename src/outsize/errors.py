@@ -19,6 +19,10 @@ Each message says what happened, to which thing, and what was expected; `hint:` 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
 
 def in_short(error: BaseException) -> str:
     """What the error of a library says, in a line: its first, and the next where the first only announces it.
@@ -30,6 +34,23 @@ def in_short(error: BaseException) -> str:
     if not lines:
         return type(error).__name__
     return " ".join(lines[: 2 if lines[0].endswith(":") else 1])
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let an OSError of the body name `path` where it names no file: opening a file names it, writing to it does not.
+
+    >>> with naming(Path("answers.jsonl")):
+    ...     raise OSError(28, "No space left on device")
+    Traceback (most recent call last):
+    OSError: [Errno 28] No space left on device: 'answers.jsonl'
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and not isinstance(error, OutsizeError):
+            error.filename = str(path)
+        raise
 
 
 class OutsizeError(Exception):

@@ -1,18 +1,23 @@
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
 
 import pytest
 from rich.console import Console
+from transformers import AutoModelForCausalLM
 
+import outsize
 from outsize import hardware
 from outsize.cli import demo, main, options, quiet
 from outsize.config import Pins
 from outsize.errors import ConfigError, OutsizeError
 from outsize.tier.device import WORKSPACE_BYTES
+from outsize.train import demo as train_demo
+from outsize.train.data import Dataset
 from outsize.train.demo import DemoSize
 from tests.plan.test_simulate import HOST
 from tests.train.standin import PlainApi, write_data, write_model
@@ -160,6 +165,32 @@ def test_an_error_of_the_system_is_two_lines_and_1(monkeypatch, capsys, failure)
     monkeypatch.setenv("OUTSIZE_DEBUG", "1")
     with pytest.raises(OSError):
         run("demo")
+
+
+def test_a_standard_output_that_is_full_is_named(monkeypatch, capsys):
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        monkeypatch.setattr(demo, "run", lambda options: print("some text") or 0)
+        assert run("demo") == 1
+    assert capsys.readouterr().err.startswith("error: standard output: No space left on device\nhint: ")
+
+
+def test_what_was_saved_before_an_error_is_said(plain, model, data, tmp_path, monkeypatch, capsys):
+    """The data cannot be read any more after some steps."""
+    batch, calls = Dataset.batch, []
+
+    def unreadable(self, position, batch_size):
+        calls.append(position)
+        if len(calls) == 3:
+            raise OSError(5, "Input/output error", "ids")
+        return batch(self, position, batch_size)
+
+    monkeypatch.setattr(Dataset, "batch", unreadable)
+    out = tmp_path / "out"
+    assert run("train", model, data, "--out", out, "--steps", 5, "--seq-len", 16) == 1
+    error, hint, note = capsys.readouterr().err.splitlines()
+    assert error == "error: ids: Input/output error" and hint.startswith("hint: ")
+    assert note == f"note: the weights after step 2 are saved in {out}"
 
 
 def test_debug_shows_the_traceback(plain, model, tmp_path, monkeypatch):
@@ -399,17 +430,29 @@ TINY = DemoSize(
 )
 
 
-def test_demo(tmp_path, capsys):
-    console = Console(file=io.StringIO(), width=100)
-    api = PlainApi()
-    for _ in range(2):  # an earlier demo is replaced
-        assert demo.show(console, tmp_path / "demo", 0.0, TINY, api) == 0
-    text = console.file.getvalue()
-    assert "what lived where" in text and "loss" in text and str(tmp_path / "demo" / "trained") in text
-    assert "def" in capsys.readouterr().out
-    assert api.loaded[0][1]["home"] == "disk"
-    assert api.loaded[0][1]["pins"] == Pins(resident_bytes=demo.RESIDENT_BYTES)
-    lines = (tmp_path / "demo" / "python.jsonl").read_text().splitlines()
+def test_demo(tmp_path, monkeypatch, capsys):
+    """Through the real engine: it trains a small model on disk, says what lived where, and writes text with it."""
+    monkeypatch.setenv("OUTSIZE_EAGER", "1")
+    monkeypatch.setattr(train_demo, "DemoSize", lambda: TINY)
+    monkeypatch.setattr(demo, "SHORTEST_S", 0.2)
+    monkeypatch.setattr(demo, "MAX_NEW_TOKENS", 3)
+    monkeypatch.setattr(quiet, "before_imports", lambda: None)
+    out = tmp_path / "demo"
+    (out / "trained").mkdir(parents=True)  # an earlier demo, which is replaced
+    (out / "python.jsonl").touch()
+    assert run("demo", "--out", out, "--minutes", 0.001) == 0
+    printed = capsys.readouterr().out
+    report = printed.rsplit("What lived where:", 1)[1]
+    assert re.search(r"\d+ steps, [\d,]+ tokens", printed)
+    assert re.search(r"disk +weights +\d", report), "nothing lives on disk"
+    for prompt in demo.PROMPTS:
+        assert prompt.splitlines()[0] in report, "no text is written"
+    trained = AutoModelForCausalLM.from_pretrained(out / "trained")
+    initial = outsize.load(out / "untrained", from_scratch=True, home="host")
+    before, after = (model.get_input_embeddings().weight.detach().clone() for model in (initial, trained))
+    assert before.shape == after.shape and before.dtype == after.dtype
+    assert after.isfinite().all() and not after.equal(before), "no step was made"
+    lines = (out / "python.jsonl").read_text().splitlines()
     assert all(json.loads(line)["text"] for line in lines)
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -45,6 +46,16 @@ def test_files_go_where_they_are_asked_to(tmp_path, capsys):
     assert run(folder, "--out", tmp_path / "a.html", "--perfetto", tmp_path / "b.json") == 0
     assert (tmp_path / "a.html").exists() and (tmp_path / "b.json").exists()
     assert sorted(path.name for path in folder.iterdir()) == ["metrics.jsonl", "timeline.json"]
+
+
+def test_a_file_that_cannot_be_written_is_named(tmp_path, capsys, monkeypatch):
+    def full(self, text, encoding=None):
+        raise OSError(28, "No space left on device")
+
+    folder = run_folder(tmp_path)
+    monkeypatch.setattr(Path, "write_text", full)
+    assert run(folder) == 1
+    assert f"error: {folder / 'trace.html'}: No space left on device" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("option", ["--out", "--perfetto"])

@@ -138,6 +138,35 @@ def test_a_longer_run_goes_on_from_one_that_is_complete(model, data, tmp_path):
     assert [line["step"] for line in lines(out)] == list(range(1, 8))
 
 
+class Facts(Watcher):
+    """Keeps what is known before the first step."""
+
+    def started(self, facts):
+        self.facts = facts
+
+
+def test_a_run_that_goes_on_counts_the_time_of_its_earlier_processes(model, data, tmp_path, monkeypatch):
+    """The first process runs for an hour."""
+    clock, passed_s = time.monotonic, [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock() + passed_s[0])
+
+    class Hour(Watcher):
+        def stepped(self, metrics, report, num_steps):
+            passed_s[0] = 3600.0
+
+    out = tmp_path / "out"
+    first = train(
+        settings(model, data, out, length=Length(steps=8)), watchers=[Interrupt(4), Hour(), before := Facts()]
+    )
+    close_all()
+    result = train(
+        settings(model, data, out, resume=True, length=Length(steps=6)), watchers=[after := Facts()]
+    )
+    assert before.facts.elapsed_s == 0.0 and first.duration_s > 3600
+    assert after.facts.elapsed_s > 3600 and result.duration_s > after.facts.elapsed_s
+    assert "1 h 0 min" in (out / "report.html").read_text()
+
+
 def test_resume_begins_where_there_is_no_commit(model, data, tmp_path):
     result = train(settings(model, data, tmp_path / "out", resume=True, length=Length(steps=2)))
     assert result.num_steps == 2 and (tmp_path / "out").is_dir()

@@ -1,6 +1,8 @@
 """Evaluation in a run: what it measures, when it comes, and which weights it keeps."""
 
 import json
+import os
+import signal
 
 import pytest
 import torch
@@ -86,17 +88,46 @@ def test_the_best_weights_are_kept_beside_the_last(model, data, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out", "text.txt"]
 
 
-def test_the_end_is_evaluated_also_when_interrupted(model, data, tmp_path):
-    import os
-    import signal
+class Stopped(PlainApi):
+    """Counts the batches of evaluations, and sends SIGTERM in one of training or evaluation, as a scheduler would."""
 
-    def interrupt(call, module):
-        if call == 3:
-            os.kill(os.getpid(), signal.SIGINT)
+    def __init__(self, *, step=None, evaluated=None):
+        super().__init__()
+        self.step, self.evaluated_at = step, evaluated
+        self.evaluated = 0
 
-    settings = settings_for(model, data, tmp_path / "out", evaluating=Evaluating(fraction=0.2, every=100))
-    result = train(settings, api=PlainApi(interrupt))
-    assert result.interrupted and [evaluation.step for evaluation in result.evaluations] == [3]
+    def _before_forward(self, model, inputs):
+        super()._before_forward(model, inputs)
+        self.evaluated += not model.training
+        if (model.training and self.calls == self.step) or self.evaluated == self.evaluated_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+            self.step = self.evaluated_at = None
+
+
+@pytest.mark.parametrize("every", [3, 100], ids=["due then", "due at the end"])
+def test_nothing_is_evaluated_after_a_stop(model, data, tmp_path, every):
+    evaluating = Evaluating(files=(DataFile(data),), every=every)
+    api = Stopped(step=3)
+    result = train(settings_for(model, data, tmp_path / "out", evaluating=evaluating), api=api)
+    assert result.interrupted and result.num_steps == 3 and not result.evaluations
+    assert api.evaluated == 0
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+def test_an_evaluation_under_way_ends_with_its_batch(model, data, tmp_path):
+    evaluating = Evaluating(files=(DataFile(data),), every=2)
+    batches = -(-open_dataset(model, [DataFile(data)], DataOptions(seq_len=16)).num_sequences // 4)
+    api = Stopped(evaluated=batches + 2)  # in the second evaluation
+    settings = settings_for(model, data, tmp_path / "out", evaluating=evaluating)
+    result = train(settings, api=api)
+    assert result.interrupted and result.num_steps == 4
+    assert [evaluation.step for evaluation in result.evaluations] == [2]
+    assert api.evaluated == batches + 2 and batches > 4
+    assert result.best == tmp_path / "out" / "best", "the last weights were taken for the evaluated ones"
+    best, last = (
+        AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in (result.best, result.out)
+    )
+    assert any(not best[name].equal(last[name]) for name in last)
 
 
 def test_an_evaluation_that_is_not_finite(model, data, tmp_path):

@@ -112,6 +112,30 @@ def test_a_run_with_evaluations(tmp_path):
     assert "GiB moved per step" in text and "evaluation, step 3: 2.5" in text
 
 
+def tiles(page):
+    """The figures at the top of a page, by name."""
+    assert page.html()
+    return dict(page._figures(page._kept.last, page._report))
+
+
+def test_a_run_that_goes_on_is_reported_whole(tmp_path):
+    """Tokens, rate, time and peak are those of all processes, also where measurements of the first are lost."""
+    page = ReportPage(tmp_path / "report.html")
+    page.started(facts(elapsed_s=7200.0))
+    page.resumed([step(number, host_peak_bytes=3 << 30) for number in (1, 2)], [])
+    page.stepped(step(3, step_s=1.0, host_peak_bytes=2 << 30), PlainReport(host_peak_bytes=2 << 30), 10)
+    figures = tiles(page)
+    assert figures["tokens"] == "192" and figures["tokens per second"] == "96"  # 3 * 64 tokens in 2 s
+    assert figures["time"] == "2 h 0 min"
+    assert figures["memory, peak of limit"].startswith("3.00 GiB of ")
+    assert "What lived where, since the run was resumed" in page.html()
+    page = ReportPage(tmp_path / "report.html")
+    page.started(facts(elapsed_s=7200.0))
+    page.resumed([], [])
+    page.stepped(step(3, step_s=1.0), REPORT, 10)
+    assert tiles(page)["tokens"] == "192" and tiles(page)["tokens per second"] == "64"
+
+
 @pytest.mark.parametrize("losses", [[2.0], [2.0, 2.0], [-1.0, 0.0, 1.0], [0.0]])
 def test_short_runs_and_all_signs(tmp_path, losses):
     checked(page_of(tmp_path, [step(n, loss) for n, loss in enumerate(losses, 1)]))

@@ -28,6 +28,12 @@ RESIDENT_BYTES = 0
 PREPARATION_S = 20.0
 """Seconds of the demo that are not training: tokenizer, imports, saving, generating."""
 
+SHORTEST_S = 5.0
+"""Seconds that training takes at least."""
+
+MAX_NEW_TOKENS = 48
+"""Tokens that are generated after each prompt."""
+
 PROMPTS = ("def", "import os\n\n\nclass")
 
 _MARK = "python.jsonl"
@@ -138,7 +144,7 @@ def _train(
         model=files.model,
         data=(DataFile(files.data),),
         out=out / "trained",
-        length=Length(minutes=max(minutes * 60 - PREPARATION_S, 5.0) / 60),
+        length=Length(minutes=max(minutes * 60 - PREPARATION_S, SHORTEST_S) / 60),
         batch_size=size.batch_size,
         seq_len=size.seq_len,
         learning=Learning(lr=1.5e-3, warmup_steps=8),
@@ -177,7 +183,9 @@ def _show_samples(console: Console, folder: Path, api: Api) -> None:
     for seed, prompt in enumerate(PROMPTS):
         console.rule(style="dim")
         sys.stdout.write(prompt)
-        for piece in generate.stream(prompt, max_new_tokens=48, temperature=0.6, top_p=0.9, seed=seed):
+        for piece in generate.stream(
+            prompt, max_new_tokens=MAX_NEW_TOKENS, temperature=0.6, top_p=0.9, seed=seed
+        ):
             sys.stdout.write(piece)
             sys.stdout.flush()
         sys.stdout.write("\n")

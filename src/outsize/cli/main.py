@@ -73,11 +73,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         status = options.run(options)
         assert isinstance(status, int), status
+        sys.stdout.flush()
         return status
     except OutsizeError as error:
         if os.environ.get("OUTSIZE_DEBUG") == "1":
             raise
         explain(error.message, error.hint)
+        _print_notes(error)
         return 1
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
@@ -91,9 +93,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # What no room foresaw: a folder above a file that may not be entered, a disk that went away.
         if os.environ.get("OUTSIZE_DEBUG") == "1":
             raise
-        place = f"{error.filename}: " if error.filename is not None else ""
-        explain(f"{place}{error.strerror or error}", _SYSTEM_HINT)
+        explain(f"{_place_of(error)}{error.strerror or error}", _SYSTEM_HINT)
+        _print_notes(error)
         return 1
+
+
+def _print_notes(error: Exception) -> None:
+    """What was added to the error on its way, such as where the weights are."""
+    for note in getattr(error, "__notes__", ()):
+        print(f"note: {note}", file=sys.stderr)
+
+
+def _place_of(error: OSError) -> str:
+    """What the error is about, for a message; files name themselves, standard output does not."""
+    if error.filename is not None:
+        return f"{error.filename}: "
+    try:
+        sys.stdout.flush()
+    except OSError:
+        # The interpreter's last flush would fail as well, and change the exit status.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return "standard output: "
+    return ""
 
 
 def _version() -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from outsize.cli import options as shared
-from outsize.errors import ConfigError
+from outsize.errors import ConfigError, naming
 
 if TYPE_CHECKING:
     from outsize.train.trace import Trace
@@ -55,7 +55,8 @@ def run(options: argparse.Namespace) -> int:
     _check(perfetto_path, "--perfetto", perfetto.MARK)
     texts = {page_path: trace_page.page(trace), perfetto_path: perfetto.perfetto(trace)}
     for path, text in texts.items():
-        path.write_text(text, encoding="utf-8")
+        with naming(path):
+            path.write_text(text, encoding="utf-8")
     print("\n".join(summary(trace)))
     print(f"saved {page_path}: open it in a browser")
     print(f"saved {perfetto_path}: open it at ui.perfetto.dev")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,7 +35,9 @@ of which the completion is learned; or "messages" (and "tools"), of which the as
 
 OUT becomes an ordinary Hugging Face folder with metrics.jsonl and report.html beside the weights, and the weights that were
 best in an evaluation in OUT/best; outsize trace OUT draws one step in time. Until it is complete, the run lives in
-OUT.partial. Ctrl-C finishes the step and saves, or commits where there are commits; twice stops at once.
+OUT.partial. Ctrl-C finishes the step and saves, or commits where there are commits, without another evaluation; twice stops
+at once. Room for the weights is held on the disk of OUT from the start; where they cannot be written there at the end, they
+are saved in a --disk folder, the working directory or the home folder, and the error says where.
 """
 
 _DEFAULTS: dict[str, Any] = {
@@ -179,8 +182,6 @@ def _add_learning(learning: argparse._ArgumentGroup) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Train, then print what lived where."""
-    from rich.console import Console
-
     quiet.after_imports()
     values = resolve(options)
     settings = settings_of(values)
@@ -188,9 +189,9 @@ def run(options: argparse.Namespace) -> int:
         return _dry_run(settings, values)
 
     from outsize.train.loop import train
-    from outsize.train.progress import progress_on
+    from outsize.train.progress import RunConsole, progress_on
 
-    console = Console()
+    console = RunConsole()
     profile = shared.profile_of(settings.place.disk)
     result = train(settings, watchers=[progress_on(console)], profile=profile)
     console.print(str(result.report), markup=False, highlight=False)
@@ -210,6 +211,8 @@ def run(options: argparse.Namespace) -> int:
         highlight=False,
         soft_wrap=True,
     )
+    for name, reason in result.failures.items():
+        print(f"warning: {name} failed: {reason}", file=sys.stderr)
     return 130 if result.interrupted else 0
 
 

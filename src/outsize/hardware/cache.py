@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from outsize.config import cache_folder
-from outsize.errors import ConfigError
+from outsize.errors import ConfigError, naming
 from outsize.hardware.identity import disk_number, identity, machine_key
 from outsize.hardware.measure import SECONDS, measure
 from outsize.plan.profile import Profile
@@ -56,7 +56,8 @@ def write(profile: Profile, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
-        partial.write_text(profile.to_json() + "\n")
+        with naming(partial):
+            partial.write_text(profile.to_json() + "\n")
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)

@@ -203,6 +203,19 @@ def _open_direct(path: Path) -> tuple[int, bool]:
     return os.open(path, flags), False
 
 
+def reserve(fd: int, num_bytes: int) -> bool:
+    """Take `num_bytes` of the disk for the file `fd`; False where its file system cannot. Raises OSError where it is full.
+
+    Unlike posix_fallocate it never falls back to writing every block, which takes minutes on a network drive.
+    """
+    if _libc().fallocate(fd, 0, 0, num_bytes) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ENODEV):
+        return False
+    raise OSError(number, os.strerror(number))
+
+
 def give_space_back(path: Path, extents: Iterable[Extent]) -> None:
     """Make holes in the file at `path`: their bytes are zero from now on, and take no space where the system can."""
     fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)

@@ -15,6 +15,8 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
+from outsize.errors import naming
+
 END_OF_TEXT = "<|endoftext|>"
 
 _SKIPPED = {"test", "tests", "site-packages", "dist-packages", "idlelib", "lib2to3"} | {
@@ -58,7 +60,7 @@ def prepare(folder: Path, size: DemoSize) -> DemoFiles:
     texts = python_sources(size.text_bytes)
     model, data = folder / "untrained", folder / "python.jsonl"
     model.mkdir(parents=True, exist_ok=True)
-    with data.open("w", encoding="utf-8") as file:
+    with naming(data), data.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps({"text": text}) + "\n" for text in texts)
     train_tokenizer(texts, size.vocab_size).save_pretrained(model)
     model_config(size).save_pretrained(model)

@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
-from shutil import rmtree
 from typing import cast
 
 import torch
@@ -46,13 +45,22 @@ class Evaluator:
         """Whether the evaluation after `step` was due, and is not among those that were made."""
         return self.last_step < step and self.is_due(step, num_steps)
 
-    def evaluate(self, model: nn.Module, step: int, save: Callable[[Path], None] | None) -> Evaluation:
-        """Evaluate `model`; where it is better than ever, `save` it (None: it is saved anyway, the run being over).
+    def evaluate(
+        self,
+        model: nn.Module,
+        step: int,
+        save_best: Callable[[], None] | None,
+        is_stopping: Callable[[], bool] = lambda: False,
+    ) -> Evaluation | None:
+        """Evaluate `model`; where it is better than ever, call `save_best` (None: it is saved anyway, the run being over).
 
-        Raises TrainingError where the loss is not finite.
+        None where `is_stopping` became true meanwhile. Raises TrainingError where the loss is not finite.
         """
         started_s = time.monotonic()
-        loss, num_tokens = mean_loss(model, self._dataset, self._batch_size)
+        measured = mean_loss(model, self._dataset, self._batch_size, is_stopping)
+        if measured is None:
+            return None
+        loss, num_tokens = measured
         if not math.isfinite(loss):
             kept = f"the best weights before are in {self._best}; " if self._best.exists() else ""
             raise TrainingError(
@@ -61,12 +69,8 @@ class Evaluator:
         is_best = all(loss < earlier.loss for earlier in self.evaluations)
         evaluation = Evaluation(step, loss, num_tokens, time.monotonic() - started_s, is_best)
         self.evaluations.append(evaluation)
-        if is_best and save is not None:
-            fresh = self._best.with_name(f"{self._best.name}.new")
-            rmtree(fresh, ignore_errors=True)
-            save(fresh)
-            rmtree(self._best, ignore_errors=True)
-            fresh.rename(self._best)
+        if is_best and save_best is not None:
+            save_best()
         return evaluation
 
 
@@ -78,14 +82,21 @@ def loss_of(model: nn.Module, batch: Batch) -> torch.Tensor:
     return cast(torch.Tensor, model(**batch, **options).loss)
 
 
-def mean_loss(model: nn.Module, dataset: Dataset, batch_size: int) -> tuple[float, int]:
-    """The mean cross-entropy over all learned tokens of `dataset`, and their number. Leaves the model's mode as it was."""
+def mean_loss(
+    model: nn.Module, dataset: Dataset, batch_size: int, is_stopping: Callable[[], bool] = lambda: False
+) -> tuple[float, int] | None:
+    """The mean cross-entropy over all learned tokens of `dataset`, and their number. Leaves the model's mode as it was.
+
+    None where `is_stopping`, which is asked before each batch, was true.
+    """
     was_training = model.training
     model.eval()
     total, num_tokens, position = 0.0, 0, Position()
     try:
         with torch.no_grad():
             while position.epoch == 0:
+                if is_stopping():
+                    return None
                 count = min(batch_size, dataset.num_sequences - position.index)
                 batch = dataset.batch(position, count)
                 learned = int((batch["labels"][:, 1:] != IGNORED).sum())

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,6 +36,7 @@ from outsize.train.metrics_file import MetricsFile
 from outsize.train.output import OutputFolder
 from outsize.train.pace import CountedPace, Pace, TimedPace
 from outsize.train.report_page import ReportPage
+from outsize.train.saver import Saver
 from outsize.train.schedule import scheduler_for, warmup_within
 from outsize.train.settings import TrainSettings, flat
 from outsize.train.tracing import Tracing
@@ -45,7 +46,7 @@ from outsize.train.watch import RunFacts, Watcher, Watchers
 
 @dataclass(frozen=True, slots=True)
 class TrainResult:
-    """What a run did.
+    """What a run did. `duration_s` is the time of all its processes from the first step on, saving included.
 
     `interrupted`: it was asked to stop early; the weights are saved all the same, unless there is a commit to go on from
     (`checkpoint`): `out` is then not made. `best` is a folder of its own, unless the last weights are the best or nothing
@@ -62,6 +63,8 @@ class TrainResult:
     evaluations: tuple[Evaluation, ...] = ()
     best: Path | None = None
     checkpoint: Path | None = None
+    failures: Mapping[str, str] = field(default_factory=dict)
+    """What could not be measured or shown on the way, and why: watchers that failed, by name."""
 
 
 def train(
@@ -76,9 +79,11 @@ def train(
 
     With a `profile` of the machine the fastest of the plans that fit is taken, the run is predicted after its first step,
     and the prediction is compared with what was measured at its end.
-    Nothing is loaded before paths and sizes have been checked. Raises DataError, ConfigError, and whatever
-    loading raises, with nothing left behind; raises TrainingError where the loss is not finite, after saving
-    the weights as they were before that step.
+    Nothing is loaded before paths and sizes have been checked, and no step is made before there is room for the weights.
+    Raises DataError, ConfigError, StorageFullError, and whatever loading raises, with nothing left behind; raises
+    TrainingError where the loss is not finite, after saving the weights as they were before that step. Any other error
+    between two steps is raised after saving, too, unless there are commits. Raises StorageError where the weights cannot
+    be written; the message says where they are instead.
     """
     files = (*settings.data, *settings.evaluating.files)
     check_files(files)
@@ -106,7 +111,7 @@ def _train(
     settings: TrainSettings,
     folder: OutputFolder,
     api: Api,
-    watchers: Watcher,
+    watchers: Watchers,
     profile: Profile | None,
     stack: ExitStack,
 ) -> TrainResult:
@@ -116,6 +121,9 @@ def _train(
     run = Run.start(settings, api, training, profile)
     if settings.checkpointing.is_on:
         stack.callback(api.checkpoint.close, run.model)
+    saver = Saver(settings, api, run.model, folder, watchers.say)
+    stack.callback(saver.close)
+    saver.hold_room()
     evaluator = None
     if held_out is not None:
         evaluator = Evaluator(held_out, settings.batch_size, settings.evaluating.every, folder.best)
@@ -127,39 +135,48 @@ def _train(
         watchers.say(
             f"warming up in {shorter} of {num_steps} steps: a warm-up of {warmup_steps} would not end"
         )
-    started_s = time.monotonic()
-    save = _saver(settings, api, run.model)
     # What is first in a process is not like what follows, whatever its number.
     recorded = settings.trace_step and run.num_steps + settings.trace_step
-    tracing = Tracing(api, run.model, recorded, folder.timeline)
-    loop = _Loop(settings, api, run, watchers, profile, evaluator, save, tracing)
+    tracing = Tracing(api, run.model, recorded, folder.timeline, watchers.say)
     with Interruption(watchers.stopping) as interruption:
+        loop = _Loop(settings, api, run, watchers, profile, evaluator, saver, tracing, interruption)
         try:
             with watchers:
-                watchers.started(_facts(settings, training, held_out, run.pace))
-                loop.steps(history, interruption)
-                loop.end(interruption.requested)
+                watchers.started(_facts(settings, training, held_out, run))
+                loop.steps(history)
+                loop.end()
         except _LossNotFinite as error:
-            raise _save_and_explain(error, folder, save, run) from error
+            raise _save_and_explain(error, folder, saver, run) from error
+        except TrainingError:
+            raise  # the evaluation is not finite: the weights may be spoilt, and the best ones are kept
+        except Exception as error:
+            # Between two steps the weights are whole: what failed there must not cost them.
+            if run.is_whole and run.num_steps and not settings.checkpointing.is_on:
+                saver.publish(run.num_steps)
+                error.add_note(f"the weights after step {run.num_steps} are saved in {folder.out}")
+            raise
         interrupted = interruption.requested
         goes_on_later = interrupted and settings.checkpointing.is_on
         if not goes_on_later:
             watchers.say(f"saving {folder.out}")
+            evaluations = evaluator.evaluations if evaluator is not None else []
             is_last_best = (
-                evaluator is not None and bool(evaluator.evaluations) and evaluator.evaluations[-1].is_best
+                bool(evaluations) and evaluations[-1].is_best and evaluations[-1].step == run.num_steps
             )
-            folder.publish(save, keep_best=not is_last_best)
+            is_committed = settings.checkpointing.is_on and bool(run.num_steps)
+            saver.publish(run.num_steps, keep_best=not is_last_best, is_committed=is_committed)
     return TrainResult(
         out=folder.out,
         num_steps=run.num_steps,
         losses=tuple(run.losses),
         num_tokens=run.num_steps * settings.batch_size * settings.seq_len,
-        duration_s=time.monotonic() - started_s,
+        duration_s=run.elapsed_s,
         interrupted=interrupted,
         report=run.report(),
         evaluations=tuple(evaluator.evaluations) if evaluator is not None else (),
         best=folder.published_best if not goes_on_later else None,
         checkpoint=settings.checkpoint if settings.checkpointing.is_on else None,
+        failures=watchers.failures,
     )
 
 
@@ -173,13 +190,14 @@ class _Loop:
     watchers: Watcher
     profile: Profile | None
     evaluator: Evaluator | None
-    save: Callable[[Path], None]
+    saver: Saver
     tracing: Tracing
+    interruption: Interruption
     predicted: Predicted | None = None
     steady: Steady = field(default_factory=Steady)
 
-    def steps(self, history: History | None, interruption: Interruption) -> None:
-        """All steps, or as many as are made until the run is interrupted."""
+    def steps(self, history: History | None) -> None:
+        """All steps, or as many as are made until the run is interrupted; nothing follows the step under way then."""
         run, watchers, evaluator = self.run, self.watchers, self.evaluator
         if history is not None:
             watchers.resumed(*history)
@@ -188,26 +206,33 @@ class _Loop:
                 evaluator.evaluations += history[1]
                 if evaluator.is_left_out(run.num_steps, run.pace.num_steps()):
                     self._evaluate(evaluator)
-        while not (run.pace.is_over() or interruption.requested):
+        while not (run.pace.is_over() or self.interruption.requested):
             with self.tracing.step(run.num_steps + 1, self.predicted):
                 metrics = run.step()
             watchers.stepped(metrics, run.report(), run.pace.num_steps())
             every = self.settings.checkpointing.every
             if every and run.num_steps % every == 0:
                 run.commit(self.settings)
-            self._foresee(metrics)
-            if evaluator is not None and evaluator.is_due(metrics.step, run.pace.num_steps()):
-                self._evaluate(evaluator)
+            self._after_step(metrics)
 
-    def end(self, interrupted: bool) -> None:
-        """The last commit, the last evaluation, and how right the prediction was."""
-        run, checkpointing = self.run, self.settings.checkpointing
-        if checkpointing.is_on:
+    def _after_step(self, metrics: StepMetrics) -> None:
+        """Predict and evaluate, unless the run is to end."""
+        if self.interruption.requested:
+            return
+        self._foresee(metrics)
+        if self.evaluator is not None and self.evaluator.is_due(metrics.step, self.run.pace.num_steps()):
+            self._evaluate(self.evaluator)
+
+    def end(self) -> None:
+        """The last commit, the last evaluation, and how right the prediction was. An interrupted run is not evaluated: who
+        asked for its end may not wait."""
+        run = self.run
+        if self.settings.checkpointing.is_on:
             run.finish(self.settings)
-        goes_on_later = interrupted and checkpointing.is_on
-        if self.evaluator is not None and not goes_on_later and self.evaluator.last_step != run.num_steps:
-            self.watchers.evaluated(self.evaluator.evaluate(run.model, run.num_steps, None))
-        self.watchers.ended(run.report(), interrupted)
+        is_evaluated = self.evaluator is None or self.evaluator.last_step == run.num_steps
+        if self.evaluator is not None and not is_evaluated and not self.interruption.requested:
+            self._evaluate(self.evaluator, is_last=True)
+        self.watchers.ended(run.report(), self.interruption.requested)
         if self.predicted is not None:
             compared = compare(self.predicted, self.steady.steps, run.report(), self.tracing.trace)
             self.watchers.compared(compared)
@@ -226,8 +251,14 @@ class _Loop:
             if advice is not None:
                 self.watchers.say(f"another plan would be faster: {advice}")
 
-    def _evaluate(self, evaluator: Evaluator) -> None:
-        self.watchers.evaluated(evaluator.evaluate(self.run.model, self.run.num_steps, self.save))
+    def _evaluate(self, evaluator: Evaluator, *, is_last: bool = False) -> None:
+        """Evaluate, unless the run is interrupted before or meanwhile."""
+        save_best = None if is_last else self.saver.save_best
+        evaluation = evaluator.evaluate(
+            self.run.model, self.run.num_steps, save_best, lambda: self.interruption.requested
+        )
+        if evaluation is not None:
+            self.watchers.evaluated(evaluation)
         self.tracing.evaluated()
         self.steady.evaluated()
 
@@ -244,7 +275,7 @@ def open_data(settings: TrainSettings) -> tuple[Dataset, Dataset | None]:
     return training, None
 
 
-def _facts(settings: TrainSettings, training: Dataset, held_out: Dataset | None, pace: Pace) -> RunFacts:
+def _facts(settings: TrainSettings, training: Dataset, held_out: Dataset | None, run: Run) -> RunFacts:
     data = [str(source) for source in training.sources]
     if held_out is not None:
         data += [f"evaluation: {source}" for source in held_out.sources]
@@ -252,8 +283,9 @@ def _facts(settings: TrainSettings, training: Dataset, held_out: Dataset | None,
         name=settings.out.name,
         settings=flat(settings),
         data=data,
-        num_steps=pace.num_steps(),
+        num_steps=run.pace.num_steps(),
         tokens_per_step=settings.batch_size * settings.seq_len,
+        elapsed_s=run.elapsed_before_s,
     )
 
 
@@ -280,6 +312,10 @@ class Run:
         self.losses: list[float] = []
         """As far as they are known, from the first step on."""
         self.notes: list[str] = []
+        self.is_whole = True
+        """Whether the weights are those after a whole step: false while one is under way, or after it failed."""
+        self.elapsed_before_s = 0.0
+        """Seconds that earlier processes spent."""
         self._began_s = time.monotonic()
         self._data: list[dict[str, Any]] = []
         self._optimizer = optimizer
@@ -323,6 +359,7 @@ class Run:
         before, started_s = Usage.of(self.report()), time.perf_counter()
         lr = float(self._optimizer.param_groups[0]["lr"])
         batch = self._batches.next()
+        self.is_whole = False
         loss = self._forward(batch)
         loss.backward()
         self._check_gradient()
@@ -331,6 +368,7 @@ class Run:
         self._scheduler.step()
         self.losses.append(loss.item())
         self.num_steps += 1
+        self.is_whole = True
         self.pace.step_done()
         step_s = time.perf_counter() - started_s
         return self._metrics(lr, batch["input_ids"].numel(), step_s, before)
@@ -338,6 +376,11 @@ class Run:
     def report(self) -> Report:
         """What the model has used so far."""
         return self._api.report(self.model)
+
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds spent on the run, those of earlier processes included."""
+        return self.elapsed_before_s + time.monotonic() - self._began_s
 
     # -- commits -------------------------------------------------------------------------------------------------
 
@@ -358,7 +401,7 @@ class Run:
         self.num_steps = resumed.step
         self._batches.position = Position(*progress.position)
         self._scheduler.load_state_dict(dict(progress.scheduler))
-        self._began_s -= progress.elapsed_s
+        self.elapsed_before_s = progress.elapsed_s
         self.pace.go_on(resumed.step, progress.elapsed_s)
         history = read_history(metrics, resumed.step)
         self.losses = [step.loss for step in history[0]]
@@ -369,7 +412,7 @@ class Run:
         progress = Progress(
             position=(self._batches.position.epoch, self._batches.position.index),
             scheduler=self._scheduler.state_dict(),
-            elapsed_s=time.monotonic() - self._began_s,
+            elapsed_s=self.elapsed_s,
             settings=flat(settings),
             data=self._data,
         )
@@ -452,20 +495,14 @@ def pace_of(settings: TrainSettings, dataset: Dataset) -> Pace:
     return CountedPace(dataset.num_steps(length.epochs, settings.batch_size))
 
 
-def _saver(settings: TrainSettings, api: Api, model: nn.Module) -> Callable[[Path], None]:
-    return lambda path: api.save(model, path, tokenizer_from=settings.model)
-
-
-def _save_and_explain(
-    error: _LossNotFinite, folder: OutputFolder, save: Callable[[Path], None], run: Run
-) -> TrainingError:
+def _save_and_explain(error: _LossNotFinite, folder: OutputFolder, saver: Saver, run: Run) -> TrainingError:
     """Save the weights as they were before the step that failed, if any step was taken, and say so."""
     if not run.num_steps:
         return TrainingError(
             f"{error}; no step was taken and nothing was saved",
             hint="the model's weights or the data are at fault; try --dtype float32",
         )
-    folder.publish(save)
+    saver.publish(run.num_steps)
     return TrainingError(
         f"{error}; that step was not taken",
         hint=f"the weights after step {run.num_steps} are saved in {folder.out}; use a lower --lr",

@@ -7,13 +7,23 @@ from pathlib import Path
 from types import TracebackType
 from typing import TextIO
 
+from outsize.model.writer import storage_errors
 from outsize.train.api import Report
 from outsize.train.metrics import Evaluation, StepMetrics
+from outsize.train.output import METRICS
 from outsize.train.watch import Watcher
 
 
 class MetricsFile(Watcher):
-    """Writes the file from its beginning; open while it is entered. A run that goes on begins with its earlier steps."""
+    """Writes the file from its beginning; open while it is entered. A run that goes on begins with its earlier steps.
+
+    Lines that cannot be written stay in memory until they can be.
+    """
+
+    may_fail = True
+
+    def __str__(self) -> str:
+        return METRICS
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -42,9 +52,11 @@ class MetricsFile(Watcher):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._file is not None:
-            self._file.close()
+            with storage_errors(self._path):
+                self._file.close()
 
     def _write(self, line: str) -> None:
         assert self._file is not None, "the file is open while it is entered"
-        self._file.write(line + "\n")
-        self._file.flush()
+        with storage_errors(self._path):
+            self._file.write(line + "\n")
+            self._file.flush()

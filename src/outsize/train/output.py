@@ -27,9 +27,10 @@ BEST = "best"
 
 @dataclass(frozen=True, slots=True)
 class OutputFolder:
-    """A claim on `out`; make one with `claim`."""
+    """A claim on `out`; make one with `claim`. `replaces`: something of ours is there, and is to be replaced."""
 
     out: Path
+    replaces: bool = False
 
     @classmethod
     def claim(
@@ -41,7 +42,8 @@ class OutputFolder:
         of `inputs`, never is. A run that `goes_on` keeps what it left in `OUT.partial`, and replaces the `OUT` that it made
         when it was shorter, whose metrics it takes over.
         """
-        folder = cls(Path(os.path.abspath(out)))
+        place = Path(os.path.abspath(out))
+        folder = cls(place, place.is_dir() and any(place.iterdir()))
         folder._check(overwrite or goes_on, inputs, () if goes_on else (folder.partial,))
         try:
             if folder.partial.exists() and not goes_on:
@@ -81,6 +83,11 @@ class OutputFolder:
         return self.partial / BEST
 
     @property
+    def weights(self) -> Path:
+        """Where the last weights lie, complete, before they become `out`."""
+        return self.partial / "weights"
+
+    @property
     def published_best(self) -> Path | None:
         """The folder of the best weights, once published, if they are not the last."""
         folder = self.out / BEST
@@ -88,22 +95,32 @@ class OutputFolder:
 
     def publish(self, write_weights: Callable[[Path], None], *, keep_best: bool = True) -> None:
         """Let `write_weights` fill a new folder, and make it `out`, together with metrics and the best weights."""
-        weights = self.partial / "weights"
+        weights = self.weights
+        shutil.rmtree(weights, ignore_errors=True)
         write_weights(weights)
         for name in KEPT:
             if (self.partial / name).exists():
                 (self.partial / name).replace(weights / name)
         if self.best.exists() and keep_best:
             self.best.replace(weights / BEST)
-        earlier = self.partial / "earlier"
-        if self.out.exists():
-            self.out.rename(earlier)
+        if self.replaces and self.out.exists():
+            self.out.rename(self.partial / "earlier")
+        # What was put there meanwhile is not ours: only an empty folder gives way.
         weights.rename(self.out)
-        shutil.rmtree(self.partial)
+        shutil.rmtree(self.partial, ignore_errors=True)  # the run is complete, whatever stays behind
+
+    def replace_best(self, write_weights: Callable[[Path], None]) -> None:
+        """Let `write_weights` fill a new folder, and make it `best`; the best weights before stay until it is complete."""
+        fresh = self.best.with_name(f"{BEST}.new")
+        shutil.rmtree(fresh, ignore_errors=True)
+        write_weights(fresh)
+        shutil.rmtree(self.best, ignore_errors=True)
+        fresh.rename(self.best)
 
     def give_up(self) -> None:
-        """Remove `OUT.partial` where it holds no measurements."""
-        if not self.metrics.exists() or self.metrics.stat().st_size == 0:
+        """Remove `OUT.partial` where it holds neither measurements nor weights."""
+        has_weights = self.weights.exists() or self.best.exists()
+        if not has_weights and (not self.metrics.exists() or self.metrics.stat().st_size == 0):
             shutil.rmtree(self.partial, ignore_errors=True)
 
     def _check(self, overwrite: bool, inputs: Sequence[Path], others: Sequence[Path]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from collections import deque
 from collections.abc import Sequence
 from types import TracebackType
@@ -23,6 +24,15 @@ from outsize.train.watch import RunFacts, Watcher
 def progress_on(console: Console) -> Watcher:
     """What suits `console`: a live line on a terminal, plain lines elsewhere."""
     return LiveProgress(console) if console.is_terminal else PlainProgress(console)
+
+
+class RunConsole(Console):
+    """A console whose reader may leave, as in `outsize train ... | head`: what follows is printed nowhere."""
+
+    def on_broken_pipe(self) -> None:
+        """Print nothing more; rich would end the process, and with it the run."""
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def learning(metrics: StepMetrics) -> list[str]:
@@ -59,6 +69,11 @@ def fixed(value: float, digits: int) -> str:
 
 class PlainProgress(Watcher):
     """One line per step."""
+
+    may_fail = True
+
+    def __str__(self) -> str:
+        return "standard output"
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -107,6 +122,11 @@ class PlainProgress(Watcher):
 
 class LiveProgress(Watcher):
     """A bar with the figures of the latest step, and under it where memory and time go."""
+
+    may_fail = True
+
+    def __str__(self) -> str:
+        return "standard output"
 
     def __init__(self, console: Console) -> None:
         self._console = console

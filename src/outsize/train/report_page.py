@@ -14,9 +14,11 @@ from pathlib import Path
 from types import TracebackType
 
 from outsize.config import format_bytes
+from outsize.model.writer import storage_errors
 from outsize.train.api import Report
 from outsize.train.compare import Figure
 from outsize.train.metrics import Evaluation, StepMetrics
+from outsize.train.output import REPORT
 from outsize.train.page import cards, document, table
 from outsize.train.watch import RunFacts, Watcher
 
@@ -67,10 +69,17 @@ class _Kept:
 class ReportPage(Watcher):
     """Writes the page to `path` when the run ends, in whatever way it ends; before the first step there is none."""
 
+    may_fail = True
+
+    def __str__(self) -> str:
+        return REPORT
+
     def __init__(self, path: Path) -> None:
         self._path = path
         self._facts: RunFacts | None = None
         self._kept = _Kept()
+        self._num_steps = 0
+        self._host_peak_bytes = 0
         self._evaluations: list[Evaluation] = []
         self._report: Report | None = None
         self._started_s = 0.0
@@ -86,15 +95,19 @@ class ReportPage(Watcher):
     def resumed(self, steps: Sequence[StepMetrics], evaluations: Sequence[Evaluation]) -> None:
         """Keep what an earlier process did."""
         for metrics in steps:
-            self._kept.add(metrics)
-            self._seconds += metrics.step_s
+            self._add(metrics)
         self._evaluations += evaluations
 
     def stepped(self, metrics: StepMetrics, report: Report, num_steps: int | None) -> None:
         """Keep the step."""
-        self._kept.add(metrics)
-        self._seconds += metrics.step_s
+        self._add(metrics)
         self._report = report
+
+    def _add(self, metrics: StepMetrics) -> None:
+        self._kept.add(metrics)
+        self._num_steps += 1
+        self._seconds += metrics.step_s
+        self._host_peak_bytes = max(self._host_peak_bytes, metrics.host_peak_bytes)
 
     def evaluated(self, evaluation: Evaluation) -> None:
         """Keep the evaluation."""
@@ -118,7 +131,8 @@ class ReportPage(Watcher):
             self._ending = "stopped at once on request; the weights were not saved"
         elif error is not None:
             self._ending = f"ended by {type(error).__name__.lstrip('_')}: {error}"
-        self._path.write_text(self.html(), encoding="utf-8")
+        with storage_errors(self._path):
+            self._path.write_text(self.html(), encoding="utf-8")
 
     def html(self) -> str:
         """The page."""
@@ -130,6 +144,7 @@ class ReportPage(Watcher):
             for name, value in facts.settings.items()
             if value is not None
         ]
+        since = ", since the run was resumed" if facts.elapsed_s else ""
         return document(
             facts.name,
             _STYLE,
@@ -138,7 +153,7 @@ class ReportPage(Watcher):
                 cards(self._figures(last, report)),
                 f'<div class="charts">{"".join(self._charts(report))}</div>',
                 '<div class="charts">',
-                f"<section><h2>What lived where</h2><pre>{escape(str(report))}</pre></section>",
+                f"<section><h2>What lived where{since}</h2><pre>{escape(str(report))}</pre></section>",
                 self._prediction(),
                 f"<section><h2>Data</h2><pre>{escape(chr(10).join(facts.data))}</pre></section>",
                 f"<section><h2>Settings</h2>{table(settings)}</section>",
@@ -156,16 +171,18 @@ class ReportPage(Watcher):
         facts = self._facts
         assert facts is not None
         first = self._kept.steps[0]
-        tokens = last.step * facts.tokens_per_step
+        # Steps of an earlier process whose measurements are lost count as tokens, and in no rate.
+        tokens, measured = (count * facts.tokens_per_step for count in (last.step, self._num_steps))
+        peak_bytes = max(self._host_peak_bytes, report.host_peak_bytes)
         figures = [
             ("loss, first to last step", f"{first.loss:.3f} to {last.loss:.3f}"),
             ("steps", f"{last.step:,}" + (f" of {facts.num_steps:,}" if facts.num_steps else "")),
             ("tokens", f"{tokens:,}"),
-            ("tokens per second", f"{tokens / max(self._seconds, 1e-9):,.0f}"),
-            ("time", duration(time.monotonic() - self._started_s)),
+            ("tokens per second", f"{measured / max(self._seconds, 1e-9):,.0f}"),
+            ("time", duration(facts.elapsed_s + time.monotonic() - self._started_s)),
             (
                 "memory, peak of limit",
-                f"{format_bytes(report.host_peak_bytes)} of {format_bytes(report.host_budget_bytes)}",
+                f"{format_bytes(peak_bytes)} of {format_bytes(report.host_budget_bytes)}",
             ),
             ("training state", format_bytes(report.state_bytes)),
         ]

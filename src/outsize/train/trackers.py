@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from outsize.errors import ConfigError
+from outsize.errors import ConfigError, in_short
 from outsize.train.api import Report
 from outsize.train.metrics import Evaluation, StepMetrics
 from outsize.train.watch import RunFacts, Watcher
@@ -54,6 +54,11 @@ def evaluation_figures_of(evaluation: Evaluation) -> dict[str, float]:
 
 class _TensorBoard(Watcher):
     """Event files, through torch."""
+
+    may_fail = True
+
+    def __str__(self) -> str:
+        return f"--tracker {TENSORBOARD}"
 
     def __init__(self, folder: Path) -> None:
         try:
@@ -97,6 +102,11 @@ class _TensorBoard(Watcher):
 class _Tracker(Watcher):
     """A callback of transformers, told what a Trainer would tell it."""
 
+    may_fail = True
+
+    def __str__(self) -> str:
+        return f"--tracker {self._name}"
+
     def __init__(self, name: str, folder: Path) -> None:
         from transformers.integrations import integration_utils
         from transformers.trainer_callback import TrainerControl, TrainerState
@@ -111,13 +121,14 @@ class _Tracker(Watcher):
         except (RuntimeError, ImportError) as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else "its package is missing"
             raise ConfigError(f"--tracker {name}: {reason}", hint=f"pip install {name}") from error
+        self._name = name
         self._folder = folder
         self._state = TrainerState(is_world_process_zero=True, is_local_process_zero=True)
         self._control = TrainerControl()
         self._arguments: Any = None
 
     def started(self, facts: RunFacts) -> None:
-        """The beginning of the training."""
+        """The beginning of the training. Raises ConfigError where the tracker cannot begin: no login, no network."""
         from transformers import TrainingArguments
 
         self._arguments = TrainingArguments(
@@ -128,7 +139,13 @@ class _Tracker(Watcher):
             disable_tqdm=True,
         )
         self._state.max_steps = facts.num_steps or 0
-        self._tell("on_train_begin")
+        try:
+            self._tell("on_train_begin")
+        except Exception as error:  # trackers raise errors of their own
+            raise ConfigError(
+                f"{self} cannot begin: {in_short(error)}",
+                hint="log in to the tracker, or leave --tracker out",
+            ) from error
 
     def stepped(self, metrics: StepMetrics, report: Report, num_steps: int | None) -> None:
         """Figures of a step."""

@@ -1,16 +1,20 @@
-"""Whoever looks on while a run goes: the terminal, metrics.jsonl, TensorBoard, a tracker, the report page.
+"""Watchers of a run: the terminal, metrics.jsonl, TensorBoard, a tracker, the report page.
 
-The loop tells each watcher what happened; none of them changes the run. A watcher that fails ends the run like any
-other error, since a run whose measurements are lost is not what was asked for.
+The loop tells each watcher what happened; none of them changes the run. The watchers of this package may fail once the
+run has begun: a full disk or a network that is down is reported, and the training goes on. A watcher of the user's own
+that raises ends the run like any other error.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
+from typing import ClassVar
 
+from outsize.errors import in_short
 from outsize.train.api import Report
 from outsize.train.compare import Figure
 from outsize.train.metrics import Evaluation, StepMetrics
@@ -21,7 +25,8 @@ class RunFacts:
     """What is known of a run before its first step.
 
     `settings`: the resolved settings, flat, by the names of the command line's options. `data`: one line per file,
-    such as `chat.jsonl: 1,200 examples, 310,000 tokens`. `num_steps` is None where the time decides.
+    such as `chat.jsonl: 1,200 examples, 310,000 tokens`. `num_steps` is None where the time decides. `elapsed_s`: seconds
+    that earlier processes spent on the run, where it is resumed.
     """
 
     name: str
@@ -29,10 +34,14 @@ class RunFacts:
     data: Sequence[str]
     num_steps: int | None
     tokens_per_step: int
+    elapsed_s: float = 0.0
 
 
 class Watcher(AbstractContextManager["Watcher"]):
     """Entered around the steps of a run. By default it does nothing: watchers override what they need."""
+
+    may_fail: ClassVar[bool] = False
+    """Whether an error of this watcher is reported instead of ending a run that has begun."""
 
     def say(self, text: str) -> None:
         """Something is about to happen that may take a while; may come before the watcher is entered."""
@@ -66,56 +75,57 @@ class Watcher(AbstractContextManager["Watcher"]):
 
 
 class Watchers(Watcher):
-    """Several watchers as one; told in order."""
+    """Several watchers as one; each is told in order."""
 
     def __init__(self, watchers: Sequence[Watcher]) -> None:
+        self.failures: dict[str, str] = {}
+        """The first error of each watcher that failed, by its name."""
         self._watchers = tuple(watchers)
         self._stack = ExitStack()
 
     def say(self, text: str) -> None:
         """Tell all."""
-        for watcher in self._watchers:
-            watcher.say(text)
+        self._tell(lambda watcher: watcher.say(text))
 
     def started(self, facts: RunFacts) -> None:
-        """Tell all."""
+        """Tell all. Raises what any of them raises: nothing is lost before the first step."""
         for watcher in self._watchers:
             watcher.started(facts)
 
     def resumed(self, steps: Sequence[StepMetrics], evaluations: Sequence[Evaluation]) -> None:
-        """Tell all."""
+        """Tell all. Raises as `started` does."""
         for watcher in self._watchers:
             watcher.resumed(steps, evaluations)
 
     def stepped(self, metrics: StepMetrics, report: Report, num_steps: int | None) -> None:
         """Tell all."""
-        for watcher in self._watchers:
-            watcher.stepped(metrics, report, num_steps)
+        self._tell(lambda watcher: watcher.stepped(metrics, report, num_steps))
 
     def evaluated(self, evaluation: Evaluation) -> None:
         """Tell all."""
-        for watcher in self._watchers:
-            watcher.evaluated(evaluation)
+        self._tell(lambda watcher: watcher.evaluated(evaluation))
 
     def stopping(self) -> None:
         """Tell all."""
         for watcher in self._watchers:
-            watcher.stopping()
+            with suppress(
+                OSError
+            ):  # standard error may be closed; nothing else may be done in a signal handler
+                watcher.stopping()
 
     def ended(self, report: Report, interrupted: bool) -> None:
         """Tell all."""
-        for watcher in self._watchers:
-            watcher.ended(report, interrupted)
+        self._tell(lambda watcher: watcher.ended(report, interrupted))
 
     def compared(self, figures: Sequence[Figure]) -> None:
         """Tell all."""
-        for watcher in self._watchers:
-            watcher.compared(figures)
+        self._tell(lambda watcher: watcher.compared(figures))
 
     def __enter__(self) -> Watchers:
         with ExitStack() as stack:
             for watcher in self._watchers:
-                stack.enter_context(watcher)
+                watcher.__enter__()
+                stack.push(partial(self._leave, watcher))
             self._stack = stack.pop_all()
         return self
 
@@ -123,3 +133,34 @@ class Watchers(Watcher):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stack.__exit__(kind, error, trace)
+
+    def _tell(self, event: Callable[[Watcher], None]) -> None:
+        for watcher in self._watchers:
+            try:
+                event(watcher)
+            except Exception as error:
+                self._failed(watcher, error)
+
+    def _leave(
+        self,
+        watcher: Watcher,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        try:
+            watcher.__exit__(kind, error, trace)
+        except Exception as failure:
+            self._failed(watcher, failure)
+
+    def _failed(self, watcher: Watcher, error: Exception) -> None:
+        """Note the error, and report it where it is the watcher's first; raise it where the watcher may not fail.
+
+        The watcher is told of later events all the same: disks are emptied and networks come back.
+        """
+        if not watcher.may_fail:
+            raise error
+        name = str(watcher)
+        if name not in self.failures:
+            self.failures[name] = in_short(error)
+            self.say(f"{name} failed, and the training goes on: {self.failures[name]}")
