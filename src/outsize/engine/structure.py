@@ -8,6 +8,7 @@ compares the model with what was opened, and refuses by name.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from torch import nn
@@ -28,9 +29,16 @@ class Structure:
             owned = _offloaded(module)
             if owned or path in wanted:
                 self._parts[path] = module, owned
+        self._last_seen = _look(root)
 
     def check(self, root: nn.Module) -> None:
         """Raise UsageError where a part of `root` was replaced, added or dropped, or a parameter assigned."""
+        if all(look.is_current() for look in self._last_seen):
+            return
+        self._compare(root)
+        self._last_seen = _look(root)
+
+    def _compare(self, root: nn.Module) -> None:
         modules = dict(root.named_modules())
         for path, (module, owned) in self._parts.items():
             if modules.get(path) is not module:
@@ -50,6 +58,27 @@ class Structure:
                         "it would neither train nor be saved",
                         hint=_HINT,
                     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Look:
+    """What one module held: compared without walking the model, which takes as long as a pass of a small one."""
+
+    module: nn.Module
+    children: dict[str, nn.Module | None]
+    parameters: list[int]
+
+    def is_current(self) -> bool:
+        """Whether the module holds the same parts and parameters still."""
+        module = self.module
+        return module._modules == self.children and [*map(id, module._parameters.values())] == self.parameters
+
+
+def _look(root: nn.Module) -> list[_Look]:
+    return [
+        _Look(module, dict(module._modules), [*map(id, module._parameters.values())])
+        for module in root.modules()
+    ]
 
 
 def _offloaded(module: nn.Module) -> dict[str, OffloadedParameter]:
