@@ -6,7 +6,9 @@ import subprocess
 import sys
 import threading
 import time
+import tomllib
 from concurrent.futures import ThreadPoolExecutor, wait
+from pathlib import Path
 
 import pytest
 import torch
@@ -99,3 +101,13 @@ def test_whoever_is_interrupted_waits_for_the_others(monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         on_all_threads(work, Call())
     assert len(ended) == 2
+
+
+def test_every_source_is_in_the_package():
+    """An installation compiles them: it must have them."""
+    root = Path(__file__).parent.parent
+    settings = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    package = root / "src" / "outsize"
+    packaged = {path for pattern in settings["outsize"] for path in package.glob(pattern)}
+    sources = set(package.rglob("*.c"))
+    assert len(sources) >= 2 and sources <= packaged

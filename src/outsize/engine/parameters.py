@@ -145,13 +145,29 @@ class Parameters(Mapping[str, OffloadedParameter]):
     def block_values(self, block: Block) -> list[torch.Tensor]:
         """Copies of the current values of all pieces of a block of the cut."""
         if self._session.executor is None:
-            return [self.piece_value(self._place_of(piece)) for piece in block.pieces]
+            whole = self._read_stored(block)
+            return [
+                whole[piece] if piece in whole else self.piece_value(self._place_of(piece))
+                for piece in block.pieces
+            ]
         with self._session.executor.touch(block.name) as state:
             views = {
                 e.piece: v
                 for e, v in zip(state.record.entries, self._session.store.pieces(state), strict=True)
             }
             return [views[piece].clone() for piece in block.pieces]
+
+    def _read_stored(self, block: Block) -> dict[Piece, torch.Tensor]:
+        """Pieces that the source holds in the compute type, read together: codes and their scales are encoded together."""
+        if self._session.committed is not None:
+            return {}
+        source, dtype = self._session.own_source(), self._session.dtype
+        pieces = tuple(piece for piece in block.pieces if source.stored_dtype(piece) is dtype)
+        values = [torch.empty(piece.shape, dtype=dtype) for piece in pieces]
+        source.read(Block(block.name, pieces), values)
+        return {
+            piece: value.to(self._session.torch_device) for piece, value in zip(pieces, values, strict=True)
+        }
 
     def _place_of(self, piece: Piece) -> Location:
         rows = None if piece.is_whole else (piece.row_start or 0, piece.row_stop or 0)
