@@ -229,3 +229,12 @@ class Settings:
 def cache_folder() -> Path:
     """Where what can be made again is kept between runs: `$OUTSIZE_CACHE`, or `~/.cache/outsize`."""
     return Path(os.environ.get("OUTSIZE_CACHE") or Path.home() / ".cache" / "outsize")
+
+
+def cache_limit() -> int:
+    """The most that packed weights may take in the cache folder: `$OUTSIZE_CACHE_LIMIT`, or 50 GiB; 0 keeps none.
+
+    Raises ConfigError where that is not a size.
+    """
+    text = os.environ.get("OUTSIZE_CACHE_LIMIT") or "50GiB"
+    return 0 if text.strip() == "0" else parse_bytes(text, "OUTSIZE_CACHE_LIMIT")

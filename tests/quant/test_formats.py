@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from outsize.config import Weights
-from outsize.quant import FORMATS, Encoded
+from outsize.quant import FORMATS
 from outsize.quant.formats import GROUP, LINE_ROWS
 from outsize.quant.product import _torch_lays_out_alike
 
@@ -71,17 +71,15 @@ def test_a_weight_that_is_not_finite_shows_in_a_scale(weights):
 
 
 def test_four_bits_lie_as_torch_has_them_on_this_kind_of_machine():
-    if torch.backends.cpu.get_cpu_capability() != "AVX512":
-        assert isinstance(_torch_lays_out_alike(), bool)
-        return
-    assert _torch_lays_out_alike()
-
-
-def test_codes_survive_as_bfloat16():
-    """Any two bytes are moved as they are, also those that stand for no number."""
-    encoded = Encoded(
-        torch.arange(1 << 16, dtype=torch.int32).to(torch.uint16).view(torch.bfloat16), torch.ones(1)
-    )
-    moved = torch.empty_like(encoded.codes)
-    moved.copy_(encoded.codes)
-    assert torch.equal(moved.view(torch.uint16).int(), encoded.codes.view(torch.uint16).int())
+    """On a CPU with AVX-512, and there alone: elsewhere torch's product must not be given these codes."""
+    codes = torch.arange(LINE_ROWS * GROUP, dtype=torch.int32).view(LINE_ROWS, GROUP) * 7 % 16
+    ours = FORMATS[Weights.INT4].encode(codes.float())
+    assert torch.equal(FORMATS[Weights.INT4].decode(ours), codes.float()), "every code is a weight of its own"
+    try:
+        theirs = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+    except (RuntimeError, AttributeError):
+        is_alike = False
+    else:
+        is_alike = torch.equal(theirs.view(-1), ours.codes.view(torch.uint8).view(-1))
+    assert _torch_lays_out_alike() is is_alike
+    assert is_alike or torch.backends.cpu.get_cpu_capability() != "AVX512"

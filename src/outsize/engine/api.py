@@ -15,6 +15,7 @@ from outsize.engine.blocks import DTYPES
 from outsize.engine.methods import take_methods_over
 from outsize.engine.placeholder import OffloadedParameter
 from outsize.engine.saving import write_model
+from outsize.engine.scratch import packed_places
 from outsize.engine.session import Session, session_of
 from outsize.errors import ConfigError, ModelError, UsageError
 from outsize.model import (
@@ -67,8 +68,9 @@ def load(
     `from_scratch=True` reads no weights: the model that `config.json` describes gets random ones by its own rules, drawn
     from `seed`. Otherwise a folder without weights in safetensors is refused.
 
-    `weights="int4"` or "int8" keeps the matrices of layers in few bits, for generating text: they are encoded as
-    they are read, or once, where `save` wrote the model so opened to a folder. Nothing in such a model trains.
+    `weights="int4"` or "int8" packs the matrices of layers, for generating text. They are encoded once: as they are read
+    where all stay in memory, else at the first call, into a cache (`outsize-packed` in `disk`, or
+    `$OUTSIZE_CACHE/packed` with at most `$OUTSIZE_CACHE_LIMIT`). Nothing in such a model trains.
 
     Raises ModelError, WeightsError or ConfigError before anything is read.
     """
@@ -94,7 +96,7 @@ def load(
                 f'weights="{wanted}", and those of {folder} are in {stored} already',
                 hint="leave weights= out",
             )
-        source = encoded(module, source, wanted)
+        source = encoded(module, source, wanted, packed_places(settings))
     return _take_over(module, source, settings, profile)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from outsize.config import Home, Settings, format_bytes
+from outsize.config import DiskBudget, Home, Settings, cache_folder, cache_limit, format_bytes
 from outsize.errors import BudgetError
 from outsize.plan import Placement
 from outsize.tier import DiskTier, StripedTier, Tier
@@ -39,6 +39,18 @@ def open_scratch(name: str, num_bytes: int, settings: Settings, num_threads: int
             tier.close()
         raise
     return StripedTier(opened, num_bytes)
+
+
+def packed_places(settings: Settings) -> tuple[DiskBudget, ...]:
+    """Folders for packed weights, which outlive the process: in those that were given, else in the cache folder.
+
+    Raises ConfigError where the limit of the cache is not a size.
+    """
+    if settings.budgets.disks:
+        return tuple(
+            DiskBudget(disk.folder / "outsize-packed", disk.num_bytes) for disk in settings.budgets.disks
+        )
+    return (DiskBudget(cache_folder() / "packed", cache_limit()),)
 
 
 class DiskShortage(BudgetError):

@@ -502,12 +502,11 @@ class Session:
 
     def _load_resident(self, store: BlockStore, records: Sequence[Record]) -> None:
         """Start reading what stays in memory; all of it, where the source is memory that should not stay beside it."""
-        streams = any(group.blocks for group in store.placement.weight_classes)
-        if isinstance(self.source, EncodingSource) and streams:
-            _log.warning(
-                "weights are encoded anew each time they are read, as they do not all fit into memory: "
-                "`outsize quantize` writes them once"
-            )
+        if isinstance(self.source, EncodingSource):
+            stay = {state.name for state in store if {*state.resident, *state.hosted} & {Plane.WEIGHT}}
+            if any(name not in stay and self.source.encodes(block) for name, block in self.blocks.items()):
+                self.source.pack()
+                memory.give_back()
         in_memory = isinstance(self.source, InitSource | TensorSource)
         if self.rule is not None and in_memory and is_stored(records):
             store.import_all(self._touch)

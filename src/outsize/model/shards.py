@@ -7,7 +7,9 @@ through two small buffers where they do not: nothing is mapped, so memory use is
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 from concurrent.futures import Future
 from dataclasses import dataclass
 from math import prod
@@ -15,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from outsize.errors import WeightsError
+from outsize.errors import StorageError, WeightsError
 from outsize.model.direct import BUFFERS_BYTES, FileReader, wait_read
 
 _STAGING_BYTES = 2 << 20
@@ -31,6 +33,7 @@ _NOT_WEIGHTS = {"training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.
 _NAMED = 5
 """Files that a message names."""
 _LFS = b"version https://git-lfs"
+_SAMPLE_BYTES = 4096
 
 DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
@@ -114,6 +117,31 @@ class Shards:
         value = torch.empty(stored.shape, dtype=dtype or stored.dtype)
         self.read_into(key, value)
         return value
+
+    def fingerprint(self) -> str:
+        """A digest that changes where the files do. Raises StorageError.
+
+        It covers sizes, times of change, headers, and a page of each tensor: some images of file systems have no times.
+        """
+        digest = hashlib.sha256()
+        by_file: dict[Path, dict[str, StoredTensor]] = {}
+        for key, stored in sorted(self.tensors.items()):
+            by_file.setdefault(stored.file, {})[key] = stored
+        for file, tensors in sorted(by_file.items()):
+            try:
+                with file.open("rb", buffering=0) as stream:
+                    os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+                    status = os.fstat(stream.fileno())
+                    digest.update(
+                        f"{file.name} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}".encode()
+                    )
+                    for key, stored in tensors.items():
+                        digest.update(f"{key} {stored.dtype} {stored.shape} {stored.offset}".encode())
+                        middle = stored.offset + stored.num_elements * stored.dtype.itemsize // 2
+                        digest.update(os.pread(stream.fileno(), _SAMPLE_BYTES, middle))
+            except OSError as error:
+                raise StorageError(f"cannot read {file}: {error.strerror}") from error
+        return digest.hexdigest()
 
     @property
     def bytes_read(self) -> int:

@@ -105,6 +105,10 @@ class SafetensorsSource:
         files = {stored.file for stored in self._shards.tensors.values()}
         return {file.name: file.stat().st_size for file in sorted(files)}
 
+    def fingerprint(self) -> str:
+        """A digest that changes where the files do. Raises StorageError."""
+        return self._shards.fingerprint()
+
     def read(self, block: Block, targets: Sequence[torch.Tensor]) -> None:
         """Fill one tensor per piece of `block`; raises StorageError where a file can no longer be read."""
         converted: dict[str, torch.Tensor] = {}
