@@ -15,6 +15,7 @@ from outsize import hardware
 from outsize.cli import demo, main, options, quiet
 from outsize.config import Pins
 from outsize.errors import ConfigError, OutsizeError
+from outsize.serve import draft, runner
 from outsize.tier.device import WORKSPACE_BYTES
 from outsize.train import demo as train_demo
 from outsize.train.data import Dataset
@@ -330,29 +331,46 @@ def test_pins():
         assert caught.value.hint
 
 
-def test_generate_streams_the_same_text_for_the_same_seed(plain, model, capsys, monkeypatch):
-    arguments = [
-        "generate",
-        model,
-        "--prompt",
-        "w1 w2",
-        "--max-new-tokens",
-        5,
-        "--temperature",
-        0.9,
-        "--top-p",
-        0.9,
-    ]
-    texts = []
-    for seed in (0, 0):
-        assert run(*arguments, "--seed", seed) == 0
-        texts.append(capsys.readouterr().out)
-    assert texts[0] == texts[1] and texts[0].startswith("w1 w2 ")
-    assert run(*arguments, "--draft", model, "--deterministic") == 0
-    assert capsys.readouterr().out == texts[0]
+@pytest.fixture
+def says(model, capsys):
+    """What `outsize generate` prints for a prompt with options."""
+
+    def says(*options):
+        assert run("generate", model, "--prompt", "w1 w2", "--max-new-tokens", 8, *options) == 0
+        return capsys.readouterr().out
+
+    return says
+
+
+def test_generate_streams_the_same_text_for_the_same_seed(plain, says, model, capsys, monkeypatch):
+    greedy, free = says(), [says("--temperature", 5, "--seed", seed) for seed in (0, 0, 1)]
+    assert free[0] == free[1] != free[2] and free[0].startswith("w1 w2 ")
+    assert greedy not in free
+    for option in (("--top-k", 1), ("--top-p", 1e-9), ("--min-p", 1), ("--temperature", 1e-9)):
+        assert says("--temperature", 5, *option) == greedy
+    assert says("--repetition-penalty", 100) != greedy
+    assert says("--max-new-tokens", 3).split() == greedy.split()[:5]
+    word = greedy.split()[4]
+    assert says("--stop", word) == greedy[: greedy.index(word, 6)] + "\n"
     monkeypatch.setattr(sys, "stdin", io.StringIO("w3"))
     assert run("generate", model, "--prompt", "-", "--max-new-tokens", 5) == 0
     assert capsys.readouterr().out.startswith("w3 ")
+
+
+def test_generate_hands_on_what_changes_no_text(plain, says, model, capsys, monkeypatch):
+    """A draft is opened and guesses, products run in tiles, memory and passes are limited."""
+    text, tiles, guessed = says(), [], []
+    tiles_entered, guess = runner.FixedTiles.__enter__, draft.Draft.guess
+    monkeypatch.setattr(runner.FixedTiles, "__enter__", lambda self: tiles.append(1) or tiles_entered(self))
+    monkeypatch.setattr(draft.Draft, "guess", lambda self, wanted: guessed.append(1) or guess(self, wanted))
+    assert says() == text and not tiles and not guessed
+    plain.loaded.clear()
+    assert says("--draft", model, "--deterministic") == text
+    assert tiles and guessed and [path for path, _ in plain.loaded] == [model, model]
+    for option in (("--kv", "1KiB"), ("--pass-tokens", 0)):
+        assert run("generate", model, "--prompt", "w1 w2", *option) == 1
+    errors = capsys.readouterr().err
+    assert "1.00 KiB of KV cache" in errors and "pass_tokens: 0" in errors
 
 
 def test_generate_refuses(plain, model, tmp_path, capsys):
@@ -396,8 +414,9 @@ def test_generate_answers_a_file_and_goes_on(plain, model, tmp_path, capsys):
     shown = capsys.readouterr()
     assert "3 of 3 prompts" in shown.err and shown.out == ""
     prompts.write_text(prompts.read_text() + json.dumps({"prompt": "w1 " * 90}) + "\n")
-    assert run(*arguments) == 1
-    assert "1 refused" in capsys.readouterr().err
+    for _ in range(2):  # the second time there is an error in the file still
+        assert run(*arguments) == 1
+        assert "1 refused" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -407,7 +426,7 @@ def test_generate_answers_a_file_and_goes_on(plain, model, tmp_path, capsys):
         (["--prompt", "w1", "--prompts", "x", "--out", "y"], "both given"),
         (["--prompts", "x"], "go together"),
         (["--prompts", "x.jsonl", "--out", "y"], "x.jsonl: No such file"),
-        (["--prompt", "w1", "--stop", ""], "no text, or empty"),
+        (["--prompt", "w1", "--stop", ""], "stop: a string is empty"),
         (["--prompt", "w1 " * 50], "the model 32 positions"),
         (["--prompt", "w1", "--kv", "3"], "no page of 16 tokens"),
         (["--prompt", "w1", "--draft", "nowhere"], "no such folder: nowhere"),

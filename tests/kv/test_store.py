@@ -136,9 +136,28 @@ def test_what_a_query_does_not_see_does_not_reach_it(name):
     assert torch.equal(output, expected)
 
 
-def test_one_long_request_among_short_ones_is_dealt_out():
-    assert kernel.Units([(row, 1, 0, 1000) for row in range(64)]).balance == 64
-    assert kernel.Units([(0, 1, 0, 16000), *((row, 1, 0, 9) for row in range(1, 64))]).balance < 1.1
+def test_one_long_request_among_short_ones_is_dealt_out(monkeypatch):
+    """By its heads, where there are not enough requests for all threads."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    alike = kernel.Units([(row, 1, 0, 1000) for row in range(64)])
+    unlike = kernel.Units([*((row, 1, 0, 9) for row in range(1, 64)), (0, 1, 0, 16000)])
+    assert alike.balance == 64 and unlike.balance < 1.1
+    assert unlike.items[0].tolist() == [0, 1, 0, 16000]  # the longest begins first
+    assert alike.heads_at_once(8, 4) == 8 and unlike.heads_at_once(8, 4) == 1
+    assert kernel.Units([(row, 1, 0, 1000) for row in range(4)]).heads_at_once(8, 4) == 2
+    many = kernel.Units([(32 * row, 32, 0, 1000) for row in range(1000)])
+    assert many.heads_at_once(64, 4) == kernel.MOST_STATES // (32 * 4)  # what a stack holds
+
+    if kernel.load(torch.float32) is None:
+        pytest.skip("no compiler")
+    calls = []
+    monkeypatch.setattr(kernel, "on_all_threads", lambda function, call: calls.append(call.unit_heads))
+    shape, options = LayerShape(8, 8, 16, 16, None), {}
+    for requests in ([(100, 1)], [(100, 1)] * 64):
+        attend(
+            *(kv := filled(shape, torch.float32, requests, torch.Generator()))[:1], requests, *kv[1:], options
+        )
+    assert calls == [1, 8]
 
 
 def test_tokens_of_no_request_reach_nobody(way):

@@ -319,6 +319,11 @@ def test_bad_requests(any_model):
     engine = open_engine(any_model)
     with pytest.raises(RequestError, match="no token"):
         engine.submit(Request(()))
+    for token in (199, 2**40, -1):
+        with pytest.raises(
+            RequestError, match=f"token 2 of the prompt is {token:,}, the model has tokens 0 to 198"
+        ):
+            engine.submit(Request((5, token)))
     with pytest.raises(ConfigError, match="need a tokenizer"):
         engine.submit(Request((1,), stop=("x",)))
     assert engine.is_idle

@@ -10,7 +10,7 @@ import textwrap
 import pytest
 
 import outsize
-from outsize.errors import ConfigError, DataError, RequestError
+from outsize.errors import BudgetError, ConfigError, DataError, RequestError
 from outsize.model import load_tokenizer
 from outsize.serve import run_job
 from outsize.serve.pipeline import pipeline
@@ -60,6 +60,49 @@ def test_a_conversation_is_rendered_by_its_template():
     assert generate.submit(rendered, max_new_tokens=3).wait()[0].tokens == stream.wait()[0].tokens
 
 
+def test_conversations_are_answered_as_texts_are():
+    tokenizer, model = chat_tokenizer(QWEN3), ZOO["qwen3"].build(vocab_size=512, max_position_embeddings=256)
+    generate = pipeline(model, tokenizer=tokenizer)
+    first, second = ([{"role": "user", "content": text}] for text in ("Is it open?", "Hi"))
+    rendered = [
+        tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        for messages in (first, second)
+    ]
+    answers = generate(rendered, max_new_tokens=4)
+    assert (
+        generate(first, max_new_tokens=4) == answers[0] == "".join(generate.stream(first, max_new_tokens=4))
+    )
+    assert generate([first, rendered[1]], max_new_tokens=4) == answers
+    assert generate((second[0],), max_new_tokens=4) == answers[1]
+    assert generate([]) == []
+    for wrong in (first[0], [first[0], "Hi"], [[]], [5], [[first[0], 5]]):
+        with pytest.raises(RequestError, match="expected a text or a list of messages") as caught:
+            generate(wrong)
+        assert "[{" in caught.value.hint
+
+
+def test_tool_calls_are_rendered_alike_in_both_formats():
+    tokenizer, model = chat_tokenizer(QWEN3), ZOO["qwen3"].build(vocab_size=512, max_position_embeddings=512)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role + ': ' }}{{ m.content or '' }}{% for t in m.tool_calls or [] %}"
+        "{{ t.function.name + ' ' + (t.function.arguments | tojson) }}{% endfor %}\n{% endfor %}"
+    )
+    generate = pipeline(model, tokenizer=tokenizer)
+
+    def prompt(arguments):
+        call = {"type": "function", "function": {"name": "hours", "arguments": arguments}}
+        messages = [
+            {"role": "user", "content": "open?", "name": None},
+            {"role": "assistant", "content": None, "tool_calls": [call]},
+        ]
+        return tokenizer.decode(generate.submit(messages, max_new_tokens=1).request.prompt)
+
+    assert prompt('{"day": "Sunday"}') == prompt({"day": "Sunday"})
+    assert 'hours {"day": "Sunday"}' in prompt('{"day": "Sunday"}')
+    with pytest.raises(RequestError, match="message 2: the arguments of tool call 1 are not JSON"):
+        prompt("{day")
+
+
 def test_one_prompt_that_cannot_be_served_leaves_nothing_behind(generate):
     with pytest.raises(RequestError, match="32 positions"):
         generate(["w1", "w1 " * 40])
@@ -78,8 +121,16 @@ def test_settings_that_are_none(generate, folder):
 
 
 def test_a_folder_is_opened_within_budgets(folder, tmp_path, generate):
-    streamed = outsize.pipeline(folder, disk=tmp_path, host="4GiB", dtype="float32")
-    assert streamed("w1 w2 w3", max_new_tokens=4, logprobs=1).strip()
+    streamed = outsize.pipeline(
+        folder, disk=tmp_path, home="disk", host="4GiB", dtype="float32", kv="64KiB", pass_tokens=16
+    )
+    assert streamed("w1 w2 w3", max_new_tokens=4, logprobs=1) == generate("w1 w2 w3", max_new_tokens=4)
+    report = outsize.report(streamed.engine.runner.model)
+    assert report.host_budget_bytes == 4 << 30 and report.bytes_read > 0
+    assert any(row.tier == "disk" and row.num_bytes for row in report.rows)
+    assert streamed.engine.runner.kv.num_bytes <= 80 << 10 and streamed.engine.runner.pass_tokens == 16
+    with pytest.raises(BudgetError, match="does not fit"):
+        outsize.pipeline(folder, disk=tmp_path, host="300MiB", dtype="float32")
     with pytest.raises(DataError, match="no tokenizer"):
         outsize.pipeline(write_model(tmp_path / "bare", tokenizer=False))
 
@@ -123,6 +174,55 @@ def test_a_broken_line_is_named_before_anything_is_computed(generate, tmp_path, 
     with pytest.raises(DataError, match=words):
         run_job(generate, prompts, tmp_path / "out.jsonl", {})
     assert not (tmp_path / "out.jsonl").exists()
+
+
+class Breaks:
+    """A pipeline whose engine fails in pass `at`, once."""
+
+    def __init__(self, generate, at):
+        self.generate, self.at, self.engine = generate, at, generate.engine
+
+    def __enter__(self):
+        self.handle = self.engine.runner.model.register_forward_pre_hook(self.hook)
+        return self.generate
+
+    def hook(self, *_):
+        self.at -= 1
+        if self.at == 0:
+            raise OSError(5, "Input/output error")
+
+    def __exit__(self, *_):
+        self.handle.remove()
+
+
+def test_errors_are_tried_again(generate, tmp_path):
+    """A prompt that was too long, one beyond the model's tokens, and those of a pass that failed."""
+    lines = [{"prompt": f"w{i}"} for i in range(4)] + [
+        {"prompt": "w1 " * 40},
+        {"prompt": "w1 w2", "id": "\ud800"},
+    ]
+    prompts, out = write(tmp_path / "p.jsonl", *lines), tmp_path / "out.jsonl"
+    settings = {"max_new_tokens": 3}
+    with Breaks(generate, 2) as broken:
+        progress = run_job(broken, prompts, out, settings)
+    failed = {answer["line"]: answer["error"] for answer in answers(out) if "error" in answer}
+    assert progress.num_done == 6 and progress.num_failed == len(failed) == 6
+    assert "positions" in failed.pop(5) and all("Input/output error" in text for text in failed.values())
+    generate.engine.check()
+    out.chmod(0o600)
+    link = tmp_path / "link.jsonl"
+    link.symlink_to(out)
+    progress = run_job(generate, prompts, link, settings)
+    assert (progress.num_before, progress.num_done, progress.num_failed) == (0, 6, 1)
+    assert sorted(answer["line"] for answer in answers(out)) == [1, 2, 3, 4, 5, 6]
+    assert [answer["line"] for answer in answers(out) if "error" in answer] == [5]
+    assert link.is_symlink() and out.stat().st_mode & 0o777 == 0o600
+    progress = run_job(generate, prompts, out, settings)
+    assert (progress.num_before, progress.num_failed) == (5, 1)  # the file has an error still
+    lines[4] = {"prompt": "w1"}  # mended, which is no other prompt than the one that was answered
+    progress = run_job(generate, write(prompts, *lines), out, settings)
+    assert (progress.num_before, progress.num_done, progress.num_failed) == (5, 6, 0)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link.jsonl", "out.jsonl", "p.jsonl"]
 
 
 def test_what_is_answered_is_not_answered_again(generate, tmp_path):

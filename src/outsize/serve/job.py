@@ -4,8 +4,9 @@
 {"messages": [{"role": ..., ...}, ...]}  a conversation to answer
 {"id": ..., "temperature": 0.8, ...}     beside it: what is handed through, and settings of this line alone
 
-An answer is one line, written whole and synced, with the number of the line it answers. A job that is started again reads
-what is there, drops a line that was cut short, and goes on with what is missing: each prompt is answered exactly once.
+An answer is one line, written whole and synced, with the number of the line it answers; a prompt that cannot be served, or
+whose pass fails, is answered with its error. A job that is started again reads what is there, drops errors and a line that
+was cut short, and goes on with what is missing: each prompt is answered exactly once.
 """
 
 from __future__ import annotations
@@ -16,11 +17,12 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from outsize.checkpoint.files import sync_folder
 from outsize.errors import ConfigError, DataError, OutsizeError, RequestError, in_short
 from outsize.serve.pipeline import SETTINGS, Pipeline, Prompt
 from outsize.serve.request import Completion, Stream
@@ -70,14 +72,18 @@ def run_job(
 ) -> Progress:
     """Answer all lines of `prompts` that `answers` has no answer to. `tell` is called after each answer, and at the end.
 
-    A prompt that cannot be served is answered with its error. Raises DataError for a line that cannot be read, before
-    anything is computed, and for answers to other prompts.
+    A prompt that cannot be served, or whose pass fails, is answered with its error and counted in `num_failed`; the next
+    run tries it again. Raises DataError for a line that cannot be read, before anything is computed, and for answers to
+    other prompts.
     """
     num_prompts = sum(1 for _ in read_lines(prompts))
     start = time.perf_counter()
     num_failed = num_tokens = 0
-    with _opened(answers) as file:
-        done = _answered(file, answers, prompts)
+    with ExitStack() as stack:
+        file = stack.enter_context(_opened(answers))
+        done, has_errors = _answered(file, answers, prompts)
+        if has_errors:
+            file = stack.enter_context(_without_errors(file, answers))
         num_before = len(done)
         under_way: list[tuple[Line, Stream]] = []
 
@@ -161,26 +167,64 @@ def _opened(path: Path) -> Iterator[IO[bytes]]:
             f"{path}: {error.strerror or error}", hint="name a file that you may write"
         ) from error
     with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise DataError(
-                f"{path}: another job is writing it", hint="let it end, or name another file"
-            ) from error
+        _lock(file, path)
+        if not os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            raise DataError(f"{path}: another job has replaced it", hint="start again")
         yield file
 
 
-def _answered(file: IO[bytes], path: Path, prompts: Path) -> dict[int, str]:
-    """The numbers of lines that are answered, and their digests; what was cut short by a kill is dropped."""
+def _lock(file: IO[bytes], path: Path) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise DataError(
+            f"{path}: another job is writing it", hint="let it end, or name another file"
+        ) from error
+
+
+def _without_errors(file: IO[bytes], path: Path) -> IO[bytes]:
+    """Put a file in the place of `path`, without the lines of `file` that are errors; open and locked."""
+    path = path.resolve()  # a link stays a link
+    partial = path.with_name(path.name + ".partial")
+    with ExitStack() as failing:
+        try:
+            rest = failing.enter_context(partial.open("w+b"))
+            failing.callback(partial.unlink, missing_ok=True)
+            _lock(rest, path)
+            os.fchmod(rest.fileno(), os.fstat(file.fileno()).st_mode & 0o777)
+            file.seek(0)
+            rest.writelines(text for text in file if "error" not in json.loads(text))
+            rest.flush()
+            os.fsync(rest.fileno())
+            partial.replace(path)
+            sync_folder(path.parent)
+        except OSError as error:
+            raise DataError(
+                f"{partial}: {error.strerror or error}", hint="make its folder writable, or name another file"
+            ) from error
+        failing.pop_all()
+    return rest
+
+
+def _answered(file: IO[bytes], path: Path, prompts: Path) -> tuple[dict[int, str], bool]:
+    """The numbers of lines that are answered, and their digests; and whether there are errors, which count as unanswered.
+
+    A line that was cut short by a kill is dropped.
+    """
     file.seek(0)
     done: dict[int, str] = {}
+    has_errors = False
     end = 0
     for number, text in enumerate(file, 1):
         if not text.endswith(b"\n"):
             break
         try:
             fields = json.loads(text)
-            done[int(fields["line"])] = str(fields["digest"])
+            line, digest = int(fields["line"]), str(fields["digest"])
+            if "error" in fields:
+                has_errors = True
+            else:
+                done[line] = digest
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(
                 f"{path}:{number}: no answer of a job", hint="name another file for the answers"
@@ -194,11 +238,15 @@ def _answered(file: IO[bytes], path: Path, prompts: Path) -> dict[int, str]:
                 f"{path} answers a line {number} that {prompts} does not have, or no longer",
                 hint="name another file for the answers, or put the prompts back as they were",
             )
-    return done
+    return done, has_errors
 
 
 def _append(file: IO[bytes], fields: Mapping[str, Any]) -> None:
-    file.write(json.dumps(fields, ensure_ascii=False).encode() + b"\n")
+    try:
+        text = json.dumps(fields, ensure_ascii=False).encode()
+    except UnicodeEncodeError:  # half a surrogate pair, handed through from the prompts
+        text = json.dumps(fields).encode()
+    file.write(text + b"\n")
     file.flush()
     os.fsync(file.fileno())
 

@@ -3,6 +3,7 @@
 generate = outsize.pipeline("path/to/model", host="8GiB", disk="/nvme/scratch")
 generate("The plan for today:", max_new_tokens=50)                          one text
 generate(["One prompt", "another"], temperature=0.8, seed=1)                a list, computed together
+generate([{"role": "user", "content": "Is it open?"}])                      the answer in a conversation
 for piece in generate.stream("Once upon a time"): print(piece, end="")      as it comes
 """
 
@@ -11,14 +12,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, cast, overload
 
 from torch import nn
 
 from outsize.config import Disk, Pins
 from outsize.engine.api import load
 from outsize.errors import ConfigError, RequestError, in_short
-from outsize.model import load_tokenizer
+from outsize.model import load_tokenizer, messages_for_template
 from outsize.plan.profile import Profile
 from outsize.serve.engine import Serves, closing_of, open_engine
 from outsize.serve.request import Request, Sampling, Stream, Token
@@ -98,21 +99,25 @@ class Pipeline:
         self.tokenizer = tokenizer
 
     @overload
-    def __call__(self, prompts: str, **settings: Any) -> str: ...
+    def __call__(self, prompts: Prompt, **settings: Any) -> str: ...
     @overload
-    def __call__(self, prompts: Sequence[str], **settings: Any) -> list[str]: ...
-    def __call__(self, prompts: str | Sequence[str], **settings: Any) -> str | list[str]:
-        """The continuation of each prompt (the first, of several samples); `settings` are those of `submit`."""
+    def __call__(self, prompts: Sequence[Prompt], **settings: Any) -> list[str]: ...
+    def __call__(self, prompts: Prompt | Sequence[Prompt], **settings: Any) -> str | list[str]:
+        """The continuation of a text or conversation, or of each in a list (the first, of several samples).
+
+        `settings` are those of `submit`, which also says what is raised.
+        """
+        is_one = _is_prompt(prompts)
         streams: list[Stream] = []
         try:
-            for prompt in [prompts] if isinstance(prompts, str) else prompts:
-                streams.append(self.submit(prompt, **settings))
+            for prompt in [prompts] if is_one else prompts:
+                streams.append(self.submit(cast(Prompt, prompt), **settings))
             texts = [stream.wait()[0].text for stream in streams]
         finally:
             for stream in streams:
                 if not stream.is_finished:
                     self.engine.cancel(stream)
-        return texts[0] if isinstance(prompts, str) else texts
+        return texts[0] if is_one else texts
 
     def stream(self, prompt: Prompt, **settings: Any) -> Iterator[str]:
         """The continuation of one prompt, piece by piece; the request is cancelled where the iterator is dropped."""
@@ -135,6 +140,37 @@ class Pipeline:
         return self.engine.submit(request_of(self.tokenizer, prompt, settings), watch)
 
 
+def _is_prompt(prompts: Prompt | Sequence[Prompt]) -> bool:
+    """Whether it is one prompt: a text, or the messages of one conversation. An empty list holds no prompt."""
+    if isinstance(prompts, str | Mapping):
+        return True
+    return len(prompts) > 0 and all(isinstance(prompt, Mapping) for prompt in prompts)
+
+
+def _rendered(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> Sequence[int]:
+    """The tokens of a conversation, up to where the assistant answers. Raises RequestError."""
+    hint = 'pass a text, or a list of messages such as [{"role": "user", "content": "..."}]'
+    is_list = isinstance(messages, Sequence) and len(messages) > 0
+    if not (is_list and all(isinstance(message, Mapping) for message in messages)):
+        raise RequestError(
+            f"the prompt is {repr(messages)[:60]}, expected a text or a list of messages", hint=hint
+        )
+    # As in training: a field that is null is not there.
+    plain = [{name: value for name, value in one.items() if value is not None} for one in messages]
+    try:
+        conversation = messages_for_template(tokenizer, plain)
+    except ValueError as error:
+        raise RequestError(
+            f"the messages cannot be rendered: {error}",
+            hint='arguments are an object such as {"city": "Rome"}, or the JSON text of one',
+        ) from error
+    try:
+        encoded = tokenizer.apply_chat_template(conversation, add_generation_prompt=True, return_dict=True)
+    except Exception as error:  # templates raise errors of any kind
+        raise RequestError(f"the messages cannot be rendered: {in_short(error)}", hint=hint) from error
+    return cast(Sequence[int], encoded["input_ids"])
+
+
 def request_of(tokenizer: Any, prompt: Prompt, settings: Mapping[str, Any]) -> Request:
     """The request for a prompt. Raises ConfigError naming a setting that is unknown or malformed, or RequestError."""
     if unknown := sorted(settings.keys() - SETTINGS):
@@ -147,14 +183,7 @@ def request_of(tokenizer: Any, prompt: Prompt, settings: Mapping[str, Any]) -> R
                 f"the prompt cannot be tokenized: {in_short(error)}", hint="pass text that UTF-8 can encode"
             ) from error
     else:
-        try:
-            tokens = tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, return_dict=True)
-        except Exception as error:  # templates raise whatever they like
-            raise RequestError(
-                f"the messages cannot be rendered: {str(error).splitlines()[0]}",
-                hint='pass a text, or messages such as {"role": "user", "content": "..."}',
-            ) from error
-        tokens = tokens["input_ids"]
+        tokens = _rendered(tokenizer, prompt)
     stop = settings.get("stop", ())
     given = {**settings, "stop": (stop,) if isinstance(stop, str) else stop}
     sampling = Sampling(**{name: given[name] for name in given.keys() & _SAMPLING})

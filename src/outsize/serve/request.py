@@ -114,10 +114,12 @@ class Request:
             raise _refuse("sampling", self.sampling, "a Sampling", "Sampling()", "of the wrong type")
         if not isinstance(self.prompt_logprobs, bool):
             raise _refuse("prompt_logprobs", self.prompt_logprobs, "a bool", "True", "of the wrong type")
-        is_list = isinstance(self.stop, list | tuple)
-        if not (is_list and all(isinstance(stop, str) and stop for stop in self.stop)):
-            expected = "a tuple of strings, none of them empty"
-            raise _refuse("stop", self.stop, expected, '("\\n",)', "of the wrong type")
+        if not isinstance(self.stop, list | tuple) or not all(isinstance(stop, str) for stop in self.stop):
+            raise _refuse("stop", self.stop, "a tuple of strings", '("END",)', "of the wrong type")
+        if "" in self.stop:
+            raise ConfigError(
+                "stop: a string is empty", hint="leave it out, or pass text that ends the output"
+            )
         object.__setattr__(self, "stop", tuple(self.stop))
 
     def check_prompt(self, positions: int | None, vocabulary: int | None) -> None:

@@ -59,7 +59,9 @@ def candidates(scores_V: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor
 
     Temperature, then top-k, top-p and min-p, each on what the one before left, as transformers' `generate` has them.
     """
-    scores = _sharpened(scores_V, 1.0 if sampling.temperature is None else sampling.temperature)
+    scores = scores_V / (1.0 if sampling.temperature is None else sampling.temperature)
+    if not math.isfinite(float(scores.max())):  # the quotients overflow: the limit is greedy
+        return scores_V.argmax().view(1), scores_V.new_zeros(1)
     if sampling.top_k is None and sampling.top_p is None and sampling.min_p is None:
         return torch.arange(scores.numel(), device=scores.device), scores
     scores, ids = torch.sort(scores, descending=True, stable=True)
@@ -76,14 +78,6 @@ def candidates(scores_V: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor
         keep = probabilities >= sampling.min_p * probabilities[0]
         scores, ids = scores[keep], ids[keep]
     return ids, scores
-
-
-def _sharpened(scores_V: torch.Tensor, temperature: float) -> torch.Tensor:
-    """`scores_V / temperature`; where that overflows in fp32, the same less its maximum, in fp64: the limit is greedy."""
-    scores = scores_V / temperature
-    if math.isfinite(float(scores.max())):
-        return scores
-    return (scores_V.double() - scores_V.max()) / temperature
 
 
 def noise(ids: torch.Tensor, seed: int, sample: int, position: int) -> torch.Tensor:
