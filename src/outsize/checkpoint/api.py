@@ -33,7 +33,8 @@ from torch import nn
 
 from outsize.checkpoint.files import MODEL, to_jsonable
 from outsize.checkpoint.manifest import Manifest
-from outsize.checkpoint.reading import CommitSource
+from outsize.checkpoint.module_state import ModuleState
+from outsize.checkpoint.reading import CommitReader, CommitSource
 from outsize.checkpoint.store import Committed, Store
 from outsize.engine.executor import Executor
 from outsize.engine.optimizer import Optimizer
@@ -41,6 +42,7 @@ from outsize.engine.session import Session, session_of
 from outsize.errors import StorageError, UsageError
 from outsize.hardware.identity import package_version
 from outsize.model import SafetensorsSource, attention_of, write_companions
+from outsize.model.names import persistent_buffers
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,11 +63,11 @@ def resume(
 ) -> Resumed | None:
     """Let `model` live in the store at `path`, and go on from its newest commit; None where it has none yet.
 
-    To be called once, before the first call of the model. Weights, moments, step counts, learning rates and the states of
-    the random number generators of torch, numpy and Python become those of the commit: the run goes on bit by bit as if
-    it had never ended, wherever planes live now. What must be the same for that (rows of a tile) is kept unless a pin
-    says otherwise; what is not (threads, libraries) is named in `notes`, and warned of. `keep` commits are kept; the
-    store takes `1 + keep` times the state.
+    To be called once, before the first call of the model. Weights, buffers, moments, step counts, learning rates and the
+    states of the random number generators of torch, numpy and Python become those of the commit: the run goes on bit by
+    bit as if it had never ended, wherever planes live now. What must be the same for that (rows of a tile) is kept unless
+    a pin says otherwise; what is not (threads, libraries) is named in `notes`, and warned of. `keep` commits are kept;
+    the store takes `1 + keep` times the state.
 
     Raises StorageError where another process has the store, CorruptionError where it is damaged, UsageError where the
     model was called before, or the commit is another optimizer's.
@@ -81,7 +83,9 @@ def resume(
         if manifest.random is not None:
             _restore_random(manifest.random)
         notes = _notes(session, manifest)
-        session.committed = CommitSource(store.reader(), session.own_source)
+        reader = store.reader()
+        notes += _restore_module(session, reader)
+        session.committed = CommitSource(reader, session.own_source)
     except BaseException:
         session.live_in(None)
         store.close()
@@ -139,7 +143,7 @@ def commit(
     assert captures is not None
     if captures.is_under_way:
         _settle(session.executor)
-    store.commit(draft, captures.begin)
+    store.commit(draft, ModuleState.of(session.module), captures.begin)
 
 
 def finish(model: nn.Module) -> Committed | None:
@@ -188,6 +192,7 @@ def _attach(session: Session, path: Path, keep: int) -> Store:
             "the model was called before it had a store, and lives in scratch space",
             hint="call outsize.checkpoint.resume(model, optimizer, path) before the first call of the model",
         )
+    ModuleState.of(session.module)  # what cannot be committed is refused before anything is computed
     store = Store.claim(path, keep, [disk.folder for disk in session.settings.budgets.disks])
     session.live_in(store)
     return store
@@ -207,6 +212,20 @@ def _check_source(session: Session, manifest: Manifest) -> None:
             f"{different} is missing or has another size: the commit takes weights from there that were never updated",
             hint=f"open the model that the run began with: {manifest.run['source']['folder']}",
         )
+
+
+def _restore_module(session: Session, reader: CommitReader) -> list[str]:
+    """Buffers and extra state become those of the commit; what to note where it has none."""
+    state = reader.module_state()
+    if state is None:
+        if not persistent_buffers(session.module):
+            return []
+        return [
+            "the commit has no buffers, as an earlier release made it: they begin as in the model's folder"
+        ]
+    state.check(session.module, f"the commit of step {reader.manifest.step}")
+    state.restore(session.module)
+    return []
 
 
 def _source_files(session: Session) -> dict[str, Any]:

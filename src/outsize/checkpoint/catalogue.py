@@ -72,6 +72,7 @@ def verify(folder: Path, step: int | None, tell: Callable[[str, int, int], None]
         for block in reader.manifest.blocks:
             done += reader.verify(block)
             tell(block.record.name, done, reader.manifest.num_bytes)
+        reader.module_state()
         return reader.manifest
 
     return read_commit(folder, step, check)
@@ -99,6 +100,8 @@ def describe(manifest: Manifest) -> Iterator[tuple[str, str]]:
     yield "blocks", f"{len(blocks)}, {len(stored)} stored, {format_bytes(manifest.num_bytes)}"
     weights = sum(block.record.plane_bytes(Plane.WEIGHT) for block in stored)
     yield "of that weights", format_bytes(weights)
+    if manifest.buffers is not None:
+        yield "buffers", format_bytes(manifest.buffers.num_bytes)
     if manifest.run["tile_rows"] is not None:
         run = manifest.run
         yield (

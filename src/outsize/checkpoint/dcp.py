@@ -30,6 +30,7 @@ from outsize.checkpoint.convert import convert
 from outsize.checkpoint.export import model_folder, read_commit, weights_of
 from outsize.checkpoint.files import MODEL
 from outsize.checkpoint.manifest import Manifest, StoredBlock
+from outsize.checkpoint.module_state import ModuleState
 from outsize.checkpoint.reading import CommitReader, CommitSource
 from outsize.checkpoint.store import Store
 from outsize.config import ComputeType
@@ -230,7 +231,7 @@ def import_dcp(dcp_folder: Path, folder: Path, *, model: Path, dtype: str = "flo
                     cells = tier.capture(Extent(base, record.kept_bytes))
                     capture.add(CapturedBlock(record.name, base, cells, is_stored=True))
 
-            store.commit(_draft(reader, step, ComputeType(dtype)), begin)
+            store.commit(_draft(reader, step, ComputeType(dtype)), ModuleState.of(module), begin)
             store.wait()
         finally:
             tier.close()
@@ -278,7 +279,10 @@ def _draft(reader: _DcpReader, step: int, compute_type: ComputeType) -> Manifest
 
 
 class _DcpReader:
-    """A DCP folder, read as `convert` reads a commit: a tensor at a time, of which the last is kept."""
+    """A DCP folder, read as `convert` reads a commit: a tensor at a time, of which the last is kept.
+
+    The persistent buffers of `module` are filled at once.
+    """
 
     def __init__(self, folder: Path, module: nn.Module) -> None:
         try:
@@ -294,6 +298,13 @@ class _DcpReader:
             for key, entry in metadata.items()
             if isinstance(entry, TensorStorageMetadata)
         }
+        for name, buffer in persistent_buffers(module).items():
+            if self._sizes.get(f"model.{name}") != tuple(buffer.shape):
+                raise ConfigError(
+                    f"{folder} has no buffer model.{name} of shape {tuple(buffer.shape)}",
+                    hint="save {'model': ..., 'optim': ...} as get_state_dict gives them, and pass the same model",
+                )
+            load({f"model.{name}": buffer}, storage_reader=self._reader, no_dist=True)
         self._last: tuple[str, torch.Tensor] | None = None
         self.blocks: dict[Piece, tuple[StoredBlock, Entry]] = {}
         for name, parameter in module.named_parameters():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -16,8 +17,9 @@ from outsize.checkpoint.manifest import Manifest
 from outsize.checkpoint.reading import CommitReader, CommitReplaced, CommitSource
 from outsize.config import ComputeType
 from outsize.engine import memory
-from outsize.errors import ConfigError, StorageError
+from outsize.errors import ConfigError, StorageError, WeightsError
 from outsize.model import Existing, SafetensorsSource, cut, open_skeleton, write_folder
+from outsize.model.names import persistent_buffers
 
 ATTEMPTS = 5
 """At reading the newest commit, where a run replaces it each time."""
@@ -104,15 +106,40 @@ def _export(reader: CommitReader, folder: Path, out: Path, dtype: str | None, ov
 
 @contextmanager
 def weights_of(reader: CommitReader, module: nn.Module) -> Iterator[CommitSource]:
-    """All weights of a commit; those that were never updated come from the files that the run took them from."""
+    """All weights of a commit; those that were never updated come from the files that the run took them from.
+
+    `module`, a skeleton of the model, gets the commit's buffers.
+    """
     with ExitStack() as stack:
 
         def open_files() -> SafetensorsSource:
-            files = SafetensorsSource(source_folder(reader.manifest), module)
-            stack.callback(files.close)
-            return files
+            opened = SafetensorsSource(source_folder(reader.manifest), module)
+            stack.callback(opened.close)
+            return opened
 
-        yield CommitSource(reader, open_files)
+        # Opening the files fills the module's buffers, so those of the commit come after.
+        is_whole = all(block.is_stored for block in reader.manifest.blocks)
+        files = None if is_whole else open_files()
+        state = reader.module_state()
+        if state is not None:
+            state.check(module, f"the commit of step {reader.manifest.step}")
+            state.restore(module)
+        elif files is None and persistent_buffers(module):
+            _take_buffers(reader.manifest, open_files)
+        yield CommitSource(reader, open_files if files is None else lambda: files)
+
+
+def _take_buffers(manifest: Manifest, open_files: Callable[[], SafetensorsSource]) -> None:
+    """Buffers for a commit that has none: those of the folder that the run began with."""
+    try:
+        open_files()
+    except (StorageError, WeightsError) as error:
+        warnings.warn(
+            f"the commit of step {manifest.step} has no buffers, and those of the model it began with cannot be read "
+            f"({error.message}): they are as the model's constructor makes them",
+            RuntimeWarning,
+            stacklevel=5,
+        )
 
 
 def model_folder(folder: Path) -> Path:

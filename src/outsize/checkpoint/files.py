@@ -3,6 +3,7 @@
 store.json           the format, and where extents and data files are
 data                 the records: one file, or one on each of several drives
 commits/000000000120.json   one manifest per commit
+commits/000000000120.safetensors   the model's buffers at that commit
 model/               what a Hugging Face folder holds beside weights
 lock                 held by the process that writes
 """
@@ -65,7 +66,7 @@ class Header:
             raise CorruptionError(
                 f"{path} is damaged: {error}", hint="restore the folder from a copy, or start anew"
             ) from error
-        check_format(body, FORMAT, VERSION, path)
+        check_format(body, FORMAT, (VERSION,), path)
         try:
             slabs = tuple(Slab(**slab) for slab in body["slabs"])
             names = tuple(str(name) for name in body["data"])
@@ -106,6 +107,18 @@ def commit_paths(folder: Path) -> list[Path]:
 def commit_path(folder: Path, step: int) -> Path:
     """Where the manifest of `step` is."""
     return folder / COMMITS / f"{step:012}.json"
+
+
+def buffers_path(folder: Path, step: int) -> Path:
+    """Where the buffers of the commit of `step` are."""
+    return commit_path(folder, step).with_suffix(".safetensors")
+
+
+def remove_commit_files(folder: Path, step: int) -> None:
+    """Remove a commit: first its manifest, for good, then what nothing names any more."""
+    remove_durably(commit_path(folder, step))
+    with storage_errors(folder):
+        buffers_path(folder, step).unlink(missing_ok=True)
 
 
 def read_manifest(path: Path, header: Header) -> Manifest:
@@ -165,13 +178,16 @@ def sync_folder(folder: Path) -> None:
 
 
 def tidy(folder: Path) -> None:
-    """Remove what a killed process left half-written."""
+    """Remove what a killed process left half-written, and buffers that no manifest names. Needs the lock."""
     for place in (folder, folder / COMMITS):
         for partial in place.glob(".*.partial"):
             if partial.is_dir():
                 shutil.rmtree(partial)
             else:
                 partial.unlink(missing_ok=True)
+    for buffers in (folder / COMMITS).glob("*.safetensors"):
+        if not buffers.with_suffix(".json").exists():
+            buffers.unlink(missing_ok=True)
 
 
 def plan_slabs(

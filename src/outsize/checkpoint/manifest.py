@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,9 @@ from outsize.errors import CorruptionError, StorageError
 from outsize.tier.digests import Check
 
 FORMAT = "outsize-commit"
-VERSION = 1
+VERSION = 2
+READ_VERSIONS = (1, VERSION)
+"""Version 1 has no `buffers` and no `extra_state`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +51,14 @@ class StoredBlock:
     cells: tuple[StoredCell, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class StoredBuffers:
+    """The safetensors file beside the manifest, by its size and digest."""
+
+    num_bytes: int
+    digest: str
+
+
 @dataclass(frozen=True)
 class Manifest:
     """One commit. All mappings hold what JSON can: see `docs/reference/store-format.md` for the keys."""
@@ -63,6 +73,9 @@ class Manifest:
     run: Mapping[str, Any]
     """How it was computed: tiles, threads, backend, versions; what must be kept for the same bits."""
     blocks: tuple[StoredBlock, ...]
+    buffers: StoredBuffers | None = None
+    """None in a commit of version 1, which has none."""
+    extra_state: Mapping[str, Any] = field(default_factory=dict)
 
     def offsets(self) -> list[int]:
         """The extents that the commit holds."""
@@ -86,6 +99,8 @@ class Manifest:
             "random": self.random,
             "extra": self.extra,
             "run": self.run,
+            "buffers": None if self.buffers is None else [self.buffers.num_bytes, self.buffers.digest],
+            "extra_state": self.extra_state,
             "blocks": [_dump_block(block) for block in self.blocks],
         }
         text = json.dumps(body, separators=(",", ":"))
@@ -105,8 +120,9 @@ class Manifest:
                 hint="an earlier commit may be whole: outsize checkpoint list",
             )
         body = json.loads(f"{text}}}")
-        check_format(body, FORMAT, VERSION, path)
+        check_format(body, FORMAT, READ_VERSIONS, path)
         try:
+            buffers = body.get("buffers")
             return cls(
                 step=int(body["step"]),
                 written=str(body["written"]),
@@ -117,6 +133,8 @@ class Manifest:
                 extra=dict(body["extra"]),
                 run=dict(body["run"]),
                 blocks=tuple(_load_block(block) for block in body["blocks"]),
+                buffers=None if buffers is None else StoredBuffers(int(buffers[0]), str(buffers[1])),
+                extra_state=dict(body.get("extra_state", {})),
             )
         except (KeyError, TypeError, ValueError, AssertionError) as error:
             raise CorruptionError(
@@ -125,16 +143,17 @@ class Manifest:
             ) from error
 
 
-def check_format(body: Mapping[str, Any], name: str, version: int, path: Path) -> None:
+def check_format(body: Mapping[str, Any], name: str, versions: Sequence[int], path: Path) -> None:
     """Raise StorageError where a file is of another format, or of a version that this one cannot read."""
     if body.get("format") != name:
         raise StorageError(
             f"{path}: the format is {body.get('format')!r}, expected {name!r}",
             hint="pass the folder of a checkpoint",
         )
-    if body.get("version") != version:
+    if body.get("version") not in versions:
+        readable = " and ".join(map(str, versions))
         raise StorageError(
-            f"{path}: version {body.get('version')!r} of the format, this Outsize reads version {version}",
+            f"{path}: version {body.get('version')!r} of the format, this Outsize reads version {readable}",
             hint="install the version of Outsize that wrote it, or export there and train from the export",
         )
 
@@ -146,7 +165,7 @@ def _refuse_other_format(data: bytes, path: Path) -> None:
     except ValueError:
         return
     if isinstance(body, dict):
-        check_format(body, FORMAT, VERSION, path)
+        check_format(body, FORMAT, READ_VERSIONS, path)
 
 
 def _dump_block(block: StoredBlock) -> dict[str, Any]:

@@ -12,8 +12,9 @@ import torch
 import xxhash
 
 from outsize.block import Block, Entry, Piece, Plane
-from outsize.checkpoint.files import Header, commit_path, data_paths
+from outsize.checkpoint.files import Header, buffers_path, commit_path, data_paths
 from outsize.checkpoint.manifest import Manifest, StoredBlock, StoredCell
+from outsize.checkpoint.module_state import ModuleState, digest_of
 from outsize.config import ComputeType
 from outsize.errors import CorruptionError, OutsizeError, StorageError, WeightsError
 from outsize.model import Source
@@ -114,6 +115,25 @@ class CommitReader:
             codes = interleave(groups[:, :GROUP].reshape(-1)).view(-1, GROUP)
             groups = torch.cat([codes, groups[:, GROUP:]], 1)
         return groups
+
+    def module_state(self) -> ModuleState | None:
+        """Buffers and extra state; None for a commit of a version that has none. Raises as all reading does."""
+        stored = self.manifest.buffers
+        if stored is None:
+            return None
+        path = buffers_path(self._folder, self.manifest.step)
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            self._check_not_replaced(None)
+            raise CorruptionError(f"{path} cannot be read: {error.strerror}") from error
+        if len(data) != stored.num_bytes or digest_of(data) != stored.digest:
+            self._check_not_replaced(None)
+            raise CorruptionError(
+                f"{path}: the buffers of the commit are not those that were written",
+                hint="the drive is failing, or another program wrote to the file; an earlier commit may be whole",
+            )
+        return ModuleState.loads(data, self.manifest.extra_state, path)
 
     def verify(self, block: StoredBlock) -> int:
         """Read and check all of a block; returns bytes. Raises CorruptionError, StorageError."""

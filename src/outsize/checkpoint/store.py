@@ -5,9 +5,10 @@
     session.versions = store                   # at its first call the session lays its records out here
     store.commit(draft)                        # declared now, durable later, by a thread of its own
 
-The order in which a commit becomes durable: what was written to the data (fdatasync), the manifest (fsync), its name
-(rename, then fsync of the folder). Only then are older commits removed, and only when their names are gone for good are
-their extents free. So at any instant every manifest that can be read has all of its bytes.
+The order in which a commit becomes durable: what was written to the data (fdatasync), the buffers (fsync, rename, fsync
+of the folder), the manifest (fsync), its name (rename, then fsync of the folder). Only then are older commits removed,
+and only when their names are gone for good are their extents free. So at any instant every manifest that can be read has
+all of its bytes.
 """
 
 from __future__ import annotations
@@ -32,18 +33,21 @@ from outsize.checkpoint.files import (
     LOCK,
     MODEL,
     Header,
+    buffers_path,
     commit_path,
     commit_paths,
     data_paths,
     plan_slabs,
     read_header,
     read_manifest,
+    remove_commit_files,
     remove_durably,
     sync_folder,
     tidy,
     write_durably,
 )
-from outsize.checkpoint.manifest import Manifest, StoredBlock, StoredCell
+from outsize.checkpoint.manifest import Manifest, StoredBlock, StoredBuffers, StoredCell
+from outsize.checkpoint.module_state import ModuleState, digest_of
 from outsize.checkpoint.reading import CommitReader, open_data
 from outsize.config import format_bytes
 from outsize.engine.capture import Capture, CapturedBlock
@@ -203,8 +207,11 @@ class Store:
 
     # -- committing ----------------------------------------------------------------------------------------------
 
-    def commit(self, draft: Manifest, begin: Callable[[Callable[[Capture], None]], None]) -> None:
-        """Declare a commit of what `draft` says and of all blocks, as they are once their pending updates are applied.
+    def commit(
+        self, draft: Manifest, state: ModuleState, begin: Callable[[Callable[[Capture], None]], None]
+    ) -> None:
+        """Declare a commit of what `draft` says, of `state`, and of all blocks, as they are once their pending updates are
+        applied.
 
         `begin` starts the capture. Returns at once; a step that is committed, or on its way, is left as it is. Raises what
         went wrong with an earlier commit.
@@ -219,7 +226,7 @@ class Store:
 
         def complete(capture: Capture) -> None:
             if future.set_running_or_notify_cancel():
-                self._threads.submit(self._publish, tier, draft, capture, future)
+                self._threads.submit(self._publish, tier, draft, state, capture, future)
             else:
                 tier.end_commit()
 
@@ -248,7 +255,12 @@ class Store:
         self._finalizer()
 
     def _publish(
-        self, tier: VersionedTier, draft: Manifest, capture: Capture, future: Future[Committed]
+        self,
+        tier: VersionedTier,
+        draft: Manifest,
+        state: ModuleState,
+        capture: Capture,
+        future: Future[Committed],
     ) -> None:
         offsets = [stored.offset for block in capture.blocks.values() for stored in block.cells]
         path = commit_path(self.folder, draft.step)
@@ -257,11 +269,15 @@ class Store:
                 capture.wait()
                 tier.sync()
                 blocks = tuple(self._stored_block(tier, capture.blocks[name]) for name in self._records)
-                write_durably(path, replace(draft, blocks=blocks).dumps())
+                data = state.dumps()
+                write_durably(buffers_path(self.folder, draft.step), data)
+                buffers = StoredBuffers(len(data), digest_of(data))
+                manifest = replace(draft, blocks=blocks, buffers=buffers, extra_state=state.extra)
+                write_durably(path, manifest.dumps())
             except BaseException:
                 # A manifest that may be there after all keeps its extents: none of them is written over.
                 with suppress(StorageError):
-                    remove_durably(path)
+                    remove_commit_files(self.folder, draft.step)
                     tier.release(offsets)
                 raise
             self._manifests[draft.step] = offsets
@@ -277,7 +293,7 @@ class Store:
     def _remove_old(self) -> None:
         while len(self._manifests) > self.commits:
             oldest = min(self._manifests)
-            remove_durably(commit_path(self.folder, oldest))
+            remove_commit_files(self.folder, oldest)
             offsets = self._manifests.pop(oldest)
             if self._tier is not None:
                 self._tier.release(offsets)
@@ -390,7 +406,7 @@ def remove_commit(folder: Path, step: int) -> None:
     """Remove one commit of a store that no process has open; its space is used again by the next run."""
     lock_fd = lock_file(folder / LOCK)
     try:
-        remove_durably(commit_path(folder, step))
+        remove_commit_files(folder, step)
     finally:
         os.close(lock_fd)
 
@@ -415,7 +431,7 @@ def remove_store(folder: Path) -> int:
     lock_fd = lock_file(folder / LOCK)
     try:
         for path in commit_paths(folder):
-            remove_durably(path)
+            remove_commit_files(folder, int(path.stem))
         freed = 0
         for path in paths:
             with storage_errors(path):
