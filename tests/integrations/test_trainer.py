@@ -178,3 +178,30 @@ def test_a_compiled_model_is_refused_by_name(tmp_path):
     with pytest.raises(UsageError, match=r"torch\.compile cannot trace a model") as caught:
         trainer_of(model, tmp_path / "out", torch_compile=True).train()
     assert "torch_compile" in str(caught.value.hint)
+
+
+def test_best_weights_at_the_end_are_refused_before_the_first_step_and_the_hint_works(tmp_path):
+    model, _ = pair(tmp_path)
+    options = dict(
+        eval_dataset=Rows(seed=5), eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1
+    )
+    trainer = trainer_of(model, tmp_path / "out", load_best_model_at_end=True, **options)
+    with pytest.raises(UsageError, match="load_best_model_at_end=True") as caught:
+        trainer.train()
+    assert trainer.state.global_step == 0 and outsize.report(model).bytes_read == 0, "something was computed"
+    assert 'metric_for_best_model="loss"' in caught.value.hint
+    trainer = trainer_of(model, tmp_path / "out", metric_for_best_model="loss", max_steps=2, **options)
+    trainer.train()
+    losses = {
+        int(entry["step"]): entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry
+    }
+    best = min(losses, key=losses.get)
+    assert trainer.state.best_model_checkpoint.endswith(f"checkpoint-{best}")
+    kept = outsize.load(trainer.state.best_model_checkpoint, dtype="float32")
+    assert kept.lm_head.weight.detach().isfinite().all()
+
+
+def test_a_model_changes_its_mode_as_ever(tmp_path):
+    model, _ = pair(tmp_path)
+    assert model.eval() is model and not model.training and not model.model.norm.training
+    assert model.train() is model and model.training and model.model.layers[0].training

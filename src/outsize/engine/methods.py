@@ -6,6 +6,7 @@ class's method, so that Trainer and scripts that call it either work or are refu
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
@@ -26,6 +27,7 @@ _ADAPTERS_HINT = "add them before the model is opened: outsize.wrap(get_peft_mod
 def take_methods_over(module: nn.Module) -> None:
     """Put the methods below in the place of those that `module` has."""
     own: dict[str, Callable[..., Any]] = {
+        "train": _train(module),
         "load_state_dict": _refuse_state_dict,
         "save_pretrained": _save_pretrained(module),
         "add_adapter": _refuse_adapters,
@@ -36,6 +38,27 @@ def take_methods_over(module: nn.Module) -> None:
             setattr(module, name, method)
     if isinstance(module, PreTrainedModel):
         module.resize_token_embeddings = _resize_token_embeddings(module)
+
+
+def _train(module: nn.Module) -> Callable[..., nn.Module]:
+    """`train`, which transformers' Trainer calls before each of its steps: what it would ask for after the last one, and
+    cannot have, is refused before the first.
+    """
+
+    def train(mode: bool = True) -> nn.Module:
+        """Set the module's mode. Raises UsageError for a Trainer that will load the best weights at its end."""
+        trainer = sys.modules.get("transformers.trainer")
+        caller = sys._getframe(1).f_locals.get("self")
+        if mode and trainer is not None and isinstance(caller, trainer.Trainer):
+            if caller.args.load_best_model_at_end:
+                raise UsageError(
+                    "load_best_model_at_end=True: weights cannot be put into a model that lives in Outsize's store",
+                    hint='pass metric_for_best_model="loss" instead: trainer.state.best_model_checkpoint then names the '
+                    "folder of the best weights, which outsize.load opens",
+                )
+        return type(module).train(module, mode)
+
+    return train
 
 
 def _save_pretrained(module: nn.Module) -> Callable[..., None]:
