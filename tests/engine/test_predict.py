@@ -27,10 +27,10 @@ SLOW = dataclasses.replace(HOST, name="a slow disk", disk_read=2e6, disk_write=2
 
 @pytest.fixture(autouse=True)
 def counted_costs(monkeypatch):
-    """What `_fastest` would measure is counted by operation."""
-    fastest = timing._fastest
-    monkeypatch.setattr(timing, "_fastest", lambda _, run: estimated_s(HOST, ComputeType.FLOAT32, run))
-    return fastest
+    """What `_times` would measure is counted by operation."""
+    times = timing._times
+    monkeypatch.setattr(timing, "_times", lambda _, run: [estimated_s(HOST, ComputeType.FLOAT32, run)])
+    return times
 
 
 def test_costs_are_the_fastest_of_runs_after_one_that_is_not_counted(counted_costs, monkeypatch):
@@ -42,7 +42,29 @@ def test_costs_are_the_fastest_of_runs_after_one_that_is_not_counted(counted_cos
         runs.append(now_s)
 
     monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: now_s))
-    assert counted_costs(torch.device("cpu"), run) == 5.0 and len(runs) == 3
+    monkeypatch.setattr(timing, "_times", counted_costs)
+    stopwatch = timing._Stopwatch(torch.device("cpu"))
+    assert stopwatch(run) == 5.0 and len(runs) == 3
+    assert stopwatch.spread == pytest.approx(0.4)
+
+
+def test_the_range_of_a_prediction_is_that_of_what_was_measured(tmp_path, monkeypatch):
+    """On a busy machine measurements lie far apart: of computing while planning, of the disk in the profile."""
+    quiet = predicted(tmp_path)
+    assert quiet.least_s == pytest.approx(0.9 * quiet.step_s) and quiet.most_s == pytest.approx(
+        1.1 * quiet.step_s
+    )
+    once = timing._times
+    monkeypatch.setattr(timing, "_times", lambda device, run: [time := once(device, run)[0], 5 * time])
+    busy = predicted(tmp_path, home="host")
+    assert busy.costs.spread == pytest.approx(4)
+    assert busy.least_s < busy.step_s / 2 and busy.most_s > 2 * busy.step_s
+    monkeypatch.setattr(timing, "_times", once)
+    unsteady = dataclasses.replace(SLOW, spread={"disk_read": 1.0, "disk_write": 1.0})
+    slow, busy = predicted(tmp_path, profile=SLOW), predicted(tmp_path, profile=unsteady)
+    assert busy.step_s == slow.step_s
+    assert busy.least_s < 0.7 * slow.step_s and busy.most_s > 1.6 * slow.step_s
+    assert f"({busy.least_s:.2f} to {busy.most_s:.2f})" in str(busy)
 
 
 def predicted(tmp_path, name="llama", profile=HOST, **options):

@@ -127,3 +127,13 @@ def test_a_machine_with_a_device(disk_folder, monkeypatch):
     assert profile.has_device and profile.device_bytes == 1 << 34 and "Twin" in profile.name
     assert profile.device_update and profile.device_memory and set(profile.matmul) == set(ComputeType)
     assert list(profile.contention) == list(Resource)
+
+
+def test_the_spread_is_that_of_the_rounds_without_the_extremes():
+    rates = {
+        "read": [Rate(1.0, mean) for mean in (100.0, 80.0, 125.0, 1.0, 900.0)],
+        "update": [Rate(middle, 1.0) for middle in (10.0, 10.0, 11.0, 10.0, 50.0)],
+        "compute": [Rate(1.0, 1.0)],
+        "host_copy": [Rate(5.0, 1.0)],
+    }
+    assert Figures(rates).spread() == {"disk_read": 0.25, "update": 0.1, "host_copy": 0.0}

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -111,5 +112,17 @@ def test_reading_a_file(tmp_path):
     path.write_bytes(b"\xff\xfe")
     with pytest.raises(ConfigError, match=r"desk\.json: not text"):
         Profile.read(path)
-    path.write_text(parse().to_json())
-    assert Profile.read(path) == parse()
+    for encoding in ("utf-8", "utf-8-sig"):
+        path.write_text(parse().to_json(), encoding=encoding)
+        assert Profile.read(path) == parse()
+
+
+def test_the_ends_of_what_was_measured():
+    profile = replace(parse(), spread={"disk_read": 0.25, "update": 1.0})
+    fast, slow = profile.at_the_end(fast=True), profile.at_the_end(fast=False)
+    assert fast.disk_read == 1.25 * profile.disk_read and slow.disk_read == profile.disk_read / 1.25
+    assert fast.update == 2 * profile.update and slow.update == profile.update / 2
+    assert fast.disk_write == slow.disk_write == profile.disk_write
+    for spread in ({"disk_read": -0.1}, {"matmul": 0.1}, {"disk_read": "much"}):
+        with pytest.raises(ConfigError, match="spread"):
+            replace(parse(), spread=spread)

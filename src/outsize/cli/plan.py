@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.resources
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -58,9 +59,12 @@ def add_parser(commands: shared.Commands[argparse.ArgumentParser]) -> None:
 def run(options: argparse.Namespace) -> int:
     """Print the plan."""
     outsize = importlib.import_module("outsize")
+    from outsize.hardware.others import MOST_OTHERS, OtherPrograms
+
     quiet.after_imports()
     hardware = _machine(options.hardware) if options.hardware is not None else None
     profile = shared.profile_of(options.disk) if hardware is None else None
+    others = OtherPrograms()
     summary = outsize.preview(
         options.model,
         device=options.device,
@@ -77,7 +81,13 @@ def run(options: argparse.Namespace) -> int:
         profile=profile,
         hardware=hardware,
     )
+    part = others.part()
     print(summary.to_json() if options.json else summary)
+    if summary.prediction is not None and hardware is None and part > MOST_OTHERS:
+        print(
+            f"other programs took {part:.0%} of the processor meanwhile: plan again when they are done",
+            file=sys.stderr,
+        )
     if profile is None and hardware is None and not options.json:
         print(shared.UNPREDICTED.format(disk=f" --disk {options.disk}" if options.disk else ""))
     return 0 if summary.fits else 1

@@ -49,13 +49,13 @@ def _train(module: nn.Module) -> Callable[..., nn.Module]:
         """Set the module's mode. Raises UsageError for a Trainer that will load the best weights at its end."""
         trainer = sys.modules.get("transformers.trainer")
         caller = sys._getframe(1).f_locals.get("self")
-        if mode and trainer is not None and isinstance(caller, trainer.Trainer):
-            if caller.args.load_best_model_at_end:
-                raise UsageError(
-                    "load_best_model_at_end=True: weights cannot be put into a model that lives in Outsize's store",
-                    hint='pass metric_for_best_model="loss" instead: trainer.state.best_model_checkpoint then names the '
-                    "folder of the best weights, which outsize.load opens",
-                )
+        args = caller.args if trainer is not None and isinstance(caller, trainer.Trainer) else None
+        if mode and args is not None and args.load_best_model_at_end:
+            raise UsageError(
+                "load_best_model_at_end=True: weights cannot be put into a model that lives in Outsize's store",
+                hint='pass metric_for_best_model="loss" instead: trainer.state.best_model_checkpoint then names the '
+                "folder of the best weights, which outsize.load opens",
+            )
         return type(module).train(module, mode)
 
     return train

@@ -21,8 +21,8 @@ from outsize.plan.profile import WORDS, Profile, Resource
 from outsize.plan.simulate import Costs, Simulation, simulate
 from outsize.plan.timeline import Timeline
 
-SPREAD = 0.1
-"""Part of a step by which predictions are off, as a rule (benchmarks/results)."""
+MODEL_SPREAD = 0.1
+"""Part of a step by which predictions are off, as a rule, where what they are made of is exact (benchmarks/results)."""
 
 WORTH_A_RESTART = 1.1
 """Another plan is named when it makes a step faster by more."""
@@ -66,6 +66,10 @@ class Prediction:
     """By how much a commit makes a step longer, beside what the disk takes to make it durable."""
     commit_bytes: int = 0
     """That it copies from memory to the disk; what lives there is not copied."""
+    least_s: float = 0.0
+    """What a step takes at least, with everything at the fast end of what was measured of it."""
+    most_s: float = 0.0
+    """And at most: on a busy machine measurements lie far apart, and so do these."""
 
     @property
     def tokens_per_s(self) -> float:
@@ -103,10 +107,9 @@ class Prediction:
     def __str__(self) -> str:
         busy = self.simulation.busy_s
         parts = sorted(busy, key=lambda resource: -busy[resource])
-        least, most = self.step_s * (1 - SPREAD), self.step_s * (1 + SPREAD)
         lines = [
-            f"predicted: {self.step_s:.2f} s per step of {self.num_tokens:,} tokens ({least:.2f} to {most:.2f}), "
-            f"{self.tokens_per_s:,.4g} tokens/s",
+            f"predicted: {self.step_s:.2f} s per step of {self.num_tokens:,} tokens "
+            f"({self.least_s:.2f} to {self.most_s:.2f}), {self.tokens_per_s:,.4g} tokens/s",
             "busy: "
             + ", ".join(
                 f"{WORDS[resource]} {busy[resource] / self.step_s:.0%}"
@@ -211,6 +214,8 @@ def predict_call(
         commit_every,
         committed.step_s - plain.step_s,
         committed.bytes_moved.get(Resource.WRITE, 0) - plain.bytes_moved.get(Resource.WRITE, 0),
+        step_with(profile.at_the_end(fast=True), costs.scaled(1 / (1 + costs.spread))) * (1 - MODEL_SPREAD),
+        step_with(profile.at_the_end(fast=False), costs.scaled(1 + costs.spread)) * (1 + MODEL_SPREAD),
     )
 
 

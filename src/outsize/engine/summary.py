@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from outsize.config import format_bytes
-from outsize.engine.predict import SPREAD, Prediction
+from outsize.engine.predict import Prediction
 from outsize.engine.report import Row
 
 WIDTH = 40
@@ -126,8 +126,8 @@ def _prediction(prediction: Prediction) -> Mapping[str, Any]:
     simulation = prediction.simulation
     return {
         "step_s": prediction.step_s,
-        "step_s_least": prediction.step_s * (1 - SPREAD),
-        "step_s_most": prediction.step_s * (1 + SPREAD),
+        "step_s_least": prediction.least_s,
+        "step_s_most": prediction.most_s,
         "tokens_per_s": prediction.tokens_per_s,
         "num_tokens": prediction.num_tokens,
         "host_bytes": prediction.host_bytes,

@@ -34,7 +34,27 @@ Meter = Callable[[Callable[[], object]], float]
 """Says how many seconds a piece of computing takes."""
 
 REPEATS = 2
-"""Runs of which the fastest counts; one before them is not counted."""
+"""Runs of which the fastest counts; one before them is not counted. How far they lie apart is the spread."""
+
+
+class _Stopwatch:
+    """Times pieces of computing on `device`; `spread` is by what part the slowest runs took longer than the fastest."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._fastest_s = self._slowest_s = 0.0
+
+    def __call__(self, run: Callable[[], object]) -> float:
+        """Seconds of the fastest of REPEATS runs."""
+        times = _times(self._device, run)
+        self._fastest_s += min(times)
+        self._slowest_s += max(times)
+        return min(times)
+
+    @property
+    def spread(self) -> float:
+        """Over all pieces, the long ones counting most; 0 where none was timed."""
+        return self._slowest_s / self._fastest_s - 1 if self._fastest_s else 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +72,8 @@ def measure_costs(
     profile: Profile,
 ) -> Costs:
     """Seconds of each block's visits in a call of `shape`, its tiles of `tile_rows`. Takes a few visits of one block."""
-    seconds_of: Meter = partial(_fastest, session.torch_device)
+    stopwatch = _Stopwatch(session.torch_device)
+    seconds_of: Meter = stopwatch
     if session.torch_device.type == "meta":
         seconds_of = partial(estimated_s, profile, session.settings.compute_type)
     rows = shape.rows or rehearsal.rows
@@ -86,7 +107,13 @@ def measure_costs(
             for name in point.blocks:
                 forward[name] /= visits[name, Direction.FORWARD] or 1
                 backward[name] /= visits[name, Direction.BACKWARD] or 1
-    return Costs(forward, backward, kept_backward_s=kept_backward, input_bytes=_input_bytes(rehearsal, shape))
+    return Costs(
+        forward,
+        backward,
+        kept_backward_s=kept_backward,
+        input_bytes=_input_bytes(rehearsal, shape),
+        spread=stopwatch.spread,
+    )
 
 
 def _input_bytes(rehearsal: Rehearsal, shape: BatchShape) -> dict[str, int]:
@@ -141,7 +168,7 @@ def _add_head(
         backward[name] = known[rows].backward
 
 
-def _fastest(device: torch.device, run: Callable[[], object]) -> float:
+def _times(device: torch.device, run: Callable[[], object]) -> list[float]:
     memory.give_back()  # what runs of another kind have freed may fit into nothing of this one
     run()
     times = []
@@ -151,7 +178,7 @@ def _fastest(device: torch.device, run: Callable[[], object]) -> float:
         run()
         _synchronize(device)
         times.append(time.perf_counter() - start)
-    return min(times)
+    return times
 
 
 def _synchronize(device: torch.device) -> None:

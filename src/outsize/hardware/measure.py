@@ -22,7 +22,7 @@ from outsize.config import ComputeType, cache_folder
 from outsize.errors import ConfigError
 from outsize.hardware import device as on_device
 from outsize.hardware import disk, host, identity, threads
-from outsize.hardware.others import OtherPrograms
+from outsize.hardware.others import MOST_OTHERS, OtherPrograms
 from outsize.hardware.rate import Rate, Work, rate, rates_together
 from outsize.optim import ADAMW, gpu_kernel, start_compile
 from outsize.plan.profile import Profile, Resource
@@ -41,9 +41,6 @@ _OVERHEAD = 0.6
 """Part of the time in which units count; the rest goes into first units, and units that take longer than they may."""
 
 _LEAST_KEPT = 0.01
-
-_MOST_OTHERS = 0.1
-"""Part of the processor that other programs may take before it is said."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +67,18 @@ class Figures:
         """The middle rate, to four digits."""
         of_disk = name in (Resource.READ, Resource.WRITE)
         return float(f"{median(each.mean if of_disk else each.middle for each in self.rates[name]):.4g}")
+
+    def spread(self) -> dict[str, float]:
+        """By what part of the middle rate the others lie apart from it, the lowest and the highest left out."""
+        names = {str(Resource.READ): "disk_read", str(Resource.WRITE): "disk_write"}
+        found = {}
+        for name in self.rates.keys() - {str(Resource.COMPUTE), *map(str, ComputeType)}:
+            of_disk = name in (Resource.READ, Resource.WRITE)
+            values = sorted(each.mean if of_disk else each.middle for each in self.rates[name])
+            inner = values[1:-1] if len(values) > 3 else values
+            middle = median(values)
+            found[names.get(name, name)] = round(max(inner[-1] / middle, middle / inner[0]) - 1, 3)
+        return found
 
     def contention(self) -> dict[Resource, dict[Resource, float]]:
         """`[a][b]`: the speed that `a` keeps while `b` runs; the middle one, in (0, 1]."""
@@ -99,7 +108,7 @@ def measure(folder: Path | None, *, seconds: float = SECONDS, say: Callable[[str
         figures = _measure(works, seconds)
         part = others.part()
     source = f"measured {date.today().isoformat()}, disk of {folder.resolve()}"
-    if part > _MOST_OTHERS:
+    if part > MOST_OTHERS:
         source += f", while other programs took {part:.0%} of the processor"
         say(f"other programs took {part:.0%} of the processor: measure again (--again) when they are done")
     return Profile(
@@ -122,6 +131,7 @@ def measure(folder: Path | None, *, seconds: float = SECONDS, say: Callable[[str
         device_update=figures.rate("device_update") if has_device else None,
         device_memory=figures.rate("device_memory") if has_device else None,
         contention=figures.contention(),
+        spread=figures.spread(),
         update_threads=works.update_threads,
         io_threads=works.io_threads,
     )

@@ -6,6 +6,9 @@ import os
 import time
 from pathlib import Path
 
+MOST_OTHERS = 0.1
+"""Part of the processor that other programs may take before it is said."""
+
 _STAT = Path("/proc/stat")
 
 

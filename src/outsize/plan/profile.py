@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, TypeVar
@@ -56,6 +56,8 @@ class Profile:
     `matmul` gives floating-point operations per second by compute type; `update` bytes per second that an update rule
     moves on the host, `device_update` beside a device. `up` and `down` are None where blocks compute on the host.
     `contention[a][b]` is the speed that `a` keeps while `b` runs, in (0, 1]; pairs that are not given keep all of it.
+    `spread` gives, by the names of rates, by what part of the rate the measurements of it lay apart from it; a rate that is
+    not given was not measured more than once.
     """
 
     name: str
@@ -81,12 +83,13 @@ class Profile:
     io_threads: int | None = None
     """The same of threads that read and write each disk."""
     contention: Mapping[Resource, Mapping[Resource, float]] = field(default_factory=dict)
+    spread: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("name", "source", "identity"):
             if not isinstance(getattr(self, name), str):
                 raise self._wrong(name, getattr(self, name), "text")
-        for name in ("matmul", "contention"):
+        for name in ("matmul", "contention", "spread"):
             if not isinstance(getattr(self, name), Mapping):
                 raise self._wrong(name, getattr(self, name), "a mapping")
         rates = {name: getattr(self, name) for name in _RATES} | {
@@ -118,6 +121,10 @@ class Profile:
                 if not (_is_number(speed) and 0 < speed <= 1):
                     raise self._wrong(f"contention.{first}.{second}", speed, "more than 0, at most 1")
 
+        for name, part in self.spread.items():
+            if name not in _SPREAD or not (_is_number(part) and part >= 0):
+                raise self._wrong(f"spread.{name}", part, f"0 or more, of one of {', '.join(_SPREAD)}")
+
     def _wrong(self, name: str, value: Any, expected: str) -> ConfigError:
         return ConfigError(
             f"profile {self.name}: {name} is {_shown(value)}, expected {expected}",
@@ -133,6 +140,15 @@ class Profile:
         """The part of its own speed that `resource` keeps while `others` run."""
         known = self.contention.get(resource, {})
         return math.prod(known.get(other, 1.0) for other in others)
+
+    def at_the_end(self, *, fast: bool) -> Profile:
+        """The same machine with every rate at the fast, or the slow, end of what was measured of it."""
+        rates: dict[str, Any] = {
+            name: rate * (1 + part) if fast else rate / (1 + part)
+            for name, part in self.spread.items()
+            if (rate := getattr(self, name)) is not None
+        }
+        return replace(self, **rates)
 
     def to_json(self) -> str:
         """The file's text."""
@@ -199,6 +215,7 @@ _OPTIONAL = (
 _RATES = ("disk_read", "disk_write", "host_copy", "update", "host_bytes", "num_threads", *_OPTIONAL)
 _REQUIRED = tuple(name for name in ("name", "source", "matmul", *_RATES) if name not in _OPTIONAL)
 _COUNTS = ("host_bytes", "num_threads", "device_bytes", "update_threads", "io_threads")
+_SPREAD = ("disk_read", "disk_write", "host_copy", "update", "up", "down", "device_update", "device_memory")
 _OF_DEVICES = ("device_bytes", "up", "down")
 
 

@@ -43,7 +43,7 @@ class Costs:
     which a block that keeps its activations leaves out (`kept_backward_s`).
 
     `between_s`: per step, outside of all blocks. `input_bytes`: of the inputs that a visit's backward needs, where these
-    may wait in another tier.
+    may wait in another tier. `spread`: by what part repeated timings of the same computing were longer than the shortest.
     """
 
     forward_s: Mapping[str, float]
@@ -51,6 +51,7 @@ class Costs:
     between_s: float = 0.0
     kept_backward_s: Mapping[str, float] = field(default_factory=dict)
     input_bytes: Mapping[str, int] = field(default_factory=dict)
+    spread: float = 0.0
 
     def scaled(self, factor: float) -> Costs:
         """The same on a machine that takes `factor` times as long."""
