@@ -1,6 +1,6 @@
 """Memory: a budget is a ceiling on the whole process, and is never exceeded.
 
-In a process of its own: a model of 60 M parameters, whose training state is several times the room it is given.
+In a process of its own: a model of 66 M parameters, whose training state is several times the room it is given.
 """
 
 import json
@@ -37,12 +37,12 @@ high_water = next(int(line.split()[1]) << 10 for line in open("/proc/self/status
 print(json.dumps({
     "peak": max(report.host_peak_bytes, high_water), "budget": report.host_budget_bytes,
     "state": report.state_bytes, "parameters": report.num_parameters, "losses": losses,
-    "base": next(row.num_bytes for row in report.rows if "Python" in row.what), "off_plan": report.off_plan,
+    "off_plan": report.off_plan,
 }))
 """
 
 
-@pytest.mark.parametrize(("dtype", "spare_mib", "rows"), [("float32", 420, 2), ("bfloat16", 480, 16)])
+@pytest.mark.parametrize(("dtype", "spare_mib", "rows"), [("float32", 420, 2), ("bfloat16", 520, 16)])
 def test_the_process_stays_within_its_budget(dtype, spare_mib, rows, tmp_path):
     folder = tmp_path
     (folder / "model").mkdir()
@@ -53,7 +53,7 @@ def test_the_process_stays_within_its_budget(dtype, spare_mib, rows, tmp_path):
         "vocab_size": 6000,
         "hidden_size": 768,
         "intermediate_size": 2048,
-        "num_hidden_layers": 8,
+        "num_hidden_layers": 9,
         "num_attention_heads": 12,
         "num_key_value_heads": 4,
         "max_position_embeddings": 256,
@@ -69,7 +69,6 @@ def test_the_process_stays_within_its_budget(dtype, spare_mib, rows, tmp_path):
     assert done.returncode == 0, done.stderr
     figures = json.loads(done.stdout.splitlines()[-1])
     assert figures["parameters"] > 55e6
-    room = figures["budget"] - figures["base"]
-    assert room < 0.6 * figures["state"], "the budget holds a fraction of the state"
+    assert spare_mib << 20 < 0.6 * figures["state"], "the budget holds a fraction of the state"
     assert figures["peak"] <= figures["budget"], f"{(figures['peak'] - figures['budget']) >> 20} MiB over"
     assert figures["off_plan"] == []
