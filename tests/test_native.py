@@ -54,10 +54,37 @@ def test_each_piece_of_work_is_done_once(num_threads, way, tmp_path):
     assert taken.eq(2).all()
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="OpenMP is entered on Linux only")
-def test_the_threads_are_those_of_torchs_operators():
-    torch.ones(1 << 20).sum()
-    assert hasattr(native.openmp(), "GOMP_parallel")
+NOTE = """
+#include <stdint.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+struct Call { int64_t next, limit; int64_t *taken; };
+extern "C" void note(Call *call) {
+  call->taken[__atomic_fetch_add(&call->next, 1, __ATOMIC_RELAXED)] = syscall(SYS_gettid);
+}
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux" or find_compiler() is None, reason="needs Linux and a compiler")
+def test_the_threads_are_those_of_torchs_operators(tmp_path):
+    """All of them, and none besides: those there were after an operator ran."""
+    (tmp_path / "note.c").write_text(NOTE)
+    program = f"""
+import os
+from pathlib import Path
+import torch
+from outsize.native import library, on_all_threads
+from tests.test_native import Call
+built = library(Path({str(tmp_path / "note.c")!r}), "a test")
+torch.set_num_threads(3)
+before = set(map(int, os.listdir("/proc/self/task")))
+torch.ones(1 << 20).exp_()
+operators = set(map(int, os.listdir("/proc/self/task"))) - before | {{os.getpid()}}
+taken = torch.zeros(8, dtype=torch.int64)
+on_all_threads(built.note, Call(0, 8, taken.data_ptr()))
+assert set(taken.tolist()) == operators | {{0}} and len(operators) == 3, (taken, operators)
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 @pytest.mark.skipif(find_compiler() is None, reason="no compiler")

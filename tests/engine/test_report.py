@@ -7,6 +7,7 @@ import torch
 
 import outsize
 from outsize import Pins
+from outsize.engine import memory
 from outsize.engine.session import session_of
 from outsize.errors import ConfigError, ModelError
 from tests.running import adamw, executor_of, opened, train
@@ -28,6 +29,8 @@ def test_before_the_first_call_there_are_no_rows():
 @pytest.mark.parametrize("home", ["host", "disk"])
 def test_rows_are_the_bytes_of_the_model(home, dtype, tmp_path):
     model = opened(ZOO["llama"].build().train(), disk=tmp_path, home=home, dtype=dtype)
+    resident = []
+    model.model.layers[0].register_forward_hook(lambda *_: resident.append(memory.resident_bytes()))
     train(model, [ZOO["llama"].batch()])
     report = outsize.report(model)
     figures = tiers(report.rows, "weights", "gradients", "optimizer state")
@@ -41,7 +44,8 @@ def test_rows_are_the_bytes_of_the_model(home, dtype, tmp_path):
     in_arena = sum(n for (tier, _), n in figures.items() if tier == "host")
     buffers = next(row.num_bytes for row in report.rows if row.what == "slots and buffers")
     assert in_arena + buffers == executor_of(model).store.arena.in_use_bytes
-    assert report.host_peak_bytes > report.host_budget_bytes * 0 and report.host_budget_bytes > 0
+    assert max(resident) <= report.host_peak_bytes <= memory.peak_bytes()
+    assert report.host_budget_bytes == session_of(model).budget.limit_bytes > max(resident)
     text = str(report)
     assert re.search(rf"{home} +weights +[\d.]+ KiB", text) and "training state" in text
 

@@ -92,12 +92,16 @@ NAMES = ["llama", "llama_tied", "qwen3", "gpt2", "mixtral"]
 
 @pytest.mark.parametrize("home", ["device", "host", "disk"])
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("pins", [Pins(), Pins(tile_rows=1, inputs="host")], ids=["whole", "tiled"])
+@pytest.mark.parametrize(
+    "pins", [Pins(), Pins(tile_rows=1, inputs="host", weight_slots=1)], ids=["whole", "tiled"]
+)
 def test_a_step_reads_no_value_of_the_device(name, home, pins, paper, tmp_path, monkeypatch):
     monkeypatch.setattr(keep, "LEAST_BYTES", 1)
     model = opened(ZOO[name].build().train(), disk=tmp_path, home=home, dtype="bfloat16", pins=pins)
     optimizer = outsize.AdamW(model, max_grad_norm=1.0)
     for seed in range(3):
+        if seed == 1:
+            first = Counter(paper[0].copies)
         batch = ZOO[name].batch(seed=seed)
         loss = model(**batch).loss
         assert loss.device.type == "meta"
@@ -109,9 +113,13 @@ def test_a_step_reads_no_value_of_the_device(name, home, pins, paper, tmp_path, 
     if home == "device":
         return
     moving = [state.name for state in executor_of(model).store if not state.resident]
-    # Streamed twice per step: forward, and backward but for what is held; gradients go down once.
-    assert all(copies[Way.UP, f"{block}.weight"] >= 3 for block in moving)
-    assert all(copies[Way.DOWN, f"{block}.gradient"] >= 3 for block in moving)
+    # With one slot, a layer is streamed twice per step, for forward and for backward. Its gradients go down once.
+    layers = [block for block in moving if block.startswith("L")]
+    ups = {copies[Way.UP, f"{block}.weight"] - first[Way.UP, f"{block}.weight"] for block in layers}
+    assert max(ups) == 4 if pins.weight_slots == 1 else ups <= {2, 3, 4}
+    assert {copies[Way.DOWN, f"{block}.gradient"] for block in layers} == {3}
+    # A tied table is visited more often.
+    assert all(copies[Way.UP, f"{b}.weight"] >= 3 <= copies[Way.DOWN, f"{b}.gradient"] for b in moving)
 
 
 def test_an_argument_that_the_model_changed_is_not_taken_from_the_host(paper, tmp_path):
