@@ -73,7 +73,7 @@ def test_a_preview_is_what_the_run_will_be(home, folder):
     options = {"home": home, "disk": folder / "disk", "dtype": "bfloat16", "pins": Pins(weight_slots=2)}
     preview = outsize.preview(folder / "model", batch_size=3, seq_len=12, **options)
     assert preview.fits and not list((folder / "disk").iterdir())
-    model = outsize.load(folder / "model", **options).train()
+    model = outsize.load(folder / "model", from_scratch=True, **options).train()
     optimizer = outsize.AdamW(model)
     train(model, [ZOO["llama"].batch(rows=3, length=12)], optimizer)
     report = outsize.report(model)
