@@ -154,20 +154,16 @@ class PowerFailures:
 
     def _look(self, disk):
         for names in (disk.names, disk.synced_names):
-            manifests = {
-                path: file
-                for path, file in names.items()
-                if path.parent.name == COMMITS and path.suffix == ".json"
-            }
+            commits = {path: file for path, file in names.items() if path.parent.name == COMMITS}
             header = names.get(self.store / HEADER)
-            if not manifests:
+            if not any(path.suffix == ".json" for path in commits):
                 continue
             assert header is not None, "commits without a header"
             for kind in ("written", "synced"):
-                small = {path: bytes(getattr(file, kind)) for path, file in manifests.items()}
+                small = {path: bytes(getattr(file, kind)) for path, file in commits.items()}
                 self._check(small, bytes(getattr(header, kind)), names, disk, kind)
 
-    def _check(self, manifests, header, names, disk, kind):
+    def _check(self, commits, header, names, disk, kind):
         image = self.folder / str(self.num_images)
         (image / COMMITS).mkdir(parents=True)
         paths = Header.loads(header, self.store).data
@@ -178,7 +174,7 @@ class PowerFailures:
             content = getattr(disk.names[self.store / path], kind)
             (image / name).write_bytes(content)
             os.truncate(image / name, os.stat(self.store / path).st_size)
-        for path, content in manifests.items():
+        for path, content in commits.items():
             (image / COMMITS / path.name).write_bytes(content)
         self.num_images += 1
         for found in contents(image).commits:
