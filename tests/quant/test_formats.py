@@ -6,6 +6,7 @@ import torch
 from outsize.config import Weights
 from outsize.quant import FORMATS
 from outsize.quant.formats import GROUP, LINE_ROWS
+from outsize.quant.packing import packer
 from outsize.quant.product import _torch_lays_out_alike
 
 both = pytest.mark.parametrize("weights", Weights)
@@ -62,12 +63,41 @@ def test_whole_lines_are_encoded_by_themselves(weights):
         assert torch.equal(part.scales, whole.scales[..., own])
 
 
+HARD = {
+    "ordinary": lambda x: x,
+    "around steps": lambda x: (x * 200).round() / 200,
+    "subnormal": lambda x: x * 1e-37,
+    "huge": lambda x: x.clamp(-1, 1) * 3e38,
+    "one sign": lambda x: x.abs() * -1,
+    "constant": lambda x: torch.full_like(x, 0.0217),
+    "signed zeros": lambda x: x.sign() * 0,
+}
+
+
+@both
+@pytest.mark.parametrize("kind", HARD)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_compiled_encoding_has_the_bits_of_torch(weights, kind, dtype):
+    if packer() is None:
+        pytest.skip("no compiler")
+    weight = HARD[kind](matrix(rows=192, columns=640)).to(dtype)
+    form = FORMATS[weights]
+    for given in (weight, weight[:, :128]):
+        compiled, plain = form.encode(given), form.encode_in_torch(given)
+        if not given.isfinite().all():  # in fp16
+            assert not compiled.scales.isfinite().all() and not plain.scales.isfinite().all()
+            continue
+        assert torch.equal(compiled.scales.view(torch.int16), plain.scales.view(torch.int16))
+        assert torch.equal(compiled.codes.view(torch.int16), plain.codes.view(torch.int16))
+
+
 @both
 def test_a_weight_that_is_not_finite_shows_in_a_scale(weights):
     for value in (float("nan"), float("inf"), -float("inf")):
         weight = matrix()
         weight[70, 3] = value
         assert not FORMATS[weights].encode(weight).scales.isfinite().all()
+        assert not FORMATS[weights].encode_in_torch(weight).scales.isfinite().all()
 
 
 def test_four_bits_lie_as_torch_has_them_on_this_kind_of_machine():

@@ -6,7 +6,9 @@ import logging
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import transformers
@@ -138,7 +140,9 @@ class EncodingSource:
         num_read = whole.num_elements if is_whole else min(whole.num_elements, _READ_ELEMENTS)
         transposed = 4 * matrix.shape[-1] * matrix.shape[-2] if matrix.is_transposed else 0
         scales = whole.num_elements // 16
-        return converting + 4 * num_read + transposed + encoding + scales
+        dtype = self.source.stored_dtype(whole) or torch.float32
+        reading = dtype.itemsize * num_read * (1 if is_whole else 2)  # one part is read ahead
+        return converting + reading + transposed + encoding + scales
 
     def gives_rows(self, parameter: str) -> bool:
         """Of what is not encoded, as the source does."""
@@ -218,10 +222,21 @@ class EncodingSource:
         dtype = self.source.stored_dtype(whole) or torch.float32
         if len(matrix.shape) == 2 and not self.source.conversion_bytes(whole):
             step = _whole_lines(FORMATS[matrix.weights], _READ_ELEMENTS // matrix.shape[1])
-            for start in range(0, matrix.shape[0], step):
-                stop = min(start + step, matrix.shape[0])
-                piece = Piece(matrix.name, (stop - start, matrix.shape[1]), start, stop)
-                yield from _encoded_rows(matrix, self._read(piece, dtype), start, None)
+            starts = range(0, matrix.shape[0], step)
+            stops = [*starts[1:], matrix.shape[0]]
+            with ThreadPoolExecutor(1, thread_name_prefix="outsize-ahead") as ahead:
+                reads = [
+                    partial(
+                        self._read, Piece(matrix.name, (stop - start, matrix.shape[1]), start, stop), dtype
+                    )
+                    for start, stop in zip(starts, stops, strict=True)
+                ]
+                reading = ahead.submit(reads[0])
+                for start, following in zip(starts, [*reads[1:], None], strict=True):
+                    rows_NK = reading.result()
+                    if following is not None:
+                        reading = ahead.submit(following)
+                    yield from _encoded_rows(matrix, rows_NK, start, None)
             return
         value = self._read(whole, dtype)
         for index, rows in enumerate(value if value.dim() == 3 else value[None]):

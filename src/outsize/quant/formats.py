@@ -17,6 +17,7 @@ from typing import Protocol
 import torch
 
 from outsize.config import Weights
+from outsize.quant.packing import packer
 
 LINE_ROWS = 64
 GROUP = 64
@@ -53,6 +54,17 @@ class Format(Protocol):
         """What is meant: `[N, K]` in fp32."""
 
 
+def _compiled(form: Format, weight_NK: torch.Tensor) -> Encoded | None:
+    """The codes of `weight_NK` by the compiled library; None where there is none, or the matrix is not on the host."""
+    if weight_NK.device.type != "cpu" or (pack := packer()) is None:
+        return None
+    if weight_NK.dtype is not torch.bfloat16:
+        weight_NK = weight_NK.float()
+    codes, scales = (torch.empty(shape, dtype=torch.bfloat16) for shape in form.shapes(*weight_NK.shape))
+    pack(weight_NK.contiguous(), codes, scales, form.line_rows == LINE_ROWS)
+    return Encoded(codes, scales)
+
+
 class Int8:
     """A code of eight bits for each weight, and a scale for each row."""
 
@@ -69,6 +81,10 @@ class Int8:
 
     def encode(self, weight_NK: torch.Tensor) -> Encoded:
         """The nearest codes."""
+        return _compiled(self, weight_NK) or self.encode_in_torch(weight_NK)
+
+    def encode_in_torch(self, weight_NK: torch.Tensor) -> Encoded:
+        """The same bits without the compiled library."""
         weight_NK = weight_NK.float()
         scale_N = (weight_NK.abs().amax(1) / 127).clamp_min(_LEAST_SCALE).bfloat16()
         codes_NK = (weight_NK / scale_N.float()[:, None]).round_().clamp_(-127, 127).to(torch.int8)
@@ -95,6 +111,10 @@ class Int4:
 
     def encode(self, weight_NK: torch.Tensor) -> Encoded:
         """The nearest codes."""
+        return _compiled(self, weight_NK) or self.encode_in_torch(weight_NK)
+
+    def encode_in_torch(self, weight_NK: torch.Tensor) -> Encoded:
+        """The same bits without the compiled library."""
         num_rows, num_columns = weight_NK.shape
         groups_NGC = weight_NK.float().view(num_rows, -1, GROUP)
         least_NG, most_NG = groups_NGC.aminmax(dim=2)

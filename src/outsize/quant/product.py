@@ -137,7 +137,11 @@ def _widen_into(
 def _widen() -> Callable[..., None] | None:
     """`_widen_into` with its function; None where that cannot be built."""
     built = library(_SOURCE, "weights of four bits are read")
-    return None if built is None else partial(_widen_into, built.widen)
+    if built is None:
+        return None
+    num_bytes = ctypes.c_int32.in_dll(built, "WIDENING_BYTES").value
+    assert num_bytes == ctypes.sizeof(_Widening), num_bytes
+    return partial(_widen_into, built.widen)
 
 
 @cache

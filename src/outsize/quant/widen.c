@@ -34,6 +34,8 @@ struct Widening {
   int64_t columns, rows, group, line, last_line;
 };
 
+extern "C" const int32_t WIDENING_BYTES = sizeof(Widening);  // to compare with what Python has
+
 static void widen_group(const Widening *w, int64_t begin) {
   const int64_t width = (w->last_line - w->line) * LINE;
   for (int64_t n = w->line; n < w->last_line; n++) {
