@@ -3,6 +3,9 @@
 import errno
 import os
 import shutil
+import signal
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -356,3 +359,50 @@ def test_the_key_depends_on_the_format(folder, tmp_path, weights):
         logits_of(streamed(folder, tmp_path / "scratch", each))
     assert torch.equal(logits_of(streamed(folder, tmp_path / "scratch", weights)), meant)
     assert len(entries(tmp_path / "scratch")) == 2
+
+
+PROCESS = """
+import os, signal, sys, torch, outsize
+from outsize import Pins
+from outsize.model.packed import PackedWriter
+
+folder, scratch, dies_at = sys.argv[1], sys.argv[2], int(sys.argv[3])
+write = PackedWriter.write
+
+def counted(self, name, values):
+    global dies_at
+    dies_at -= 1
+    if not dies_at:
+        os.kill(os.getpid(), signal.SIGKILL)
+    write(self, name, values)
+
+PackedWriter.write = counted
+model = outsize.load(folder, weights="int4", disk=scratch, home="disk", pins=Pins(weight_slots=1))
+sys.stdin.readline()
+ids = torch.arange(12)[None]
+with torch.no_grad():
+    print(model(input_ids=ids).logits.double().sum().item())
+"""
+
+
+@pytest.mark.skipif(not os.environ.get("OUTSIZE_SOAK"), reason="starts five interpreters")
+def test_processes_that_begin_at_once_or_are_killed(folder, tmp_path):
+    def started(dies_at=0):
+        command = [sys.executable, "-c", PROCESS, str(folder), str(tmp_path / "scratch"), str(dies_at)]
+        pipe = subprocess.PIPE
+        return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+
+    (tmp_path / "scratch").mkdir()
+    killed = started(dies_at=5)
+    killed.communicate("go\n")
+    assert killed.returncode == -signal.SIGKILL
+    several = [started() for _ in range(3)]
+    for process in several:
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    said = [process.communicate() for process in several]
+    alone = started().communicate("go\n")
+    assert len({out for out, _ in (*said, alone)}) == 1 and alone[0]
+    assert sum("packing weights into int4" in err for _, err in (*said, alone)) == 1
+    kept = sorted(path.name for path in (tmp_path / "scratch" / "outsize-packed").iterdir())
+    assert len(kept) == 2 and kept[0].endswith(".lock"), kept

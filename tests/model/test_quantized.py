@@ -3,6 +3,7 @@
 import copy
 import json
 import logging
+import os
 import shutil
 
 import pytest
@@ -217,9 +218,38 @@ def test_a_folder_whose_codes_are_of_another_shape_is_refused(folder, tmp_path):
     save_file(tensors, path, metadata={"format": "pt"})
     with pytest.raises(WeightsError, match=r"up_proj.weight has shape"):
         outsize.load(tmp_path / "int4")
-    path.unlink()
-    with pytest.raises(WeightsError, match="no weights"):
+
+
+def without_scales(path):
+    tensors = load_file(path)
+    del tensors["model.layers.1.mlp.up_proj.weight_scale"]
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def with_other_scales(path):
+    tensors = load_file(path)
+    name = "model.layers.1.mlp.up_proj.weight_scale"
+    tensors[name] = tensors[name].float()[:, :-2].clone()
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda path: path.unlink(), "no weights"),
+        (lambda path: os.truncate(path, path.stat().st_size - 1), "cut short"),
+        (lambda path: os.truncate(path, 100), "cut short"),
+        (lambda path: path.write_bytes(b"\x00" * 8 + path.read_bytes()), "malformed|cut short"),
+        (without_scales, r"no weights for model.layers.1.mlp.up_proj.weight_scale"),
+        (with_other_scales, r"up_proj.weight_scale has shape"),
+    ],
+)
+def test_a_damaged_folder_is_named(folder, tmp_path, damage, message):
+    outsize.save(outsize.load(folder, weights="int4"), tmp_path / "int4")
+    damage(tmp_path / "int4" / "model.safetensors")
+    with pytest.raises(WeightsError, match=message) as caught:
         outsize.load(tmp_path / "int4")
+    assert str(tmp_path / "int4") in str(caught.value)
 
 
 def test_codes_of_any_bytes_survive(folder, tmp_path):
