@@ -57,7 +57,7 @@ test: $(READY) browser
 
 soak: $(READY)
 	folder=$$(mktemp -d -p /var/tmp) && $(BIN)/python -m tests.checkpoint.kill $$folder/runs --count 200; status=$$?; rm -rf $$folder; exit $$status
-	OUTSIZE_SOAK=1 $(BIN)/python -m pytest tests/checkpoint/test_faults.py tests/model/test_packed.py
+	OUTSIZE_SOAK=1 $(BIN)/python -m pytest tests/checkpoint/test_faults.py tests/model/test_packed.py tests/serve/test_interrupts.py --timeout 3600
 
 format: $(READY)
 	$(BIN)/ruff format .

@@ -104,6 +104,17 @@ class PagePool:
         assert all(self._page_of[digest] == page for page, digest in self._hash_of.items())
         assert len(self._page_of) == len(self._hash_of)
 
+    def repair(self, tables: Iterable[Sequence[int]]) -> None:
+        """Make the books right after an exception in the midst of a change: the users are `tables`, and nobody else."""
+        users = [0] * self.num_pages
+        for table in tables:
+            for page in table:
+                users[page] += 1
+        free = [page for page in (*self._free, *range(1, self.num_pages)) if not users[page]]
+        known = {digest: page for digest, page in self._page_of.items() if self._hash_of.get(page) == digest}
+        self._num_users, self._free, self._page_of = users, OrderedDict.fromkeys(free), known
+        self._hash_of = {page: digest for digest, page in known.items()}
+
     def _forget(self, page: int) -> None:
         if (digest := self._hash_of.pop(page, None)) is not None:
             del self._page_of[digest]

@@ -7,7 +7,7 @@ are not guessed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -87,6 +87,11 @@ class Draft:
         """A sample ended: its pages are free."""
         if (state := self._states.pop(sample, None)) is not None:
             self.pool.free(state.table)
+
+    def repair(self, samples: Collection[Sample]) -> None:
+        """Make the books right after an exception in the midst of a change; only `samples` are there still."""
+        self._states = {sample: state for sample, state in self._states.items() if sample in samples}
+        self.pool.repair(state.table for state in self._states.values())
 
     def check(self) -> None:
         """Assert that every page is where the books say."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -176,6 +176,8 @@ class Engine:
 
     def _run_pass(self) -> None:
         self._drop_cancelled()
+        for sample in [sample for sample in self.scheduler.running if _is_over(sample)]:
+            self._remove(sample)  # an interrupt came between its end and this
         self.scheduler.admit()
         samples = list(self.scheduler.running)
         try:
@@ -187,15 +189,14 @@ class Engine:
             with self.guesser.timing(chunks):
                 logits = self.runner.run([_part(chunk) for chunk in chunks], is_long=self._is_long(chunks))
         except Exception as error:
-            for stream in dict.fromkeys(sample.stream for sample in samples):
-                self._fail(stream, error)
+            self._fail(dict.fromkeys(sample.stream for sample in samples), error)
             self.check()
             return
         for chunk, logits_NV in zip(chunks, logits, strict=False):
             try:
                 self._take(chunk, logits_NV)
             except BaseException as error:
-                self._fail(chunk.sample.stream, error)
+                self._fail([chunk.sample.stream], error)
                 if not isinstance(error, Exception):
                     raise  # what was not taken is computed again
 
@@ -238,24 +239,35 @@ class Engine:
     def _hand_out(self) -> None:
         """Give the chosen tokens to their streams. Callbacks run here, where the engine is ready for anything they do."""
         while self._chosen:
-            stream, token, finish = self._chosen.popleft()
-            completion = stream.completions[token.sample]
-            if completion.finish is not None:
-                continue
+            stream = self._chosen[0][0]
             try:
-                stream.put(token)
+                self._hand_out_one()
             except BaseException as error:
                 with self._changing():
-                    self._fail(stream, error)
+                    self._fail([stream], error)
                 if not isinstance(error, Exception):
                     raise
-            completion.finish = completion.finish or finish
-            if stream.is_finished:
-                self._answers.pop(id(stream), None)
 
-    def _fail(self, stream: Stream, error: BaseException) -> None:
-        self._drop(stream)
-        stream.fail(error)
+    def _hand_out_one(self) -> None:
+        stream, token, finish = self._chosen.popleft()
+        completion = stream.completions[token.sample]
+        if completion.finish is not None:
+            return
+        stream.put(token)
+        completion.finish = completion.finish or finish
+        if stream.is_finished:
+            self._answers.pop(id(stream), None)
+
+    def _fail(self, streams: Iterable[Stream], error: BaseException) -> None:
+        self._repair()
+        for stream in streams:
+            stream.fail(error)
+            self._drop(stream)
+
+    def _repair(self) -> None:
+        """Make the books right: an exception may have come in the midst of any change."""
+        self.scheduler.repair()
+        self.guesser.repair(set(self.scheduler.running))
 
     def _release_cancelled(self) -> None:
         """Free the pages of cancelled requests, unless a pass is under way: whoever makes it does so at its end."""
@@ -268,9 +280,11 @@ class Engine:
 
     def _drop_cancelled(self) -> None:
         while self._cancelled:
-            stream = self._cancelled.popleft()
+            stream = self._cancelled[0]
             answer = self._answers.get(id(stream))
-            if not self._drop(stream) and answer is not None:
+            has_missed = self._drop(stream)
+            self._cancelled.popleft()
+            if answer is not None and not has_missed:
                 for index, completion in enumerate(stream.completions):
                     completion.text += answer.rest(index)
 
@@ -300,6 +314,9 @@ class Engine:
             try:
                 self._is_changing = True
                 yield
+            except BaseException:
+                self._repair()
+                raise
             finally:
                 self._is_changing = False
 

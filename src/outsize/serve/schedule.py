@@ -112,8 +112,8 @@ class Scheduler:
                 continue
             if not self._give_pages(sample):
                 return
-            self.waiting.remove(sample)
             self.running.append(sample)
+            self.waiting.remove(sample)
             computing.add(id(sample.stream))
 
     def _give_pages(self, sample: Sample) -> bool:
@@ -195,6 +195,12 @@ class Scheduler:
             sample.table = []
         else:
             self.waiting.remove(sample)
+
+    def repair(self) -> None:
+        """Make the books right after an exception in the midst of a change."""
+        running = set(self.running)
+        self.waiting = deque(sample for sample in self.waiting if sample not in running)
+        self.pool.repair(sample.table for sample in self.running)
 
     def check(self) -> None:
         """Assert that every page is where the books say."""

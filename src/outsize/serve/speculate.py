@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -241,6 +241,12 @@ class Guesser:
             self._held = _MEMORY * self._held + record.num_held
         if self.draft is not None:
             self.draft.forget(sample)
+
+    def repair(self, samples: Collection[Sample]) -> None:
+        """Forget all but `samples`, after an exception in the midst of a change."""
+        self._records = {sample: record for sample, record in self._records.items() if sample in samples}
+        if self.draft is not None:
+            self.draft.repair(samples)
 
     def check(self) -> None:
         """Assert that every page of the draft is where the books say."""
