@@ -1,6 +1,7 @@
 import errno
 import json
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -201,6 +202,24 @@ def test_a_failing_disk_is_named_and_leaves_nothing(tmp_path, monkeypatch, code,
         write(ZOO["llama"].build(), tmp_path / "out")
     monkeypatch.undo()
     assert os.listdir(tmp_path) == []
+
+
+def test_a_disk_without_room_is_refused_before_anything_is_computed(tmp_path, monkeypatch):
+    model, fetched = ZOO["llama"].build(), []
+    source = TensorSource(dict(model.named_parameters()))
+
+    def fetch(block):
+        fetched.append(block.name)
+        return read(source, block)
+
+    # Room for all but the last element.
+    num_bytes = sum(p.numel() * p.element_size() for p in model.parameters()) - 4
+    monkeypatch.setattr(
+        os, "statvfs", lambda path: SimpleNamespace(f_bavail=num_bytes, f_frsize=1, f_blocks=1 << 40)
+    )
+    with pytest.raises(StorageFullError, match=f"{tmp_path / 'out'}: .* are to be written, .* are free"):
+        write_folder(model, cut(model).blocks, fetch, tmp_path / "out", dtype=torch.float32)
+    assert not fetched and os.listdir(tmp_path) == []
 
 
 def test_files_are_as_safetensors_wants_them(tmp_path):

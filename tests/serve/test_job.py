@@ -238,6 +238,24 @@ def test_what_is_answered_is_not_answered_again(generate, tmp_path):
     assert sorted(out.read_bytes().splitlines()) == sorted(whole.splitlines())
 
 
+def test_answers_that_cannot_be_written_are_named(generate, tmp_path, monkeypatch):
+    """A full disk; the next run goes on where this one stopped."""
+    prompts = write(tmp_path / "prompts.jsonl", {"prompt": "w1"}, {"prompt": "w2"})
+    out = tmp_path / "out.jsonl"
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(OSError, match=r"No space left on device: .*out\.jsonl"),
+    ):
+        patch.setattr(os, "fsync", full)
+        run_job(generate, prompts, out, {"max_new_tokens": 2})
+    assert run_job(generate, prompts, out, {"max_new_tokens": 2}).num_failed == 0
+    assert sorted(answer["line"] for answer in answers(out)) == [1, 2]
+
+
 def test_answers_to_other_prompts_are_left_alone(generate, tmp_path):
     out = tmp_path / "out.jsonl"
     run_job(generate, write(tmp_path / "p.jsonl", {"prompt": "w1"}), out, {})

@@ -104,7 +104,10 @@ def _add_settings(group: Any) -> None:
 def run(options: argparse.Namespace) -> int:
     """Load, and stream the continuation to standard output, or answer a file."""
     _check(options)
-    prompts = [sys.stdin.read() if prompt == "-" else prompt for prompt in options.prompt or []]
+    prompts = [
+        sys.stdin.read().removeprefix("\ufeff") if prompt == "-" else prompt
+        for prompt in options.prompt or []
+    ]
     from outsize.model import load_tokenizer
     from outsize.serve import pipeline, run_job
     from outsize.serve.pipeline import SETTINGS, request_of

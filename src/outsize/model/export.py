@@ -27,7 +27,7 @@ from outsize.block import Block
 from outsize.errors import ModelError, UsageError
 from outsize.model.folder import Existing, check_free, flush, written_folder
 from outsize.model.names import parameter_aliases, parameter_shapes, persistent_buffers
-from outsize.model.writer import Planned, SafetensorsWriter, storage_errors
+from outsize.model.writer import Planned, SafetensorsWriter, check_room, storage_errors
 
 MAX_SHARD_BYTES = 5 * 10**9
 """Bytes of a file before the next one begins, by default."""
@@ -78,6 +78,7 @@ def write_folder(
         dtype = fetch(blocks[0])[0].dtype
     plan = _plan(module, blocks, dtype)
     with written_folder(path, existing) as temporary:
+        check_room(path, sum(planned.num_bytes for planned in plan.files.values()))
         if tokenizer_from is not None:
             _copy_companions(module, Path(tokenizer_from).expanduser(), temporary)
         if isinstance(module, transformers.PreTrainedModel):

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from outsize.config import format_bytes
 from outsize.errors import StorageError, StorageFullError
 from outsize.model.shards import DTYPES
 
@@ -133,6 +134,18 @@ def _split(planned: Mapping[str, Planned], max_shard_bytes: int) -> list[list[st
         groups[-1].append(key)
         size += entry.num_bytes
     return groups
+
+
+def check_room(place: Path, num_bytes: int) -> None:
+    """Raise StorageFullError where `num_bytes` are not free beside `place`: before they are computed, not after."""
+    with storage_errors(place):
+        info = os.statvfs(place.parent)
+    free_bytes = info.f_bavail * info.f_frsize
+    if info.f_blocks and free_bytes < num_bytes:
+        raise StorageFullError(
+            f"{place}: {format_bytes(num_bytes)} are to be written, {format_bytes(free_bytes)} are free on its disk",
+            hint="free some space, or save to another disk",
+        )
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from outsize.checkpoint.files import sync_folder
-from outsize.errors import ConfigError, DataError, OutsizeError, RequestError, in_short
+from outsize.errors import ConfigError, DataError, OutsizeError, RequestError, in_short, naming
 from outsize.serve.pipeline import SETTINGS, Pipeline, Prompt
 from outsize.serve.request import Completion, Stream
 
@@ -246,9 +246,10 @@ def _append(file: IO[bytes], fields: Mapping[str, Any]) -> None:
         text = json.dumps(fields, ensure_ascii=False).encode()
     except UnicodeEncodeError:  # half a surrogate pair, handed through from the prompts
         text = json.dumps(fields).encode()
-    file.write(text + b"\n")
-    file.flush()
-    os.fsync(file.fileno())
+    with naming(Path(file.name)):
+        file.write(text + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _answer_of(stream: Stream) -> dict[str, Any]:
