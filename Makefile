@@ -7,17 +7,19 @@
 # Tests run in so many processes, each on as many threads as torch takes.
 JOBS ?= 2
 
+LOWEST_TRANSFORMERS = 5.17.0
+
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help setup browser demo test soak format bench docs clean
+.PHONY: help setup browser demo test soak test-lowest test-312 mutants format bench docs clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo     train a small model out of core on this machine (about three minutes after the setup)"
 	@echo "make test     format, lint, types, import direction, tests"
-	@echo "make soak     kill, and fail, a run that commits hundreds of times (half an hour)"
+	@echo "make soak     the long forms of tests: kills, faults, mutants, the oldest versions (hours)"
 	@echo "make format   let ruff format and fix what it can"
 	@echo "make bench    run the benchmarks"
 	@echo "make docs     build the pages of docs/ into build/site"
@@ -55,9 +57,48 @@ test: $(READY) browser
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 	$(BIN)/python -m pytest -n $(JOBS) -p tests.emulation tests/gpu tests/integrations
 
-soak: $(READY)
+# Everything that takes too long for each change. Each part can be run by itself.
+soak: soak-kills soak-faults mutants test-lowest test-312
+
+.PHONY: soak-kills soak-faults
+soak-kills: $(READY)
 	folder=$$(mktemp -d -p /var/tmp) && $(BIN)/python -m tests.checkpoint.kill $$folder/runs --count 200; status=$$?; rm -rf $$folder; exit $$status
-	OUTSIZE_SOAK=1 $(BIN)/python -m pytest tests/checkpoint/test_faults.py tests/model/test_packed.py tests/serve/test_interrupts.py --timeout 3600
+
+# Tests that have a long form.
+soak-faults: $(READY)
+	OUTSIZE_SOAK=1 $(BIN)/python -m pytest -n $(JOBS) --timeout 0 $$(grep -rl OUTSIZE_SOAK tests --include='test_*.py')
+
+# Small faults in the source, each of which a test must notice; what was tried already is left out (remove the file to try all).
+mutants: $(READY)
+	mkdir -p build
+	nice -n 10 $(BIN)/python -m tests.tools.mutants --out build/mutants.jsonl
+
+# The lowest versions that pyproject.toml allows, with the rooms that lean on transformers most.
+test-lowest: build/lowest/.ready
+	PYTHONPATH=src build/lowest/bin/python -m pytest -n $(JOBS) tests/model tests/engine tests/kv tests/serve
+
+build/lowest/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv build/lowest
+	build/lowest/bin/python -m pip install --quiet --disable-pip-version-check setuptools torch==2.13.0
+	sed '/^transformers==/d;/^huggingface/d;/^tokenizers==/d;/^trl==/d' constraints.txt > build/lowest/constraints.txt
+	build/lowest/bin/python -m pip install --quiet --disable-pip-version-check -c build/lowest/constraints.txt transformers==$(LOWEST_TRANSFORMERS) \
+	  accelerate jinja2 numpy rich safetensors tokenizers xxhash hypothesis pytest pytest-timeout pytest-xdist
+	@touch $@
+
+# Python 3.12, where there is one, with the rooms that import no torch.
+PYTHON312 ?= $(shell python3.12 -c 'import sys; print(sys.executable)' 2>/dev/null)
+ifeq ($(PYTHON312),)
+test-312:
+	@echo "no python3.12 here: its tests are left out"
+else
+test-312: build/python312/.ready
+	PYTHONPATH=src build/python312/bin/python -m pytest tests/plan tests/test_errors.py tests/tools/test_mutations.py
+endif
+
+build/python312/.ready: pyproject.toml
+	$(PYTHON312) -m venv build/python312
+	build/python312/bin/python -m pip install --quiet --disable-pip-version-check hypothesis pytest pytest-timeout
+	@touch $@
 
 format: $(READY)
 	$(BIN)/ruff format .

@@ -24,7 +24,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if hasattr(config, "workerinput"):
         return
     builds = Path(os.environ.get("OUTSIZE_TEST_BUILDS") or config.rootpath / ".pytest_cache" / "builds")
-    folder = Path(tempfile.mkdtemp(prefix="outsize-tests-", dir="/var/tmp"))
+    folder = Path(tempfile.mkdtemp(prefix="outsize-tests-", dir=os.environ.get("TMPDIR", "/var/tmp")))
     config.stash[_FOLDER] = folder
     for name in ("rules", "kernels"):
         (builds / name).mkdir(mode=0o700, parents=True, exist_ok=True)

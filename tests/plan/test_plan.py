@@ -1,5 +1,7 @@
 """Plans: text round trip, legality, memory, and what the builder promises, at any size and without a tensor."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -24,6 +26,7 @@ from outsize.plan import (
     build,
     check,
     place,
+    place_apart,
 )
 
 STATE = (Plane.MOMENT1, Plane.MOMENT2)
@@ -142,6 +145,43 @@ def test_illegal_plans_are_refused_with_their_place(text, message):
     )
     with pytest.raises(PlanError, match=message):
         check(Plan.parse(text), records, placement)
+
+
+def test_a_block_that_stays_does_not_go_back_while_it_is_updated():
+    records = make_records({"A": 1000})
+    placement = place(
+        list(records.values()), arena_bytes=1 << 40, home=Home.HOST, has_disk=False, pins=Pins()
+    )
+    with pytest.raises(PlanError, match="runs while it is being updated"):
+        check(Plan.parse("update A\nbackward A"), records, placement)
+
+
+def test_slots_are_shared_by_blocks_of_at_most_twice_the_size():
+    records = list(make_records({"A": 1 << 20, "B": (1 << 19) + 4096, "C": 1 << 19}).values())
+    placement = place(records, arena_bytes=1 << 40, home=Home.DISK, has_disk=True, pins=Pins())
+    assert [group.blocks for group in placement.weight_classes] == [{"A", "B"}, {"C"}]
+
+
+@pytest.mark.parametrize(("trains", "slots"), [(True, 3), (False, 2)])
+def test_it_is_roomy_where_transfers_fill_slots_beside_computing(trains, slots):
+    records = list(make_records({f"L{i}": 1 << 20 for i in range(4)}, trainable=trains).values())
+
+    def is_roomy(count):
+        pins = Pins(weight_slots=count)
+        placement = place(records, arena_bytes=1 << 40, home=Home.DISK, has_disk=True, pins=pins)
+        if not trains:
+            placement = replace(placement, gradient_classes=())
+        return placement.is_roomy(Pins())
+
+    assert is_roomy(slots) and not is_roomy(slots - 1)
+
+
+def test_a_device_that_all_planes_just_fit_into_holds_them():
+    records = list(make_records({"A": 1 << 20, "B": 1 << 20}).values())
+    options = {"host_bytes": 1 << 40, "home": None, "has_disk": True, "pins": Pins()}
+    whole = place_apart(records, device_bytes=1 << 40, **options)
+    assert place_apart(records, device_bytes=whole.compute_bytes, **options) == whole
+    assert place_apart(records, device_bytes=whole.compute_bytes - 1, **options).weight_classes
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import os
 from functools import partial
 
 import pytest
@@ -27,6 +28,9 @@ CONTENTION = {
     Resource.COMPUTE: {Resource.UPDATE: 0.6, Resource.READ: 0.95},
     Resource.UPDATE: {Resource.COMPUTE: 0.5},
 }
+
+EXAMPLES = 200 if os.environ.get("OUTSIZE_SOAK") else 20
+"""Machines and models that are tried in each property; planning one takes tenths of a second."""
 
 
 def on_host(records, arena_bytes, pins=NONE, home=None):
@@ -58,7 +62,7 @@ SIZES = st.lists(st.sampled_from([100_000, 1_000_000, 5_000_000]), min_size=1, m
 
 
 @given(SIZES, st.floats(1.0, 12.0), st.floats(0, 0.05), st.booleans())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=EXAMPLES, deadline=None)
 def test_what_is_chosen_is_allowed_fits_and_is_the_fastest(sizes, memory, forward_s, is_disturbed):
     records = make_records({f"L{i}": size for i, size in enumerate(sizes)})
     own = costs(list(records), forward_s, 3 * forward_s)
@@ -76,7 +80,7 @@ def test_what_is_chosen_is_allowed_fits_and_is_the_fastest(sizes, memory, forwar
 
 
 @given(SIZES, st.floats(1.0, 8.0), st.floats(1.0, 2.0), st.floats(0, 0.05))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=EXAMPLES, deadline=None)
 def test_more_memory_is_never_slower(sizes, memory, more, forward_s):
     records = make_records({f"L{i}": size for i, size in enumerate(sizes)})
     own = costs(list(records), forward_s, 3 * forward_s)
@@ -124,7 +128,7 @@ def test_a_device_keeps_less_than_it_has_room_for_where_that_is_faster(sizes, de
 
 
 @given(SIZES, st.booleans(), st.floats(0.2, 1.3), st.floats(0.2, 1.3), st.floats(0, 0.05), st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=EXAMPLES, deadline=None)
 def test_more_memory_is_never_slower_on_a_device_and_in_bf16(sizes, is_bf16, device, host, forward_s, data):
     records = make_records(
         {f"L{i}": size for i, size in enumerate(sizes)}, element_bytes=BF16 if is_bf16 else None
@@ -148,7 +152,7 @@ def test_more_memory_is_never_slower_on_a_device_and_in_bf16(sizes, is_bf16, dev
     st.booleans(),
     st.sampled_from(["disk_read", "disk_write", "update", "host_copy"]),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=EXAMPLES, deadline=None)
 def test_more_bandwidth_is_never_slower(sizes, memory, forward_s, is_disturbed, rate):
     records = make_records({f"L{i}": size for i, size in enumerate(sizes)})
     own = costs(list(records), forward_s, 3 * forward_s)

@@ -1,6 +1,7 @@
 """A step in time: what a simulation becomes, what is refused, and how spans lie side by side."""
 
 import copy
+import dataclasses
 import itertools
 import json
 
@@ -43,6 +44,13 @@ def test_a_simulation_begins_at_zero_and_keeps_its_figures():
     assert 0.9 * len(timeline.spans) < len(inside) <= len(timeline.spans)
     assert {span.label for span in timeline.spans} >= {"forward L00", "backward L05", "update L03"}
     assert timeline.memory == {"host": ((0.0, 1 << 30), (result.step_s, 1 << 30))}
+
+
+def test_what_takes_no_time_is_left_out():
+    result, timeline = simulated()
+    begin = result.start_s
+    longer = dataclasses.replace(result, stalls=(*result.stalls, Stall(begin, begin, Resource.READ)))
+    assert Timeline.simulated(longer, {"host": 1 << 30}) == timeline
 
 
 def test_computing_of_a_simulation_is_serial_and_stalls_lie_in_its_gaps():

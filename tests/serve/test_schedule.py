@@ -160,6 +160,68 @@ def test_guesses_stay_within_what_was_reserved():
     chunk.sample.tokens.append(1)
     (chunk,) = subject.compose(propose)
     assert asked == [2] and chunk.num_rows == 3  # one token is chosen beside them: ten at most
+    assert not chunk.tells_prompt
+
+
+@pytest.mark.parametrize(
+    ("tokens", "rows", "long_after", "expected"),
+    [(4, 9, None, 3), (9, 4, None, 3), (9, 9, 10, 3), (9, 9, None, 8), (1, 9, None, None)],
+)
+def test_guesses_stay_within_what_a_pass_holds(tokens, rows, long_after, expected):
+    subject = scheduler(tokens=tokens, rows=rows, long_after=long_after)
+    subject.add(stream_of(range(6), max_new_tokens=40))
+    asked = []
+    while not subject.running or not subject.running[0].is_decoding:
+        run_pass(subject)
+
+    def propose(sample, most):
+        asked.append(most)
+        return list(range(most))
+
+    (chunk,) = subject.compose(propose)
+    assert asked == ([] if expected is None else [expected]) and len(chunk.guesses) == (expected or 0)
+
+
+def test_a_pass_has_as_many_rows_as_its_limit():
+    subject = scheduler(rows=5)
+    for first in range(4):
+        subject.add(stream_of([first], max_new_tokens=30))
+    run_pass(subject)
+    chunks = subject.compose(lambda sample, most: [7] * min(most, 2))
+    assert [chunk.num_rows for chunk in chunks] == [3, 2]
+
+
+def test_a_prompt_is_told_once():
+    subject = scheduler()
+    stream = stream_of(range(8), max_new_tokens=9, prompt_logprobs=True)
+    subject.add(stream)
+    assert [chunk.tells_prompt for chunk in run_pass(subject)] == [True]
+    stream.prompt_logprobs += [None] * 7  # of all tokens but the first
+    (sample,) = subject.running
+    subject.turned(sample)
+    assert [(chunk.num_tokens, chunk.tells_prompt) for chunk in subject.compose(nothing)] == [(9, False)]
+
+
+def test_a_page_is_found_when_its_last_token_is_computed():
+    subject = scheduler()
+    subject.add(stream_of(range(40), max_new_tokens=9))
+    subject.admit()
+    (sample,) = subject.running
+    for num_tokens, num_found in ((31, 1), (1, 2)):
+        subject.computed(sample, num_tokens)
+        found = subject.pool.match(sample.hashes)
+        subject.pool.free(found)
+        assert len(found) == num_found
+
+
+def test_shared_pages_count_when_a_request_is_admitted():
+    subject = scheduler(num_pages=6)
+    for index in range(2):
+        subject.add(stream_of([*range(33), index], max_new_tokens=14))  # three pages, the first two alike
+    for _ in range(2):
+        run_pass(subject)
+    run_pass(subject)
+    assert len(subject.running) == 2 and subject.pool.num_free == 1
 
 
 def test_books_are_right_whatever_comes():
