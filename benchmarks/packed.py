@@ -124,6 +124,7 @@ def main() -> None:
         environment = {**os.environ, "OUTSIZE_CACHE": str(cache)}
         done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
         found: dict[str, Any] = json.loads(done.stdout.partition("RESULT ")[2].partition("\n")[0])
+        print(f"{weights}: {found}", file=sys.stderr)
         return found
 
     runs: dict[str, list[dict[str, Any]]] = {}

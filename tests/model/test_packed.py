@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -333,6 +335,35 @@ def test_an_interrupt_leaves_nothing_and_leftovers_are_removed(tmp_path):
     left.mkdir()
     cache.make(fill, print)
     assert not left.exists()
+
+
+def test_no_read_goes_on_after_a_file_was_missing(tmp_path, monkeypatch):
+    """What was started is over when the error comes: the caller fills the same tensors from elsewhere."""
+    planned = {name: Planned((1000,), torch.bfloat16) for name in ("first", "second")}
+    cache = PackedCache.of([DiskBudget(tmp_path)], Path("/models/a"), "int4", "v1", planned)
+
+    def fill_both(writer):
+        for name in planned:
+            writer.write(name, torch.ones(1000, dtype=torch.bfloat16))
+
+    made = cache.make(fill_both, print)
+    original, ended = made._shards.start_read, []
+
+    def start_read(name, target):
+        if name == "second":
+            raise StorageError("gone")
+        reading = original(name, target)
+
+        def slow():
+            time.sleep(0.2)
+            ended.append(name)
+
+        return [*reading, ThreadPoolExecutor(1).submit(slow)]
+
+    monkeypatch.setattr(made._shards, "start_read", start_read)
+    with pytest.raises(StorageError, match="gone"):
+        made.read({name: torch.zeros(1000, dtype=torch.bfloat16) for name in planned})
+    assert ended == ["first"]
 
 
 def test_an_entry_with_other_tensors_is_not_used(tmp_path):

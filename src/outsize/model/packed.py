@@ -15,6 +15,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,7 +59,12 @@ class PackedWeights:
             else torch.empty(target.shape, dtype=torch.bfloat16)
             for name, target in targets.items()
         }
-        wait_read([piece for name, value in raw.items() for piece in self._shards.start_read(name, value)])
+        reading: list[Future[None]] = []
+        try:
+            for name, value in raw.items():
+                reading += self._shards.start_read(name, value)
+        finally:
+            wait_read(reading)  # the caller encodes into the same tensors where a file is gone
         for name, value in raw.items():
             if xxhash.xxh3_64(_bytes(value)).hexdigest() != self._digests[name]:
                 raise CorruptionError(f"{self.folder}: {name} is not as it was written")
