@@ -19,6 +19,8 @@ from fractions import Fraction
 from functools import cached_property
 from math import prod
 
+from outsize.config import ComputeType
+
 ALIGNMENT = 4096
 """Bytes; every plane and every transfer starts and ends on a multiple of it (O_DIRECT)."""
 
@@ -142,6 +144,11 @@ class Record:
     def name(self) -> str:
         """The block's name."""
         return self.block.name
+
+    @property
+    def compute_type(self) -> ComputeType:
+        """The type of its weights, which is fp32 for some blocks of a model in bf16."""
+        return ComputeType.FLOAT32 if self.element_bytes[Plane.WEIGHT] == 4 else ComputeType.BFLOAT16
 
     def plane_elements(self, plane: Plane) -> int:
         """Elements of `plane`: all for weights, the trainable prefix for the others."""

@@ -51,8 +51,8 @@ def make_lane(kernel, disk=None, num_buffers=2):
     return UpdateLane(
         buffers,
         disk,
-        kernel if callable(kernel) and not hasattr(kernel, "rule") else lambda: kernel,
-        ADAMW.dtypes(TYPE),
+        kernel if callable(kernel) and not hasattr(kernel, "rule") else lambda kind: kernel,
+        ADAMW,
     )
 
 
@@ -104,7 +104,7 @@ def test_jobs_are_applied_in_order(kernel):
         order.append(args[3].step)
         kernel(*args)
 
-    lane = make_lane(lambda: slow_kernel)
+    lane = make_lane(lambda kind: slow_kernel)
     weight, planes = torch.ones(record.num_elements), [torch.zeros(record.num_trainable) for _ in range(2)]
     jobs = []
     for step in range(1, 6):
@@ -160,7 +160,7 @@ def test_an_error_of_the_rule_reaches_whoever_waits():
     def broken(*args):
         raise ZeroDivisionError("a defect")
 
-    lane, record = make_lane(lambda: broken), make_record()
+    lane, record = make_lane(lambda kind: broken), make_record()
     job = make_job(record, [AdamWHyper(lr=0.1)] * 3)
     lane.submit(job)
     with pytest.raises(ZeroDivisionError):

@@ -280,7 +280,7 @@ def _decode(text: str) -> torch.Tensor:
 
 def _run_facts(session: Session) -> dict[str, Any]:
     call = session.calls.last_training
-    kernel = session.kernel() if session.kernel is not None else None
+    kernel = session.kernel(session.settings.compute_type) if session.kernel is not None else None
     return {
         "tile_rows": call.tile_rows if call is not None else None,
         "loss_tile_elements": session.loss_tile_elements,

@@ -242,15 +242,19 @@ def import_dcp(dcp_folder: Path, folder: Path, *, model: Path, dtype: str = "flo
 
 def _lay_out(reader: _DcpReader, module: nn.Module, compute_type: ComputeType) -> list[Record]:
     """Records of all blocks, as a run with AdamW would have them; `reader` learns where their pieces are."""
-    rule = RULES["adamw"]
+    rule, own = RULES["adamw"], cut(module)
+    kinds = {
+        block: ComputeType.FLOAT32 if block.name in own.full_precision else compute_type
+        for block in own.blocks
+    }
     records = [
         Record.lay_out(
             block,
             [piece.parameter in reader.steps for piece in block.pieces],
-            rule.state(compute_type),
-            rule.element_bytes(compute_type),
+            rule.state(kind),
+            rule.element_bytes(kind),
         )
-        for block in cut(module).blocks
+        for block, kind in kinds.items()
     ]
     reader.blocks = {
         entry.piece: (StoredBlock(record, True, ()), entry) for record in records for entry in record.entries

@@ -84,11 +84,12 @@ def export(
 def _export(reader: CommitReader, folder: Path, out: Path, dtype: str | None, overwrite: bool) -> Manifest:
     torch_dtype = _DTYPES[ComputeType(dtype) if dtype is not None else reader.compute_type]
     module = open_skeleton(model_folder(folder), torch_dtype)
+    dtypes = {name: parameter.dtype for name, parameter in module.named_parameters()}
     with weights_of(reader, module) as source:
 
         def fetch(block: Block) -> list[torch.Tensor]:
             memory.give_back()  # what other blocks have freed may fit into nothing of this one
-            values = [torch.empty(piece.shape, dtype=torch_dtype) for piece in block.pieces]
+            values = [torch.empty(piece.shape, dtype=dtypes[piece.parameter]) for piece in block.pieces]
             source.read(block, values)
             return values
 

@@ -92,7 +92,7 @@ class CommitReader:
 
     def master(self, block: StoredBlock, entry: Entry) -> torch.Tensor:
         """The fp32 master weights of an entry, `[num_elements]`."""
-        if self.compute_type is ComputeType.FLOAT32:
+        if block.record.compute_type is ComputeType.FLOAT32:
             return self.plane(block, entry, Plane.WEIGHT, torch.float32)
         weight = self.plane(block, entry, Plane.WEIGHT, torch.bfloat16)
         if not entry.trainable or Plane.REMAINDER not in block.record.state:
@@ -102,7 +102,7 @@ class CommitReader:
     def moment(self, block: StoredBlock, entry: Entry, plane: Plane) -> torch.Tensor:
         """A moment of an entry in natural order: fp32 `[num_elements]`; of codes whole groups, uint8 `[groups, 68]`."""
         record = block.record
-        is_split = self.compute_type is not ComputeType.FLOAT32
+        is_split = record.compute_type is not ComputeType.FLOAT32
         num_elements = entry.stop - entry.start
         padded = -(-num_elements // GROUP) * GROUP
         # A slice ends with its entry, and the last group of a plane is as long as the plane.
@@ -220,16 +220,17 @@ class CommitSource:
             found = self._reader.find(piece)
             if found is None:
                 self._rest().read(Block(block.name, (piece,)), [target])
-            elif target.dtype is torch.bfloat16 and self._reader.compute_type is ComputeType.BFLOAT16:
+            elif target.dtype is torch.bfloat16 and found[0].record.compute_type is ComputeType.BFLOAT16:
                 target.copy_(self._reader.plane(*found, Plane.WEIGHT, torch.bfloat16).view(piece.shape))
             else:
                 target.copy_(self._reader.master(*found).view(piece.shape))
 
     def stored_dtype(self, piece: Piece) -> torch.dtype | None:
-        """The compute type of the commit, in which `read` gives exact weights; else what the other source says."""
-        if self._reader.find(piece) is None:
+        """The type of the block in the commit, in which `read` gives exact weights; else what the other source says."""
+        found = self._reader.find(piece)
+        if found is None:
             return self._rest().stored_dtype(piece)
-        return torch.bfloat16 if self._reader.compute_type is ComputeType.BFLOAT16 else torch.float32
+        return torch.bfloat16 if found[0].record.compute_type is ComputeType.BFLOAT16 else torch.float32
 
     def conversion_bytes(self, piece: Piece) -> int:
         """Planes in memory, and the master that is put together of them."""

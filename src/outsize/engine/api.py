@@ -11,12 +11,12 @@ from torch import nn
 
 from outsize.config import Budgets, ComputeType, Disk, Home, OnDeviceFull, Pins, Settings
 from outsize.engine import memory
-from outsize.engine.blocks import DTYPES
 from outsize.engine.methods import take_methods_over
 from outsize.engine.placeholder import OffloadedParameter
 from outsize.engine.saving import write_model
 from outsize.engine.scratch import packed_places
 from outsize.engine.session import Session, session_of
+from outsize.engine.state import DTYPES
 from outsize.errors import ConfigError, ModelError, UsageError
 from outsize.model import (
     Existing,
@@ -27,6 +27,7 @@ from outsize.model import (
     cut,
     encoded,
     find_weights,
+    main_dtype,
     open_skeleton,
     parse_weights,
     resolve_folder,
@@ -116,10 +117,14 @@ def wrap(
 ) -> nn.Module:
     """Put any module with repeated blocks under Outsize, in place, and return it.
 
-    Its parameters' values are taken over (initialised from `seed` where all are on meta). Budgets as in `load`.
+    Its parameters' values are taken over (initialised from `seed` where all are on meta). They must be fp32 or bf16; in
+    a module with both, those in fp32 stay in fp32 whatever `dtype` is. Budgets as in `load`.
+
+    Raises ModelError, UsageError or ConfigError, naming the parameter, before anything is changed.
     """
+    _check_types(module)
     if dtype is None:
-        dtype = "bfloat16" if next(module.parameters()).dtype is torch.bfloat16 else "float32"
+        dtype = "bfloat16" if main_dtype(module) is torch.bfloat16 else "float32"
     settings = resolve_settings(device, host, disk, home, dtype, pins, on_device_full, compile)
     parameters = dict(module.named_parameters())
     if any(isinstance(parameter, OffloadedParameter) for parameter in parameters.values()):
@@ -134,6 +139,15 @@ def wrap(
         return _take_over(module, InitSource(module, seed), settings, profile)
     values = {name: parameter.detach() for name, parameter in parameters.items()}
     return _take_over(module, TensorSource(values), settings, profile)
+
+
+def _check_types(module: nn.Module) -> None:
+    for name, parameter in module.named_parameters():
+        if parameter.dtype not in DTYPES.values():
+            raise ModelError(
+                f"parameter {name} has type {parameter.dtype}, expected float32 or bfloat16",
+                hint="convert the module first: module.float() or module.bfloat16()",
+            )
 
 
 def save(

@@ -19,7 +19,7 @@ from outsize.engine.captures import Captures
 from outsize.engine.carrier import Carrier, DirectCarrier, Job, Parcel, Part, StagedCarrier, Staging
 from outsize.engine.gradients import Gradients
 from outsize.engine.origin import Origin
-from outsize.engine.state import BlockState, GradientState
+from outsize.engine.state import BlockState, GradientState, weight_dtype
 from outsize.engine.update import CHUNKS_IN_MEMORY, Pending, UpdateJob, UpdateLane, runs
 from outsize.model import Source
 from outsize.optim import Kernel, Rule, part
@@ -42,8 +42,6 @@ from outsize.tier import (
     wait_all,
 )
 
-DTYPES = {ComputeType.FLOAT32: torch.float32, ComputeType.BFLOAT16: torch.bfloat16}
-
 
 class BlockStore:
     """All blocks of a model, with the memory and the disk they live in.
@@ -58,23 +56,19 @@ class BlockStore:
         *,
         source: Source,
         disk: Tier | None,
-        compute_type: ComputeType,
         rule: Rule | None,
-        kernel: Callable[[], Kernel] | None,
+        kernel: Callable[[ComputeType], Kernel] | None,
         device: Device | None = None,
-        device_kernel: Callable[[], Kernel] | None = None,
+        device_kernel: Callable[[ComputeType], Kernel] | None = None,
         bases: Mapping[str, int] | None = None,
         update_threads: int | None = None,
     ) -> None:
         self.placement = placement
         self.device = device or HostDevice()
         self._device_kernel = device_kernel or kernel
-        self.dtype = DTYPES[compute_type]
+        self._rule = rule
         self.disk = disk
         self.versions = disk if isinstance(disk, VersionedTier) else None
-        self.plane_dtypes = {Plane.WEIGHT: self.dtype, Plane.GRADIENT: self.dtype}
-        if rule is not None:
-            self.plane_dtypes |= rule.dtypes(compute_type)
         self.arena: HostArena | DeviceArena
         if self.device.is_host:
             self.arena = self._host = HostArena(placement.arena_bytes)
@@ -112,8 +106,8 @@ class BlockStore:
         self.gradients = Gradients(self)
         self.captures = Captures(self, self.versions, self.carrier) if self.versions is not None else None
         self.lane = (
-            UpdateLane(self._chunks, disk, kernel, self.plane_dtypes, update_threads)
-            if kernel is not None
+            UpdateLane(self._chunks, disk, kernel, rule, update_threads)
+            if kernel is not None and rule is not None
             else None
         )
 
@@ -142,13 +136,20 @@ class BlockStore:
             tuple(pool.high_water for pool in self._gradient_pools),
         )
 
+    def plane_dtype(self, record: Record, plane: Plane) -> torch.dtype:
+        """The type of a plane of a record, whatever a gradient is stored in."""
+        if plane in (Plane.WEIGHT, Plane.GRADIENT):
+            return weight_dtype(record)
+        assert self._rule is not None, f"{record.name}.{plane}"
+        return self._rule.dtypes(record.compute_type)[plane]
+
     # -- views ---------------------------------------------------------------------------------------------------
 
     def weights(self, state: BlockState) -> torch.Tensor:
-        """The block's weight plane in memory, `[num_elements]` in the compute type; it must be in a slot or resident."""
+        """The block's weight plane in memory, `[num_elements]` in its compute type; it must be in a slot or resident."""
         home = state.resident.get(Plane.WEIGHT) or state.slot
         assert home is not None, f"the weights of {state.name} are not in memory"
-        return home.tensor(self.dtype, state.record.num_elements)
+        return home.tensor(weight_dtype(state.record), state.record.num_elements)
 
     def pieces(self, state: BlockState) -> list[torch.Tensor]:
         """The weights as one view per entry, in the shape of its piece."""
@@ -318,8 +319,8 @@ class BlockStore:
         for first, last, hyper in runs(record, pending, 0, record.num_trainable):
             assert gradient is not None and all(plane is not None for plane in planes), state.name
             own = [part(plane, first, last) for plane in planes if plane is not None]
-            rounded = gradient[first:last].to(self.plane_dtypes[Plane.GRADIENT])
-            self._device_kernel()(weights[first:last], own, rounded, hyper)
+            rounded = gradient[first:last].to(weight_dtype(record))
+            self._device_kernel(record.compute_type)(weights[first:last], own, rounded, hyper)
         state.pending = None
         state.is_stored = True
 
@@ -428,14 +429,15 @@ class BlockStore:
     ) -> torch.Tensor | None:
         if region is None:
             return None
-        dtype = self.gradient_dtype(state) if plane is Plane.GRADIENT else self.plane_dtypes[plane]
+        is_gradient = plane is Plane.GRADIENT
+        dtype = self.gradient_dtype(state) if is_gradient else self.plane_dtype(state.record, plane)
         num_bytes = state.record.plane_elements(plane) * state.record.element_bytes[plane]
         return region.tensor(dtype, int(num_bytes) // dtype.itemsize)
 
     def parcel(self, state: BlockState, plane: Plane, slot: Slot | None, byte_offset: int = 0) -> Parcel:
         """One plane between its home and `slot`, as it is stored."""
         assert slot is not None, f"{state.name}.{plane} has no slot"
-        dtype = self.gradient_dtype(state) if plane is Plane.GRADIENT else self.dtype
+        dtype = self.gradient_dtype(state) if plane is Plane.GRADIENT else weight_dtype(state.record)
         place = slot.tensor(dtype, state.record.plane_elements(plane), byte_offset)
         home = self.hosted_plane(state, plane)
         parts = []

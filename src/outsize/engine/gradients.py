@@ -115,7 +115,7 @@ class Gradients:
         stored = self._store.resident_plane(state, Plane.GRADIENT)
         if stored is None:
             # The narrow plane lies at the end of the slot; widening it front to back never overtakes it.
-            dtype = self._store.plane_dtypes[Plane.GRADIENT]
+            dtype = self._store.plane_dtype(state.record, Plane.GRADIENT)
             stored = slot.tensor(dtype, state.record.num_trainable, self._narrow_offset(state))
         total = self._sum(state)
         for start, stop in state.record.chunks():
@@ -137,7 +137,7 @@ class Gradients:
         rounded = total
         resident = self._store.resident_plane(state, Plane.GRADIENT)
         if not self._sums_as_stored(state):
-            dtype = self._store.plane_dtypes[Plane.GRADIENT]
+            dtype = self._store.plane_dtype(state.record, Plane.GRADIENT)
             rounded = resident if resident is not None else self._narrow_view(state, dtype)
             stride = CHUNK if self._store.device.is_host else _CHUNKS_ROUNDED * CHUNK
             for start in range(0, state.record.num_trainable, stride):
@@ -146,7 +146,8 @@ class Gradients:
         for index in state.summed:
             entry, gradient = state.record.entries[index], state.gradients[index]
             norm = torch.linalg.vector_norm(
-                rounded[entry.start : entry.stop].to(self._store.dtype), dtype=torch.float32
+                rounded[entry.start : entry.stop].to(self._store.plane_dtype(state.record, Plane.GRADIENT)),
+                dtype=torch.float32,
             )
             gradient.present, gradient.scale = True, 1.0
             self._norms.append((gradient, norm))

@@ -20,7 +20,7 @@ from outsize.config import ComputeType
 from outsize.engine.session import Session, session_of
 from outsize.engine.update import Pending
 from outsize.errors import ConfigError, UsageError
-from outsize.optim import Hyper, Rule, gpu_kernel, start_compile
+from outsize.optim import Hyper, Kernel, Rule, gpu_kernel, start_compile
 
 Params = Iterable[torch.Tensor] | Iterable[dict[str, Any]] | None
 """Parameters, groups of them, or None for all that require grad."""
@@ -69,13 +69,17 @@ class Optimizer(torch.optim.Optimizer, ABC):
             params = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._check(defaults, self._ranges(defaults))
         super().__init__(params, defaults)
-        compute_type = self._session.settings.compute_type
-        kernel = start_compile(rule, ComputeType(compute_type)).wait
-        on_device = kernel
-        if self._session.torch_device.type != "cpu":
-            on_device = cache(
-                partial(gpu_kernel, rule, ComputeType(compute_type), self._session.torch_device)
-            )
+        begin = cache(partial(start_compile, rule))
+        for compute_type in self._session.trained_types():
+            begin(compute_type)
+
+        def kernel(compute_type: ComputeType) -> Kernel:
+            return begin(compute_type).wait()
+
+        on_device: Callable[[ComputeType], Kernel] = kernel
+        device = self._session.torch_device
+        if device.type != "cpu":
+            on_device = cache(lambda compute_type: gpu_kernel(rule, compute_type, device))
         self._session.set_rule(rule, kernel, on_device)
 
     # -- what an optimizer adds ----------------------------------------------------------------------------------

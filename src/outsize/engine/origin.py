@@ -13,7 +13,7 @@ import torch
 from outsize.block import Block, Entry, Piece, Plane, Record
 from outsize.engine import memory
 from outsize.engine.carrier import Job, Staging
-from outsize.engine.state import BlockState
+from outsize.engine.state import BlockState, weight_dtype
 from outsize.engine.update import UpdateJob
 from outsize.model import READ_BUFFERS_BYTES, Source
 from outsize.optim import split
@@ -50,8 +50,9 @@ class Origin:
             target.copy_(sent(table.index_select(0, sent(rows, table.device)), target.device))
             return
         assert self.source is not None, f"{state.name}: the source is gone"
-        piece, is_rounded = entry.piece, _is_rounded(self.source, entry.piece, self._store.dtype)
-        found = torch.empty(target.shape, dtype=torch.float32 if is_rounded else self._store.dtype)
+        dtype = self._store.plane_dtype(state.record, Plane.WEIGHT)
+        piece, is_rounded = entry.piece, _is_rounded(self.source, entry.piece, dtype)
+        found = torch.empty(target.shape, dtype=torch.float32 if is_rounded else dtype)
         cuts = [0, *(torch.nonzero(rows.diff() != 1)[:, 0] + 1).tolist(), rows.numel()]
         runs, parts = [], []
         for first, last in pairwise(cuts):
@@ -110,8 +111,8 @@ class Origin:
         is_converted = False
         for entry in record.entries:
             view = plane[entry.start : entry.stop].view(entry.piece.shape)
-            is_converted |= self.source.stored_dtype(entry.piece) is not self._store.dtype
-            if _is_rounded(self.source, entry.piece, self._store.dtype):
+            is_converted |= self.source.stored_dtype(entry.piece) is not plane.dtype
+            if _is_rounded(self.source, entry.piece, plane.dtype):
                 view.copy_(self._exact(record, entry)[0].view(entry.piece.shape))
             else:
                 as_read.append((entry.piece, view))
@@ -132,7 +133,7 @@ class Origin:
         record = state.record
         if Plane.REMAINDER not in record.state:
             return None
-        remainder = torch.zeros(record.num_trainable, dtype=self._store.plane_dtypes[Plane.REMAINDER])
+        remainder = torch.zeros(record.num_trainable, dtype=self._store.plane_dtype(record, Plane.REMAINDER))
         for entry in record.entries:
             if entry.trainable:
                 remainder[entry.start : entry.stop] = self._exact(record, entry)[1]
@@ -143,18 +144,21 @@ class Origin:
         """Read weights that were never stored into staging, for their first update."""
         region = self._staging.take()
         job.done = partial(self._staging.give, region)
-        job.weight = region.tensor(self._store.dtype, job.record.num_elements)
+        dtype = self._store.plane_dtype(job.record, Plane.WEIGHT)
+        job.weight = region.tensor(dtype, job.record.num_elements)
         job.weight_buffer = region.buffer
         self._fill(job.record, job.weight)
 
 
-def reading_bytes(source: Source, records: Sequence[Record], dtype: torch.dtype) -> int:
+def reading_bytes(source: Source, records: Sequence[Record]) -> int:
     """What reading a block from `source` takes beside where it is read to: one parameter at a time, in fp32 where it has to
     be rounded, and what it is converted from."""
     most = 0
     for record in records:
         for entry in record.entries:
-            is_exact = Plane.REMAINDER in record.state or _is_rounded(source, entry.piece, dtype)
+            is_exact = Plane.REMAINDER in record.state or _is_rounded(
+                source, entry.piece, weight_dtype(record)
+            )
             rounding = 8 * entry.piece.num_elements if is_exact else 0
             most = max(most, rounding, source.conversion_bytes(entry.piece))
     return READ_BUFFERS_BYTES + most

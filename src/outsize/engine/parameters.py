@@ -57,7 +57,7 @@ class Parameters(Mapping[str, OffloadedParameter]):
             placeholders[name] = OffloadedParameter.of(
                 parameter,
                 name,
-                session.dtype,
+                session.dtype_of(name),
                 session.torch_device,
                 fetch=partial(self.value, name),
                 get_gradient=partial(self.gradient, name),
@@ -135,9 +135,8 @@ class Parameters(Mapping[str, OffloadedParameter]):
             exact = torch.empty(piece.shape, dtype=torch.float32)
             source = self._session.committed or self._session.own_source()
             source.read(Block(at.block, (piece,)), [exact])
-            value = (
-                exact if self._session.dtype is torch.float32 else split(exact.view(-1))[0].view(piece.shape)
-            )
+            is_whole = self._session.dtype_of(piece.parameter) is torch.float32
+            value = exact if is_whole else split(exact.view(-1))[0].view(piece.shape)
             return value.to(self._session.torch_device)
         with self._session.executor.touch(at.block) as state:
             return self._session.store.pieces(state)[at.index].clone()

@@ -11,7 +11,6 @@ import torch
 
 from outsize.config import ComputeType, Disk, Pins, Settings, format_bytes
 from outsize.engine import api, memory
-from outsize.engine.blocks import DTYPES
 from outsize.engine.budget import Fit
 from outsize.engine.counting import on_paper
 from outsize.engine.predict import pins_text, predict_call
@@ -19,6 +18,7 @@ from outsize.engine.probe import BatchShape, Rehearsal, batch_shape
 from outsize.engine.report import placement_rows
 from outsize.engine.scratch import disk_bytes
 from outsize.engine.session import Session
+from outsize.engine.state import DTYPES
 from outsize.engine.summary import Alternative, PlanSummary
 from outsize.errors import BudgetError, ConfigError, ModelError
 from outsize.model import (

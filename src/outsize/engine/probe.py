@@ -212,8 +212,10 @@ class Probe:
     def loose(self, loose: Loose, trains: bool) -> list[torch.Tensor]:
         """Zeros in the shapes of the parameters."""
         shapes = {piece.parameter: piece.shape for piece in self.session.entry_pieces(loose.blocks)}
-        device, dtype = self.session.torch_device, self.session.dtype
-        values = [torch.zeros(shapes[name], dtype=dtype, device=device) for name in loose.parameters]
+        values = [
+            torch.zeros(shapes[name], dtype=self.session.dtype_of(name), device=self.session.torch_device)
+            for name in loose.parameters
+        ]
         return self._visit(loose.blocks, [], values, trains, weights_in_backward=False)
 
     def embedding(self, embedding: Embedding, ids: torch.Tensor, trains: bool) -> torch.Tensor:
@@ -318,7 +320,8 @@ def run_on_zeros(
     The outputs (of a backward: their shapes), and the bytes of what the forward keeps for the backward beside its inputs.
     """
     pieces = session.entry_pieces(layer.blocks)
-    most = max(piece.num_elements for piece in pieces) * session.dtype.itemsize
+    sizes = {p: p.num_elements * session.dtype_of(p.parameter).itemsize for p in pieces}
+    most = max(sizes.values())
     if session.torch_device.type == "cpu":
         # Pages that are only read take no memory.
         pages = mmap.mmap(-1, max(most, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -326,9 +329,7 @@ def run_on_zeros(
     else:
         zeros = torch.zeros(most, dtype=torch.uint8, device=session.torch_device)
     values = {
-        piece.parameter: zeros[: piece.num_elements * session.dtype.itemsize]
-        .view(session.dtype)
-        .view(piece.shape)
+        piece.parameter: zeros[: sizes[piece]].view(session.dtype_of(piece.parameter)).view(piece.shape)
         for piece in pieces
         if piece.num_elements
     }

@@ -23,10 +23,10 @@ from torch import nn
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from outsize.block import Block, Entry, Piece, Plane, Record
-from outsize.config import Home, OnDeviceFull, Settings, format_bytes
+from outsize.config import ComputeType, Home, OnDeviceFull, Settings, format_bytes
 from outsize.engine import memory
 from outsize.engine.arguments import Arguments
-from outsize.engine.blocks import DTYPES, BlockStore, close_workers
+from outsize.engine.blocks import BlockStore, close_workers
 from outsize.engine.budget import Budget, Foresight
 from outsize.engine.calls import Calls
 from outsize.engine.closing import when_dropped
@@ -41,7 +41,7 @@ from outsize.engine.origin import reading_bytes
 from outsize.engine.parameters import Parameters
 from outsize.engine.probe import BatchShape, Probe, Rehearsal
 from outsize.engine.scratch import disk_bytes, open_scratch
-from outsize.engine.state import BlockState
+from outsize.engine.state import DTYPES, BlockState
 from outsize.engine.stepdown import StepDown
 from outsize.engine.structure import Structure
 from outsize.engine.timing import measure_costs
@@ -122,8 +122,8 @@ class Session:
         self.arguments = Arguments(self.torch_device)
         self.probe: Probe | None = None
         self.rule: Rule | None = None
-        self.kernel: Callable[[], Kernel] | None = None
-        self.device_kernel: Callable[[], Kernel] | None = None
+        self.kernel: Callable[[ComputeType], Kernel] | None = None
+        self.device_kernel: Callable[[ComputeType], Kernel] | None = None
         self.executor: Executor | None = None
         self.versions: Versions | None = None
         """Where records are kept beyond the process, if they are."""
@@ -143,6 +143,12 @@ class Session:
         )
         self._costs: dict[tuple[int, BatchShape, int], Costs] = {}
         self.blocks = {block.name: block for block in cut.blocks}
+        self._full_precision = frozenset(
+            piece.parameter
+            for block in cut.blocks
+            if block.name in cut.full_precision
+            for piece in block.pieces
+        )
         self.parameters = Parameters(self, module, cut.blocks)
         self._install()
         self.structure = Structure(module, self.points)
@@ -312,11 +318,15 @@ class Session:
     # -- what the optimizer asks for -----------------------------------------------------------------------------
 
     def set_rule(
-        self, rule: Rule, kernel: Callable[[], Kernel], device_kernel: Callable[[], Kernel] | None = None
+        self,
+        rule: Rule,
+        kernel: Callable[[ComputeType], Kernel],
+        device_kernel: Callable[[ComputeType], Kernel] | None = None,
     ) -> None:
         """Lay records out for `rule` from now on; refused once gradients exist.
 
-        `kernel` runs on the host, `device_kernel` where blocks compute (the same, where that is the host).
+        `kernel` gives what runs on the host, `device_kernel` what runs where blocks compute (the same, where that is the
+        host), for records of a compute type.
         """
         if self.executor is not None:
             if self.rule is not None or any(state.has_gradient for state in self.store):
@@ -379,25 +389,39 @@ class Session:
             )
         return self.executor
 
+    def compute_type(self, block: str) -> ComputeType:
+        """What a block computes in."""
+        is_full = block in self.cut.full_precision
+        return ComputeType.FLOAT32 if is_full else self.settings.compute_type
+
+    def dtype_of(self, parameter: str) -> torch.dtype:
+        """What a parameter computes in."""
+        return torch.float32 if parameter in self._full_precision else self.dtype
+
+    def trained_types(self) -> set[ComputeType]:
+        """The types of the blocks that train."""
+        return {self.compute_type(block.name) for block in self.cut.blocks if self.trains((block.name,))}
+
     def _lay_out(self, rehearsal: Rehearsal) -> list[Record]:
         """Records of all blocks, for the rule and for what is trainable now."""
         visited = Counter(v.block for v in rehearsal.visits if v.direction is Direction.FORWARD)
-        size = self.dtype.itemsize
         records = []
         for block in self.cut.blocks:
             trainable = [self.parameters[piece.parameter].requires_grad for piece in block.pieces]
             state: tuple[Plane, ...] = ()
+            compute_type = self.compute_type(block.name)
+            size = DTYPES[compute_type].itemsize
             sizes: dict[Plane, int | Fraction] = {Plane.WEIGHT: size, Plane.GRADIENT: size}
             if self.rule is not None:
-                state = self.rule.state(self.settings.compute_type)
-                sizes |= self.rule.element_bytes(self.settings.compute_type)
+                state = self.rule.state(compute_type)
+                sizes |= self.rule.element_bytes(compute_type)
             if visited[block.name] > 1:
                 sizes[Plane.GRADIENT] = 4  # summed over visits: rounded once, when the update reads it
             records.append(Record.lay_out(block, trainable, state, sizes))
         return records
 
     def _reading_bytes(self, records: Sequence[Record]) -> int:
-        return reading_bytes(self.own_source(), records, self.dtype)
+        return reading_bytes(self.own_source(), records)
 
     def decide(
         self, rehearsal: Rehearsal, shape: BatchShape, cached: tuple[Rehearsal, BatchShape] | None = None
@@ -433,11 +457,13 @@ class Session:
     def settle(self, rehearsal: Rehearsal, shape: BatchShape) -> None:
         """Decide, allocate, and open the disk. Raises BudgetError, having kept nothing, where it does not fit."""
         if self.kernel is not None:
-            self.kernel()  # a compilation ends before the arenas are touched
+            for kind in self.trained_types():
+                self.kernel(kind)  # a compilation ends before the arenas are touched
         records, placement = self.decide(rehearsal, shape)
         updates_there = any(plane is Plane.MOMENT1 for _, plane in placement.resident)
         if self.device_kernel is not None and updates_there and not self.device.is_host:
-            self.device_kernel()
+            for kind in self.trained_types():
+                self.device_kernel(kind)
         store, restored = self._open_store(records, placement)
         self.executor = Executor(store)
         self._finalizer = when_dropped(self, close_workers, *store.workers())
@@ -486,7 +512,6 @@ class Session:
                 placement,
                 source=self.source,
                 disk=disk,
-                compute_type=self.settings.compute_type,
                 rule=self.rule,
                 kernel=self.kernel,
                 device=self.device,
@@ -591,13 +616,18 @@ def backward_visits(session: Session, blocks: Sequence[str], needs_weights: bool
 
 
 def _never_streamed(cut: Cut) -> frozenset[str]:
-    """Blocks that stay in memory: two that are visited at once would need two slots of every class."""
-    return frozenset(
-        name
-        for point in cut.points
-        if point.kind in (PointKind.LAYER, PointKind.LOOSE) and len(point.blocks) > 1
-        for name in point.blocks
-    )
+    """Blocks that stay in memory: two that are visited at once would need two slots of every class.
+
+    Of a layer with a block of its own and one of fp32 parameters, the latter stays.
+    """
+    uses = Counter(name for point in cut.points for name in point.blocks)
+    found: set[str] = set()
+    for point in cut.points:
+        if point.kind in (PointKind.LAYER, PointKind.LOOSE) and len(point.blocks) > 1:
+            own = [name for name in point.blocks if name not in cut.full_precision]
+            streams = len(own) == 1 and uses[own[0]] == 1
+            found |= {name for name in point.blocks if not streams or name != own[0]}
+    return frozenset(found)
 
 
 def _with_signature(handler: Callable[..., Any], original: Callable[..., Any]) -> Callable[..., Any]:

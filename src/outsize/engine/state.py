@@ -5,9 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import torch
+
 from outsize.block import Plane, Record
+from outsize.config import ComputeType
 from outsize.engine.update import Pending, UpdateJob
 from outsize.tier import DeviceRegion, Region, Slot, Transfer, follow_all, wait_all
+
+DTYPES = {ComputeType.FLOAT32: torch.float32, ComputeType.BFLOAT16: torch.bfloat16}
+
+
+def weight_dtype(record: Record) -> torch.dtype:
+    """The type of a record's weights, and of its gradient as its update takes it."""
+    return DTYPES[record.compute_type]
 
 
 @dataclass(slots=True)

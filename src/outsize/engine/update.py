@@ -20,8 +20,9 @@ from queue import SimpleQueue
 import torch
 
 from outsize.block import CHUNK, Plane, Record, align
+from outsize.config import ComputeType
 from outsize.engine.recorder import Recorder
-from outsize.optim import Hyper, Kernel, limit_threads, part
+from outsize.optim import Hyper, Kernel, Rule, limit_threads, part
 from outsize.tier import Region, Tier, Transfer, wait_all, wait_over
 
 CHUNKS_IN_MEMORY = 8
@@ -168,17 +169,16 @@ class UpdateLane:
         self,
         buffers: Sequence[Region],
         disk: Tier | None,
-        kernel: Callable[[], Kernel],
-        plane_dtypes: dict[Plane, torch.dtype],
+        kernel: Callable[[ComputeType], Kernel],
+        rule: Rule,
         num_threads: int | None = None,
     ) -> None:
-        """`num_threads` are those of a kernel; None: as many as compute."""
+        """`kernel` runs `rule` on records of a compute type; `num_threads` are its threads, None: as many as compute."""
         self._num_threads = num_threads
         self.recorder: Recorder | None = None
         self._disk = disk
         self._kernel = kernel
-        self._dtypes = plane_dtypes
-        self._gradient_dtype = plane_dtypes[Plane.GRADIENT]
+        self._dtypes = {kind: rule.dtypes(kind) for kind in ComputeType}
         self._jobs: SimpleQueue[UpdateJob | None] = SimpleQueue()
         self._fed: SimpleQueue[_Chunk | None] = SimpleQueue()
         self._idle: SimpleQueue[tuple[Region, list[Transfer]]] = SimpleQueue()
@@ -305,9 +305,9 @@ class UpdateLane:
         for first, last, hyper in runs(record, job.pending, chunk.start, chunk.trainable_stop):
             start, stop = first - chunk.start, last - chunk.start
             # A gradient summed over several visits was kept in fp32; this is its one rounding.
-            rounded = gradient[start:stop].to(self._gradient_dtype)
+            rounded = gradient[start:stop].to(self._dtypes[record.compute_type][Plane.GRADIENT])
             planes = [part(plane, start, stop) for plane in state]
-            self._kernel()(weight[start:stop], planes, rounded, hyper)
+            self._kernel(record.compute_type)(weight[start:stop], planes, rounded, hyper)
         if recorder is not None:
             recorder.updated(record.name, start_s)
         if job.send_up is not None:
@@ -338,12 +338,13 @@ class UpdateLane:
         if chunk.job.weight is not None:
             return chunk.job.weight[chunk.start : chunk.stop]
         assert chunk.buffer is not None and chunk.job.streams_weight
-        dtype = self._dtypes[Plane.WEIGHT]
+        dtype = self._dtypes[chunk.job.record.compute_type][Plane.WEIGHT]
         return chunk.buffer.tensor(dtype, chunk.stop - chunk.start, chunk.weight_offset)
 
     def _planes(self, chunk: _Chunk) -> tuple[list[torch.Tensor], torch.Tensor]:
         """The chunk's part of each state plane and of the gradient, wherever they are."""
         job, record = chunk.job, chunk.job.record
+        dtypes = self._dtypes[record.compute_type]
         num_elements = chunk.trainable_stop - chunk.start
         offset = 0
         state: list[torch.Tensor] = []
@@ -352,7 +353,7 @@ class UpdateLane:
         elif num_elements:
             for plane in record.state:
                 assert chunk.buffer is not None
-                num_bytes, dtype = num_elements * record.element_bytes[plane], self._dtypes[plane]
+                num_bytes, dtype = num_elements * record.element_bytes[plane], dtypes[plane]
                 state.append(chunk.buffer.tensor(dtype, int(num_bytes) // dtype.itemsize, offset))
                 offset += align(num_bytes)
         if job.gradient is not None:
@@ -360,5 +361,5 @@ class UpdateLane:
         if not num_elements:
             return state, torch.empty(0)
         assert chunk.buffer is not None
-        stored = torch.float32 if record.element_bytes[Plane.GRADIENT] == 4 else self._gradient_dtype
+        stored = torch.float32 if record.element_bytes[Plane.GRADIENT] == 4 else dtypes[Plane.GRADIENT]
         return state, chunk.buffer.tensor(stored, num_elements, offset)

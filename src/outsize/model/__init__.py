@@ -15,6 +15,7 @@ from outsize.model.export import MAX_SHARD_BYTES, write_companions, write_folder
 from outsize.model.folder import Existing
 from outsize.model.initial import InitSource
 from outsize.model.messages import messages_for_template
+from outsize.model.names import main_dtype
 from outsize.model.points import Binding, Cut, Point, PointKind
 from outsize.model.quantized import is_quantized, parse_weights, stored_weights
 from outsize.model.shards import READ_BUFFERS_BYTES, find_weights, has_weights
@@ -44,6 +45,7 @@ __all__ = [
     "is_quantized",
     "load_tokenizer",
     "longest_sequence",
+    "main_dtype",
     "merges_rows",
     "messages_for_template",
     "open_skeleton",

@@ -19,17 +19,22 @@ from torch import nn
 
 from outsize.block import Block, Piece
 from outsize.errors import ModelError
+from outsize.model.names import full_precision_names
 from outsize.model.points import Binding, Cut, Point, PointKind
 
 ROWS = 64
 """Row blocks hold a multiple of this many rows (the last one may hold fewer)."""
+
+_FULL_PRECISION = "_fp32"
+"""Ends the name of the block that holds a layer's fp32 parameters, beside the layer's own."""
 
 
 def cut(module: nn.Module, max_rows_elements: int | None = None) -> Cut:
     """Name the blocks of `module` and the points where its forward needs them; `module` is not changed.
 
     Row blocks hold at most `max_rows_elements` elements (by default, as many as the largest layer), but at
-    least 64 rows. Pieces of a table always have rows, even where one block holds the whole table.
+    least 64 rows. Pieces of a table always have rows, even where one block holds the whole table. A block holds either
+    parameters that stay in fp32 (`full_precision_names`) or others, never both: a point may have one of each.
 
     Raises ModelError where a parameter is no floating-point tensor, or the model has no parameters.
     """
@@ -69,6 +74,7 @@ class _Cutter:
             self.parameters[name] = parameter
         if not self.parameters:
             raise ModelError(f"{type(root).__name__} has no parameters")
+        self.full_precision = full_precision_names(root) & self.parameters.keys()
 
     def cut(self) -> Cut:
         layers = self._layers()
@@ -158,9 +164,11 @@ class _Cutter:
             if isinstance(module, nn.Embedding):
                 plain = module.max_norm is None and not module.scale_grad_by_freq and not module.sparse
                 alone = [name for name, _ in module.named_parameters()] == ["weight"]
+                if self.first_name[id(module.weight)] in self.full_precision:
+                    continue  # rows of a table compute in the type of all other rows
                 if plain and alone and (module is inputs or module.weight.numel() > self.largest / 2):
                     drafts[path] = self._subtree_draft(module, PointKind.EMBEDDING)
-            elif head is not None and module is head:
+            elif head is not None and module is head and not self._has_full_precision(head):
                 drafts[path] = self._subtree_draft(module, PointKind.HEAD)
         return drafts
 
@@ -229,6 +237,9 @@ class _Cutter:
     def _binding(self, path: str, attribute: str, parameter: nn.Parameter) -> Binding:
         return Binding(path, attribute, self.first_name[id(parameter)])
 
+    def _has_full_precision(self, module: nn.Module) -> bool:
+        return any(self.first_name[id(parameter)] in self.full_precision for parameter in module.parameters())
+
     def _size(self, module: nn.Module) -> int:
         return sum(parameter.numel() for parameter in module.parameters())
 
@@ -240,7 +251,7 @@ class _Cutter:
         for index, point in enumerate(points):
             for name in point.parameters:
                 users.setdefault(name, []).append(index)
-        groups: dict[tuple[int, ...], list[str]] = {}
+        groups: dict[tuple[tuple[int, ...], bool], list[str]] = {}
         tied = {
             binding.parameter
             for point in points
@@ -259,7 +270,7 @@ class _Cutter:
                     row_blocks[name].append((f"{letter}{numbers[letter]}", pieces))
                     numbers[letter] += 1
             elif name not in row_names:
-                groups.setdefault(tuple(indices), []).append(name)
+                groups.setdefault((tuple(indices), name in self.full_precision), []).append(name)
 
         widths = {letter: max(2, len(str(max(number - 1, 0)))) for letter, number in numbers.items()}
         for name, rows in row_blocks.items():
@@ -277,12 +288,17 @@ class _Cutter:
             if point.is_layer and self._is_listed_path(point.path):
                 layer_label[index] = f"L{len(layer_label):0{width}d}"
         used = {label for _, label, _ in blocks} | set(layer_label.values())
-        for members, names in sorted(groups.items()):
+        full_precision: set[str] = set()
+        for (members, is_full), names in sorted(groups.items()):
             if len(members) == 1 and members[0] in layer_label:
                 label = layer_label[members[0]]
+                if is_full and (members, False) in groups:
+                    label += _FULL_PRECISION
             else:
                 label = _unique(points[members[0]].path if len(members) == 1 else _common_path(names), used)
             used.add(label)
+            if is_full:
+                full_precision.add(label)
             key = (members[0], 0 if len(members) > 1 else 2, len(blocks))
             blocks.append(
                 (key, label, tuple(Piece(name, tuple(self.parameters[name].shape)) for name in names))
@@ -299,6 +315,7 @@ class _Cutter:
                 )
                 for point, listed in zip(points, listing, strict=True)
             ),
+            frozenset(full_precision),
         )
 
     def _is_listed_path(self, path: str) -> bool:

@@ -26,7 +26,13 @@ from transformers.core_model_loading import revert_weight_conversion
 from outsize.block import Block
 from outsize.errors import ModelError, UsageError
 from outsize.model.folder import Existing, check_free, flush, written_folder
-from outsize.model.names import parameter_aliases, parameter_shapes, persistent_buffers
+from outsize.model.names import (
+    full_precision_names,
+    main_dtype,
+    parameter_aliases,
+    parameter_shapes,
+    persistent_buffers,
+)
 from outsize.model.writer import Planned, SafetensorsWriter, check_room, storage_errors
 
 MAX_SHARD_BYTES = 5 * 10**9
@@ -62,8 +68,9 @@ def write_folder(
 ) -> Path:
     """Write `module` with the values that `fetch` gives to the folder `path`, and return it.
 
-    `fetch(block)` returns one CPU tensor per piece, valid until the next call. All parameters are written as
-    `dtype` (default: the type of the first block's). Tied weights are written once, under the name that
+    `fetch(block)` returns one CPU tensor per piece, valid until the next call. Parameters are written as `dtype`
+    (default: the type of the first that does not stay in fp32), those that stay in fp32 as fp32.
+    Tied weights are written once, under the name that
     `from_pretrained` expects; tokenizer files are copied from the folder `tokenizer_from`. A module that is
     no Hugging Face model gives `model.safetensors` only. Memory use is about two blocks.
 
@@ -74,8 +81,10 @@ def write_folder(
     path = Path(path).expanduser()
     check_free(path, existing)
     given = dtype
+    full_precision = full_precision_names(module)
     if dtype is None:
-        dtype = fetch(blocks[0])[0].dtype
+        own = (block for block in blocks if block.pieces[0].parameter not in full_precision)
+        dtype = fetch(next(own, blocks[0]))[0].dtype
     plan = _plan(module, blocks, dtype)
     with written_folder(path, existing) as temporary:
         check_room(path, sum(planned.num_bytes for planned in plan.files.values()))
@@ -101,7 +110,7 @@ def write_companions(module: nn.Module, folder: Path) -> None:
         opened_from = Path(getattr(module.config, "name_or_path", "") or "/nonexistent")
         if opened_from.is_dir():
             _copy_companions(module, opened_from, partial)
-        _write_configs(module, partial, next(module.parameters()).dtype)
+        _write_configs(module, partial, main_dtype(module))
     with storage_errors(folder):
         flush(partial)
         os.rename(partial, folder)
@@ -135,9 +144,12 @@ class _Plan:
 def _plan(module: nn.Module, blocks: Sequence[Block], dtype: torch.dtype) -> _Plan:
     saved_name, ignored = _saved_names(module)
     shapes = parameter_shapes(module)
+    full_precision = full_precision_names(module)
     buffers = {name: buffer for name, buffer in persistent_buffers(module).items() if name not in ignored}
     whole = {
-        saved: torch.empty(shapes[first], dtype=dtype, device="meta")
+        saved: torch.empty(
+            shapes[first], dtype=torch.float32 if first in full_precision else dtype, device="meta"
+        )
         for first, saved in saved_name.items()
         if saved is not None
     }

@@ -46,3 +46,5 @@ class Cut:
 
     blocks: tuple[Block, ...]
     points: tuple[Point, ...]
+    full_precision: frozenset[str] = frozenset()
+    """Names of the blocks whose parameters stay in fp32, whatever the rest computes in."""

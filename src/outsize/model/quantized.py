@@ -16,6 +16,7 @@ from torch import nn
 from outsize.config import Weights
 from outsize.errors import ConfigError, ModelError
 from outsize.model.cut import cut
+from outsize.model.names import full_precision_names
 from outsize.model.points import PointKind
 from outsize.quant import Matrix, quantize
 
@@ -67,6 +68,8 @@ def restore(module: nn.Module, settings: Mapping[str, Any]) -> None:
 
 def put_in(module: nn.Module, weights: Weights, kept: frozenset[str]) -> Mapping[str, Matrix]:
     """Put matrices in few bits into `module`, in place, and say so in its config; linear layers in `kept` stay."""
+    names = full_precision_names(module)
+    kept |= {name.rpartition(".")[0] for name in names}
     layers = [point.module for point in cut(module).points if point.kind is PointKind.LAYER]
     matrices, left = quantize(module, layers, weights, kept)
     settings = {"quant_method": METHOD, "weights": str(weights), "modules_to_not_convert": left}

@@ -7,12 +7,13 @@ initialisation do nothing, and a large `torch.empty` goes to meta before it is a
 such a tensor to make a buffer of it, the model is built once more with those allocations left alone: memory
 that is never written costs address space only.
 
-The idea of patching `register_parameter` is from accelerate's `init_empty_weights`.
+The idea of moving parameters while they are registered is from accelerate's `init_empty_weights`.
 """
 
 from __future__ import annotations
 
 import copy
+import threading
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -22,15 +23,19 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.overrides import TorchFunctionMode
 from transformers.initialization import no_init_weights
 
 from outsize.errors import ModelError
 from outsize.model.attention import choose
+from outsize.model.names import full_precision_names
 from outsize.model.quantized import is_ours, restore
 
 _LARGE = 1 << 16
 """Elements from which `torch.empty` is sent to meta."""
+
+_COMPUTED = (torch.float32, torch.bfloat16)
 
 _CONSTRUCTED: weakref.WeakKeyDictionary[nn.Module, dict[str, torch.Tensor]] = weakref.WeakKeyDictionary()
 
@@ -192,18 +197,54 @@ def _construct(
 ) -> Any:
     config = copy.deepcopy(config)
     with ExitStack() as stack:
+        stack.enter_context(_BUILDING)
         stack.enter_context(torch.random.fork_rng(devices=[]))
         stack.enter_context(no_init_weights())
-        values = stack.enter_context(_parameters_on_meta(dtype))
+        construction = stack.enter_context(_parameters_on_meta(dtype))
         stack.enter_context(_EmptyIsUnset(large_on_meta))
         module = model_class._from_config(config, dtype=dtype)
+    _keep_full_precision(module, construction)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         _initialise_buffers(module)
         module.tie_weights()
+    values = construction.values
     _CONSTRUCTED[module] = {
         name: values[parameter] for name, parameter in module.named_parameters() if parameter in values
     }
     return module
+
+
+def _keep_full_precision(module: nn.Module, construction: _Construction) -> None:
+    """Give parameters and buffers that stay in fp32 that type. Raises ModelError for a type that nothing computes in."""
+    for name, parameter in module.named_parameters():
+        if parameter in construction.unknown:
+            raise ModelError(
+                f"{type(module).__name__}: parameter {name} is made in {construction.unknown[parameter]}",
+                hint="Outsize computes in float32 and bfloat16: this model cannot be loaded",
+            )
+    names = full_precision_names(module)
+    found: dict[nn.Parameter, nn.Parameter] = {}
+    for path, inner in module.named_modules(remove_duplicate=False):
+        for name, owned in inner._parameters.items():
+            if owned is not None and owned.is_floating_point() and owned.dtype is not torch.float32:
+                if owned not in found and (f"{path}.{name}" if path else name) in names:
+                    found[owned] = _as_fp32(owned)
+                    if owned in construction.values:
+                        construction.values[found[owned]] = construction.values.pop(owned)
+                inner._parameters[name] = found.get(owned, owned)
+        for name, buffer in inner._buffers.items():
+            if (
+                buffer is not None
+                and buffer.is_floating_point()
+                and (f"{path}.{name}" if path else name) in names
+            ):
+                inner._buffers[name] = buffer.float()
+
+
+def _as_fp32(parameter: nn.Parameter) -> nn.Parameter:
+    wide = nn.Parameter(parameter.data.float(), requires_grad=parameter.requires_grad)
+    vars(wide).update(vars(parameter))
+    return wide
 
 
 def _meta_buffers(module: nn.Module) -> list[str]:
@@ -232,32 +273,62 @@ def _initialise_buffers(module: Any) -> None:
     visit(module, module._init_weights)
 
 
+class _Construction:
+    """What is known of the parameters that one thread is constructing: they go to meta, in `dtype`.
+
+    One that a constructor makes in fp32 itself stays fp32, as it does in transformers.
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self.values: dict[nn.Parameter, torch.Tensor] = {}
+        """Of small parameters, the values that they were given."""
+        self.unknown: dict[nn.Parameter, torch.dtype] = {}
+        """Parameters of a type that blocks do not compute in."""
+
+    def moved(self, parameter: nn.Parameter) -> nn.Parameter | None:
+        """What takes the place of `parameter`; None where it stays as it is."""
+        kept = not parameter.is_floating_point() or parameter.dtype is torch.float32
+        dtype = parameter.dtype if kept else self.dtype
+        if parameter.is_meta and parameter.dtype == dtype:
+            return None
+        data = torch.empty_like(parameter.data, device="meta", dtype=dtype)
+        moved = nn.Parameter(data, requires_grad=parameter.requires_grad)
+        vars(moved).update(vars(parameter))
+        if parameter.is_floating_point() and parameter.dtype not in (self.dtype, *_COMPUTED):
+            self.unknown[moved] = parameter.dtype
+        if not parameter.is_meta and 0 < parameter.numel() < _LARGE and not bool(parameter.isnan().any()):
+            first = parameter.detach().flatten()[:1]
+            constant = bool((parameter == first).all())
+            value = first[0].clone().expand(parameter.shape) if constant else parameter.detach().clone()
+            self.values[moved] = value
+        return moved
+
+
+_BUILDING = threading.Lock()
+"""transformers changes the process's default type and torch's init functions while it constructs a model."""
+
+_current = threading.local()
+
+
+def _register(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
+    construction: _Construction | None = getattr(_current, "construction", None)
+    return construction.moved(parameter) if construction is not None and parameter is not None else None
+
+
+# Registered once and never removed: torch iterates over its hooks in every thread that constructs a module. It does
+# nothing in a thread that is not inside `_parameters_on_meta`.
+register_module_parameter_registration_hook(_register)  # type: ignore[arg-type]  # torch says None
+
+
 @contextmanager
-def _parameters_on_meta(dtype: torch.dtype) -> Iterator[dict[nn.Parameter, torch.Tensor]]:
-    """Parameters are registered on meta; yields the values that the small ones had, where they had any."""
-    values: dict[nn.Parameter, torch.Tensor] = {}
-    original = nn.Module.register_parameter
-
-    def register_parameter(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
-        if param is not None:
-            kind = dtype if param.is_floating_point() else param.dtype
-            if not param.is_meta or param.dtype != kind:
-                data = torch.empty_like(param.data, device="meta", dtype=kind)
-                moved = nn.Parameter(data, requires_grad=param.requires_grad)
-                vars(moved).update(vars(param))
-                if not param.is_meta and 0 < param.numel() < _LARGE and not bool(param.isnan().any()):
-                    first = param.detach().flatten()[:1]
-                    constant = bool((param == first).all())
-                    value = first[0].clone().expand(param.shape) if constant else param.detach().clone()
-                    values[moved] = value
-                param = moved
-        original(self, name, param)
-
-    nn.Module.register_parameter = register_parameter  # type: ignore[method-assign]
+def _parameters_on_meta(dtype: torch.dtype) -> Iterator[_Construction]:
+    """Parameters that this thread registers go to meta."""
+    _current.construction = construction = _Construction(dtype)
     try:
-        yield values
+        yield construction
     finally:
-        nn.Module.register_parameter = original  # type: ignore[method-assign]
+        _current.construction = None
 
 
 class _EmptyIsUnset(TorchFunctionMode):
