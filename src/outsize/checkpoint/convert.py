@@ -90,7 +90,7 @@ def _fill(
         return  # zeros, as a mapping begins
     moment = reader.moment(block, old, plane)
     if record.element_bytes[plane] == 4:
-        padded = torch.zeros(-(-moment.numel() // GROUP) * GROUP)
+        padded = torch.zeros(-(-moment.numel() // GROUP) * GROUP, dtype=torch.float32, device="cpu")
         padded[: moment.numel()] = moment
         stored = deinterleave(padded) if is_split else padded
         _tensor(memory, torch.float32, record.num_trainable)[entry.start : entry.start + padded.numel()] = (

@@ -119,9 +119,14 @@ class _Values:
         for name, shape in self._shapes.items():
             if name in steps:
                 moments = {torch_name: _meta(shape) for torch_name in NAMES.values()}
-                state[name] = {"step": torch.tensor(float(steps[name])), **moments}
+                state[name] = {
+                    "step": torch.tensor(float(steps[name]), dtype=torch.float32, device="cpu"),
+                    **moments,
+                }
         # Every setting that torch's own optimizer has, since its users load all of them.
-        defaults = torch.optim.AdamW([nn.Parameter(torch.zeros(()))], lr=0.0).param_groups[0]
+        defaults = torch.optim.AdamW(
+            [nn.Parameter(torch.zeros((), dtype=torch.float32, device="cpu"))], lr=0.0
+        ).param_groups[0]
         groups = [{**defaults, **group} for group in self._reader.manifest.optimizer["groups"] or ()]
         model: dict[str, torch.Tensor] = {
             name: _meta(self._shapes[first]) for name, first in self._first.items()
@@ -137,7 +142,7 @@ class _Values:
     def value(self, key: str, piece: Piece) -> torch.Tensor:
         """A piece of a parameter's masters, or of one of its moments, which is zero where it does not train."""
         _, plane = self._parameter(key)
-        value = torch.zeros(piece.shape)
+        value = torch.zeros(piece.shape, dtype=torch.float32, device="cpu")
         if plane is None:
             self._weights.read(Block("", (piece,)), [value])
         elif (found := self._reader.find(piece)) is not None and found[1].trainable:
@@ -154,7 +159,7 @@ class _Values:
 
 
 def _meta(shape: Sequence[int]) -> torch.Tensor:
-    return torch.empty(tuple(shape), device="meta")
+    return torch.empty(tuple(shape), device="meta", dtype=torch.float32)
 
 
 class _Streaming(DefaultSavePlanner):
@@ -163,7 +168,7 @@ class _Streaming(DefaultSavePlanner):
     def __init__(self, values: _Values) -> None:
         super().__init__()
         self._values = values
-        self._last = torch.empty(0)
+        self._last = torch.empty(0, dtype=torch.float32, device="cpu")
 
     def create_local_plan(self) -> SavePlan:
         """The plan of one rank."""
@@ -344,7 +349,7 @@ class _DcpReader:
     def _tensor(self, key: str) -> torch.Tensor:
         if self._last is None or self._last[0] != key:
             self._last = None
-            value = torch.empty(self._sizes[key], dtype=torch.float32)
+            value = torch.empty(self._sizes[key], dtype=torch.float32, device="cpu")
             load({key: value}, storage_reader=self._reader, no_dist=True)
             self._last = key, value
         return self._last[1]

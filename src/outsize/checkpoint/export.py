@@ -89,7 +89,10 @@ def _export(reader: CommitReader, folder: Path, out: Path, dtype: str | None, ov
 
         def fetch(block: Block) -> list[torch.Tensor]:
             memory.give_back()  # what other blocks have freed may fit into nothing of this one
-            values = [torch.empty(piece.shape, dtype=dtypes[piece.parameter]) for piece in block.pieces]
+            values = [
+                torch.empty(piece.shape, dtype=dtypes[piece.parameter], device="cpu")
+                for piece in block.pieces
+            ]
             source.read(block, values)
             return values
 

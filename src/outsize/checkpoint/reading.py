@@ -151,7 +151,7 @@ class CommitReader:
         """Elements `[first, last)` of a plane as it is stored, each cell read once."""
         record = block.record
         size = record.element_bytes[plane]
-        values = torch.empty(int((last - first) * size) // dtype.itemsize, dtype=dtype)
+        values = torch.empty(int((last - first) * size) // dtype.itemsize, dtype=dtype, device="cpu")
         data = memoryview(values.view(torch.uint8).numpy().data)
         starts = [cell.cell.offset for cell in block.cells]
         for start, stop, extent in record.plane_parts(plane):

@@ -30,6 +30,7 @@ from outsize.model import (
     main_dtype,
     open_skeleton,
     parse_weights,
+    plain_defaults,
     resolve_folder,
     stored_weights,
 )
@@ -37,6 +38,7 @@ from outsize.plan.profile import Profile
 from outsize.tier import CudaDevice, Device, HostDevice
 
 
+@plain_defaults()
 def load(
     path: str | Path,
     *,
@@ -101,6 +103,7 @@ def load(
     return _take_over(module, source, settings, profile)
 
 
+@plain_defaults()
 def wrap(
     module: nn.Module,
     *,

@@ -147,7 +147,7 @@ class _Places:
     def of(cls, ids: torch.Tensor, num_rows: int, session: Session) -> _Places:
         known = ids if ids.device.type == "cpu" else session.arguments.known_on_host(ids)
         if known is None and num_rows <= SMALL_ROWS:
-            distinct = torch.arange(num_rows)
+            distinct = torch.arange(num_rows, device="cpu")
             return cls(distinct, session.arguments.on_device(distinct), ids)
         distinct, inverse = torch.unique(
             session.arguments.on_host(ids) if known is None else known, return_inverse=True
@@ -156,7 +156,7 @@ class _Places:
 
 
 def _range(distinct: torch.Tensor, start: int, stop: int) -> tuple[int, int]:
-    bounds = torch.searchsorted(distinct, torch.tensor([start, stop]))
+    bounds = torch.searchsorted(distinct, torch.tensor([start, stop], device="cpu"))
     return int(bounds[0]), int(bounds[1])
 
 

@@ -157,9 +157,9 @@ class Head:
         """`(sum of losses [], log-sum-exp [N])` of `hidden [N, h]`, `targets [N]` (on the host: they decide what runs)."""
         count = hidden.shape[0]
         sums = _Sums(
-            torch.full((count,), -torch.inf, device=hidden.device),
-            torch.zeros(count, device=hidden.device),
-            torch.zeros(count, device=hidden.device),
+            torch.full((count,), -torch.inf, device=hidden.device, dtype=torch.float32),
+            torch.zeros(count, device=hidden.device, dtype=torch.float32),
+            torch.zeros(count, device=hidden.device, dtype=torch.float32),
         )
         targets = self.session.arguments.on_device(targets)
         with torch.no_grad():
@@ -296,10 +296,13 @@ def measured_tiles(
     hidden = torch.zeros(count, width, dtype=session.dtype, device=device)
     values = {head.weight: torch.zeros(rows, width, dtype=session.dtype, device=device)}
     autocast = replace(Autocast.current(session.device), enabled=False)
-    largest, total = torch.zeros(count, device=device), torch.ones(count, device=device)
+    largest, total = (
+        torch.zeros(count, device=device, dtype=torch.float32),
+        torch.ones(count, device=device, dtype=torch.float32),
+    )
     place = torch.zeros(count, 1, dtype=torch.long, device=device)
-    gradient = torch.zeros(count, width, device=device)
-    weight_sum = torch.zeros(rows, width, device=device)
+    gradient = torch.zeros(count, width, device=device, dtype=torch.float32)
+    weight_sum = torch.zeros(rows, width, device=device, dtype=torch.float32)
 
     def logits() -> torch.Tensor:
         weight = values[head.weight]

@@ -52,7 +52,7 @@ class Origin:
         assert self.source is not None, f"{state.name}: the source is gone"
         dtype = self._store.plane_dtype(state.record, Plane.WEIGHT)
         piece, is_rounded = entry.piece, _is_rounded(self.source, entry.piece, dtype)
-        found = torch.empty(target.shape, dtype=torch.float32 if is_rounded else dtype)
+        found = torch.empty(target.shape, dtype=torch.float32 if is_rounded else dtype, device="cpu")
         cuts = [0, *(torch.nonzero(rows.diff() != 1)[:, 0] + 1).tolist(), rows.numel()]
         runs, parts = [], []
         for first, last in pairwise(cuts):
@@ -92,7 +92,11 @@ class Origin:
             state.loading.wait()  # a task of this thread, over by now; raises what went wrong
             self._store.device.start_copy(Way.UP, place, hosted, after=after, label=label).wait()
             return
-        scratch = torch.empty(place.shape, dtype=place.dtype) if Plane.WEIGHT in state.resident else None
+        scratch = (
+            torch.empty(place.shape, dtype=place.dtype, device="cpu")
+            if Plane.WEIGHT in state.resident
+            else None
+        )
         if scratch is not None:
             self._fill(state.record, scratch)
             place.copy_(scratch)
@@ -124,7 +128,7 @@ class Origin:
     def _exact(self, record: Record, entry: Entry) -> tuple[torch.Tensor, torch.Tensor]:
         """Weight and remainder of one entry's fp32 value in the source."""
         assert self.source is not None, f"{record.name}: the source is gone"
-        exact = torch.empty(entry.piece.shape, dtype=torch.float32)
+        exact = torch.empty(entry.piece.shape, dtype=torch.float32, device="cpu")
         self.source.read(Block(record.name, (entry.piece,)), [exact])
         return split(exact.view(-1))
 
@@ -133,7 +137,9 @@ class Origin:
         record = state.record
         if Plane.REMAINDER not in record.state:
             return None
-        remainder = torch.zeros(record.num_trainable, dtype=self._store.plane_dtype(record, Plane.REMAINDER))
+        remainder = torch.zeros(
+            record.num_trainable, dtype=self._store.plane_dtype(record, Plane.REMAINDER), device="cpu"
+        )
         for entry in record.entries:
             if entry.trainable:
                 remainder[entry.start : entry.stop] = self._exact(record, entry)[1]

@@ -132,7 +132,7 @@ class Parameters(Mapping[str, OffloadedParameter]):
         """A copy of one piece's current value."""
         if self._session.executor is None:
             piece = self._session.blocks[at.block].pieces[at.index]
-            exact = torch.empty(piece.shape, dtype=torch.float32)
+            exact = torch.empty(piece.shape, dtype=torch.float32, device="cpu")
             source = self._session.committed or self._session.own_source()
             source.read(Block(at.block, (piece,)), [exact])
             is_whole = self._session.dtype_of(piece.parameter) is torch.float32
@@ -161,8 +161,12 @@ class Parameters(Mapping[str, OffloadedParameter]):
         if self._session.committed is not None:
             return {}
         source, dtype = self._session.own_source(), self._session.dtype
-        pieces = tuple(piece for piece in block.pieces if source.stored_dtype(piece) is dtype)
-        values = [torch.empty(piece.shape, dtype=dtype) for piece in pieces]
+        pieces = tuple(
+            piece
+            for piece in block.pieces
+            if source.stored_dtype(piece) is dtype and self._session.dtype_of(piece.parameter) is dtype
+        )
+        values = [torch.empty(piece.shape, dtype=dtype, device="cpu") for piece in pieces]
         source.read(Block(block.name, pieces), values)
         return {
             piece: value.to(self._session.torch_device) for piece, value in zip(pieces, values, strict=True)

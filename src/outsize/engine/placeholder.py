@@ -197,7 +197,10 @@ class GradientPlaceholder(_Placeholder):
                 and is_whole
                 and all(isinstance(gradient, GradientPlaceholder) for gradient in gradients)
             ):
-                norms = [torch.tensor(gradient._norm(), dtype=torch.float32) for gradient in gradients]
+                norms = [
+                    torch.tensor(gradient._norm(), dtype=torch.float32, device="cpu")
+                    for gradient in gradients
+                ]
                 return norms if overload is aten._foreach_norm else norms[0]
         if overload in (aten._foreach_zero_, aten.zero_):
             gradients = args[0] if isinstance(args[0], list | tuple) else [args[0]]

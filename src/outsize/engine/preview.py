@@ -29,6 +29,7 @@ from outsize.model import (
     is_quantized,
     longest_sequence,
     open_skeleton,
+    plain_defaults,
     resolve_folder,
     stored_weights,
 )
@@ -95,7 +96,8 @@ def preview(
         computes_on = PaperDevice(whole and min(whole, settings.budgets.device_bytes or whole))
     memory.keep_freed_memory()
     memory.bound_kernel_caches()
-    module = open_skeleton(folder, DTYPES[settings.compute_type], attention=attention)
+    with plain_defaults():
+        module = open_skeleton(folder, DTYPES[settings.compute_type], attention=attention)
     session = Session(module, cut(module), TensorSource({}), settings, computes_on, hardware or profile)
     if getattr(module, "main_input_name", None) != "input_ids":
         raise ModelError(
@@ -191,7 +193,7 @@ def _shorter(session: Session, batch_size: int, seq_len: int) -> str:
 
 
 def _rehearse(session: Session, rows: int, seq_len: int) -> tuple[Rehearsal, BatchShape]:
-    ids = torch.zeros(rows, seq_len, dtype=torch.long)
+    ids = torch.zeros(rows, seq_len, dtype=torch.long, device="cpu")
     kwargs = {"input_ids": ids, "labels": ids, "use_cache": False}
     shape = batch_shape(session.module, (), kwargs)
     return session.calls.rehearse_with_labels(kwargs, shape), shape

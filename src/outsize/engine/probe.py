@@ -247,7 +247,7 @@ class Probe:
         self.loss_tile_bytes = max(self.loss_tile_bytes, num_tiles * hidden.shape[0] * rows * 4)
         self.most_loss_tile_bytes = num_tiles * tile_elements(hidden.device) * 4
         self.beside_loss_bytes = max(self.beside_loss_bytes, 3 * hidden.numel() * 4 + gradient_bytes)
-        loss = torch.zeros((), device=hidden.device)
+        loss = torch.zeros((), device=hidden.device, dtype=torch.float32)
         return self._visit(head.blocks, [hidden], [loss], differentiates, is_table=True)[0]
 
     # -- recording -------------------------------------------------------------------------------------------------
@@ -430,7 +430,7 @@ def rehearse(session: Session, args: tuple[Any, ...], kwargs: dict[str, Any], sh
         try:
             hardest = _hardest_rows(kwargs, rows)
             for count in SMALL_ROWS:
-                index = hardest[torch.arange(count) % rows]
+                index = hardest[torch.arange(count, device="cpu") % rows]
                 probes[count] = _run(
                     session, *tree_map_only(torch.Tensor, partial(_take, rows, index), (args, kwargs))
                 )
@@ -488,7 +488,7 @@ def _hardest_rows(kwargs: dict[str, Any], rows: int) -> torch.Tensor:
     """All rows, those with most padding first: models make a mask only where there is something to mask."""
     mask = kwargs.get("attention_mask")
     if not isinstance(mask, torch.Tensor) or mask.dim() < 2 or mask.shape[0] != rows:
-        return torch.arange(rows)
+        return torch.arange(rows, device="cpu")
     return mask.reshape(rows, -1).sum(1).argsort(stable=True)
 
 
@@ -548,7 +548,7 @@ def batch_shape(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str
         leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, torch.Tensor) and leaf.dim()
     ]
     if not isinstance(main, torch.Tensor) or not main.dim():
-        main = tensors[0] if tensors else torch.empty(1)
+        main = tensors[0] if tensors else torch.empty(1, dtype=torch.float32, device="cpu")
     rows = main.shape[0]
     return BatchShape(
         rows=rows if tensors and all(tensor.shape[0] in (1, rows) for tensor in tensors) else None,

@@ -118,7 +118,7 @@ class Session:
         self.source: Source | None = source
         self.settings = settings
         self.dtype = DTYPES[settings.compute_type]
-        self.anchor = torch.zeros((), requires_grad=True, device=self.torch_device)
+        self.anchor = torch.zeros((), requires_grad=True, device=self.torch_device, dtype=torch.float32)
         self.arguments = Arguments(self.torch_device)
         self.probe: Probe | None = None
         self.rule: Rule | None = None

@@ -359,7 +359,7 @@ class UpdateLane:
         if job.gradient is not None:
             return state, job.gradient[chunk.start : chunk.trainable_stop]
         if not num_elements:
-            return state, torch.empty(0)
+            return state, torch.empty(0, dtype=torch.float32, device="cpu")
         assert chunk.buffer is not None
         stored = torch.float32 if record.element_bytes[Plane.GRADIENT] == 4 else dtypes[Plane.GRADIENT]
         return state, chunk.buffer.tensor(stored, num_elements, offset)

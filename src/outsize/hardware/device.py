@@ -26,7 +26,10 @@ def matmul(device: CudaDevice, compute_type: ComputeType) -> Work:
     place = device.torch_device
     sizes = cycle(
         [
-            (torch.randn(ROWS, inputs).to(place, dtype), torch.randn(outputs, inputs).to(place, dtype))
+            (
+                torch.randn(ROWS, inputs, dtype=torch.float32, device="cpu").to(place, dtype),
+                torch.randn(outputs, inputs, dtype=torch.float32, device="cpu").to(place, dtype),
+            )
             for inputs, outputs in WIDTHS
         ]
     )

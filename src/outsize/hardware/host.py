@@ -87,7 +87,9 @@ def with_threads(work: Work, num_threads: int) -> Work:
 def copy() -> Work:
     """Copies from memory to memory; amounts are bytes copied, each of which is read once and written once."""
     # Written, not zeros: the system would show one page of zeros everywhere.
-    source, target = (torch.full((COPY_BYTES // 4,), value) for value in (1.0, 2.0))
+    source, target = (
+        torch.full((COPY_BYTES // 4,), value, dtype=torch.float32, device="cpu") for value in (1.0, 2.0)
+    )
     parts = cycle(zip(target.chunk(COPIES_PER_UNIT), source.chunk(COPIES_PER_UNIT), strict=True))
 
     def run() -> float:
@@ -99,9 +101,9 @@ def copy() -> Work:
 
 
 def _product(rows: int, inputs: int, outputs: int, dtype: torch.dtype) -> Callable[[], float]:
-    values = torch.full((rows, inputs), 0.5, dtype=dtype)
-    weight = torch.full((outputs, inputs), 0.5, dtype=dtype)
-    result = torch.empty(rows, outputs, dtype=dtype)
+    values = torch.full((rows, inputs), 0.5, dtype=dtype, device="cpu")
+    weight = torch.full((outputs, inputs), 0.5, dtype=dtype, device="cpu")
+    result = torch.empty(rows, outputs, dtype=dtype, device="cpu")
 
     def run() -> float:
         torch.mm(values, weight.t(), out=result)

@@ -46,7 +46,7 @@ class Units:
 
     def __init__(self, items: Sequence[tuple[int, int, int, int]]) -> None:
         work = [rows * (position + rows) for _, rows, _, position in items]
-        self.items = torch.tensor(sorted(items, key=lambda item: -item[3]), dtype=torch.int32)
+        self.items = torch.tensor(sorted(items, key=lambda item: -item[3]), dtype=torch.int32, device="cpu")
         self.most_rows = max(rows for _, rows, _, _ in items)
         self.balance = sum(work) / max(work)
         """How many there would be if all were as large as the largest."""
@@ -88,7 +88,9 @@ class Kernel:
             assert tensor.is_contiguous() and tensor.device.type == "cpu", (tensor.stride(), tensor.device)
         assert keys.dtype is values.dtype and query_THK.dtype is torch.float32, (keys.dtype, values.dtype)
         num_tokens, heads, key_width = query_THK.shape
-        output = torch.zeros(num_tokens, heads, values.shape[-1])  # zeros for tokens of no request
+        output = torch.zeros(
+            num_tokens, heads, values.shape[-1], dtype=torch.float32, device="cpu"
+        )  # zeros for tokens of no request
         taken, kv_heads = ctypes.c_int64(0), keys.shape[1]
         call = Attention(
             query=query_THK.data_ptr(),

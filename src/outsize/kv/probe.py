@@ -119,11 +119,11 @@ def probe(model: torch.nn.Module, call: Callable[[dict[str, Any]], object]) -> P
     most_positions = min(getattr(config, "max_position_embeddings", None) or MOST_POSITIONS, MOST_POSITIONS)
     long_after = _long_after(config)
     watcher = _Watcher()
-    ids = torch.zeros(1, _NUM_TOKENS, dtype=torch.long)
+    ids = torch.zeros(1, _NUM_TOKENS, dtype=torch.long, device="cpu")
     arguments = {
         "input_ids": ids,
-        "position_ids": torch.arange(_NUM_TOKENS).unsqueeze(0),
-        "logits_to_keep": torch.tensor([_NUM_TOKENS - 1]),
+        "position_ids": torch.arange(_NUM_TOKENS, device="cpu").unsqueeze(0),
+        "logits_to_keep": torch.tensor([_NUM_TOKENS - 1], device="cpu"),
         "use_cache": False,
         "paged": watcher,
     }
@@ -174,10 +174,10 @@ def _window_of(mask: Mask, most_positions: int) -> int | None:
 
     Asked at the two last positions: what sees a number of positions that changes otherwise than by one is no window.
     """
-    keys, zero = torch.arange(most_positions), torch.tensor(0)
+    keys, zero = torch.arange(most_positions, device="cpu"), torch.tensor(0, device="cpu")
     seen = []
     for position in (most_positions - 2, most_positions - 1):
-        allowed = mask(zero, zero, torch.tensor(position), keys).flatten()
+        allowed = mask(zero, zero, torch.tensor(position, device="cpu"), keys).flatten()
         count = int(allowed.sum())
         if not bool(allowed[position - count + 1 : position + 1].all()):
             raise NotPageableError("it masks in a way that is no window")

@@ -140,8 +140,8 @@ class Pass:
             for position in range(segment.position, segment.position + segment.stop - segment.start):
                 pages.append(segment.table[position // PAGE_TOKENS] if segment.table else SCRATCH)
                 offsets.append(position % PAGE_TOKENS)
-        self._pages = sent(torch.tensor(pages), kv.device)
-        self._offsets = sent(torch.tensor(offsets), kv.device)
+        self._pages = sent(torch.tensor(pages, device="cpu"), kv.device)
+        self._offsets = sent(torch.tensor(offsets, device="cpu"), kv.device)
         self._real = [segment for segment in segments if segment.table]
         self._dealt: dict[int, Units] = {}
 
@@ -194,11 +194,13 @@ class Pass:
     @cached_property
     def _flat_tables(self) -> torch.Tensor:
         """All tables end to end, for the kernel."""
-        return torch.tensor([page for segment in self._real for page in segment.table], dtype=torch.int32)
+        return torch.tensor(
+            [page for segment in self._real for page in segment.table], dtype=torch.int32, device="cpu"
+        )
 
     @cached_property
     def _tables(self) -> list[torch.Tensor]:
-        return [sent(torch.tensor(segment.table), self.kv.device) for segment in self._real]
+        return [sent(torch.tensor(segment.table, device="cpu"), self.kv.device) for segment in self._real]
 
     @cached_property
     def _singles(self) -> list[Singles]:
@@ -220,9 +222,9 @@ class Pass:
         tables = [(*segment.table[:pages], *[SCRATCH] * (pages - len(segment.table))) for segment in group]
         device = self.kv.device
         return Singles(
-            rows=sent(torch.tensor([segment.start for segment in group]), device),
-            tables=sent(torch.tensor(tables), device),
-            seen=sent(torch.tensor([segment.position + 1 for segment in group]), device),
+            rows=sent(torch.tensor([segment.start for segment in group], device="cpu"), device),
+            tables=sent(torch.tensor(tables, device="cpu"), device),
+            seen=sent(torch.tensor([segment.position + 1 for segment in group], device="cpu"), device),
         )
 
     def _units(self, group: int) -> Units:

@@ -10,6 +10,7 @@ write_folder(module, plan.blocks, fetch, out)   # an ordinary folder again
 from outsize.model.adapter import has_adapters, write_adapters
 from outsize.model.attention import attention_of, merges_rows
 from outsize.model.cut import cut
+from outsize.model.defaults import plain_defaults
 from outsize.model.encoding import EncodingSource, encoded
 from outsize.model.export import MAX_SHARD_BYTES, write_companions, write_folder
 from outsize.model.folder import Existing
@@ -50,6 +51,7 @@ __all__ = [
     "messages_for_template",
     "open_skeleton",
     "parse_weights",
+    "plain_defaults",
     "resolve_folder",
     "stored_weights",
     "write_adapters",

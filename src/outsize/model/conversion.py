@@ -73,7 +73,9 @@ def group_keys(
     results: dict[str, tuple[int, ...]] = {}
     for group in collected:
         try:
-            converted = group.convert(module, lambda key: torch.empty(shapes[key], device="meta"))
+            converted = group.convert(
+                module, lambda key: torch.empty(shapes[key], device="meta", dtype=torch.float32)
+            )
         except Exception as error:
             keys = ", ".join(key for _, key in group.keys[:5])
             raise WeightsError(f"cannot convert {keys} to {group.target}: {error}") from error

@@ -202,7 +202,7 @@ class EncodingSource:
             if time.monotonic() > said_at + _SAY_EVERY_S:
                 said_at = time.monotonic()
                 _log.warning("packing weights: %d of %d matrices", number, len(matrices))
-            scales = torch.empty(writer.planned[matrix.scale_name].shape, dtype=torch.bfloat16)
+            scales = torch.empty(writer.planned[matrix.scale_name].shape, dtype=torch.bfloat16, device="cpu")
             for part in self._parts(matrix):
                 part.put_scales(scales)
                 writer.write(matrix.name, part.encoded.codes)
@@ -244,7 +244,7 @@ class EncodingSource:
             yield from _encoded_rows(matrix, rows_NK, 0, index if value.dim() == 3 else None)
 
     def _read(self, piece: Piece, dtype: torch.dtype) -> torch.Tensor:
-        value = torch.empty(piece.shape, dtype=dtype)
+        value = torch.empty(piece.shape, dtype=dtype, device="cpu")
         self.source.read(Block(piece.parameter, (piece,)), [value])
         return value
 

@@ -301,7 +301,9 @@ def _write_weights(
                 collected = pending.setdefault(id(unit), {})
                 if not piece.is_whole:
                     if name not in collected:
-                        collected[name] = torch.empty(plan.context[name].shape, dtype=value.dtype)
+                        collected[name] = torch.empty(
+                            plan.context[name].shape, dtype=value.dtype, device="cpu"
+                        )
                     collected[name][piece.row_start : piece.row_stop].copy_(value)
                 else:
                     collected[name] = value.clone() if spread[id(unit)] > 1 else value

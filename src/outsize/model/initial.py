@@ -255,7 +255,9 @@ def _real(
     values: list[torch.Tensor] = []
     try:
         for piece, (owner, attribute) in zip(pieces, owners, strict=True):
-            value = nn.Parameter(torch.full(piece.shape, float("nan")), requires_grad=False)
+            value = nn.Parameter(
+                torch.full(piece.shape, float("nan"), dtype=torch.float32, device="cpu"), requires_grad=False
+            )
             if piece.parameter in constructed:
                 start = constructed[piece.parameter]
                 value.data.copy_(start if piece.is_whole else start[piece.row_start : piece.row_stop])
@@ -299,6 +301,7 @@ _FACTORIES = {
     torch.bernoulli,
     torch.multinomial,
 }
+_FLOAT_FACTORIES = {torch.rand, torch.randn}
 _LIKE = {torch.rand_like: torch.rand, torch.randn_like: torch.randn}
 
 
@@ -321,6 +324,8 @@ class _OwnRandom(TorchFunctionMode):
             kwargs = {"dtype": like.dtype, "device": like.device} | kwargs
             kwargs.pop("memory_format", None)
             func, args = _LIKE[func], (tuple(like.shape),)
-        if func in _FACTORIES and str(kwargs.get("device", "cpu")) == "cpu":
+        if func in _FACTORIES and str(kwargs.get("device") or "cpu") == "cpu":
             kwargs["generator"] = self.generator
+        if func in _FLOAT_FACTORIES:
+            kwargs["dtype"] = kwargs.get("dtype") or torch.float32
         return func(*args, **kwargs)

@@ -56,7 +56,7 @@ class PackedWeights:
         raw = {
             name: target
             if target.dtype is torch.bfloat16 and target.device.type == "cpu" and target.is_contiguous()
-            else torch.empty(target.shape, dtype=torch.bfloat16)
+            else torch.empty(target.shape, dtype=torch.bfloat16, device="cpu")
             for name, target in targets.items()
         }
         reading: list[Future[None]] = []

@@ -93,7 +93,7 @@ class Shards:
         stored = self.tensors[key]
         assert start + target.numel() <= stored.num_elements, (key, start, target.shape, stored.shape)
         if target.device.type != "cpu" or not target.is_contiguous():
-            value = torch.empty(target.shape, dtype=stored.dtype)
+            value = torch.empty(target.shape, dtype=stored.dtype, device="cpu")
             self.read_into(key, value, start)
             target.copy_(value)
             return []
@@ -101,7 +101,7 @@ class Shards:
         if target.dtype == stored.dtype:
             return self._start(stored, start, flat)
         parts = flat.split(_STAGING_BYTES // stored.dtype.itemsize)
-        halves = torch.empty((2, parts[0].numel()), dtype=stored.dtype)
+        halves = torch.empty((2, parts[0].numel()), dtype=stored.dtype, device="cpu")
         staged = [halves[index % 2][: part.numel()] for index, part in enumerate(parts)]
         reading = self._start(stored, start, staged[0])
         for part, here, after in zip(parts, staged, [*staged[1:], None], strict=True):
@@ -114,7 +114,7 @@ class Shards:
     def read(self, key: str, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The whole tensor `key`, in its stored type or in `dtype`."""
         stored = self.tensors[key]
-        value = torch.empty(stored.shape, dtype=dtype or stored.dtype)
+        value = torch.empty(stored.shape, dtype=dtype or stored.dtype, device="cpu")
         self.read_into(key, value)
         return value
 

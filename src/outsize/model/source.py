@@ -249,7 +249,7 @@ class SafetensorsSource:
             return False
         for start in range(0, first.num_elements, _COMPARE_ELEMENTS):
             count = min(_COMPARE_ELEMENTS, first.num_elements - start)
-            parts = [torch.empty(count, dtype=first.dtype) for _ in keys]
+            parts = [torch.empty(count, dtype=first.dtype, device="cpu") for _ in keys]
             for key, part in zip(keys, parts, strict=True):
                 self._shards.read_into(key, part, start)
             if not torch.equal(*parts):

@@ -257,7 +257,10 @@ def gpu_kernel(rule: Rule, compute_type: ComputeType, device: torch.device) -> K
                 for plane, dtype in dtypes.items()
             )
             with torch.no_grad():  # as it is called; for another mode it would be compiled again
-                kernel._function([weight, *state, gradient], torch.ones(rule.num_scalars, device=device))
+                kernel._function(
+                    [weight, *state, gradient],
+                    torch.ones(rule.num_scalars, device=device, dtype=torch.float32),
+                )
     except Exception as error:  # whatever a compiler raises
         _say_once(f"update rules run uncompiled on {device}, slower: {in_short(error)}")
         return _eager(rule, compute_type)
@@ -306,7 +309,7 @@ def _sources() -> tuple[str, ...]:
 
 @lru_cache(maxsize=256)
 def _scalars(hyper: Hyper, device: torch.device) -> Tensor:
-    scalars = torch.tensor(hyper.scalars(), dtype=torch.float32)
+    scalars = torch.tensor(hyper.scalars(), dtype=torch.float32, device="cpu")
     # Pinned, so that sending it waits for nothing.
     return scalars.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else scalars.to(device)
 

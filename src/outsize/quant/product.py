@@ -147,7 +147,7 @@ def _widen() -> Callable[..., None] | None:
 @cache
 def _torch_lays_out_alike() -> bool:
     """Whether torch's product of four bits is for codes as they lie here: on a CPU with AVX-512."""
-    weight = torch.arange(LINE_ROWS * GROUP, dtype=torch.int32).view(LINE_ROWS, GROUP) * 7 % 16
+    weight = torch.arange(LINE_ROWS * GROUP, dtype=torch.int32, device="cpu").view(LINE_ROWS, GROUP) * 7 % 16
     try:
         theirs = torch.ops.aten._convert_weight_to_int4pack_for_cpu(weight, 1)
     except (RuntimeError, AttributeError):

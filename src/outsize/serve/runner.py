@@ -180,9 +180,9 @@ class Runner:
             # All alike: a high position would rotate all others as those of long sequences.
             positions += [0] * rest
         return {
-            "input_ids": torch.tensor([ids]),
-            "position_ids": torch.tensor([positions]),
-            "logits_to_keep": torch.tensor(rows or [0]),
+            "input_ids": torch.tensor([ids], device="cpu"),
+            "position_ids": torch.tensor([positions], device="cpu"),
+            "logits_to_keep": torch.tensor(rows or [0], device="cpu"),
             "use_cache": False,
             "paged": Pass(self.kv, segments, one_by_one=self.deterministic),
         }

@@ -405,7 +405,7 @@ class CudaDevice(Device):
 def _take_workspaces(device: torch.device) -> None:
     """Let libraries take what they keep from their first product on, so that what is free from here on stays free."""
     with torch.inference_mode(False), torch.enable_grad():
-        value = torch.ones(8, 8, device=device, requires_grad=True)
+        value = torch.ones(8, 8, device=device, requires_grad=True, dtype=torch.float32)
         (value @ value).sum().backward()
 
 
@@ -487,7 +487,7 @@ class TwinDevice(Device):
 
     def zeros(self, num_bytes: int, name: str) -> torch.Tensor:
         """Memory that nobody but the copies above brings anything into."""
-        return torch.zeros(num_bytes, dtype=torch.uint8)
+        return torch.zeros(num_bytes, dtype=torch.uint8, device="cpu")
 
     def pin(self, address: int, num_bytes: int, name: str) -> None:
         """Remember the name."""

@@ -76,7 +76,7 @@ class Region:
         )
         memory = self._live()
         if num_elements == 0:
-            return torch.empty(0, dtype=dtype)
+            return torch.empty(0, dtype=dtype, device="cpu")
         return torch.frombuffer(memory, dtype=dtype, count=num_elements, offset=byte_offset)
 
     def free(self) -> None:

@@ -1,0 +1,23 @@
+"""torch's defaults for new tensors, which belong to the user: they may change them around any call."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+@contextmanager
+def plain_defaults() -> Iterator[None]:
+    """Inside, new tensors are fp32 and in the host's memory unless the code says otherwise, as in a new process.
+
+    The default type is the whole process's: for code that constructs models, not for code that runs them.
+    """
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.device("cpu"):
+            yield
+    finally:
+        torch.set_default_dtype(before)
