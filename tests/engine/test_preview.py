@@ -2,10 +2,12 @@
 
 import dataclasses
 import json
+import threading
 
 import pytest
 import torch
 from torch.nn import functional as F
+from transformers import masking_utils
 from transformers.models.llama import modeling_llama
 
 import outsize
@@ -114,6 +116,16 @@ def test_a_model_that_asks_for_values_is_refused_on_paper(tmp_path, monkeypatch)
     )
     with pytest.raises(ModelError, match="depends on values"):
         outsize.preview(folder_of(tmp_path), seq_len=16, hardware=machine("h100"))
+
+
+def test_a_plan_on_paper_changes_nothing_for_other_threads():
+    before, found = masking_utils.is_tracing, []
+    with on_paper(), on_paper():
+        thread = threading.Thread(target=lambda: found.append(masking_utils.is_tracing()))
+        thread.start()
+        thread.join()
+        assert masking_utils.is_tracing() and found == [False]
+    assert masking_utils.is_tracing is before and not before()
 
 
 def test_a_plan_as_json_holds_what_its_page_says(tmp_path):

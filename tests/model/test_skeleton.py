@@ -1,4 +1,5 @@
 import resource
+import threading
 
 import pytest
 import torch
@@ -141,3 +142,53 @@ def test_code_of_a_model_runs_only_when_asked_for(tmp_path):
     with pytest.raises(ModelError, match="trust_remote_code=True"):
         open_skeleton(tmp_path, torch.float32)
     assert open_skeleton(tmp_path, torch.float32, trust_remote_code=True).brought
+
+
+# Threads
+
+
+def named(config):
+    """`config` with the name of its class, by which transformers is asked for it."""
+    config.architectures = ["LlamaForCausalLM"]
+    return config
+
+
+def test_other_threads_construct_modules_as_ever(monkeypatch):
+    """While a skeleton is constructed, modules of other threads have parameters with values."""
+    found = []
+
+    class Spy(transformers.LlamaForCausalLM):
+        def __init__(self, config):
+            thread = threading.Thread(target=lambda: found.append(nn.Linear(2, 2).weight))
+            thread.start()
+            thread.join()
+            super().__init__(config)
+
+    monkeypatch.setattr(transformers, "LlamaForCausalLM", Spy)
+    assert open_skeleton(named(ZOO["llama"].config()), torch.float32).lm_head.weight.is_meta
+    assert not found[0].is_meta and found[0].requires_grad
+
+
+def test_skeletons_in_two_threads_leave_nothing_behind(monkeypatch):
+    """The first begins, the second begins, the first ends, the second ends: where that order is possible at all."""
+    before = nn.Module.register_parameter, nn.init.normal_, torch.get_default_dtype()
+    second_began, first_ended = threading.Event(), threading.Event()
+    threads = []
+
+    class Spy(transformers.LlamaForCausalLM):
+        def __init__(self, config):
+            super().__init__(config)
+            if not threads:
+                threads.append(threading.Thread(target=open_skeleton, args=(config, torch.bfloat16)))
+                threads[0].start()
+                second_began.wait(0.3)
+            else:
+                second_began.set()
+                first_ended.wait(10)
+
+    monkeypatch.setattr(transformers, "LlamaForCausalLM", Spy)
+    first = open_skeleton(named(ZOO["llama"].config()), torch.float32)
+    first_ended.set()
+    threads[0].join()
+    assert (nn.Module.register_parameter, nn.init.normal_, torch.get_default_dtype()) == before
+    assert first.lm_head.weight.dtype is torch.float32 and not nn.Linear(2, 2).weight.is_meta

@@ -6,11 +6,11 @@ meta device), so that a plan does not change from one start to the next.
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
-from unittest import mock
 
 import torch
 from torch.nn import functional as F
@@ -106,12 +106,48 @@ def _fused_attention(
     )[0]
 
 
+class _Tracing(threading.local):
+    """How often this thread is inside `_traced`."""
+
+    depth = 0
+
+
+_tracing = _Tracing()
+_is_tracing = masking_utils.is_tracing
+_patching = threading.Lock()
+_num_traced = 0
+
+
+def _is_tracing_here(*values: Any) -> bool:
+    return _tracing.depth > 0 or bool(_is_tracing(*values))
+
+
+@contextmanager
+def _traced() -> Iterator[None]:
+    """Inside, transformers takes what this thread runs for a trace, and asks no mask for its values.
+
+    It has no other switch. Threads that run models meanwhile get the answer that they would have got.
+    """
+    global _num_traced
+    with _patching:
+        _num_traced += 1
+        masking_utils.is_tracing = _is_tracing_here
+    _tracing.depth += 1
+    try:
+        yield
+    finally:
+        _tracing.depth -= 1
+        with _patching:
+            _num_traced -= 1
+            if not _num_traced:
+                masking_utils.is_tracing = _is_tracing
+
+
 @contextmanager
 def on_paper() -> Iterator[None]:
     """Inside, models run on tensors without values. Raises ModelError where a model asks for one."""
-    # Where a mask is made, transformers asks for values: whether sequences are packed.
     try:
-        with _WithoutValues(), mock.patch.object(masking_utils, "is_tracing", lambda *values: True):
+        with _WithoutValues(), _traced():
             yield
     except (RuntimeError, NotImplementedError) as error:
         if "meta" not in str(error):

@@ -29,6 +29,7 @@ from transformers.initialization import no_init_weights
 
 from outsize.errors import ModelError
 from outsize.model.attention import choose
+from outsize.model.defaults import plain_defaults
 from outsize.model.names import full_precision_names
 from outsize.model.quantized import is_ours, restore
 
@@ -197,7 +198,7 @@ def _construct(
 ) -> Any:
     config = copy.deepcopy(config)
     with ExitStack() as stack:
-        stack.enter_context(_BUILDING)
+        stack.enter_context(plain_defaults())
         stack.enter_context(torch.random.fork_rng(devices=[]))
         stack.enter_context(no_init_weights())
         construction = stack.enter_context(_parameters_on_meta(dtype))
@@ -304,9 +305,6 @@ class _Construction:
             self.values[moved] = value
         return moved
 
-
-_BUILDING = threading.Lock()
-"""transformers changes the process's default type and torch's init functions while it constructs a model."""
 
 _current = threading.local()
 
