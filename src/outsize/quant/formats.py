@@ -60,7 +60,9 @@ def _compiled(form: Format, weight_NK: torch.Tensor) -> Encoded | None:
         return None
     if weight_NK.dtype is not torch.bfloat16:
         weight_NK = weight_NK.float()
-    codes, scales = (torch.empty(shape, dtype=torch.bfloat16) for shape in form.shapes(*weight_NK.shape))
+    codes, scales = (
+        torch.empty(shape, dtype=torch.bfloat16, device="cpu") for shape in form.shapes(*weight_NK.shape)
+    )
     pack(weight_NK.contiguous(), codes, scales, form.line_rows == LINE_ROWS)
     return Encoded(codes, scales)
 
