@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from outsize.cli import options as shared
 from outsize.cli import quiet
+from outsize.cli.compiling import compile_first
 from outsize.cli.config_file import merge, read_config, write_config
-from outsize.config import OnDeviceFull
+from outsize.config import ComputeType, OnDeviceFull
 from outsize.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -39,6 +41,9 @@ OUT.partial. Ctrl-C finishes the step and saves, or commits where there are comm
 at once. Room for the weights is held on the disk of OUT from the start; where they cannot be written there at the end, they
 are saved in a --disk folder, the working directory or the home folder, and the error says where.
 """
+
+_RULES = ("adamw", "adamw8bit", "sgd", "lion", "adan")
+"""Optimizers whose update rule has the same name."""
 
 _DEFAULTS: dict[str, Any] = {
     "overwrite": False,
@@ -182,8 +187,10 @@ def _add_learning(learning: argparse._ArgumentGroup) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Train, then print what lived where."""
-    quiet.after_imports()
     values = resolve(options)
+    if _is_plausible(values) and not options.dry_run:
+        compile_first(values["optimizer"], values.get("dtype"))  # before torch is imported
+    quiet.after_imports()
     settings = settings_of(values)
     if options.dry_run:
         return _dry_run(settings, values)
@@ -214,6 +221,12 @@ def run(options: argparse.Namespace) -> int:
     for name, reason in result.failures.items():
         print(f"warning: {name} failed: {reason}", file=sys.stderr)
     return 130 if result.interrupted else 0
+
+
+def _is_plausible(values: Mapping[str, Any]) -> bool:
+    """Whether a run will get as far as an update: what is wrong is refused at once, and not after a compilation."""
+    is_known = values["optimizer"] in _RULES and values.get("dtype") in (None, *ComputeType)
+    return is_known and (Path(values["model"]) / "config.json").is_file()
 
 
 def resolve(options: argparse.Namespace) -> dict[str, Any]:

@@ -34,6 +34,7 @@ from outsize.model import (
     resolve_folder,
     stored_weights,
 )
+from outsize.native import native_compute_type
 from outsize.plan.profile import Profile
 from outsize.tier import CudaDevice, Device, HostDevice
 
@@ -237,15 +238,6 @@ def _compute_type(dtype: str | torch.dtype | None) -> ComputeType:
     if name not in list(ComputeType):
         raise ConfigError(f"dtype={dtype!r}", hint=f"one of {', '.join(ComputeType)}")
     return ComputeType(name)
-
-
-def native_compute_type() -> ComputeType:
-    """bfloat16 on a GPU, and where the CPU multiplies it natively (AMX or AVX512-BF16); else float32, 5x faster there."""
-    if torch.cuda.is_available():
-        return ComputeType.BFLOAT16
-    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    has_bfloat16 = "amx_bf16" in flags or "avx512_bf16" in flags
-    return ComputeType.BFLOAT16 if has_bfloat16 else ComputeType.FLOAT32
 
 
 def _take_over(module: nn.Module, source: Source, settings: Settings, profile: Profile | None) -> nn.Module:

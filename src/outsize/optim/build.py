@@ -1,4 +1,7 @@
-"""Builds one rule's package, in a process of its own: `python -m outsize.optim.build RULE TYPE PATH`.
+"""Builds one rule's package, in a process of its own: `python -m outsize.optim.build RULE TYPE [PATH]`.
+
+Without a path, and with "" for the machine's own type, the package is put where `compile.py` looks for it, and its path is
+printed.
 
 Only here are the exporter and the compiler imported; their memory (some 330 MiB) goes back when the process
 ends.
@@ -17,7 +20,8 @@ import torch
 from torch import Tensor
 
 from outsize.config import ComputeType
-from outsize.optim.compile import is_intact
+from outsize.native import native_compute_type
+from outsize.optim.compile import is_intact, package_path
 from outsize.optim.rule import GROUP, Rule
 from outsize.optim.rules import RULES
 
@@ -77,5 +81,13 @@ def build(rule: Rule, compute_type: ComputeType, path: Path) -> None:
         made.replace(path)
 
 
+def main(rule: str, compute_type: str, path: str | None = None) -> None:
+    """Build, and print where the package is."""
+    own, kind = RULES[rule], ComputeType(compute_type) if compute_type else native_compute_type()
+    made = package_path(own, kind) if path is None else Path(path)
+    build(own, kind, made)
+    print(made)
+
+
 if __name__ == "__main__":
-    build(RULES[sys.argv[1]], ComputeType(sys.argv[2]), Path(sys.argv[3]))
+    main(*sys.argv[1:])

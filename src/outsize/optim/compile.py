@@ -217,7 +217,10 @@ class _Build:
 def _building(rule: Rule, compute_type: ComputeType, path: Path) -> _Build:
     """The build of a package that is under way, or a new one."""
     with _builds_lock:
-        return _builds.get(path) or _builds.setdefault(path, _Build(rule, compute_type, path))
+        if path not in _builds:
+            _say_once(f"compiling the update rule {rule.name} for {compute_type}, once on this machine")
+            _builds[path] = _Build(rule, compute_type, path)
+        return _builds[path]
 
 
 def start_compile(rule: Rule, compute_type: ComputeType, *, eager: bool = False) -> Compilation:
