@@ -36,13 +36,12 @@ if TYPE_CHECKING:
         decay_groups,
         load,
         predict,
-        preview,
         record,
         report,
         save,
         wrap,
     )
-    from outsize.serve import pipeline
+    from outsize.serve import pipeline, preview
 
 __version__ = "0.1.0"
 
@@ -78,10 +77,10 @@ def __getattr__(name: str) -> Any:
     # torch and transformers take seconds to import; a command that only prints its help needs neither.
     if name == "checkpoint":
         return importlib.import_module("outsize.checkpoint")
-    if name == "pipeline":
+    if name in ("pipeline", "preview"):
         from outsize import serve
 
-        return serve.pipeline
+        return getattr(serve, name)
     if name in __all__:
         from outsize import engine
 

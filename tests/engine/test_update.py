@@ -38,7 +38,7 @@ def make_job(record, hypers, after=None, weight=None, planes=None, gradient=None
         state_planes=planes or [torch.zeros(n), torch.zeros(n)],
         gradient=torch.full((n,), 0.5) if gradient is None else gradient,
         is_first=False,
-        read_remainder=lambda: None,
+        fill_remainder=lambda record, start, stop, target: None,
         after=after,
     )
 

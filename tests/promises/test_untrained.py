@@ -1,6 +1,7 @@
 """Where nothing trains, nothing is written: weights are read from the model's own files at each pass."""
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from safetensors.torch import load_file, save_file
 import outsize
 from outsize import Pins
 from outsize.engine import origin
+from outsize.engine.session import session_of
 from outsize.errors import BudgetError
 from tests.promises.test_device import with_twin
 from tests.running import executor_of
@@ -45,6 +47,41 @@ def test_it_streams_without_a_disk_of_its_own(name, tmp_path):
     assert store.disk is None and not store.placement.resident
     assert "disk  weights, in their files" in str(outsize.report(streamed))
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_single_entries_in_memory_are_read_once_and_change_nothing(name, tmp_path):
+    folder = saved(tmp_path / "model", name)
+    _, expected = logits(folder, name, home="host")
+    whole, _ = logits(folder, name, pins=STREAMED)
+    model, found = logits(folder, name, pins=Pins(resident_bytes=33_000))
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    placement = executor_of(model).store.placement
+    assert placement.resident_bytes + placement.pieces_bytes <= 33_000
+    if name == "llama":
+        assert placement.pieces
+        assert outsize.report(model).bytes_read < outsize.report(whole).bytes_read
+
+
+def test_memory_that_calls_leave_unused_holds_weights_until_a_call_needs_it(name, tmp_path):
+    folder = saved(tmp_path / "model", name)
+    _, expected = logits(folder, name, home="host")
+    model, _ = logits(folder, name, pins=STREAMED)
+    store, session = executor_of(model).store, session_of(model)
+    assert not store.placement.pieces
+    session.budget.change_settings(replace(session.settings, pins=Pins()))
+    limit, read = session.budget.limit_bytes, []
+    with torch.no_grad():
+        for limit_bytes in (limit, limit, 1, 1, limit):
+            session.budget.limit_bytes = limit_bytes
+            before = outsize.report(model).bytes_read
+            again = [model(**ZOO[name].batch(seed=seed)).logits for seed in (1, 2)]
+            read.append(outsize.report(model).bytes_read - before)
+            assert all(torch.equal(one, other) for one, other in zip(again, expected, strict=True))
+            assert bool(store.placement.pieces) is (limit_bytes == limit)
+            assert session.budget.placement == store.placement
+            assert store.arena.in_use_bytes == store.arena.limit_bytes == store.placement.arena_bytes
+    assert read[1] < read[3] // 4, "but for rows of embeddings nothing is read"
+    session.close()
 
 
 def test_a_disk_that_could_not_hold_it_is_enough(tmp_path):

@@ -36,7 +36,7 @@ print(json.dumps({
 """
 
 
-@pytest.mark.parametrize(("weights", "mebibytes"), [("", 370), ("int4", 270)])
+@pytest.mark.parametrize(("weights", "mebibytes"), [("", 290), ("int4", 190)])
 def test_the_process_stays_within_its_budget(weights, mebibytes, tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "disk").mkdir()

@@ -6,6 +6,7 @@ import argparse
 import importlib
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ from outsize.config import Weights
 from outsize.errors import ConfigError
 
 if TYPE_CHECKING:
-    from outsize.serve import Pipeline, Progress
+    from outsize.serve import Pipeline, Progress, Request, Workload
 
 _EXAMPLES = """\
 examples:
@@ -116,8 +117,8 @@ def run(options: argparse.Namespace) -> int:
     quiet.after_imports()
     given = {name: value for name, value in vars(options).items() if name in SETTINGS and value is not None}
     tokenizer = load_tokenizer(options.model)
-    for prompt in prompts or ["-"]:
-        request_of(tokenizer, prompt, given)  # what is malformed is refused before a model is loaded
+    # What is malformed is refused before a model is loaded.
+    requests = [request_of(tokenizer, prompt, given) for prompt in prompts or ["-"]]
     place = shared.place_of(options)
 
     def opened(folder: Path, weights: str | None) -> Any:
@@ -141,6 +142,7 @@ def run(options: argparse.Namespace) -> int:
         pass_tokens=options.pass_tokens,
         deterministic=options.deterministic,
         draft=None if options.draft is None else opened(options.draft, None),
+        workload=_workload(requests) if prompts else None,
     )
     if options.prompts is not None:
         return int(run_job(generate, options.prompts, options.out, given, _Teller()).num_failed > 0)
@@ -149,6 +151,16 @@ def run(options: argparse.Namespace) -> int:
     else:
         _print(generate, prompts, given)
     return 0
+
+
+def _workload(requests: Sequence[Request]) -> Workload:
+    """What memory is planned for: all prompts at once, each as long as the longest may become."""
+    from outsize.serve import Workload
+
+    return Workload(
+        sum(request.num_samples for request in requests),
+        max(len(request.prompt) + request.max_new_tokens for request in requests),
+    )
 
 
 def _stream(generate: Pipeline, prompt: str, given: dict[str, Any]) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from functools import partial
 
 import torch
 
@@ -94,12 +93,14 @@ class BlockStore:
             self.states[record.name] = BlockState(record, base, resident, hosted, gradients)
             if len(resident) + len(hosted) < len(planes):
                 offset += record.num_bytes
+        self._kept_pieces: dict[tuple[str, int], Region] = {}
         self._weight_pools = self._pools("weights", placement.weight_classes)
         self._gradient_pools = self._pools("gradients", placement.gradient_classes)
         self._chunks = self._buffers("chunk", placement.chunk_buffers, placement.chunk_bytes)
         self._relays = self._buffers("relay", placement.relay_buffers, placement.relay_bytes)
         self._staged = self._buffers("staging", placement.staging_buffers, placement.staging_bytes)
         self.origin = Origin(self, source, Staging(self._staged))
+        self._keep_pieces()
         self.carrier: Carrier = (
             DirectCarrier(disk) if self.device.is_host else StagedCarrier(self.device, disk, self._relays)
         )
@@ -122,6 +123,11 @@ class BlockStore:
 
     def __iter__(self) -> Iterator[BlockState]:
         return iter(self.states.values())
+
+    @property
+    def host_arena(self) -> HostArena:
+        """The host's memory that is taken: everything where blocks compute there, else homes and buffers."""
+        return self._host
 
     @property
     def records(self) -> Mapping[str, Record]:
@@ -191,6 +197,25 @@ class BlockStore:
         elif Plane.WEIGHT in state.hosted:
             self.origin.load_hosted(state)
 
+    def keep_pieces(self, placement: Placement) -> None:
+        """Keep those single entries of streamed blocks in memory that `placement` has, and no others."""
+        dropped = sorted(self._kept_pieces.keys() - placement.pieces)
+        if dropped:
+            self.origin.drop_pieces(dropped)
+            for key in dropped:
+                self._kept_pieces.pop(key).free()
+        self.arena.limit_bytes += placement.pieces_bytes - self.placement.pieces_bytes
+        self.placement = placement
+        self._keep_pieces()
+
+    def _keep_pieces(self) -> None:
+        for name, index in sorted(self.placement.pieces - self._kept_pieces.keys()):
+            record = self.states[name].record
+            count, dtype = record.entries[index].piece.num_elements, weight_dtype(record)
+            region = self._host.allocate(count * dtype.itemsize, f"{name}.weight[{index}]")
+            self._kept_pieces[name, index] = region
+            self.origin.keep_piece(name, index, region.tensor(dtype, count))
+
     def evict(self, state: BlockState, placement: Placement) -> None:
         """Move a block that stays on the device to the host's memory, where `placement` has it, and wait until it is there.
 
@@ -257,7 +282,7 @@ class BlockStore:
             state_planes=present_planes if len(present_planes) == len(planes) else None,
             gradient=self.host_plane(state, Plane.GRADIENT),
             is_first=not state.is_stored,
-            read_remainder=partial(self.origin.remainder, state),
+            fill_remainder=self.origin.fill_remainder,
             after=state.update,
             before=() if state.copy is None else (state.copy,),
         )
@@ -310,11 +335,13 @@ class BlockStore:
         planes = [self.resident_plane(state, plane) for plane in record.state]
         gradient = self.resident_plane(state, Plane.GRADIENT)
         is_new = record.num_trainable and not state.is_stored
-        remainder = self.origin.remainder(state) if is_new else None
-        if remainder is not None:
+        if is_new and Plane.REMAINDER in record.state:
             target = planes[record.state.index(Plane.REMAINDER)]
             assert target is not None
-            target.copy_(remainder)
+            for start, stop in record.chunks():
+                part_of_plane = torch.empty(stop - start, dtype=target.dtype, device="cpu")
+                self.origin.fill_remainder(record, start, stop, part_of_plane)
+                target[start:stop].copy_(part_of_plane)
         weights = self.weights(state)
         for first, last, hyper in runs(record, pending, 0, record.num_trainable):
             assert gradient is not None and all(plane is not None for plane in planes), state.name
@@ -396,8 +423,10 @@ class BlockStore:
             state.update = None
         for pool in (*self._weight_pools, *self._gradient_pools):
             pool.free()
-        for region in (*self._chunks, *self._relays, *self._staged):
+        self.origin.forget_pieces(list(self._kept_pieces))
+        for region in (*self._chunks, *self._relays, *self._staged, *self._kept_pieces.values()):
             region.free()
+        self._kept_pieces.clear()
         self.arena.check_books()
         self._host.check_books()
 

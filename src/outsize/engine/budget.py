@@ -9,6 +9,7 @@ then for what is hosted and for the buffers that planes pass through.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -25,14 +26,26 @@ from outsize.engine.scratch import DiskShortage, disk_bytes
 from outsize.engine.versions import Layout
 from outsize.errors import BudgetError
 from outsize.plan import Placement, is_stored, place, place_apart
-from outsize.plan.place import GROUPS, group_bytes
+from outsize.plan.place import GROUPS, group_bytes, with_pieces
 from outsize.plan.planner import Choice, choose, prefer, waits
 from outsize.plan.profile import Profile
 from outsize.plan.simulate import Costs
 from outsize.tier import Device
 
-SLACK_BYTES = 128 << 20
+SLACK_BYTES = 96 << 20
 """Memory left for what is not planned: malloc's remains, Python objects, thread stacks."""
+
+SLACK_SHARE = 32
+"""Of a large budget, its part that is left instead: visits are larger too, and what malloc wastes on them."""
+
+WORTH_FILLING_BYTES = 16 << 20
+"""Memory that calls leave unused is filled with weights where it is more."""
+
+WORTH_COLLECTING_BYTES = 64 << 20
+"""Other models that hold more memory may be garbage that was not collected yet."""
+
+LEAST_FREED_BYTES = 64 << 20
+"""Freed memory that is kept at least, where there is room for a second visit."""
 
 UNPLANNED_BYTES = 48 << 20
 """What of that is taken as a rule: 16 to 100 MiB over a grid of runs (benchmarks/results)."""
@@ -103,6 +116,8 @@ class Budget:
         self.device_taken_bytes = 0
         """What was in use of the device before anything was placed there."""
         self.base_bytes = 0
+        self.reserved_bytes = 0
+        """Memory of the host that is promised to something else: a KV cache, allocated once everything is placed."""
         self.activation_bytes = 0
         self.room_bytes = 0
         """What is left for activations and, beside them, arenas: of the device where that has memory of its own."""
@@ -119,6 +134,8 @@ class Budget:
         self._most_tile_tokens: int | None = None
         self.visit_bytes = 0
         """What a visit of the call that began last takes of the host's memory beside weights, at most."""
+        self.call_bytes = 0
+        """What the call that began last takes of activations where blocks compute."""
         self._fit: Fit | None = None
         self._least_needs = Needs(0, 0)
         self.choices: list[Choice[Fit]] = []
@@ -156,11 +173,17 @@ class Budget:
         self.activation_bytes, self.host_inputs_bytes = fit.needs.num_bytes, fit.needs.host_bytes
         self._fit = fit
         self.placement = fit.placement
-        self._ceiling = memory.Ceiling(self.limit_bytes - SLACK_BYTES // 2)
+        self._ceiling = memory.Ceiling(self.limit_bytes - self._slack_bytes // 4)
         if self._device.is_host and fit.attempt.is_roomy:
-            small = max(0, SLACK_BYTES // 2 - fit.needs.visit_bytes)
-            self._ceiling.expected_bytes = self.host_bytes() + fit.needs.visit_bytes + small
+            freed = max(fit.needs.visit_bytes, LEAST_FREED_BYTES)
+            expected = self.host_bytes() + freed
+            self._ceiling.expected_bytes = min(expected, self._ceiling.limit_bytes)
         return self.placement
+
+    @property
+    def _slack_bytes(self) -> int:
+        """Left for what is not planned."""
+        return max(SLACK_BYTES, self.limit_bytes // SLACK_SHARE)
 
     def fits(self, records: Sequence[Record], rehearsal: Rehearsal, shape: BatchShape) -> bool:
         """Whether calls of this shape fit, with as much to spare as what a hint names should have."""
@@ -171,13 +194,15 @@ class Budget:
         """What the process has now, and what that leaves; what a call does not need."""
         self._idle = frozenset(r.name for r in records) - {visit.block for visit in rehearsal.visits}
         closing.finish()  # of models that were dropped, what they had is free
+        if sum(num_bytes for _, num_bytes in memory.open_models()) >= WORTH_COLLECTING_BYTES:
+            gc.collect()  # they may be dropped, and wait in cycles for the collector
+            closing.finish()
         memory.give_back()
         self.base_bytes = memory.resident_bytes()
         limit = self._settings.budgets.host_bytes
         self.limit_bytes = limit or self.base_bytes + int(0.9 * self._free_host_bytes())
-        self._home_room_bytes = (
-            self.limit_bytes - self.base_bytes - SLACK_BYTES - self._reading_bytes(records)
-        )
+        taken = self.base_bytes + self.reserved_bytes + self._slack_bytes + self._reading_bytes(records)
+        self._home_room_bytes = self.limit_bytes - taken
         self.room_bytes = self._home_room_bytes
         if not self._device.is_host:
             free, self.device_taken_bytes = self._device.free_bytes(), self._device.taken_bytes()
@@ -223,7 +248,32 @@ class Budget:
                 )
             tile_rows = -(-tile_rows // 2)
         self.visit_bytes = needs.visit_bytes if self._device.is_host else 0
+        self.call_bytes = needs.num_bytes
         return tile_rows
+
+    def with_what_is_left(self, records: Sequence[Record], needed_bytes: int) -> Placement | None:
+        """The placement for a call that takes `needed_bytes`: with more single entries of streamed blocks in memory where
+        the process leaves some unused, with fewer where it would not suffice; None where nothing changes.
+
+        Call it between calls, after one was made: what the plan left for the unforeseen is then known.
+        """
+        assert self.placement is not None and self._fit is not None
+        pins = self._settings.pins
+        is_pinned = pins.resident is not None or pins.resident_bytes is not None
+        if not self._device.is_host or is_stored(records) or is_pinned or self._settings.home is not None:
+            return None
+        left = self.limit_bytes - self._slack_bytes // 3 - needed_bytes - memory.resident_bytes()
+        if left >= WORTH_FILLING_BYTES:
+            placement = with_pieces(self.placement, records, left, self._idle)
+        elif left < 0:
+            planned = self._fit.placement
+            extra = self.placement.pieces_bytes - planned.pieces_bytes
+            placement = with_pieces(planned, records, max(0, extra + left), self._idle)
+        else:
+            return None
+        changed = placement if placement.pieces != self.placement.pieces else None
+        self.placement = placement
+        return changed
 
     def shrink_tiles(self, num_tokens: int) -> None:
         """Let no tile of a call to come have more tokens, whatever is pinned; a tile has at least one row."""
@@ -231,15 +281,15 @@ class Budget:
 
     def has_room_for(self, num_bytes: int) -> bool:
         """Whether a host that does not compute has so much memory left beside what is placed."""
-        return self.host_bytes() + num_bytes + SLACK_BYTES <= self.limit_bytes
+        return self.host_bytes() + num_bytes + self._slack_bytes <= self.limit_bytes
 
     def host_bytes(self) -> int:
         """What the process takes of the host's memory, as placed."""
         assert self.placement is not None
         if self._device.is_host:
             arenas = self.placement.arena_bytes + self.host_inputs_bytes
-            return self.base_bytes + self.activation_bytes + arenas
-        return self.base_bytes + self.placement.home_bytes + self.host_inputs_bytes
+            return self.base_bytes + self.reserved_bytes + self.activation_bytes + arenas
+        return self.base_bytes + self.reserved_bytes + self.placement.home_bytes + self.host_inputs_bytes
 
     def expected_bytes(self) -> int:
         """What the process will have had at most: beside what is placed, freed memory that is kept where there is room."""
@@ -310,12 +360,17 @@ class Budget:
         raise BudgetError(
             f"the model does not fit into {format_bytes(self.limit_bytes)}: {error.message}; "
             f"the process itself has {format_bytes(self.base_bytes)}, "
+            f"{_open_models_text()}{self._reserved_text}"
             f"activations take {format_bytes(self.activation_bytes)}, "
-            f"{format_bytes(SLACK_BYTES + self._reading_bytes(records))} are kept free",
+            f"{format_bytes(self._slack_bytes + self._reading_bytes(records))} are kept free",
             hint=self._hint(
                 records, self.limit_bytes - self._room_beside_inputs + self.activation_bytes, smaller
             ),
         ) from error
+
+    @property
+    def _reserved_text(self) -> str:
+        return f"the KV cache takes {format_bytes(self.reserved_bytes)}, " if self.reserved_bytes else ""
 
     def _fit_for(
         self,
@@ -327,8 +382,10 @@ class Budget:
     ) -> Fit:
         """Raises BudgetError where it does not fit in this way, with so much to spare."""
         needs = needs_of(attempt, rehearsal, shape)
-        # Freed activations fit badly into one another; with room for a second visit nothing has to be given back.
-        taken = needs.num_bytes + (needs.visit_bytes if attempt.is_roomy else 0)
+        # Freed activations fit badly into one another; with room for a second visit, which is then all the slack there is,
+        # nothing has to be given back.
+        freed = max(0, needs.visit_bytes - self._slack_bytes) if attempt.is_roomy else 0
+        taken = needs.num_bytes + freed
         home_room = self._home_room_bytes - needs.host_bytes - spare_bytes
         if self._device.is_host:
             taken += needs.host_bytes
@@ -448,6 +505,7 @@ class Budget:
             kept_blocks=attempt.kept_blocks,
             inputs=str(attempt.inputs or self._computes_in),
             resident_bytes=sum(group_bytes(records[name], group) for name, group in chosen)
+            + placement.pieces_bytes
             if choice.pins.resident is None
             else choice.pins.resident_bytes,
         )
@@ -455,7 +513,10 @@ class Budget:
     @property
     def _room_beside_inputs(self) -> int:
         """What is left where blocks compute, beside the memory in which inputs wait or through which they pass."""
-        return self.room_bytes - (self.host_inputs_bytes if self._device.is_host else 0)
+        unplanned = 0
+        if self.placement is not None and self._fit is not None:
+            unplanned = self.placement.pieces_bytes - self._fit.placement.pieces_bytes
+        return self.room_bytes + unplanned - (self.host_inputs_bytes if self._device.is_host else 0)
 
     def _attempts(self, records: Sequence[Record], shape: BatchShape) -> Iterator[Attempt]:
         """What is tried, the fastest first: inputs go to the disk only where tiles would become too small otherwise.
@@ -612,6 +673,14 @@ class Budget:
         if self._most_tile_tokens is not None:
             wanted = min(wanted, self._most_tile_tokens // shape.row_tokens)
         return max(1, min(rows, wanted))
+
+
+def _open_models_text() -> str:
+    """Names the largest of the other models that hold memory, as a part of a sentence."""
+    for model, num_bytes in memory.open_models():
+        if num_bytes >= WORTH_COLLECTING_BYTES:
+            return f"of which {model}, which is still open, holds {format_bytes(num_bytes)}, "
+    return ""
 
 
 def _pinned(pins: Pins) -> str:

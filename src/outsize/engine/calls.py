@@ -16,6 +16,7 @@ from torch import nn
 from transformers import Cache, PreTrainedModel
 
 from outsize.config import format_bytes
+from outsize.engine import memory
 from outsize.engine.batch import BatchDims, Tile, tiles
 from outsize.engine.probe import SMALL_ROWS, BatchShape, Rehearsal, batch_shape, rehearse
 from outsize.errors import BudgetError, UsageError
@@ -26,6 +27,10 @@ if TYPE_CHECKING:
     from outsize.engine.head import Logits
     from outsize.engine.layer import Layer
     from outsize.engine.session import Session
+
+
+BESIDE_LOGIT_BYTES = 8
+"""Bytes per logit that a caller takes without gradients: a copy in fp32, and its log-probabilities."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +53,12 @@ class Calls:
         self.current: Call | None = None
         """The running call, else the last one; None while a cache is filled."""
         self.last_training: Call | None = None
+        self.beside_logit_bytes = BESIDE_LOGIT_BYTES
+        """What the caller makes of logits without gradients, per logit."""
+        self._needed_bytes = 0
+        """By the last call without gradients."""
+        self._has_read = False
+        """Whether a call without gradients was made, from which it is known what such calls leave of memory."""
         self.handles: list[Logits] = []
         """Logits of the running call, which can be read until it is over."""
         self.has_labels = False
@@ -86,8 +97,11 @@ class Calls:
         if uses_cache and session.executor is not None:
             # A cache grows with every call; the order of visits is that of a call without.
             self.current = None
+            self._use_what_is_left(session.budget.activation_bytes)
             session.executor.begin(self._forward_order)
             return session.arguments.moved(args, kwargs)
+        if session.executor is None:
+            memory.drop_file_pages()  # before the rehearsal, which touches again what computing needs
         plain_kwargs = {**kwargs, **_uncached(kwargs)} if uses_cache else kwargs
         rehearsal = self._rehearsed(self._signature(args, kwargs, uses_cache), args, plain_kwargs, shape)
         if session.executor is None:
@@ -131,9 +145,24 @@ class Calls:
         )
         if torch.is_grad_enabled():
             self.last_training = self.current
+        self._use_what_is_left(session.budget.call_bytes)
         session.running.begin(rehearsal.visits)
         if session.keeper is not None:
             session.keeper.begin()
+
+    def _use_what_is_left(self, needed_bytes: int) -> None:
+        """Where a call takes less than was planned for, or more than the last one, more or fewer weights stay in memory."""
+        if self._has_read and not torch.is_grad_enabled():
+            if needed_bytes < self._needed_bytes:
+                memory.give_back()  # what the larger call before freed
+            self._needed_bytes = needed_bytes
+            self._session.use_what_is_left(needed_bytes)
+
+    def rehearsed_for(self, kwargs: dict[str, Any]) -> tuple[Rehearsal, BatchShape]:
+        """The rehearsal of a call like this one, which is not made; nothing is placed."""
+        memory.drop_file_pages()
+        shape = batch_shape(self._session.module, (), kwargs)
+        return _rehearsal(self._session, (), kwargs, shape), shape
 
     def settle_for(self, kwargs: dict[str, Any]) -> None:
         """Place and allocate for calls like this one, which is not made. Raises BudgetError where they do not fit, having
@@ -177,6 +206,7 @@ class Calls:
         self.handles.clear()
         self.has_labels = False
         self._session.arguments.forget()
+        self._has_read |= output is not None and not torch.is_grad_enabled()
 
     def _signature(self, args: tuple[Any, ...], kwargs: dict[str, Any], uses_cache: bool) -> tuple[Any, ...]:
         """What decides the order of visits and the batch dimensions: everything but sizes."""

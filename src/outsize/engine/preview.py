@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+from outsize.block import Record
 from outsize.config import ComputeType, Disk, Pins, Settings, format_bytes
 from outsize.engine import api, memory
 from outsize.engine.budget import Fit
@@ -39,6 +40,13 @@ from outsize.plan.planner import Choice
 from outsize.plan.profile import Profile
 from outsize.tier import PaperDevice
 
+Call = tuple[Rehearsal, BatchShape]
+"""A call as it was rehearsed."""
+
+Passes = Callable[[Session, int, int], Iterator[tuple[Call, Call]] | None]
+"""Rehearses the passes of an engine for some sequences of some tokens: the largest, and that of a token of each. None for a
+model that no engine runs. What each takes beside calls is reserved in the session's budget when it is given."""
+
 _PREFERRED = (ComputeType.BFLOAT16, ComputeType.FLOAT32)
 
 NUM_ALTERNATIVES = 3
@@ -67,12 +75,14 @@ def preview(
     from_scratch: bool = False,
     profile: Profile | None = None,
     hardware: Profile | None = None,
+    passes: Passes | None = None,
 ) -> PlanSummary:
     """Say what lives where, and whether it fits, for batches of `[batch_size, seq_len]` tokens.
 
     With a `profile` of this machine one block of each kind is timed, plans are compared, and a step is predicted. With
     `hardware`, the profile of another machine, that one is planned for: its memory is the budget where none is given, and
     operations are counted instead of timed. `compile`, `attention` and `from_scratch` as in `load`.
+    `passes`: how the passes of an engine that generates are rehearsed; else calls of the model are.
     Reads no weights and stores nothing: a `config.json` is enough. Raises ModelError or ConfigError for what cannot be
     opened at all, WeightsError for a folder whose weights `load` would refuse.
     """
@@ -120,23 +130,21 @@ def preview(
     else:
         module.requires_grad_(False)
     with on_paper() if hardware is not None else nullcontext(), torch.set_grad_enabled(train):
-        return replace(_summary(session, batch_size, seq_len), has_weights=weights_are_there)
+        summary = _summary(session, batch_size, seq_len, None if hardware is not None else passes)
+        return replace(summary, has_weights=weights_are_there)
 
 
-def _summary(session: Session, batch_size: int, seq_len: int) -> PlanSummary:
+def _summary(session: Session, batch_size: int, seq_len: int, passes: Passes | None) -> PlanSummary:
     """The plan for training, or, without gradients, for generating."""
     budget, profile = session.budget, session.profile
     num_parameters = sum(parameter.numel() for parameter in session.parameters.values())
-    rehearsal, shape = _rehearse(session, batch_size, seq_len)
-    # Memory is laid out for a whole prompt; what takes the time of generating is one token after the other.
-    cached = None if torch.is_grad_enabled() else _rehearse(session, batch_size, 1)
     try:
-        records, placement = session.decide(rehearsal, shape, cached)
+        records, placement, (rehearsal, shape), cached = _decided(session, batch_size, seq_len, passes)
         num_disk_bytes = disk_bytes(placement, session.settings)
     except BudgetError as error:
         return PlanSummary(
             fits=False,
-            reason=f"{error}{_shorter(session, batch_size, seq_len)}",
+            reason=f"{error}{_shorter(session, batch_size, seq_len, passes)}",
             rows=(),
             slots=(),
             num_parameters=num_parameters,
@@ -152,7 +160,7 @@ def _summary(session: Session, batch_size: int, seq_len: int) -> PlanSummary:
         timed = cached or (rehearsal, shape)
         foresight = session.foresight(profile, *timed, records)
         if cached is not None:
-            foresight = foresight.uncut(batch_size)
+            foresight = foresight.uncut(cached[1].rows or 1)
         prediction = predict_call(session, *timed, tile_rows, records, placement, foresight)
     return PlanSummary(
         fits=True,
@@ -175,19 +183,51 @@ def _summary(session: Session, batch_size: int, seq_len: int) -> PlanSummary:
     )
 
 
+def _decided(
+    session: Session, batch_size: int, seq_len: int, passes: Passes | None
+) -> tuple[list[Record], Placement, Call, Call | None]:
+    """Records and their placement, the call that memory is laid out for, and, for generating, the one that is to be fast:
+    a token of each sequence. Raises BudgetError."""
+    if torch.is_grad_enabled():
+        largest = _rehearse(session, batch_size, seq_len)
+        return *session.decide(*largest), largest, None
+    error: BudgetError | None = None
+    for largest, decoding in _generating(session, batch_size, seq_len, passes):
+        try:
+            return *session.decide(*largest, decoding), largest, decoding
+        except BudgetError as failure:
+            error = failure.with_traceback(None)
+    assert error is not None
+    raise error
+
+
+def _generating(
+    session: Session, batch_size: int, seq_len: int, passes: Passes | None
+) -> Iterator[tuple[Call, Call]]:
+    """Ways to generate, each the largest call and that of a token of each sequence; those first that serve more at once."""
+    found = passes(session, batch_size, seq_len) if passes is not None else None
+    if found is None:
+        return iter([(_rehearse(session, batch_size, seq_len), _rehearse(session, batch_size, 1))])
+    return found
+
+
 def _disk_budget(settings: Settings) -> int:
     """What all disks together may hold, alike on each; 0 where none was given a size."""
     sizes = [disk.num_bytes for disk in settings.budgets.disks if disk.num_bytes is not None]
     return len(settings.budgets.disks) * min(sizes, default=0)
 
 
-def _shorter(session: Session, batch_size: int, seq_len: int) -> str:
+def _shorter(session: Session, batch_size: int, seq_len: int, passes: Passes | None) -> str:
     """The longest of some shorter sequences that fits, as a part of a hint."""
     for length in (seq_len * 3 // 4, seq_len // 2, seq_len // 4, seq_len // 8):
         if length < LEAST_LENGTH:
             break
-        rehearsal, shape = _rehearse(session, batch_size, length)
-        if session.fits(rehearsal, shape):
+        if torch.is_grad_enabled():
+            fits = session.fits(*_rehearse(session, batch_size, length))
+        else:
+            ways = _generating(session, batch_size, length, passes)
+            fits = any(session.fits(*largest) for largest, _ in ways)
+        if fits:
             return f"; or sequences of {length}"
     return ""
 

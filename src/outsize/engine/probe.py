@@ -233,8 +233,18 @@ class Probe:
         """Logits that take no memory; their real ones are counted."""
         shape = (*hidden.shape[:-1], head.module.out_features)
         logits = torch.zeros((), dtype=hidden.dtype, device=hidden.device).expand(shape)
-        self.whole_bytes = max(self.whole_bytes, 4 * logits.numel() * 4)
+        self.whole_bytes = max(self.whole_bytes, self._logits_bytes(head, logits, differentiates))
         return self._visit(head.blocks, [hidden], [logits], differentiates, is_table=True)[0]
+
+    def _logits_bytes(self, head: Head, logits: torch.Tensor, differentiates: bool) -> int:
+        """What real logits take. With gradients: four copies in fp32, for the loss and its backward. Without: themselves,
+        the part that one row block gives, and what the caller makes of them."""
+        if differentiates:
+            return 4 * logits.numel() * 4
+        rows = max(stop - start for _, start, stop in self.session.parameters.row_blocks(head.weight))
+        num_tokens = logits.numel() // head.module.out_features
+        own = logits.numel() * (logits.element_size() + self.session.calls.beside_logit_bytes)
+        return own + int(memory.SPREAD * num_tokens * rows * max(logits.element_size(), 4))
 
     def loss(self, head: Head, hidden: torch.Tensor, trains: bool, differentiates: bool) -> torch.Tensor:
         """A loss of zero."""

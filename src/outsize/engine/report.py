@@ -126,6 +126,9 @@ def placement_rows(session: Session, records: Sequence[Record], placement: Place
             if tier == "disk" and not is_stored(records):
                 what += ", in their files"
             figures[tier, what] += num_bytes
+    if placement.pieces_bytes:
+        figures["host", "weights"] += placement.pieces_bytes
+        figures["disk", "weights, in their files"] -= placement.pieces_bytes
     by_name = sorted(figures.items(), key=lambda item: item[0][1], reverse=True)
     planes = sorted(by_name, key=lambda item: _TIERS.index(item[0][0]))
     rows = [Row(tier, what, num_bytes) for (tier, what), num_bytes in planes]
@@ -139,6 +142,8 @@ def placement_rows(session: Session, records: Sequence[Record], placement: Place
         if placement.inputs is Home.DISK:
             rows.append(Row("host", "buffers of inputs", session.budget.host_inputs_bytes))
     rows.append(Row(computes_in, "activations (most)", session.budget.activation_bytes))
+    if session.budget.reserved_bytes:
+        rows.append(Row("host", "KV cache", session.budget.reserved_bytes))
     rows.append(Row("host", "Python and libraries", session.budget.base_bytes))
     return tuple(rows)
 

@@ -421,7 +421,7 @@ class Session:
         return records
 
     def _reading_bytes(self, records: Sequence[Record]) -> int:
-        return reading_bytes(self.own_source(), records)
+        return reading_bytes(self.own_source(), records, is_host=self.device.is_host)
 
     def decide(
         self, rehearsal: Rehearsal, shape: BatchShape, cached: tuple[Rehearsal, BatchShape] | None = None
@@ -466,6 +466,7 @@ class Session:
                 self.device_kernel(kind)
         store, restored = self._open_store(records, placement)
         self.executor = Executor(store)
+        memory.register(store.host_arena, type(self.module).__name__)
         self._finalizer = when_dropped(self, close_workers, *store.workers())
         self.parameters.locate({r.name: [entry.piece for entry in r.entries] for r in records})
         self.blocks = {r.name: Block(r.name, tuple(entry.piece for entry in r.entries)) for r in records}
@@ -539,6 +540,13 @@ class Session:
         else:
             for state in store:
                 store.load_resident(state)
+
+    def use_what_is_left(self, needed_bytes: int) -> None:
+        """Keep as many weights in memory as a call that takes `needed_bytes` leaves room for."""
+        store = self.running.store
+        placement = self.budget.with_what_is_left([state.record for state in store], needed_bytes)
+        if placement is not None:
+            store.keep_pieces(placement)
 
     def _forget_committed(self) -> None:
         committed, self.committed = self.committed, None

@@ -42,8 +42,8 @@ class UpdateJob:
 
     `weight` is the whole weight plane in the host's memory, and `weight_buffer` those of its bytes that go to disk;
     `state_planes` and `gradient` are planes in memory. What is None streams; so do weights where `streams_weight` says
-    so. With `is_first` nothing of the record is on disk yet: state starts as zero, the remainder as `read_remainder`
-    gives it, and the frozen part of the weights is stored too.
+    so. With `is_first` nothing of the record is on disk yet: state starts as zero, the remainder as
+    `fill_remainder(record, start, stop, target)` gives it, and the frozen part of the weights is stored too.
 
     For a device with memory of its own, `send_up(start, stop, values)` copies weights to where the block computes, and
     planes are left alone until `before` is over.
@@ -58,7 +58,7 @@ class UpdateJob:
     state_planes: Sequence[torch.Tensor] | None
     gradient: torch.Tensor | None
     is_first: bool
-    read_remainder: Callable[[], torch.Tensor | None]
+    fill_remainder: Callable[[Record, int, int, torch.Tensor], None]
     after: UpdateJob | None
     before: Sequence[Transfer] = ()
     send_up: Callable[[int, int, torch.Tensor], Transfer] | None = None
@@ -70,7 +70,6 @@ class UpdateJob:
     weight_writes: list[Transfer] = field(default_factory=list)
     sent: list[Transfer] = field(default_factory=list)
     error: BaseException | None = None
-    _remainder: torch.Tensor | None = None
     _is_applied: threading.Event = field(default_factory=threading.Event)
 
     def is_applied(self) -> bool:
@@ -108,12 +107,6 @@ class UpdateJob:
         """As `wait`."""
         self.wait()
 
-    def initial_remainder(self) -> torch.Tensor | None:
-        """The remainder plane at the first update, read once; None where the rule has none."""
-        if self._remainder is None:
-            self._remainder = self.read_remainder()
-        return self._remainder
-
     def finish(self, error: BaseException | None = None) -> None:
         """Let waiters go on."""
         self.error = self.error or error
@@ -121,7 +114,7 @@ class UpdateJob:
             self.done((*self.weight_writes, *self.sent))
             self.done = None
         self._is_applied.set()
-        self.after = self._remainder = None  # a chain of jobs would keep every tensor of the past alive
+        self.after = None  # a chain of jobs would keep every tensor of the past alive
 
     def chunks(self) -> Iterator[tuple[int, int, int]]:
         """`(start, trainable stop, weight stop)` of each chunk the job visits, in elements."""
@@ -296,11 +289,9 @@ class UpdateLane:
             read.wait()
         weight = self._weight(chunk)
         state, gradient = self._planes(chunk)
-        if job.is_first and chunk.trainable_stop > chunk.start:
-            remainder = job.initial_remainder()
-            if remainder is not None:
-                initial = remainder[chunk.start : chunk.trainable_stop]
-                state[record.state.index(Plane.REMAINDER)].copy_(initial)
+        if job.is_first and chunk.trainable_stop > chunk.start and Plane.REMAINDER in record.state:
+            remainder = state[record.state.index(Plane.REMAINDER)]
+            job.fill_remainder(record, chunk.start, chunk.trainable_stop, remainder)
         recorder, start_s = self.recorder, time.perf_counter()
         for first, last, hyper in runs(record, job.pending, chunk.start, chunk.trainable_stop):
             start, stop = first - chunk.start, last - chunk.start

@@ -88,7 +88,7 @@ class FileReader:
 
 def _buffer() -> memoryview:
     """A large page, where the system gives one; of the address space around it nothing is touched."""
-    memory = mmap.mmap(-1, 2 * PIECE_BYTES)
+    memory = mmap.mmap(-1, 2 * PIECE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with suppress(OSError, AttributeError):
         memory.madvise(mmap.MADV_HUGEPAGE)
     start = -np.frombuffer(memory, np.uint8).ctypes.data % PIECE_BYTES

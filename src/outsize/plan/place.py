@@ -58,7 +58,9 @@ class Placement:
     instead, and everything that moves passes through pinned buffers: chunks, `relay_buffers` between disk and device,
     and `staging_buffers` for whole weight planes that come from a checkpoint. `kept` holds layers whose activations wait
     for the backward, which then does not compute them again; their weights are resident. `inputs` is where the inputs of
-    blocks wait, at most `inputs_bytes` there; None where they stay where blocks compute.
+    blocks wait, at most `inputs_bytes` there; None where they stay where blocks compute. `pieces` holds `(block, index)` of
+    single entries of streamed blocks whose weights stay in memory as well: filling a slot copies them from there instead of
+    reading them from the model's files.
     """
 
     resident: frozenset[tuple[str, Plane]]
@@ -77,6 +79,8 @@ class Placement:
     kept: frozenset[str] = frozenset()
     inputs: Home | None = None
     inputs_bytes: int = 0
+    pieces: frozenset[tuple[str, int]] = frozenset()
+    pieces_bytes: int = 0
 
     def is_roomy(self, pins: Pins) -> bool:
         """Whether there are as many slots as transfers beside computing can use, or as were pinned."""
@@ -105,7 +109,7 @@ class Placement:
     @property
     def compute_bytes(self) -> int:
         """Memory where blocks compute: slots and what is resident."""
-        return self.slots_bytes + self.resident_bytes
+        return self.slots_bytes + self.resident_bytes + self.pieces_bytes
 
     @property
     def home_bytes(self) -> int:
@@ -203,7 +207,34 @@ def place(
         if (record.name, group) not in chosen and cost <= left:
             chosen.add((record.name, group))
             left -= cost
-    return _placed(records, frozenset(chosen), *slots)
+    placement = _placed(records, frozenset(chosen), *slots)
+    return placement if limit == 0 else with_pieces(placement, records, left, idle)
+
+
+def with_pieces(
+    placement: Placement, records: Sequence[Record], num_bytes: int, idle: frozenset[str] = frozenset()
+) -> Placement:
+    """`placement` with entries of streamed blocks in `num_bytes` more memory, the largest of a block first.
+
+    A block is large beside a small budget: what is left where no whole one fits would stay unused. Where something trains
+    nothing changes: an update would have to write such an entry twice.
+    """
+    chosen: dict[tuple[str, int], int] = {}
+    streamed = [r for r in records if r.name not in idle and not placement.is_resident(r.name, Plane.WEIGHT)]
+    for record in _spread_evenly(streamed) if not is_stored(records) else ():
+        sizes = {
+            index: align(entry.piece.num_elements * record.element_bytes[Plane.WEIGHT])
+            for index, entry in enumerate(record.entries)
+        }
+        for index in sorted(sizes, key=lambda index: (-sizes[index], index)):
+            if 0 < sizes[index] <= num_bytes and (record.name, index) not in placement.pieces:
+                chosen[record.name, index] = sizes[index]
+                num_bytes -= sizes[index]
+    return replace(
+        placement,
+        pieces=placement.pieces.union(chosen),
+        pieces_bytes=placement.pieces_bytes + sum(chosen.values()),
+    )
 
 
 def _fewer_and_fewer(records: Sequence[Record], pins: Pins) -> Iterator[tuple[int, int]]:

@@ -3,7 +3,9 @@
 from outsize.serve.engine import Engine, Serves, open_engine
 from outsize.serve.job import Progress, run_job
 from outsize.serve.pipeline import Pipeline, pipeline
+from outsize.serve.preview import preview
 from outsize.serve.request import Completion, Finish, Request, Sampling, Stream, Token
+from outsize.serve.runner import Workload
 
 __all__ = [
     "Completion",
@@ -16,7 +18,9 @@ __all__ = [
     "Serves",
     "Stream",
     "Token",
+    "Workload",
     "open_engine",
     "pipeline",
+    "preview",
     "run_job",
 ]

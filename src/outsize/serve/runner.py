@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from outsize.config import format_bytes, parse_bytes
 from outsize.engine import memory
-from outsize.engine.probe import walk
+from outsize.engine.probe import BatchShape, Rehearsal, walk
 from outsize.engine.session import Session, find_session
 from outsize.errors import BudgetError, ConfigError
 from outsize.kv import (
@@ -40,7 +40,7 @@ PASS_TOKENS = 512
 PASS_TOKENS_ON_DEVICE = 8192
 """The same on an accelerator, whose weights come over a link: products hide that from here on."""
 
-LOGIT_ELEMENTS = 1 << 25
+LOGIT_ELEMENTS = 1 << 24
 """Logits of one pass, at most: rows of them are limited, not the vocabulary."""
 
 KV_SHARE = 0.25
@@ -50,6 +50,18 @@ LONGEST = 16
 
 FEWEST = 16
 """Pages, before a model is said not to fit."""
+
+
+MOST_GUESSES = 16
+"""Tokens that are guessed ahead of one sequence, in a pass."""
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """The requests that memory is planned for: at most `sequences` at once, each of `tokens`, with its answer."""
+
+    sequences: int
+    tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +85,11 @@ class Runner:
         *,
         deterministic: bool = False,
         share: float = KV_SHARE,
+        workload: Workload | None = None,
+        only_plan: bool = False,
     ) -> None:
-        """`share`: of free memory, for pages, where `kv` does not say.
+        """`share`: of free memory, for pages, where neither `kv` nor the `workload` says. With `only_plan` nothing is
+        allocated, and `run` cannot be called.
 
         Raises NotPageableError where the model cannot run so, BudgetError where it does not fit.
         """
@@ -91,30 +106,54 @@ class Runner:
             model,
             self._call if session is None else lambda arguments: walk(session, arguments),
         )
+        if session is not None:
+            session.calls.beside_logit_bytes = 0  # tokens are chosen row by row
         assert isinstance(model, PreTrainedModel)
         self.vocabulary = int(model.config.get_text_config(decoder=True).vocab_size)
+        self._workload = workload
         self.pass_tokens = pass_tokens or (
             PASS_TOKENS if self.device.type == "cpu" else PASS_TOKENS_ON_DEVICE
         )
         self.pass_rows = max(1, min(self.pass_tokens, LOGIT_ELEMENTS // self.vocabulary))
+        if workload is not None:
+            most_rows = workload.sequences * (1 + MOST_GUESSES)
+            self.pass_tokens = min(self.pass_tokens, max(workload.sequences * workload.tokens, most_rows))
+            self.pass_rows = min(self.pass_rows, most_rows)
         self.page_bytes = page_bytes(self.pageable.layers, self.pageable.dtype)
-        sizes = self._sizes(session, kv, share)
-        for num_pages in sizes:
+        self.sizes = self._sizes(session, kv, share)
+        """Numbers of pages to try, the largest first."""
+        if only_plan:
+            return
+        for num_pages in self.sizes:
             try:
                 self._open_pages(num_pages + 1)
                 return
             except BudgetError:
-                if num_pages == sizes[-1]:
+                if num_pages == self.sizes[-1]:
                     raise
 
     def _open_pages(self, num_pages: int) -> None:
-        """Make pages, and place the model beside them. Raises BudgetError, and then there are none."""
+        """Place the model beside pages, and make them. Raises BudgetError, and then there are none."""
+        session = self._session
+        if session is not None and session.device.is_host and session.executor is None:
+            self._settle(session, self.stand_in(num_pages))
+            self.kv = self._made(num_pages)
+            return
         self.kv = self._made(num_pages)
         try:
-            self._settle(self._session)
+            self._settle(session, self.kv)
         except BudgetError:
             del self.kv
             raise
+
+    def stand_in(self, num_pages: int) -> PagedKV:
+        """Few pages that stand for `num_pages`, whose memory the budget reserves: a rehearsal writes them all alike."""
+        assert self._session is not None
+        self._session.budget.reserved_bytes = num_pages * self.page_bytes
+        pages = self._made(2)
+        pages.num_pages = num_pages
+        pages.most_pages = min(num_pages, pages_for(self.pageable.most_positions))
+        return pages
 
     def _made(self, num_pages: int) -> PagedKV:
         """Pages on the device. Raises BudgetError."""
@@ -128,12 +167,26 @@ class Runner:
             ) from error
 
     @torch.no_grad()
-    def _settle(self, session: Session | None) -> None:
+    def _settle(self, session: Session | None, kv: PagedKV) -> None:
         """Place the model's weights beside the pages, for the largest passes there will be. Raises BudgetError."""
         if session is not None and session.executor is None:
             with switched(self.model), self._products():
-                for parts in self._largest():
-                    session.calls.settle_for(self._arguments(parts))
+                for parts in self._largest(kv):
+                    session.calls.settle_for(self._arguments(parts, kv))
+
+    @torch.no_grad()
+    def rehearsals(
+        self, num_pages: int, num_tokens: int
+    ) -> tuple[tuple[Rehearsal, BatchShape], tuple[Rehearsal, BatchShape]]:
+        """Of the pass that takes most memory beside `num_pages`, and of one with a token of `num_tokens` sequences."""
+        assert self._session is not None
+        kv = self.stand_in(num_pages)
+        largest = next(self._largest(kv))
+        position = largest[0].position + len(largest[0].tokens) - 1
+        decoding = [Part((1,), position, largest[0].table, (0,))] * num_tokens
+        rehearsed = self._session.calls.rehearsed_for
+        with switched(self.model), self._products():
+            return rehearsed(self._arguments(largest, kv)), rehearsed(self._arguments(decoding, kv))
 
     @torch.no_grad()
     def run(self, parts: Sequence[Part], *, is_long: bool = False) -> list[torch.Tensor]:
@@ -147,7 +200,7 @@ class Runner:
             if reach <= long_after:
                 parts = [*parts, Part((0,), long_after, (), ())]
         with switched(self.model), self._products():
-            logits_NV = self._call(self._arguments(parts)).logits[0]
+            logits_NV = self._call(self._arguments(parts, self.kv)).logits[0]
         if self._session is not None:
             self._session.calls.read_ahead()
         return list(logits_NV.split([len(part.rows) for part in parts] + [int(not _num_rows(parts))]))
@@ -163,7 +216,7 @@ class Runner:
     def _products(self) -> AbstractContextManager[object]:
         return FixedTiles() if self.deterministic else nullcontext()  # type: ignore[no-untyped-call]
 
-    def _arguments(self, parts: Sequence[Part]) -> dict[str, Any]:
+    def _arguments(self, parts: Sequence[Part], kv: PagedKV) -> dict[str, Any]:
         ids: list[int] = []
         positions: list[int] = []
         rows: list[int] = []
@@ -184,17 +237,19 @@ class Runner:
             "position_ids": torch.tensor([positions], device="cpu"),
             "logits_to_keep": torch.tensor(rows or [0], device="cpu"),
             "use_cache": False,
-            "paged": Pass(self.kv, segments, one_by_one=self.deterministic),
+            "paged": Pass(kv, segments, one_by_one=self.deterministic),
         }
 
-    def _largest(self) -> Iterator[list[Part]]:
+    def _largest(self, kv: PagedKV) -> Iterator[list[Part]]:
         """The passes that take most: as many tokens and rows as there may be, at the end of the longest request.
 
         Calls are told apart by whether an id is 0 and whether positions go on from one token to the next: one pass of
         each kind, so that none is rehearsed in the midst of serving.
         """
-        longest = min(self.pageable.most_positions, (self.kv.num_pages - 1) * PAGE_TOKENS)
-        table = range(1, 1 + pages_for(longest))
+        longest = min(self.pageable.most_positions, (kv.num_pages - 1) * PAGE_TOKENS)
+        if self._workload is not None:
+            longest = min(longest, self._workload.tokens)
+        table = [1] * pages_for(longest)
         for token in (1, 0):
             for most in (longest, longest // 2):
                 tokens, rows = self.pass_tokens, self.pass_rows
@@ -209,6 +264,8 @@ class Runner:
     def _sizes(self, session: Session | None, kv: str | int | None, share: float) -> list[int]:
         """Pages to try: what was asked for; else a share of what is free, and less where weights then do not fit."""
         longest = pages_for(self.pageable.most_positions)
+        if kv is None and self._workload is not None:
+            return self._workload_sizes(session, self._workload, share)
         if kv is None:
             most = min(int(share * self._free_bytes(session)) // self.page_bytes, LONGEST * longest)
             return [
@@ -224,6 +281,14 @@ class Runner:
         if session is not None and session.executor is not None:
             _check_beside(session, num_bytes)
         return [num_bytes // self.page_bytes]
+
+    def _workload_sizes(self, session: Session | None, workload: Workload, share: float) -> list[int]:
+        """Pages for all sequences of a workload within a `share` of what is free, then for half, and so on down to one."""
+        one = pages_for(min(workload.tokens, self.pageable.most_positions))
+        most = min(
+            workload.sequences, max(1, int(share * self._free_bytes(session)) // (one * self.page_bytes))
+        )
+        return [max(most >> half, 1) * one for half in range(most.bit_length())]
 
     def _free_bytes(self, session: Session | None) -> int:
         if session is not None and not session.device.is_host:

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 
 from outsize.errors import in_short
 from outsize.serve.draft import Draft
+from outsize.serve.runner import MOST_GUESSES
 from outsize.serve.schedule import Chunk, Sample
 
 _log = logging.getLogger(__name__)
@@ -36,9 +37,6 @@ PRIOR_TOKENS = 32
 
 NEAR = 12
 """Tokens after one that was changed, among which a copy may go on."""
-
-MOST_GUESSES = 16
-"""Ahead of one sample, in a pass."""
 
 _MEMORY = 0.8
 """Of what was known before, how much counts beside what is new."""

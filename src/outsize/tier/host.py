@@ -41,7 +41,8 @@ class Region:
     def __init__(self, arena: HostArena, name: str, memory: mmap.mmap) -> None:
         self.name = name
         self.num_bytes = len(memory)
-        self._arena = arena
+        # A cycle would keep the memory of a dropped model until the collector comes by.
+        self._arena = weakref.ref(arena)
         self._memory: mmap.mmap | None = memory
         self._unpin: weakref.finalize[..., Region] | None = None
 
@@ -89,7 +90,8 @@ class Region:
         if self._unpin is not None:
             self._unpin()
         self._memory = None
-        self._arena._forget(self)
+        if (arena := self._arena()) is not None:
+            arena._forget(self)
         # The mapping lives as long as a view of it does, and cannot be unmapped before. Its pages can go.
         memory.madvise(mmap.MADV_DONTNEED)
 
