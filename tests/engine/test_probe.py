@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import outsize
-from outsize.engine import probe
+from outsize.engine import head, probe
 from outsize.engine.probe import Linear, batch_shape
 from outsize.engine.session import Session, session_of
 from outsize.plan import Direction
@@ -111,6 +111,15 @@ def test_boundary_memory_grows_with_rows(tmp_path):
     assert rehearsal.boundary_bytes.at(8) - rehearsal.boundary_bytes.at(4) == int(
         4 * rehearsal.boundary_bytes.per_row
     )
+
+
+def test_memory_of_the_loss_does_not_grow_beyond_its_largest_tiles(monkeypatch):
+    """Rows that are tried have smaller tiles: what they take is no measure of what many of them will."""
+    monkeypatch.setattr(head, "TILE_ELEMENTS", 1 << 14)
+    model = opened(ZOO["llama"].build().train())
+    loss = rehearsal_of(model, ZOO["llama"].batch(rows=4, length=12)).loss_memory
+    assert loss.tiles.at(2) < loss.most_tile_bytes == 3 * 4 * (1 << 14)
+    assert loss.most_tile_bytes < loss.at(1000) < loss.tiles.at(1000) / 2
 
 
 def test_a_line_through_two_points():

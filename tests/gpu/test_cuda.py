@@ -2,6 +2,7 @@
 
 import gc
 import itertools
+import re
 import warnings
 from dataclasses import dataclass
 
@@ -237,6 +238,24 @@ def test_a_tight_limit_makes_torch_give_nothing_back(tmp_path):
     assert budget.device_bytes() > 0.65 * limit
     assert torch.cuda.memory_stats()["num_alloc_retries"] == before
     assert torch.cuda.max_memory_reserved() <= limit
+
+
+def test_what_a_hint_says_of_a_device_that_is_too_small_works(tmp_path):
+    """What is in use there already is part of it."""
+    gc.collect()
+    plain = ZOO["llama"].build(hidden_size=256, intermediate_size=768, vocab_size=8192).train()
+    ids = torch.randint(4, 8000, (16, 128), generator=torch.Generator().manual_seed(0))
+    beside = torch.zeros(100 << 20, dtype=torch.uint8, device="cuda")
+    model = opened(plain, device=240 << 20, disk=tmp_path)
+    with pytest.raises(BudgetError, match="does not fit into") as caught:
+        model(input_ids=ids, labels=ids)
+    named = re.search(r'device="(\d+)MiB"', caught.value.hint or "")
+    assert named is not None
+    del model, caught
+    gc.collect()
+    model = opened(plain, device=int(named[1]) << 20, disk=tmp_path)
+    model(input_ids=ids, labels=ids).loss.backward()
+    del beside
 
 
 def test_running_out_of_the_devices_memory_is_named(tmp_path):
