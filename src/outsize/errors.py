@@ -13,7 +13,8 @@ Each message says what happened, to which thing, and what was expected; `hint:` 
     ├── DeviceError              the accelerator is lost, or refuses what it is asked for
     ├── StorageError             a tier failed: the file, the place and the cause
     │   ├── StorageFullError     no space left
-    │   └── CorruptionError      bytes read are not the bytes written
+    │   ├── CorruptionError      bytes read are not the bytes written
+    │   └── StateLostError       an update or a gradient was only partly stored when something failed
     └── TrainingError            training itself went wrong (a loss that is not finite)
 """
 
@@ -108,6 +109,10 @@ class StorageFullError(StorageError):
 
 class CorruptionError(StorageError):
     """A checksum does not match: the bytes read are not the bytes that were written."""
+
+
+class StateLostError(StorageError):
+    """Something failed while weights, optimizer state or gradients were being changed: the message names what is lost."""
 
 
 class TrainingError(OutsizeError):

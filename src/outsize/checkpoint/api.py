@@ -126,6 +126,7 @@ def commit(
         raise UsageError(f"the model lives in {store.folder}", hint=f'commit to "{store.folder}"')
     if session.executor is None:
         return  # nothing was done yet
+    session.executor.enter()
     draft = Manifest(
         step=own.num_updates,
         written=datetime.now(UTC).isoformat(timespec="seconds"),

@@ -230,12 +230,14 @@ class Store:
             else:
                 tier.end_commit()
 
+        self._declared_step = draft.step
         try:
             begin(complete)
         except BaseException:
+            self._declared_step = None
+            future.cancel()  # blocks that are captured later would be those of another step
             self._pending.remove(future)
             raise
-        self._declared_step = draft.step
 
     def wait(self) -> Committed | None:
         """Wait until every commit whose blocks are captured is durable; the last that was declared here. Raises what went

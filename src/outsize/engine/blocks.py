@@ -20,6 +20,7 @@ from outsize.engine.gradients import Gradients
 from outsize.engine.origin import Origin
 from outsize.engine.state import BlockState, GradientState, weight_dtype
 from outsize.engine.update import CHUNKS_IN_MEMORY, Pending, UpdateJob, UpdateLane, runs
+from outsize.errors import StateLostError, in_short
 from outsize.model import Source
 from outsize.optim import Kernel, Rule, part
 from outsize.plan import Placement, SlotClass, slot_class_of
@@ -75,6 +76,7 @@ class BlockStore:
             self.arena = DeviceArena(self.device, placement.compute_bytes)
             self._host = HostArena(placement.home_bytes, pinner=self.device)
         self.states: dict[str, BlockState] = {}
+        self._lost: tuple[str, BaseException | None] | None = None
         offset = 0
         for record in records:
             planes = [p for p in (Plane.WEIGHT, Plane.GRADIENT, *record.state) if record.plane_elements(p)]
@@ -192,8 +194,8 @@ class BlockStore:
         if state.is_loaded or state.is_stored:
             return
         if Plane.WEIGHT in state.resident:
-            state.is_loaded = True
             self.origin.read(state)
+            state.is_loaded = True
         elif Plane.WEIGHT in state.hosted:
             self.origin.load_hosted(state)
 
@@ -292,15 +294,17 @@ class BlockStore:
                 job.weight_buffer = state.slot.buffer
         else:
             self._bring_weights_to(job, state)
+        # Before this line the update is pending, after it handed over; an exception in between is settled by `recover`.
+        self.lane.submit(job)
         state.pending = None
         state.is_stored = True
-        self.lane.submit(job)
+        if not self.device.is_host:
+            state.gradient_transfers, state.is_draining = [], False
 
     def _bring_weights_to(self, job: UpdateJob, state: BlockState) -> None:
         """Where `job` finds the weights in the memory of a host that does not compute, and where it sends them."""
         job.send_up = self._sender(state)
         job.before = (*job.before, *state.gradient_transfers, *state.home_reads)
-        state.gradient_transfers = []
         job.weight = self.hosted_plane(state, Plane.WEIGHT)
         if job.weight is not None:
             job.weight_reads = [state.loading] if state.loading is not None else []
@@ -332,6 +336,7 @@ class BlockStore:
         state.weight_reads = []
         if state.copy is not None:
             state.copy.wait()
+        state.is_changing = True
         planes = [self.resident_plane(state, plane) for plane in record.state]
         gradient = self.resident_plane(state, Plane.GRADIENT)
         is_new = record.num_trainable and not state.is_stored
@@ -350,6 +355,7 @@ class BlockStore:
             self._device_kernel(record.compute_type)(weights[first:last], own, rounded, hyper)
         state.pending = None
         state.is_stored = True
+        state.is_changing = False
 
     def wait_weights(self, state: BlockState) -> None:
         """Let computing wait until the weights in memory are current; raise what went wrong."""
@@ -369,15 +375,12 @@ class BlockStore:
     def free_weights(self, state: BlockState) -> None:
         """Give the weight slot back once nothing is read into or written from it."""
         assert state.slot is not None, f"{state.name} holds no slot"
-        try:
-            wait_all(state.weight_reads)
-            if state.update is not None:
-                state.update.wait_slot_free()
-        finally:
-            pool = self._pool(self._weight_pools, self.placement.weight_classes, state)
-            pool.give(state.slot, [self.device.mark()])
-            state.slot = None
-            state.weight_reads = []
+        wait_all(state.weight_reads)
+        if state.update is not None:
+            state.update.wait_slot_free()
+        slot, state.slot, state.weight_reads = state.slot, None, []
+        pool = self._pool(self._weight_pools, self.placement.weight_classes, state)
+        pool.give(slot, [self.device.mark()])
 
     # -- the whole store -----------------------------------------------------------------------------------------
 
@@ -399,6 +402,50 @@ class BlockStore:
                 state.update.wait()
             state.finish_gradient()
 
+    def finish(self) -> None:
+        """Wait until nothing moves any more, whether it failed or not: every worker is idle after that."""
+        if self.lane is not None:
+            self.lane.finish()
+        for thread in (self.origin.reader, self.captures.thread if self.captures is not None else None):
+            if thread is not None:
+                thread.submit(lambda: None).result()
+        self.carrier.finish()
+        self.device.finish()
+        if self.disk is not None:
+            self.disk.finish()
+
+    def give_slots_back(self) -> None:
+        """Take every slot back, whatever it holds; nothing may move."""
+        for state in self:
+            state.slot = state.gradient_slot = None
+        for pool in (*self._weight_pools, *self._gradient_pools):
+            pool.reset()
+        self.origin.give_staging_back()
+
+    def lose(self, state: BlockState, cause: BaseException | None) -> None:
+        """The weights and state of a block are lost: from now on `check` says so."""
+        if self._lost is None:
+            self._lost = state.name, cause
+        if self.captures is not None:
+            self.captures.failed(
+                state, cause or StateLostError(f"the update of {state.name} stopped half-way")
+            )
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether an update stopped half-way."""
+        return self._lost is not None
+
+    def check(self) -> None:
+        """Raise StateLostError where an update stopped half-way."""
+        if self._lost is not None:
+            block, cause = self._lost
+            why = "" if cause is None else f" ({in_short(cause)})"
+            raise StateLostError(
+                f"the update of block {block} stopped half-way{why}: its weights and optimizer state are partly changed",
+                hint="close the model, load it again, and resume from the last commit (outsize.checkpoint.resume)",
+            ) from cause
+
     def close(self) -> None:
         """Finish what is under way and give memory and disk back, whatever goes wrong on the way."""
         with ExitStack() as stack:
@@ -415,20 +462,23 @@ class BlockStore:
         return self.lane, self.origin.reader, copier, self.carrier, self.device, self.disk
 
     def _free_memory(self) -> None:
-        for state in self:
-            for region in (*state.resident.values(), *state.hosted.values()):
-                region.free()
-            state.resident.clear()
-            state.hosted.clear()
-            state.update = None
-        for pool in (*self._weight_pools, *self._gradient_pools):
-            pool.free()
-        self.origin.forget_pieces(list(self._kept_pieces))
-        for region in (*self._chunks, *self._relays, *self._staged, *self._kept_pieces.values()):
-            region.free()
-        self._kept_pieces.clear()
-        self.arena.check_books()
-        self._host.check_books()
+        """Give all memory back; the workers have ended."""
+        self.give_slots_back()
+        with ExitStack() as stack:
+            stack.callback(self._host.check_books)
+            stack.callback(self.arena.check_books)
+            for region in (*self._chunks, *self._relays, *self._staged, *self._kept_pieces.values()):
+                stack.callback(region.free)
+            stack.callback(self.origin.forget_pieces, list(self._kept_pieces))
+            for pool in (*self._weight_pools, *self._gradient_pools):
+                stack.callback(pool.free)
+            for state in self:
+                for home in (*state.resident.values(), *state.hosted.values()):
+                    stack.callback(home.free)
+                state.resident.clear()
+                state.hosted.clear()
+                state.update = None
+            self._kept_pieces.clear()
 
     # -- helpers -------------------------------------------------------------------------------------------------
 

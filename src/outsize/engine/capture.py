@@ -33,6 +33,8 @@ class Capture:
 
     def __init__(self, blocks: Iterable[str], complete: Callable[[Capture], None]) -> None:
         self.waiting = set(blocks)
+        self.has_begun = False
+        """Whether the store knows that this commit waits for no further update."""
         self.blocks: dict[str, CapturedBlock] = {}
         self._missing = set(self.waiting)
         self._complete = complete
@@ -52,6 +54,11 @@ class Capture:
         with self._lock:
             self._error = self._error or error
         self._settle(block)
+
+    def interrupted(self) -> tuple[str, ...]:
+        """Blocks that were taken down and never arrived here; to be asked while nothing is being copied."""
+        with self._lock:
+            return tuple(sorted(self._missing - self.waiting))
 
     def wait(self) -> None:
         """Wait for what is being written. Raises the first error that any block met."""

@@ -61,6 +61,15 @@ class Captures:
             self._is_taken(state, capture)
             capture.fail(state.name, error)
 
+    def recover(self) -> None:
+        """Let the commit under way fail where taking a block down was interrupted: it would never be complete."""
+        self.finish()
+        capture = self._capture
+        if capture is None:
+            return
+        for name in capture.interrupted():
+            capture.fail(name, StorageError(f"the commit was interrupted while it took down block {name}"))
+
     def settle(self) -> None:
         """Note blocks that no visit came to because an error was in between; what is wrong with them is the commit's."""
         for state in self._store:
@@ -122,9 +131,10 @@ class Captures:
 
     def _is_taken(self, state: BlockState, capture: Capture) -> None:
         """Nothing that comes will change what the commit has of this block."""
-        capture.waiting.discard(state.name)
-        if not capture.waiting:
+        if capture.waiting <= {state.name} and not capture.has_begun:
+            capture.has_begun = True
             self._versions.begin_commit()
+        capture.waiting.discard(state.name)
 
     def _copy(
         self,

@@ -81,6 +81,10 @@ class Carrier(ABC):
         """Start sending a plane from its place to its home; over when it is there, and its slot's `after` is set."""
 
     @abstractmethod
+    def finish(self) -> None:
+        """Wait until every transfer is on its way to its last leg: what remains is the disk's and the device's."""
+
+    @abstractmethod
     def close(self) -> None:
         """Finish what was started."""
 
@@ -103,6 +107,9 @@ class DirectCarrier(Carrier):
         assert parcel.slot is not None
         parcel.slot.after = tuple(transfers)
         return transfers
+
+    def finish(self) -> None:
+        """Nothing to do: transfers are the disk's."""
 
     def close(self) -> None:
         """Nothing to do: transfers are the disk's."""
@@ -164,6 +171,11 @@ class StagedCarrier(Carrier):
         if parcel.slot is not None:
             parcel.slot.after = (left,)
         return [copy]
+
+    def finish(self) -> None:
+        """Wait until the relays' threads are idle."""
+        for relay in self._relays.values():
+            relay.finish()
 
     def close(self) -> None:
         """End the relays' threads."""
@@ -228,6 +240,10 @@ class _Relay:
         relayed = _Relayed()
         self._thread.submit(self._run, parcel, tuple(after), tuple(ready), relayed)
         return relayed
+
+    def finish(self) -> None:
+        """Wait until what was started has started its last leg."""
+        self._thread.submit(lambda: None).result()
 
     def close(self) -> None:
         """Finish what was started."""
@@ -313,8 +329,14 @@ class Staging:
     """Whole planes of host memory for weights that come from a checkpoint and have no home in memory."""
 
     def __init__(self, regions: Sequence[Region]) -> None:
-        self._idle: SimpleQueue[tuple[Region, Sequence[Transfer]]] = SimpleQueue()
-        for region in regions:
+        self._regions = tuple(regions)
+        self._idle: SimpleQueue[tuple[Region, Sequence[Transfer]]]
+        self.reset()
+
+    def reset(self) -> None:
+        """Take all regions back; nothing may use one."""
+        self._idle = SimpleQueue()
+        for region in self._regions:
             self._idle.put((region, ()))
 
     def take(self) -> Region:

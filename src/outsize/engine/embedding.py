@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 from outsize.block import Block
 from outsize.engine.guard import Guard
 from outsize.engine.layer import installed
+from outsize.engine.recovery import undone_by
 from outsize.engine.surroundings import Autocast
 from outsize.errors import UsageError
 from outsize.model import Point
@@ -123,15 +124,17 @@ class Embedding:
     def _compact(self, table: torch.Tensor, distinct: torch.Tensor) -> Iterator[None]:
         """Inside, the module looks up `table`, whose row i is row `distinct[i]` of the full one."""
         padding = self.module.padding_idx
-        if padding is not None:
-            place = int(torch.searchsorted(distinct, padding))
-            is_there = place < distinct.numel() and int(distinct[place]) == padding
-            self.module.padding_idx = place if is_there else None
-        try:
+
+        def put_back() -> None:
+            self.module.padding_idx = padding
+
+        with undone_by(put_back):
+            if padding is not None:
+                place = int(torch.searchsorted(distinct, padding))
+                is_there = place < distinct.numel() and int(distinct[place]) == padding
+                self.module.padding_idx = place if is_there else None
             with installed(self.session.module, self.point.bindings, {self.parameter: table}):
                 yield
-        finally:
-            self.module.padding_idx = padding
 
 
 @dataclass(frozen=True, slots=True)

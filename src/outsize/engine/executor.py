@@ -3,6 +3,9 @@
 The model drives: when it reaches a block, the executor runs the plan up to that block's operation; when the block is
 done, it starts everything that can be started before the next wait. A call that leaves its plan (another order, a
 block skipped or visited twice) is planned again from where it stands, counted, and reported: never an assert.
+
+An exception may come between any two lines: an interrupt, missing memory, an error of the model. What has to hold after it
+does not depend on code that cleans up, which may be interrupted too: see [Note: interruption] in `recovery.py`.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from outsize.block import Plane
 from outsize.engine.blocks import BlockStore
 from outsize.engine.recorder import Recorder
+from outsize.engine.recovery import recover, undone_by
 from outsize.engine.state import BlockState
 from outsize.errors import UsageError
 from outsize.plan import (
@@ -54,9 +58,12 @@ class Executor:
         self._expected: list[Visit] = []
         self._held: list[str] = []
         self._summing: list[str] = []
-        self._depth = 0
         self._visiting: frozenset[str] = frozenset()
         self._is_stale = False
+        self._is_disturbed = False
+        """Whether an operation has begun and has not ended: nothing else is known of the books then."""
+        self._unfinished: Callable[[], object] | None = None
+        """A change of several parts that has begun; doing it again ends it."""
         weight, gradient = Plane.WEIGHT, Plane.GRADIENT
         self._runners: dict[tuple[type[Op], Plane | None], Callable[[BlockState], None]] = {
             (Held, weight): lambda state: None,
@@ -72,10 +79,41 @@ class Executor:
         }
 
     def begin(self, visits: Sequence[Visit]) -> None:
-        """Start a call that is expected to make `visits`."""
+        """Start a call that is expected to make `visits`. Raises StateLostError where the model cannot go on."""
+        self.enter()
+        self._is_disturbed = True
         self._release_gradients()
         self.executed = []
         self._make_plan(list(visits))
+        self._is_disturbed = False
+
+    def enter(self) -> bool:
+        """Bring order into what an exception left behind; every use of the blocks begins here.
+
+        Whether it ended a change that was interrupted (`complete`). Raises StateLostError, from now on at every call, where
+        weights or state were only partly changed.
+        """
+        self._visiting = frozenset()
+        unfinished = self._unfinished
+        if self._is_disturbed:
+            self._recover()
+        if unfinished is not None:
+            unfinished()
+            self._unfinished = None
+        self.store.check()
+        return unfinished is not None
+
+    def _recover(self) -> None:
+        self._expected, self.plan, self._index = [], Plan(()), 0
+        self._held, self._summing, self._is_stale = [], [], False
+        recover(self.store)
+        self._is_disturbed = False
+
+    def complete(self, change: Callable[[], object]) -> None:
+        """Make a change of several parts, which may be made twice: where it is interrupted, the next `enter` ends it."""
+        self._unfinished = change
+        change()
+        self._unfinished = None
 
     @contextmanager
     def visit(
@@ -85,7 +123,9 @@ class Executor:
 
         `visits` are those of one point: one, or several that are joined. `before` is called when they are reached.
         """
-        assert self._depth == 0, f"{visits[0].block} is visited inside another visit"
+        assert not self._visiting, f"{visits[0].block} is visited inside another visit"
+        self.enter()
+        self._is_disturbed = True
         for visit in visits:
             self._reach(visit)
         recorder = self.recorder
@@ -94,17 +134,15 @@ class Executor:
         for visit, state in zip(visits, states, strict=True):
             if visit.trains and visit.direction is Direction.BACKWARD:
                 self.store.gradients.begin(state)
-        self._depth += 1
-        self._visiting = frozenset(visit.block for visit in visits)
         try:
-            before()
-            yield states
-        except BaseException:
-            self._abandon()
+            with undone_by(self._leave):
+                self._visiting = frozenset(visit.block for visit in visits)
+                before()
+                yield states
+        except Exception:
+            with suppress(Exception):  # what is not done here is done by the next `enter`
+                self._recover()
             raise
-        finally:
-            self._depth -= 1
-            self._visiting = frozenset()
         if recorder is not None and began is not None:
             recorder.visited(visits, began)
         if self._is_stale:
@@ -113,15 +151,21 @@ class Executor:
             self._make_plan(self._expected)
         else:
             self._proceed()
+        self._is_disturbed = False
+
+    def _leave(self) -> None:
+        self._visiting = frozenset()
 
     @contextmanager
     def touch(self, block: str) -> Iterator[BlockState]:
         """The block's weights are current and in memory inside the context; a plan in progress is resumed after."""
-        if self._depth:
+        if self._visiting:
             raise UsageError(
                 f"a parameter of block {block} is read inside the forward of another block",
                 hint="read it before or after calling the model",
             )
+        self.enter()
+        self._is_disturbed = True
         self._release_gradients()
         rest = self._expected
         self._make_plan([Visit(block, Direction.TOUCH)])
@@ -129,6 +173,7 @@ class Executor:
             self._run_next()
         yield self.store[block]
         self._make_plan(rest)
+        self._is_disturbed = False
 
     def evict(self, may_leave: Callable[[BlockState], bool]) -> BlockState | None:
         """Move the block whose visit is furthest away from the device, where it stays, to the host's memory.
@@ -158,6 +203,7 @@ class Executor:
 
     def settle_updates(self) -> None:
         """Apply what is pending now instead of at the next visit."""
+        self.enter()
         for state in self.store:
             if state.pending is not None:
                 with self.touch(state.name):
@@ -167,6 +213,9 @@ class Executor:
         """Finish what is under way and give everything back, then raise what went wrong, if anything did."""
         with ExitStack() as stack:
             stack.callback(self.store.close)
+            if self._is_disturbed or self.store.is_lost:
+                stack.callback(recover, self.store)
+                return
             for block in self._held:
                 stack.callback(self.store.free_weights, self.store[block])
             stack.callback(self.store.flush)
@@ -225,9 +274,6 @@ class Executor:
         start = time.perf_counter()
         try:
             self._runners[type(op), plane](state)
-        except BaseException:
-            self._abandon()
-            raise
         finally:
             if isinstance(op, Wait | Free):
                 self.wait_s[f"{op.verb} {plane}"] += time.perf_counter() - start
@@ -258,14 +304,3 @@ class Executor:
         while self._summing:
             self.store.gradients.free(self.store[self._summing.pop()])
         self._expected, self.plan, self._index = list(self._expected), Plan(()), 0
-
-    def _abandon(self) -> None:
-        """After an error: forget the plan and give gradient slots back; weights stay held."""
-        for block in list(self._summing):
-            state = self.store[block]
-            self._summing.remove(block)
-            if state.gradient_slot is not None:
-                with suppress(BaseException):  # the first error is the one to report
-                    self.store.gradients.free(state)
-        self._held = [state.name for state in self.store if state.slot is not None]
-        self._expected, self.plan, self._index = [], Plan(()), 0

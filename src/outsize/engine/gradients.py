@@ -11,6 +11,7 @@ import torch
 from outsize.block import CHUNK, Plane
 from outsize.engine.state import BlockState, GradientState
 from outsize.plan import sums_in_place
+from outsize.tier import Transfer
 
 if TYPE_CHECKING:
     from outsize.engine.blocks import BlockStore
@@ -34,11 +35,17 @@ class Gradients:
     def add(self, state: BlockState, index: int, gradient: torch.Tensor) -> None:
         """Add `gradient`, in the shape of the piece of entry `index`, to the sum."""
         total = self.sum_of(state, index)
+        self.is_changing(state, index)
         if index in state.summed:
             total.add_(gradient)
         else:
             total.copy_(gradient)
             state.summed.add(index)
+
+    def is_changing(self, state: BlockState, index: int) -> None:
+        """Note that the sum of entry `index` is about to be changed, where it is the stored gradient itself."""
+        if state.gradient_slot is None:
+            state.summing.add(index)
 
     def sum_of(self, state: BlockState, index: int) -> torch.Tensor:
         """The sum of entry `index`, in the shape of its piece; holds anything until something was added."""
@@ -63,6 +70,7 @@ class Gradients:
         """Entry `index` of the stored gradient, 1-D and cut at chunks; valid until the next part is asked for."""
         record = state.record
         entry, dtype = record.entries[index], self._store.gradient_dtype(state)
+        state.check_gradient(index)
         state.finish_gradient()
         stored = self._store.resident_plane(state, Plane.GRADIENT)
         if stored is None:
@@ -123,16 +131,20 @@ class Gradients:
 
     def begin(self, state: BlockState) -> None:
         """Prepare the sum for a backward visit: apply the factor that clipping left on what is there already."""
+        for index in state.summing:
+            state.check_gradient(index)
         state.follow_gradient()
         state.summed = {index for index, gradient in enumerate(state.gradients) if gradient.present}
         for index in state.summed:
             if state.gradients[index].scale != 1.0:
+                self.is_changing(state, index)
                 self.sum_of(state, index).mul_(state.gradients[index].scale)
                 if state.gradient_slot is None:  # else what is stored is as it was until the sum is written
                     state.gradients[index].scale = 1.0
 
     def write(self, state: BlockState) -> None:
         """Round the sum to the gradient type, take its norm, and start moving it home."""
+        state.summing |= state.summed
         total = self._sum(state)
         rounded = total
         resident = self._store.resident_plane(state, Plane.GRADIENT)
@@ -156,6 +168,8 @@ class Gradients:
         if resident is None and state.gradient_slot is not None:
             parcel = self._store.parcel(state, Plane.GRADIENT, state.gradient_slot)
             state.gradient_transfers = self._store.carrier.drain(parcel)
+            state.is_draining = True
+        state.summing.clear()
 
     def settle_norms(self) -> None:
         """Bring the norms of gradients that were written since into the books: on a device, one wait for all."""
@@ -168,15 +182,14 @@ class Gradients:
     def free(self, state: BlockState) -> None:
         """Give the gradient slot back; whoever claims it next comes after what is written from it and computed before."""
         assert state.gradient_slot is not None, f"{state.name} holds no gradient slot"
-        slot, state.gradient_slot = state.gradient_slot, None
-        pool = self._store.gradient_pool(state)
-        if not self._store.device.is_host:
-            pool.give(slot, slot.after)
-            return
-        try:
+        slot = state.gradient_slot
+        after: tuple[Transfer, ...] = ()
+        if self._store.device.is_host:
             state.finish_gradient()
-        finally:
-            pool.give(slot)
+        else:
+            after = slot.after
+        state.gradient_slot = None
+        self._store.gradient_pool(state).give(slot, after)
 
     def _sums_as_stored(self, state: BlockState) -> bool:
         return sums_in_place(state.record, gradient_is_resident=True)

@@ -26,6 +26,7 @@ from outsize.block import Block
 from outsize.engine.batch import BatchDims, Tile, TiledOutput, UnevenTiles
 from outsize.engine.compiled import is_failure
 from outsize.engine.guard import Guard
+from outsize.engine.recovery import undone_by
 from outsize.engine.sidedoor import SideDoor
 from outsize.engine.stepdown import Graphs
 from outsize.engine.surroundings import Autocast, Randomness
@@ -48,13 +49,15 @@ def installed(
         (root.get_submodule(b.module)._parameters, b.attribute, values[b.parameter]) for b in bindings
     ]
     before = [parameters[attribute] for parameters, attribute, _ in places]
-    try:
+
+    def put_back() -> None:
+        for (parameters, attribute, _), placeholder in zip(places, before, strict=True):
+            parameters[attribute] = placeholder
+
+    with undone_by(put_back):
         for parameters, attribute, value in places:
             parameters[attribute] = value
         yield
-    finally:
-        for (parameters, attribute, _), placeholder in zip(places, before, strict=True):
-            parameters[attribute] = placeholder
 
 
 @dataclass(eq=False)
@@ -376,13 +379,15 @@ def _nothing(saved: Any) -> Any:
 def _training(module: nn.Module, flags: Sequence[bool]) -> Iterator[None]:
     """Inside, every submodule is in training or evaluation as it was in the forward."""
     before = [child.training for child in module.modules()]
-    try:
+
+    def put_back() -> None:
+        for child, flag in zip(module.modules(), before, strict=True):
+            child.training = flag
+
+    with undone_by(put_back):
         for child, flag in zip(module.modules(), flags, strict=True):
             child.training = flag
         yield
-    finally:
-        for child, flag in zip(module.modules(), before, strict=True):
-            child.training = flag
 
 
 def _cut(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache, partial
 from typing import Any, overload
 
@@ -18,6 +18,7 @@ from torch import nn
 
 from outsize.config import ComputeType
 from outsize.engine.session import Session, session_of
+from outsize.engine.state import BlockState
 from outsize.engine.update import Pending
 from outsize.errors import ConfigError, UsageError
 from outsize.optim import Hyper, Kernel, Rule, gpu_kernel, start_compile
@@ -119,32 +120,57 @@ class Optimizer(torch.optim.Optimizer, ABC):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Freeze the update of every parameter that has a gradient; without one nothing happens, as in torch.
 
-        What an earlier step froze and no visit applied since is applied now.
+        What an earlier step froze and no visit applied since is applied now. A step freezes all or nothing: one that was
+        interrupted on the way is ended by the next call of the model, or by a repetition, which then does nothing else.
+        Raises StateLostError where a gradient is only partly summed, or an earlier update stopped half-way.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         executor = self._session.executor
-        if executor is None or not any(state.has_gradient for state in executor.store):
+        if executor is None or executor.enter():
+            return loss
+        for state in executor.store:
+            for index in state.summing:
+                state.check_gradient(index)
+        if not any(state.has_gradient for state in executor.store):
             return loss
         executor.settle_updates()
-        self.num_updates += 1
         scale = self._clip_factor()
         hypers: dict[tuple[str, int], Hyper] = {}
+        num_steps: dict[str, int] = {}
         for group in self.param_groups:
             for parameter in group["params"]:
-                self._freeze(group, self._names[id(parameter)], scale, hypers)
+                self._freeze(group, self._names[id(parameter)], scale, hypers, num_steps)
+        frozen: list[tuple[BlockState, Pending, int]] = []
         for state in executor.store:
             entries = range(len(state.record.entries))
             pending = Pending(tuple(hypers.get((state.name, index)) for index in entries))
             if any(hyper is not None for hyper in pending.hypers):
-                state.pending = pending
-                state.num_steps += 1
+                frozen.append((state, pending, state.num_steps + 1))
+        executor.complete(partial(self._take_step, frozen, num_steps, self.num_updates + 1))
         return loss
 
+    def _take_step(
+        self,
+        frozen: Sequence[tuple[BlockState, Pending, int]],
+        num_steps: Mapping[str, int],
+        num_updates: int,
+    ) -> None:
+        """Hand frozen updates to their blocks, and count them; doing it again changes nothing."""
+        self.num_updates = num_updates
+        self._num_steps.update(num_steps)
+        for state, pending, count in frozen:
+            state.pending, state.num_steps = pending, count
+
     def _freeze(
-        self, group: dict[str, Any], name: str, scale: float, hypers: dict[tuple[str, int], Hyper]
+        self,
+        group: dict[str, Any],
+        name: str,
+        scale: float,
+        hypers: dict[tuple[str, int], Hyper],
+        num_steps: dict[str, int],
     ) -> None:
         assert self._session.executor is not None
         store = self._session.executor.store
@@ -152,7 +178,7 @@ class Optimizer(torch.optim.Optimizer, ABC):
         gradients = [store[place.block].gradients[place.index] for place in places]
         if not any(gradient.present for gradient in gradients):
             return
-        step = self._num_steps[name] = self._num_steps.get(name, 0) + 1
+        step = num_steps[name] = self._num_steps.get(name, 0) + 1
         for place, gradient in zip(places, gradients, strict=True):
             hyper = self._hyper(group, name, step, gradient.scale * scale)
             hypers[place.block, place.index] = hyper

@@ -112,8 +112,8 @@ class Origin:
         """Start reading weights to their home in the memory of a host that does not compute, once."""
         plane = self._store.hosted_plane(state, Plane.WEIGHT)
         if not state.is_loaded and plane is not None:
-            state.is_loaded = True
             state.loading = Job(self.reader.submit(self._fill, state.record, plane))
+            state.is_loaded = True
 
     def _send(self, state: BlockState, place: torch.Tensor, after: Sequence[Transfer]) -> None:
         """Copy weights from the source to the device, by way of their home in the host's memory or of staging."""
@@ -237,6 +237,10 @@ class Origin:
                     if remainder is not None:
                         remainder[at - start : until - start] = rest
                 del exact, values
+
+    def give_staging_back(self) -> None:
+        """Take every region of staging back; nothing may use one."""
+        self._staging.reset()
 
     def stage(self, job: UpdateJob) -> None:
         """Read weights that were never stored into staging, for their first update."""

@@ -192,8 +192,10 @@ class Parameters(Mapping[str, OffloadedParameter]):
     def drop_gradient(self, parameter: str) -> None:
         """Forget the parameter's gradient."""
         if self._session.executor is not None:
-            for gradient in self._gradients(parameter):
-                gradient.present, gradient.scale = False, 1.0
+            for at in self._locations[parameter]:
+                state = self._session.store[at.block]
+                state.gradients[at.index].present, state.gradients[at.index].scale = False, 1.0
+                state.summing.discard(at.index)
 
     def zero_gradient(self, parameter: str) -> None:
         """Make the gradient zero where there is one, which moves no bytes: what is stored gets the factor 0.

@@ -282,6 +282,7 @@ class Session:
         for index, entry in enumerate(state.record.entries):
             if entry.piece.parameter == parameter and self._collects(entry):
                 total = self.store.gradients.sum_of(state, index)
+                self.store.gradients.is_changing(state, index)
                 if index not in state.summed:
                     total.zero_()
                     state.summed.add(index)

@@ -11,9 +11,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from transformers.utils import output_capturing
+
+from outsize.engine.recovery import undone_by
 
 
 @dataclass(slots=True)
@@ -47,11 +50,10 @@ class SideDoor:
         if not self.keys:
             yield caught
             return
-        token = output_capturing._active_collector.set(caught.lists)
-        try:
+        before = output_capturing._active_collector.get()
+        with undone_by(partial(output_capturing._active_collector.set, before)):
+            output_capturing._active_collector.set(caught.lists)
             yield caught
-        finally:
-            output_capturing._active_collector.reset(token)
         self.counts = {key: len(values) for key, values in caught.lists.items()}
 
     def pass_on(self, tensors: Sequence[torch.Tensor]) -> None:

@@ -10,6 +10,7 @@ import torch
 from outsize.block import Plane, Record
 from outsize.config import ComputeType
 from outsize.engine.update import Pending, UpdateJob
+from outsize.errors import StateLostError
 from outsize.tier import DeviceRegion, Region, Slot, Transfer, follow_all, wait_all
 
 DTYPES = {ComputeType.FLOAT32: torch.float32, ComputeType.BFLOAT16: torch.bfloat16}
@@ -58,6 +59,12 @@ class BlockState:
     home_reads: Sequence[Transfer] = ()
     """What last read the weights at home."""
     gradient_transfers: list[Transfer] = field(default_factory=list)
+    summing: set[int] = field(default_factory=set)
+    """Entries whose stored gradient is being changed: outside of visits, entries whose gradient is only partly summed."""
+    is_draining: bool = False
+    """Whether `gradient_transfers` bring the gradient home."""
+    is_changing: bool = False
+    """Whether an update is being applied to planes on a device; outside of it, that it stopped half-way."""
     update: UpdateJob | None = None
     copy: Transfer | None = None
     """The copying of planes that live in memory to the disk, for a commit; before the next update it must be over."""
@@ -72,14 +79,23 @@ class BlockState:
         return self.record.name
 
     def finish_gradient(self) -> None:
-        """Wait for the gradient's transfers; a failure is raised once."""
-        transfers, self.gradient_transfers = self.gradient_transfers, []
-        wait_all(transfers)
+        """Wait for the gradient's transfers."""
+        wait_all(self.gradient_transfers)
+        self.gradient_transfers, self.is_draining = [], False
 
     def follow_gradient(self) -> None:
-        """Let computing come after the gradient's transfers; a failure is raised once."""
-        transfers, self.gradient_transfers = self.gradient_transfers, []
-        follow_all(transfers)
+        """Let computing come after the gradient's transfers."""
+        follow_all(self.gradient_transfers)
+        self.gradient_transfers, self.is_draining = [], False
+
+    def check_gradient(self, index: int) -> None:
+        """Raise StateLostError where the gradient of entry `index` is only partly summed."""
+        if index in self.summing:
+            raise StateLostError(
+                f"the gradient of {self.record.entries[index].piece.parameter} is only partly summed: "
+                "a backward() was interrupted while it added to it",
+                hint="drop the gradients with optimizer.zero_grad() and repeat the step",
+            )
 
     @property
     def has_gradient(self) -> bool:

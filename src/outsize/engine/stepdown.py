@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from outsize.engine.batch import Tile, tiles
+from outsize.engine.recovery import undone_by
 from outsize.engine.surroundings import Randomness
 from outsize.tier import Device
 
@@ -90,15 +91,17 @@ class StepDown:
                 todo.extendleft((each, added) for each in reversed(_cut(part, most)))
                 continue
             before = Randomness.current(self._device) if self.is_on else None
-            self._additions = _Additions(added)
+            additions = _Additions(added)
             try:
-                attempt(part)
+                with undone_by(self._end_attempt):
+                    self._additions = additions
+                    attempt(part)
                 computed.append(part)
                 continue
             except torch.OutOfMemoryError:
                 if before is None or not may_repeat():
                     raise
-                added = self._additions.completed
+                added = additions.completed
                 if self._let_go_of_graphs():
                     pass
                 elif may_cut and most > 1:
@@ -108,11 +111,12 @@ class StepDown:
                 elif not self.evict():
                     raise
                 todo.appendleft((part, added))
-            finally:
-                self._additions = None
             # Only from here on, where the error is forgotten, is the memory of the attempt free again.
             before.put_back()
         return tuple(computed)
+
+    def _end_attempt(self) -> None:
+        self._additions = None
 
     def add(self, what: Hashable, act: Callable[[], object]) -> None:
         """Do `act`, which adds to the sum named `what`, unless an earlier attempt at this part completed this addition.

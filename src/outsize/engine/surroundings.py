@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from outsize.engine.recovery import undone_by
 from outsize.tier import Device
 
 
@@ -63,8 +64,6 @@ class Randomness:
     def restored(self) -> Iterator[None]:
         """Inside, random numbers begin at this state; afterwards they go on where they were."""
         now = Randomness.current(self.device)
-        self.put_back()
-        try:
+        with undone_by(now.put_back):
+            self.put_back()
             yield
-        finally:
-            now.put_back()

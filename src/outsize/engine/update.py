@@ -70,6 +70,8 @@ class UpdateJob:
     weight_writes: list[Transfer] = field(default_factory=list)
     sent: list[Transfer] = field(default_factory=list)
     error: BaseException | None = None
+    has_begun: bool = False
+    """Whether planes were changed, or what the update starts from was lost: after an error it cannot be applied again."""
     _is_applied: threading.Event = field(default_factory=threading.Event)
 
     def is_applied(self) -> bool:
@@ -92,6 +94,15 @@ class UpdateJob:
         """Wait until the update is on disk, and on the device."""
         self.wait_applied()
         wait_all((*self.weight_writes, *self.state_writes, *self.sent))
+
+    def failure(self) -> BaseException | None:
+        """What went wrong with an update that is applied; waits until all of it is where it belongs."""
+        if self.error is None:
+            try:
+                self.wait()
+            except Exception as error:
+                return error
+        return self.error
 
     def wait_slot_free(self) -> None:
         """Wait until nothing is being written from, or sent to, where the block computes."""
@@ -172,8 +183,10 @@ class UpdateLane:
         self._disk = disk
         self._kernel = kernel
         self._dtypes = {kind: rule.dtypes(kind) for kind in ComputeType}
-        self._jobs: SimpleQueue[UpdateJob | None] = SimpleQueue()
-        self._fed: SimpleQueue[_Chunk | None] = SimpleQueue()
+        self._jobs: SimpleQueue[UpdateJob | threading.Event | None] = SimpleQueue()
+        self._fed: SimpleQueue[_Chunk | threading.Event | None] = SimpleQueue()
+        self._feeding: UpdateJob | None = None
+        self._applying: _Chunk | None = None
         self._idle: SimpleQueue[tuple[Region, list[Transfer]]] = SimpleQueue()
         for buffer in buffers:
             self._idle.put((buffer, []))
@@ -188,6 +201,12 @@ class UpdateLane:
         """Queue a job; wait for it with `job.wait_applied()`."""
         self._jobs.put(job)
 
+    def finish(self) -> None:
+        """Wait until everything that was submitted is applied, or failed; what is still written is the disk's."""
+        over = threading.Event()
+        self._jobs.put(over)
+        over.wait()
+
     def close(self) -> None:
         """Finish what was submitted and stop the threads."""
         self._jobs.put(None)
@@ -197,32 +216,54 @@ class UpdateLane:
     # -- feeding -------------------------------------------------------------------------------------------------
 
     def _feed(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            error: BaseException | None = None
-            if job.after is not None:
-                try:
-                    job.after.wait()
-                except BaseException as failure:
-                    error = failure
+        self._go_on(self._feed_jobs, self._lose_job)
+
+    @staticmethod
+    def _go_on(work: Callable[[], None], lose: Callable[[BaseException], None]) -> None:
+        """Run `work` to its end; what fails in it fails the job in hand, and never the thread that others wait for."""
+        while True:
             try:
-                for transfer in job.before:
-                    transfer.wait()
-            except BaseException as failure:
-                error = error or failure
-            ranges = list(job.chunks())
-            if not ranges:
-                job.finish(error)
-            for index, (start, trainable_stop, stop) in enumerate(ranges):
-                chunk = _Chunk(job, start, trainable_stop, stop, index == len(ranges) - 1, error=error)
-                if chunk.error is None and job.error is None:
-                    try:
-                        self._start_reads(chunk)
-                    except BaseException as failure:
-                        chunk.error = failure
-                self._fed.put(chunk)
-                del chunk
-            del job, error  # a thread that waits keeps no model alive
+                work()
+                return
+            except BaseException as error:
+                lose(error)
+
+    def _feed_jobs(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            if isinstance(job, threading.Event):
+                self._fed.put(job)
+                continue
+            self._feeding = job
+            self._feed_job(job)
+            self._feeding = None
+            del job  # a thread that waits keeps no model alive
         self._fed.put(None)
+
+    def _lose_job(self, error: BaseException) -> None:
+        job, self._feeding = self._feeding, None
+        if job is not None:
+            job.has_begun = True
+            job.finish(error)
+
+    def _feed_job(self, job: UpdateJob) -> None:
+        error: BaseException | None = None
+        try:
+            if job.after is not None:
+                job.after.wait()
+            wait_all(job.before)
+        except BaseException as failure:
+            error, job.has_begun = failure, True
+        ranges = list(job.chunks())
+        if not ranges:
+            job.finish(error)
+        for index, (start, trainable_stop, stop) in enumerate(ranges):
+            chunk = _Chunk(job, start, trainable_stop, stop, index == len(ranges) - 1, error=error)
+            if chunk.error is None and job.error is None:
+                try:
+                    self._start_reads(chunk)
+                except BaseException as failure:
+                    chunk.error = failure
+            self._fed.put(chunk)
 
     def _start_reads(self, chunk: _Chunk) -> None:
         job, record = chunk.job, chunk.job.record
@@ -262,25 +303,47 @@ class UpdateLane:
     def _apply(self) -> None:
         if self._num_threads is not None:
             limit_threads(self._num_threads)
+        self._go_on(self._apply_chunks, self._lose_chunk)
+
+    def _apply_chunks(self) -> None:
         while (chunk := self._fed.get()) is not None:
+            if isinstance(chunk, threading.Event):
+                chunk.set()
+                continue
+            self._applying = chunk
+            self._apply_or_fail(chunk)
+            self._applying = None
+            del chunk
+
+    def _lose_chunk(self, error: BaseException) -> None:
+        chunk, self._applying = self._applying, None
+        if chunk is not None:
             job = chunk.job
-            writes: list[Transfer] = []
-            try:
-                wait_all(chunk.reads)
-                if chunk.error is not None:
-                    raise chunk.error
-                if job.error is None:
-                    self._apply_chunk(chunk, writes)
-            except BaseException as error:
-                job.error = job.error or error
-            if chunk.buffer is not None:
-                self._idle.put((chunk.buffer, writes))
+            job.error, job.has_begun = job.error or error, True
+            self._give_back(chunk, [])
             if chunk.is_last:
-                wait_over(
-                    job.weight_reads
-                )  # after an error: what fills the weights is over before the job is
                 job.finish()
-            del chunk, job, writes
+
+    def _apply_or_fail(self, chunk: _Chunk) -> None:
+        job = chunk.job
+        writes: list[Transfer] = []
+        try:
+            wait_all(chunk.reads)
+            if chunk.error is not None:
+                raise chunk.error
+            if job.error is None:
+                self._apply_chunk(chunk, writes)
+        except BaseException as error:
+            job.error = job.error or error
+        self._give_back(chunk, writes)
+        if chunk.is_last:
+            wait_over(job.weight_reads)  # after an error: what fills the weights is over before the job is
+            job.finish()
+
+    def _give_back(self, chunk: _Chunk, writes: list[Transfer]) -> None:
+        buffer, chunk.buffer = chunk.buffer, None  # once: a buffer that is given back twice is fed twice
+        if buffer is not None:
+            self._idle.put((buffer, writes))
 
     def _apply_chunk(self, chunk: _Chunk, writes: list[Transfer]) -> None:
         job, record = chunk.job, chunk.job.record
@@ -293,6 +356,7 @@ class UpdateLane:
             remainder = state[record.state.index(Plane.REMAINDER)]
             job.fill_remainder(record, chunk.start, chunk.trainable_stop, remainder)
         recorder, start_s = self.recorder, time.perf_counter()
+        job.has_begun = True
         for first, last, hyper in runs(record, job.pending, chunk.start, chunk.trainable_stop):
             start, stop = first - chunk.start, last - chunk.start
             # A gradient summed over several visits was kept in fp32; this is its one rounding.

@@ -91,6 +91,9 @@ class Tier(Protocol):
     def listen(self, listener: Listener | None) -> None:
         """Tell `listener` of everything that is moved from now on; None: nobody."""
 
+    def finish(self) -> None:
+        """Wait until nothing is under way, whether it fails or not; nothing may be started meanwhile."""
+
     def close(self) -> None:
         """Wait for what is under way and give everything back. Closing twice is allowed."""
 

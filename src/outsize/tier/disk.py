@@ -61,6 +61,7 @@ class DiskTier:
         self._file = StoreFile(Path(folder), name, num_bytes, anonymous=anonymous, is_kept=is_kept)
         self._digests = DigestMap()
         self._meter = Meter()
+        self._num_threads = num_threads
         self._threads = _pool(num_threads)
 
     @property
@@ -75,8 +76,13 @@ class DiskTier:
 
     def use_threads(self, num_threads: int) -> None:
         """Move bytes by so many threads from now on; what is under way is over first."""
-        self._threads.shutdown(wait=True)
-        self._threads = _pool(num_threads)
+        self._num_threads = num_threads
+        self.finish()
+
+    def finish(self) -> None:
+        """Wait until nothing is under way: the threads end, and others begin."""
+        threads, self._threads = self._threads, _pool(self._num_threads)
+        threads.shutdown(wait=True)
 
     def stats(self) -> TierStats:
         """Bytes moved and seconds busy since the tier was opened."""

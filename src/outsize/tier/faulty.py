@@ -76,6 +76,10 @@ class FaultyTier:
         """Tell `listener` of what the inner tier moves."""
         self._inner.listen(listener)
 
+    def finish(self) -> None:
+        """Wait until nothing of the inner tier is under way."""
+        self._inner.finish()
+
     def close(self) -> None:
         """Close the inner tier."""
         self._inner.close()

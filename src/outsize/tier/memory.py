@@ -35,6 +35,9 @@ class MemoryTier:
     def listen(self, listener: Listener | None) -> None:
         """Nothing is told: no transfer takes time."""
 
+    def finish(self) -> None:
+        """Nothing to wait for: transfers are over when they are started."""
+
     def close(self) -> None:
         """Give the memory back. Closing twice is allowed."""
         self._memory = None

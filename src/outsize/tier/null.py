@@ -50,6 +50,9 @@ class NullTier:
     def listen(self, listener: Listener | None) -> None:
         """Nothing is told: no transfer takes time."""
 
+    def finish(self) -> None:
+        """Nothing to wait for: transfers are over when they are started."""
+
     def close(self) -> None:
         """Refuse requests from now on; the log stays."""
         self._is_open = False

@@ -67,6 +67,9 @@ class ReadOnlyTier:
     def listen(self, listener: Listener | None) -> None:
         """Nothing is told."""
 
+    def finish(self) -> None:
+        """Nothing to wait for: a read is over when it is started."""
+
     def close(self) -> None:
         """Close the file. Closing twice is allowed."""
         if self._fd >= 0:

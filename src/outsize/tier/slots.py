@@ -93,6 +93,13 @@ class SlotPool:
             slot.owner, slot.after = None, tuple(after)
             self._idle.append(slot)
 
+    def reset(self) -> None:
+        """Take every slot back, whoever has it; nothing may use one."""
+        with self._lock:
+            for slot in self._slots:
+                slot.owner, slot.after = None, ()
+            self._idle = self._slots[::-1]
+
     def check_books(self) -> None:
         """Raise AssertionError, listing slots and owners, unless every slot is idle, exactly once."""
         with self._lock:

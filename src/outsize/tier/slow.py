@@ -45,6 +45,12 @@ class SlowTier:
         """Tell `listener` of what the inner tier moves."""
         self._inner.listen(listener)
 
+    def finish(self) -> None:
+        """Wait until nothing is under way."""
+        for thread in self._threads:
+            thread.join()
+        self._inner.finish()
+
     def close(self) -> None:
         """Wait for what is under way, then close the inner tier."""
         self._is_open = False

@@ -105,6 +105,11 @@ class StripedTier:
         for tier in self._tiers:
             tier.listen(listener)
 
+    def finish(self) -> None:
+        """Wait until nothing is under way on any."""
+        for tier in self._tiers:
+            tier.finish()
+
     def close(self) -> None:
         """Close all, whatever goes wrong with one."""
         error: BaseException | None = None

@@ -122,6 +122,10 @@ class VersionedTier:
         """Tell `listener` of what the inner tier moves."""
         self._inner.listen(listener)
 
+    def finish(self) -> None:
+        """Wait until nothing of the inner tier is under way."""
+        self._inner.finish()
+
     def close(self) -> None:
         """Close the inner tier."""
         self._inner.close()
@@ -137,7 +141,9 @@ class VersionedTier:
     def end_commit(self) -> None:
         """A commit is over, and what it releases was released."""
         with self._changed:
-            self._num_pending -= 1
+            self._num_pending = max(
+                0, self._num_pending - 1
+            )  # one whose beginning was interrupted did not count
             self._changed.notify_all()
 
     def claim(self, extent: Extent, label: str) -> None:
