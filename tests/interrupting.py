@@ -226,7 +226,7 @@ class Subject:
     """The step that passes early lines."""
     STEADY = 3
     """From here on all steps pass the same lines."""
-    LAST = 40
+    LAST = 20
     """Steps of the longest program."""
 
     def __init__(self, home: str, folder: Path, *, commits: bool = False, workers: bool = False) -> None:

@@ -14,7 +14,7 @@ import pytest
 from tests.interrupting import ALLOWED, ERRORS, Subject
 
 IS_SOAK = bool(os.environ.get("OUTSIZE_SOAK"))
-PER_KIND = 6
+PER_KIND = 4
 """Lines of each kind that are tried in a short run."""
 
 
