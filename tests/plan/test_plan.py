@@ -184,6 +184,16 @@ def test_a_device_that_all_planes_just_fit_into_holds_them():
     assert place_apart(records, device_bytes=whole.compute_bytes - 1, **options).weight_classes
 
 
+def test_a_device_that_slots_just_fit_into_is_large_enough():
+    records = list(make_records({"A": 1 << 20, "B": 1 << 20}).values())
+    pins = Pins(weight_slots=1, gradient_slots=1, resident_bytes=0)
+    options = {"host_bytes": 1 << 40, "home": None, "has_disk": True, "pins": pins}
+    least = place_apart(records, device_bytes=1 << 40, **options)
+    assert place_apart(records, device_bytes=least.compute_bytes, **options) == least
+    with pytest.raises(BudgetError):
+        place_apart(records, device_bytes=least.compute_bytes - 1, **options)
+
+
 @pytest.mark.parametrize(
     "text", ["", "jump A", "read A.weight", "read A.weight x", "forward", "forward A.weight", "free A.wings"]
 )
