@@ -36,8 +36,8 @@ print(json.dumps({
 """
 
 
-@pytest.mark.parametrize(("weights", "mebibytes"), [("", 290), ("int4", 190)])
-def test_the_process_stays_within_its_budget(weights, mebibytes, tmp_path):
+@pytest.mark.parametrize(("weights", "mebibytes", "layers"), [("", 290, 8), ("int4", 180, 36)])
+def test_the_process_stays_within_its_budget(weights, mebibytes, layers, tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "disk").mkdir()
     config = {
@@ -46,7 +46,7 @@ def test_the_process_stays_within_its_budget(weights, mebibytes, tmp_path):
         "vocab_size": 6000,
         "hidden_size": 768,
         "intermediate_size": 2048,
-        "num_hidden_layers": 8,
+        "num_hidden_layers": layers,
         "num_attention_heads": 12,
         "num_key_value_heads": 4,
         "max_position_embeddings": 1024,

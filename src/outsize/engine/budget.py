@@ -262,7 +262,7 @@ class Budget:
         is_pinned = pins.resident is not None or pins.resident_bytes is not None
         if not self._device.is_host or is_stored(records) or is_pinned or self._settings.home is not None:
             return None
-        left = self.limit_bytes - self._slack_bytes // 3 - needed_bytes - memory.resident_bytes()
+        left = self.limit_bytes - self._slack_bytes // 2 - needed_bytes - memory.resident_bytes()
         if left >= WORTH_FILLING_BYTES:
             placement = with_pieces(self.placement, records, left, self._idle)
         elif left < 0:

@@ -126,9 +126,11 @@ def placement_rows(session: Session, records: Sequence[Record], placement: Place
             if tier == "disk" and not is_stored(records):
                 what += ", in their files"
             figures[tier, what] += num_bytes
-    if placement.pieces_bytes:
-        figures["host", "weights"] += placement.pieces_bytes
-        figures["disk", "weights, in their files"] -= placement.pieces_bytes
+    for name, index in placement.pieces:
+        record = next(record for record in records if record.name == name)
+        num_bytes = int(record.entries[index].piece.num_elements * record.element_bytes[Plane.WEIGHT])
+        figures["host", "weights"] += num_bytes
+        figures["disk", "weights, in their files"] -= num_bytes
     by_name = sorted(figures.items(), key=lambda item: item[0][1], reverse=True)
     planes = sorted(by_name, key=lambda item: _TIERS.index(item[0][0]))
     rows = [Row(tier, what, num_bytes) for (tier, what), num_bytes in planes]
