@@ -1,6 +1,7 @@
 """Runs models block by block: sessions, visits, the executor, the optimizers."""
 
 from outsize.engine.api import load, save, wrap
+from outsize.engine.effects import Repeatable
 from outsize.engine.optimizers import SGD, AdamW, AdamW8bit, Adan, Lion, SGDSaI, decay_groups
 from outsize.engine.predict import Advice, Prediction, advise, predict
 from outsize.engine.preview import preview
@@ -18,6 +19,7 @@ __all__ = [
     "PlanSummary",
     "Prediction",
     "Recording",
+    "Repeatable",
     "Report",
     "SGDSaI",
     "advise",

@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import Cache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from outsize.config import format_bytes
 from outsize.engine import memory
 from outsize.engine.batch import BatchDims, Tile, tiles
+from outsize.engine.effects import flatten, is_cache, without_empty_caches
 from outsize.engine.probe import SMALL_ROWS, BatchShape, Rehearsal, batch_shape, rehearse
 from outsize.errors import BudgetError, UsageError
 from outsize.model import Point, attention_of, merges_rows
@@ -31,6 +32,9 @@ if TYPE_CHECKING:
 
 BESIDE_LOGIT_BYTES = 8
 """Bytes per logit that a caller takes without gradients: a copy in fp32, and its log-probabilities."""
+
+WHOLE = (Tile(0, 1, 1),)
+"""The tiles of a batch that is not cut."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +70,7 @@ class Calls:
         self._forward_order: list[Visit] = []
         self._rehearsals: dict[tuple[Any, ...], Rehearsal] = {}
         module = session.module
+        self._positional = _positional(module)
         self._has_cache_switch = _has_cache_switch(module)
         self._merges_rows = merges_rows(module)
         module.register_forward_pre_hook(self.before, with_kwargs=True, prepend=True)
@@ -88,43 +93,78 @@ class Calls:
                 hint="call the model as it is: leave out torch.compile, or torch_compile of TrainingArguments",
             )
         session.check()
-        self.has_labels = kwargs.get("labels") is not None
-        kwargs, uses_cache = self._switched(kwargs)
+        self.has_labels = self._value("labels", args, kwargs) is not None
+        args, kwargs, uses_cache = self._switched(args, kwargs)
         shape = batch_shape(module, args, kwargs)
-        is_row_by_row = self._merges_rows and _is_packed(kwargs)
+        is_row_by_row = self._merges_rows and _is_packed(self._value("position_ids", args, kwargs))
         if uses_cache and is_row_by_row and shape.rows != 1:
             raise _packed_error(attention_of(module))
-        if uses_cache and session.executor is not None:
+        if session.executor is None:
+            memory.drop_file_pages()  # before the rehearsal, which touches again what computing needs
+        if uses_cache:
+            if session.executor is None:
+                self._settle_with_cache(args, kwargs, shape)
             # A cache grows with every call; the order of visits is that of a call without.
             self.current = None
             self._use_what_is_left(session.budget.activation_bytes)
-            session.executor.begin(self._forward_order)
+            session.running.begin(self._forward_order)
             return session.arguments.moved(args, kwargs)
+        rehearsal = self._rehearsed(self._signature(args, kwargs), args, kwargs, shape)
         if session.executor is None:
-            memory.drop_file_pages()  # before the rehearsal, which touches again what computing needs
-        plain_kwargs = {**kwargs, **_uncached(kwargs)} if uses_cache else kwargs
-        rehearsal = self._rehearsed(self._signature(args, kwargs, uses_cache), args, plain_kwargs, shape)
-        if session.executor is None:
-            needed = rehearsal
-            if session.rule is not None and not torch.is_grad_enabled():
-                with torch.enable_grad():  # room for training, which comes
-                    needed = _rehearsal(session, args, {**kwargs, **_uncached(kwargs)}, shape)
-            session.settle(needed, shape)
+            session.settle(self._with_training(rehearsal, args, kwargs, shape), shape)
         self._begin(rehearsal, shape, is_row_by_row)
         return session.arguments.moved(args, kwargs)
 
-    def _switched(self, kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
+    def _settle_with_cache(self, args: tuple[Any, ...], kwargs: dict[str, Any], shape: BatchShape) -> None:
+        """Place and allocate for a first call that fills a cache, whose layers compute all rows at once."""
+        session = self._session
+        args, kwargs = without_empty_caches((args, kwargs))
+        if self._has_cache_switch and not _has_cache(args, kwargs):
+            args, kwargs = self._with_argument("use_cache", False, args, kwargs)
+        signature = self._signature(args, kwargs)
+        rehearsal = replace(self._rehearsed(signature, args, kwargs, shape), dims={})
+        needed = self._with_training(rehearsal, args, kwargs, shape)
+        session.settle(needed, shape)
+        session.budget.begin_call(needed, shape)
+
+    def _with_training(
+        self, rehearsal: Rehearsal, args: tuple[Any, ...], kwargs: dict[str, Any], shape: BatchShape
+    ) -> Rehearsal:
+        """What memory is placed for: this call or, where a model that has an optimizer is first evaluated, its training."""
+        if self._session.rule is None or torch.is_grad_enabled() or _has_cache(args, kwargs):
+            return rehearsal
+        if self._has_cache_switch:
+            args, kwargs = self._with_argument("use_cache", False, args, kwargs)
+        with torch.enable_grad():
+            return _rehearsal(self._session, args, kwargs, shape)
+
+    def _value(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """The argument `name`, by keyword or by position; None where it is not given."""
+        return dict(zip(self._positional, args, strict=False)).get(name, kwargs.get(name))
+
+    def _with_argument(
+        self, name: str, value: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The same arguments with another `value` for `name`."""
+        if name in self._positional[: len(args)]:
+            place = self._positional.index(name)
+            return (*args[:place], value, *args[place + 1 :]), kwargs
+        return args, {**kwargs, name: value}
+
+    def _switched(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any], bool]:
         """Arguments that fill a cache only where that can be, and whether they do."""
-        cache = kwargs.get("past_key_values")
-        if torch.is_grad_enabled() and cache is not None:
+        has_cache = _has_cache(args, kwargs)
+        if torch.is_grad_enabled() and has_cache:
             raise UsageError(
                 "past_key_values with gradients on: recomputation would append to the cache a second time",
                 hint="call the model under torch.no_grad(), or without a cache",
             )
-        switched, has_labels = dict(kwargs), kwargs.get("labels") is not None
-        if self._has_cache_switch and (torch.is_grad_enabled() or (has_labels and cache is None)):
-            switched["use_cache"] = False
-        return switched, self._has_cache_switch and switched.get("use_cache") is not False
+        if self._has_cache_switch and (torch.is_grad_enabled() or (self.has_labels and not has_cache)):
+            args, kwargs = self._with_argument("use_cache", False, args, kwargs)
+        is_off = not self._has_cache_switch or self._value("use_cache", args, kwargs) is False
+        return args, kwargs, has_cache or not is_off
 
     def _rehearsed(
         self, signature: tuple[Any, ...], args: tuple[Any, ...], kwargs: dict[str, Any], shape: BatchShape
@@ -208,33 +248,40 @@ class Calls:
         self._session.arguments.forget()
         self._has_read |= output is not None and not torch.is_grad_enabled()
 
-    def _signature(self, args: tuple[Any, ...], kwargs: dict[str, Any], uses_cache: bool) -> tuple[Any, ...]:
-        """What decides the order of visits and the batch dimensions: everything but sizes."""
+    def _signature(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+        """What decides the order of visits and the batch dimensions: everything but sizes and what tensors hold.
+
+        Two tensors are looked at, since models branch on what they hold: a mask that masks nothing is left out, and
+        positions that begin anew within a row stand for packed documents, which need a mask.
+        """
 
         def describe(value: Any, name: str = "") -> Any:
             if isinstance(value, torch.Tensor):
-                # Models leave a mask out that masks nothing: layers are then given one tensor less.
                 masks = False
-                if value.dim() == 2 and value.dtype in (torch.bool, torch.long):
-                    # Positions that begin anew within a row stand for packed documents, which need a mask.
-                    is_position = name == "position_ids"
-                    masks = bool((value.diff() != 1).any() if is_position else (value == 0).any())
+                if value.dim() == 2 and not value.is_floating_point():
+                    if name == "position_ids":
+                        masks = bool((value.diff() != 1).any())
+                    elif name.endswith("mask"):
+                        masks = bool((value == 0).any())
                 return value.dim(), value.dtype, masks
-            return type(value).__name__ if isinstance(value, Cache) else repr(value)[:80]
+            is_flag = isinstance(value, bool | str) or (isinstance(value, int) and name in self._positional)
+            return value if is_flag else type(value).__name__
 
-        trains = tuple(parameter.requires_grad for parameter in self._session.parameters.values())
-        return (
-            torch.is_grad_enabled(),
-            self._session.module.training,
-            uses_cache,
-            hash(trains),
-            tuple(map(describe, args)),
-            tuple(sorted((key, describe(value, key)) for key, value in kwargs.items() if value is not None)),
+        extra = {str(place): value for place, value in enumerate(args[len(self._positional) :])}
+        named = {**dict(zip(self._positional, args, strict=False)), **extra, **kwargs}
+        leaves = sorted(
+            (name, [describe(leaf, name) for leaf in flatten(value)[0]])
+            for name, value in named.items()
+            if value is not None
         )
+        trains = tuple(parameter.requires_grad for parameter in self._session.parameters.values())
+        return torch.is_grad_enabled(), self._session.module.training, hash(trains), repr(leaves)
 
     def rehearse_with_labels(self, kwargs: dict[str, Any], shape: BatchShape) -> Rehearsal:
         """A rehearsal of a call that was not made, with labels."""
         self.has_labels = True
+        if self._has_cache_switch:
+            kwargs = {**kwargs, "use_cache": False}
         try:
             return rehearse(self._session, (), kwargs, shape)
         finally:
@@ -249,7 +296,7 @@ class Calls:
     def keep_whole(self, point: Point) -> tuple[Tile, ...]:
         """Never tile `point` again; the one tile it runs as."""
         self._kept_whole.add(point.module)
-        return (Tile(0, 1, 1),)
+        return WHOLE
 
     def shrink_tiles(self, rows: int, row_tokens: int) -> None:
         """Compute at most `rows` rows at once from now on, of `row_tokens` each; in calls to come, as many tokens."""
@@ -268,34 +315,43 @@ class Calls:
     ) -> tuple[BatchDims | None, tuple[Tile, ...]]:
         """How the running call's batch is cut for `layer`; one tile where the batch dimension is not known."""
         dims, parts = self._tiles(layer, tensors)
+        return dims, self._checked(parts)
+
+    def uncut(self) -> tuple[Tile, ...]:
+        """The tiles of a layer that is given an object which may hold the batch too: one."""
+        return self._checked(WHOLE)
+
+    def _checked(self, parts: tuple[Tile, ...]) -> tuple[Tile, ...]:
         if self.current is not None and self.current.is_row_by_row and self.current.shape.rows != len(parts):
             raise _packed_error(attention_of(self._session.module))
-        return dims, parts
+        return parts
 
     def _tiles(
         self, layer: Layer, tensors: Sequence[torch.Tensor]
     ) -> tuple[BatchDims | None, tuple[Tile, ...]]:
         current = self.current
-        whole = (Tile(0, 1, 1),)
         if current is None or current.shape.rows is None:
-            return None, whole
+            return None, WHOLE
         dims, rows = current.rehearsal.dims.get(layer.point.module), current.shape.rows
         if layer.point.module in self._kept_whole:
-            return None, whole
+            return None, WHOLE
         if dims is None or (layer.has_batch_statistics and layer.module.training):
-            return None, whole
+            return None, WHOLE
         if all(dim is None for dim in dims.inputs):
-            return None, whole  # nothing of the batch enters
+            return None, WHOLE  # nothing of the batch enters
         fits = len(dims.inputs) == len(tensors) and all(
             dim is None or (dim < tensor.dim() and tensor.shape[dim] % rows == 0)
             for dim, tensor in zip(dims.inputs, tensors, strict=True)
         )
-        return (dims, tuple(tiles(rows, current.tile_rows))) if fits else (None, whole)
+        return (dims, tuple(tiles(rows, current.tile_rows))) if fits else (None, WHOLE)
 
 
-def _is_packed(kwargs: Mapping[str, Any]) -> bool:
-    """Whether positions begin anew within a row, which stands for several documents."""
-    positions = kwargs.get("position_ids")
+def _has_cache(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    return any(map(is_cache, flatten((args, kwargs))[0]))
+
+
+def _is_packed(positions: Any) -> bool:
+    """Whether position ids begin anew within a row, which stands for several documents."""
     return (
         isinstance(positions, torch.Tensor) and positions.dim() == 2 and bool((positions.diff() != 1).any())
     )
@@ -312,18 +368,19 @@ def _with_tiles(call: Call | None, rows: int) -> Call | None:
     return None if call is None else replace(call, tile_rows=min(call.tile_rows, rows))
 
 
-def _uncached(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """What to pass instead so that a rehearsal fills no cache of the caller."""
-    caches = {key: None for key, value in kwargs.items() if isinstance(value, Cache)}
-    return {**caches, **({"use_cache": False} if "use_cache" in kwargs or caches else {})}
-
-
 def _encoder_of(module: nn.Module) -> nn.Module | None:
     """The encoder of an encoder-decoder of transformers, which `generate` calls by itself."""
     if not isinstance(module, PreTrainedModel) or not module.config.is_encoder_decoder:
         return None
     encoder: nn.Module = module.get_encoder()
     return None if encoder is module else encoder
+
+
+def _positional(module: nn.Module) -> list[str]:
+    """The parameters of the module's forward that can be given by position, in order."""
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    parameters = inspect.signature(module.forward).parameters.values()
+    return [parameter.name for parameter in parameters if parameter.kind in kinds]
 
 
 def _has_cache_switch(module: nn.Module) -> bool:

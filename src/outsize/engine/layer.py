@@ -20,11 +20,11 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
-from transformers import Cache
 
 from outsize.block import Block
 from outsize.engine.batch import BatchDims, Tile, TiledOutput, UnevenTiles
 from outsize.engine.compiled import is_failure
+from outsize.engine.effects import flatten, has_containers, is_cache, is_stateful
 from outsize.engine.guard import Guard
 from outsize.engine.recovery import undone_by
 from outsize.engine.sidedoor import SideDoor
@@ -92,6 +92,7 @@ class Call:
         args, kwargs = tree_unflatten(leaves, self.spec)
         with self.side_door.catch() as caught:
             result = self._compute(args, kwargs)
+        self._check_containers(leaves, (args, kwargs))
         flat, spec = tree_flatten(result)
         positions = [i for i, leaf in enumerate(flat) if isinstance(leaf, torch.Tensor)]
         outputs = [flat[i] for i in positions]
@@ -101,6 +102,17 @@ class Call:
             self.output_spec, self.output_leaves, self.output_positions = spec, flat, positions
         return outputs + caught.tensors()
 
+    def _check_containers(self, leaves: Sequence[Any], arguments: Any) -> None:
+        """Refuse a change of a list or dict among the arguments: the layer was given a copy of it."""
+        if not has_containers(self.spec):
+            return
+        after, spec = flatten(arguments)
+        if spec != self.spec or any(a is not b for a, b in zip(leaves, after, strict=True)):
+            raise UsageError(
+                f"{self.layer.point.module} changes a list or dict that it is given: the change would be lost",
+                hint="let its forward return what it adds",
+            )
+
     def _compute(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """The layer's forward: compiled, where that serves, or as it is."""
         layer = self.layer
@@ -109,9 +121,14 @@ class Call:
         return layer.session.compiler.run(layer.module, layer.original, args, kwargs)
 
     @property
+    def is_stateful(self) -> bool:
+        """Whether the layer is given an object that it may change, such as a cache."""
+        return any(map(is_stateful, self.leaves))
+
+    @property
     def is_compiled(self) -> bool:
         """Whether the layer's forward is compiled; not where a cache grows, or hooks record something inside."""
-        is_plain = not self.side_door.keys and not any(isinstance(leaf, Cache) for leaf in self.leaves)
+        is_plain = not self.side_door.keys and not self.is_stateful
         layer = self.layer
         return is_plain and layer.is_repeated and layer.session.compiler.serves(layer.module)
 
@@ -160,7 +177,7 @@ class Layer:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The module's forward, as a visit."""
-        leaves, spec = tree_flatten((args, kwargs))
+        leaves, spec = flatten((args, kwargs))
         positions = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
         tensors = [leaves[i] for i in positions]
         for position in positions:
@@ -179,13 +196,16 @@ class Layer:
         differentiates = trains or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
         if self.session.probe is not None:
             return call.result(self.session.probe.layer(self, call, tensors, trains, differentiates))
-        call.dims, call.tiles = self.session.calls.tiles(self, tensors)
+        if call.is_stateful:
+            call.tiles = self.session.calls.uncut()
+        else:
+            call.dims, call.tiles = self.session.calls.tiles(self, tensors)
         call.row_tokens = self.session.calls.row_tokens
         call.training = tuple(module.training for module in self.module.modules())
         call.keeps_graphs = self.session.keeps_graphs(self.blocks)
         if not differentiates:
             return call.result(self.forward(call, tensors))
-        if any(isinstance(leaf, Cache) for leaf in leaves):
+        if any(map(is_cache, leaves)):
             raise UsageError(
                 f"{self.point.module} is given a cache while gradients are on: recomputation would fill it twice",
                 hint="pass use_cache=False",
@@ -285,9 +305,8 @@ class Layer:
         if not self.session.stepdown.is_on:
             return lambda: False
         changing = [*tensors, *self.module.buffers()]
-        fills_cache = any(isinstance(leaf, Cache) for leaf in call.leaves)
         versions = _versions(changing)
-        return lambda: not fills_cache and versions == _versions(changing)
+        return lambda: not call.is_stateful and versions == _versions(changing)
 
     def _shrink(self, call: Call, tiles: Sequence[Tile]) -> None:
         """The call's tiles could not be computed, and these were."""

@@ -20,8 +20,10 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 
 from outsize.engine import memory
 from outsize.engine.batch import BatchDims, Shape, find_dims, tiles
+from outsize.engine.effects import copied, state_of
 from outsize.engine.layer import Call, Layer, Loose, installed
 from outsize.engine.surroundings import Randomness
+from outsize.errors import UsageError
 from outsize.plan import Direction, Visit
 
 if TYPE_CHECKING:
@@ -176,6 +178,7 @@ class Probe:
         if self.sees_all:
             key = (f"{layer.point.module} {key[0]}", key[1])
         if key not in self._seen:
+            before = state_of(call.leaves) if differentiates and call.is_stateful else None
             run = partial(run_on_zeros, self.session, layer, call, tensors, trains, differentiates)
             device, compiler = self.session.torch_device, self.session.compiler
             if call.is_compiled and compiler.try_out(layer.module, run) and device.type != "cuda":
@@ -186,6 +189,11 @@ class Probe:
                 num_bytes += _gradient_bytes(self.session, layer) if trains else 0
             else:
                 (outputs, kept_bytes), num_bytes = memory.watched(run, device)
+            if before != (state_of(call.leaves) if before is not None else None):
+                raise UsageError(
+                    f"{layer.point.module} changes an object that it is given: its recomputation would change it again",
+                    hint="let its forward return what it adds, or call the model under torch.no_grad()",
+                )
             self._kept_bytes.append(kept_bytes)
             self.tile_bytes = max(self.tile_bytes, num_bytes)
             like = [torch.empty(o.shape, dtype=o.dtype, device="meta") for o in outputs]
@@ -197,6 +205,8 @@ class Probe:
         call.output_positions = first.output_positions
         call.side_door.counts = dict(first.side_door.counts)
         self._record_shapes(layer.point.module, tensors, like)
+        if call.is_stateful:
+            self.inconsistent.add(layer.point.module)
         if differentiates and any(len(p.shape) > 1 for p in self.session.entry_pieces(layer.blocks)):
             self._record_activations(layer)
         if differentiates:
@@ -441,15 +451,16 @@ def rehearse(session: Session, args: tuple[Any, ...], kwargs: dict[str, Any], sh
             hardest = _hardest_rows(kwargs, rows)
             for count in SMALL_ROWS:
                 index = hardest[torch.arange(count, device="cpu") % rows]
-                probes[count] = _run(
-                    session, *tree_map_only(torch.Tensor, partial(_take, rows, index), (args, kwargs))
+                taken = tree_map_only(
+                    torch.Tensor, partial(_take, rows, index), copied((args, kwargs), index)
                 )
+                probes[count] = _run(session, *taken)
         except torch.OutOfMemoryError:
             raise
         except Exception:  # a batch whose tensors belong together in another way: take it whole
             probes = {}
     if not probes:
-        probes = {rows or 1: _run(session, args, kwargs)}
+        probes = {rows or 1: _run(session, *copied((args, kwargs)))}
     first, last = probes[min(probes)], probes[max(probes)]
     dims: dict[str, BatchDims | None] = {}
     if len(probes) == 2:

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from outsize.engine import Repeatable
 from outsize.kv.fused import Singles, attend_one, attend_singles
 from outsize.kv.kernel import Units, load
 from outsize.kv.pages import PAGE_TOKENS, SCRATCH, pages_for
@@ -124,11 +125,11 @@ def page_bytes(layers: Mapping[int, LayerShape], dtype: torch.dtype) -> int:
     return PAGE_TOKENS * sum(layer.token_bytes(dtype) for layer in layers.values())
 
 
-class Pass:
+class Pass(Repeatable):
     """One packed row: where its tokens' keys and values go, and what each of its queries sees.
 
-    It is an argument of the model's call, and all passes look alike there: calls are told apart by the `repr` of what
-    is no tensor, and passes of one size visit the same blocks in the same way. With `one_by_one` no query's numbers
+    It is an argument of the model's call; layers are told apart by the `repr` of such arguments, so all passes have the
+    same. Used again, it writes the same keys and values to the same places. With `one_by_one` no query's numbers
     depend on what else is in the pass; the compiled attention has that always.
     """
 

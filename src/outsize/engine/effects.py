@@ -1,0 +1,145 @@
+"""What a layer's forward changes beside its outputs: objects among its arguments.
+
+A forward runs more often than it is called: in the dry run, once per tile, and again in the backward. That is invisible
+only while it is a function of its tensors. An object that it may change (a cache, a recorder, a generator) is therefore
+copied for the dry run, never cut into tiles, and refused where a recomputation would change it a second time.
+"""
+
+from __future__ import annotations
+
+import copy
+import enum
+import types
+from collections import OrderedDict, defaultdict, deque
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_map
+from transformers import Cache, PreTrainedConfig
+
+from outsize.errors import UsageError
+
+
+class Repeatable:
+    """Base of arguments that may be used again: a forward that is given one repeatedly has the effect of one forward.
+
+    The dry run uses the object itself.
+    """
+
+
+_IMMUTABLE = (
+    type(None),
+    bool,
+    int,
+    float,
+    complex,
+    str,
+    bytes,
+    range,
+    slice,
+    frozenset,
+    enum.Enum,
+    type,
+    types.BuiltinFunctionType,
+    types.EllipsisType,
+    torch.dtype,
+    torch.device,
+    torch.layout,
+    torch.memory_format,
+    nn.Module,
+    PreTrainedConfig,
+    Repeatable,
+)
+"""Types of arguments that a forward does not change, or whose changes do no harm."""
+
+_CONTAINERS = (list, dict, OrderedDict, defaultdict, deque)
+
+
+def is_cache(value: Any) -> bool:
+    """Whether `value` is a cache of transformers, which stays whole even where it is registered as a pytree."""
+    return isinstance(value, Cache)
+
+
+def flatten(arguments: Any) -> tuple[list[Any], TreeSpec]:
+    """The leaves of nested arguments, and their structure."""
+    return tree_flatten(arguments, is_leaf=is_cache)
+
+
+def is_stateful(leaf: Any) -> bool:
+    """Whether a forward may change `leaf`, an argument that is not a tensor, or read a batch from it."""
+    if isinstance(leaf, types.FunctionType):
+        return leaf.__closure__ is not None
+    return not isinstance(leaf, (torch.Tensor, *_IMMUTABLE))
+
+
+def without_empty_caches(arguments: Any) -> Any:
+    """`arguments` with None in place of each cache of transformers that holds no tokens yet."""
+
+    def without(leaf: Any) -> Any:
+        return None if is_cache(leaf) and not int(leaf.get_seq_length()) else leaf
+
+    return tree_map(without, arguments, is_leaf=is_cache)
+
+
+def copied(arguments: Any, rows: torch.Tensor | None = None) -> Any:
+    """`arguments` with copies of the objects that a forward may change; tensors are shared.
+
+    Of a cache the copy has only the rows of the batch with the indices `rows`. Raises UsageError where an object cannot be
+    copied.
+    """
+
+    def copied_leaf(leaf: Any) -> Any:
+        if not is_stateful(leaf) or isinstance(leaf, types.FunctionType):
+            return leaf
+        if isinstance(leaf, torch.Generator):
+            return leaf.clone_state()
+        try:
+            made = copy.deepcopy(leaf)
+        except Exception as error:
+            raise UsageError(
+                f"an argument of type {type(leaf).__name__} cannot be copied, and the dry run before the first call "
+                f"would change it: {error}",
+                hint=f"give {type(leaf).__name__} a __deepcopy__, or pass its tensors instead",
+            ) from error
+        if rows is not None and is_cache(made):
+            made.batch_select_indices(rows)
+        return made
+
+    return tree_map(copied_leaf, arguments, is_leaf=is_cache)
+
+
+def has_containers(spec: TreeSpec) -> bool:
+    """Whether lists or dicts are among the arguments `(args, kwargs)` of this structure."""
+    return any(_is_container(child) for part in spec.children() for child in part.children())
+
+
+def _is_container(spec: TreeSpec) -> bool:
+    return spec.type in _CONTAINERS or any(_is_container(child) for child in spec.children())
+
+
+def state_of(value: Any) -> Any:
+    """A value that differs after `value`, an object among the arguments, was changed."""
+    return _state_of(value, set())
+
+
+def _state_of(value: Any, seen: set[int]) -> Any:
+    if isinstance(value, torch.Tensor):
+        return id(value), 0 if value.is_inference() else value._version
+    if isinstance(value, torch.Generator):
+        return value.get_state().tolist()
+    if not is_stateful(value):
+        return value if isinstance(value, int | float | str | bytes) else id(value)
+    if id(value) in seen:
+        return None
+    seen.add(id(value))
+    if isinstance(value, Mapping):
+        return [(_state_of(key, seen), _state_of(each, seen)) for key, each in value.items()]
+    if isinstance(value, list | tuple | set | deque):
+        return [_state_of(each, seen) for each in value]
+    if isinstance(value, types.FunctionType):
+        return [_state_of(cell.cell_contents, seen) for cell in value.__closure__ or ()]
+    slots = [name for kind in type(value).__mro__ for name in getattr(kind, "__slots__", ())]
+    held = {name: getattr(value, name) for name in slots if name in dir(value)}
+    return _state_of({**held, **getattr(value, "__dict__", {})}, seen)

@@ -1,0 +1,189 @@
+"""Calls that fill a cache or another object, and calls of parts: as without Outsize, or refused by name."""
+
+import copy
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+import transformers
+from torch import nn
+from torch.utils._pytree import tree_flatten
+
+import outsize
+from outsize import Pins
+from outsize.engine.session import session_of
+from outsize.errors import UsageError
+from tests.running import opened
+from tests.zoo import ZOO
+
+ROWS, LENGTH = 5, 12
+
+
+def batch_of(name, rows=ROWS):
+    batch = {
+        key: value for key, value in ZOO[name].batch(rows=rows, length=LENGTH).items() if key != "labels"
+    }
+    if name == "t5":
+        batch["decoder_input_ids"] = batch["input_ids"][:, :9]
+    return batch
+
+
+def cache_of(output):
+    cache = output.get("past_key_values")
+    return cache if cache is not None else output.get("cache_params")
+
+
+def tensors_of(cache):
+    if isinstance(cache, transformers.EncoderDecoderCache):
+        return [*tensors_of(cache.self_attention_cache), *tensors_of(cache.cross_attention_cache)]
+    return [
+        value
+        for layer in cache.layers
+        for value in tree_flatten(dict(sorted(vars(layer).items())))[0]
+        if isinstance(value, torch.Tensor)
+    ]
+
+
+def assert_same_cache(cache, expected):
+    ours, theirs = tensors_of(cache), tensors_of(expected)
+    assert ours and len(ours) == len(theirs)
+    torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("use_cache", [None, True])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3", "mixtral", "gemma3", "bloom", "mamba", "t5"])
+def test_the_first_call_fills_a_cache_as_transformers_does(name, use_cache):
+    plain = ZOO[name].build()
+    model = opened(plain, pins=Pins(tile_rows=2))
+    batch = batch_of(name) | ({} if use_cache is None else {"use_cache": use_cache})
+    with torch.no_grad():
+        for _ in range(2):
+            expected, output = plain(**batch), model(**batch)
+            torch.testing.assert_close(output.logits, expected.logits)
+            assert_same_cache(cache_of(output), cache_of(expected))
+
+
+@pytest.mark.parametrize("by", ["keyword", "position"])
+@pytest.mark.parametrize("kind", ["dynamic", "static", "filled"])
+def test_a_cache_of_the_caller_is_filled_once(kind, by):
+    plain = ZOO["llama"].build()
+    model = opened(plain, pins=Pins(tile_rows=2))
+    batch = batch_of("llama")
+
+    def outcome(some):
+        if kind == "static":
+            cache = transformers.StaticCache(config=plain.config, max_cache_len=2 * LENGTH)
+        else:
+            cache = transformers.DynamicCache(config=plain.config)
+        ids, mask = batch["input_ids"], batch["attention_mask"]
+        if kind == "filled":
+            plain(input_ids=ids.flip(1), past_key_values=cache)
+            mask = torch.cat([torch.ones_like(mask), mask], 1)
+        if by == "keyword":
+            return some(input_ids=ids, attention_mask=mask, past_key_values=cache).logits, cache
+        return some(ids, mask, None, cache).logits, cache
+
+    with torch.no_grad():
+        (expected, theirs), (logits, ours) = outcome(plain), outcome(model)
+    torch.testing.assert_close(logits, expected)
+    assert_same_cache(ours, theirs)
+
+
+def test_arguments_by_position_are_understood():
+    plain = ZOO["llama"].build()
+    model = opened(plain, pins=Pins(tile_rows=2))
+    batch = ZOO["llama"].batch(rows=ROWS)
+    args = (batch["input_ids"], batch["attention_mask"], None, None, None, batch["labels"], True)
+    loss = model(*args).loss
+    torch.testing.assert_close(loss, plain(*args).loss)
+    loss.backward()
+
+
+@dataclass
+class Recorder:
+    """A cache of a user's own: what each layer was given."""
+
+    seen: list[torch.Tensor] = field(default_factory=list)
+
+
+class Recorded(nn.Module):
+    """Layers that note their input in an object, a list or a dict which they are given."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(Noting() for _ in range(3))
+
+    def forward(self, x, notes=None, nested=None):
+        for layer in self.layers:
+            x = layer(x, notes if nested is None else nested["notes"])
+        return x.square().mean() if torch.is_grad_enabled() else x
+
+
+class Noting(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x, notes):
+        match notes:
+            case Recorder():
+                notes.seen.append(x.detach().clone())
+            case list():
+                notes.append(x)
+            case dict():
+                notes["x"] = x
+        return x + self.linear(x)
+
+
+@pytest.mark.parametrize("is_nested", [False, True])
+def test_an_object_of_the_caller_sees_the_call_alone(is_nested):
+    torch.manual_seed(0)
+    plain = Recorded()
+    model = opened(plain, pins=Pins(tile_rows=2))
+    x = torch.randn(ROWS, 8)
+
+    def outcome(some):
+        recorder = Recorder()
+        return some(x, **({"nested": {"notes": recorder}} if is_nested else {"notes": recorder})), recorder
+
+    with torch.no_grad():
+        for _ in range(2):
+            (expected, theirs), (output, ours) = outcome(plain), outcome(model)
+            torch.testing.assert_close(output, expected)
+            assert [each.shape for each in ours.seen] == [each.shape for each in theirs.seen]
+            torch.testing.assert_close(ours.seen, theirs.seen)
+
+
+def test_an_object_that_a_recomputation_would_change_again_is_refused():
+    model, recorder = opened(Recorded(), pins=Pins(tile_rows=2)), Recorder()
+    with pytest.raises(UsageError, match=r"layers\.0 changes an object"):
+        model(torch.randn(ROWS, 8), recorder)
+    assert not recorder.seen and session_of(model).executor is None
+
+
+@pytest.mark.parametrize("notes", [list, dict])
+def test_a_change_of_a_list_or_dict_is_refused(notes):
+    given, model = notes(), opened(Recorded())
+    with torch.no_grad(), pytest.raises(UsageError, match=r"layers\.0 changes a list or dict"):
+        model(torch.randn(ROWS, 8), given)
+    assert not given and session_of(model).executor is None
+
+
+def test_an_object_that_cannot_be_copied_is_refused():
+    class Fixed(Recorder):
+        def __deepcopy__(self, memo):
+            raise TypeError("never")
+
+    model, recorder = opened(Recorded()), Fixed()
+    with torch.no_grad(), pytest.raises(UsageError, match="Fixed cannot be copied"):
+        model(torch.randn(ROWS, 8), recorder)
+    assert not recorder.seen
+
+
+def test_generation_of_several_rows_is_that_of_transformers(tmp_path):
+    plain = ZOO["llama"].build()
+    plain.save_pretrained(tmp_path)
+    model = outsize.load(tmp_path, dtype="float32", pins=Pins(tile_rows=2))
+    ids = copy.copy(batch_of("llama")["input_ids"])
+    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 4, "do_sample": False}
+    assert torch.equal(model.generate(ids, **options), plain.generate(ids, **options))
