@@ -17,6 +17,7 @@ from outsize.engine.saving import write_model
 from outsize.engine.scratch import packed_places
 from outsize.engine.session import Session, session_of
 from outsize.engine.state import DTYPES
+from outsize.engine.surroundings import outside_inference_mode
 from outsize.errors import ConfigError, ModelError, UsageError
 from outsize.model import (
     Existing,
@@ -40,6 +41,7 @@ from outsize.tier import CudaDevice, Device, HostDevice
 
 
 @plain_defaults()
+@outside_inference_mode()
 def load(
     path: str | Path,
     *,
@@ -105,6 +107,7 @@ def load(
 
 
 @plain_defaults()
+@outside_inference_mode()
 def wrap(
     module: nn.Module,
     *,
@@ -154,6 +157,7 @@ def _check_types(module: nn.Module) -> None:
             )
 
 
+@outside_inference_mode()
 def save(
     model: nn.Module,
     path: str | Path,

@@ -20,6 +20,7 @@ from outsize.engine import memory
 from outsize.engine.batch import BatchDims, Tile, tiles
 from outsize.engine.effects import flatten, is_cache, without_empty_caches
 from outsize.engine.probe import SMALL_ROWS, BatchShape, Rehearsal, batch_shape, rehearse
+from outsize.engine.surroundings import outside_inference_mode
 from outsize.errors import BudgetError, UsageError
 from outsize.model import Point, attention_of, merges_rows
 from outsize.plan import Direction, Visit
@@ -79,6 +80,7 @@ class Calls:
         if encoder is not None:
             encoder.register_forward_pre_hook(self.before_encoder, with_kwargs=True)
 
+    @outside_inference_mode()
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Make ready for a call: rehearse it, settle where nothing is settled yet, and say what will be visited.
 
@@ -204,6 +206,7 @@ class Calls:
         shape = batch_shape(self._session.module, (), kwargs)
         return _rehearsal(self._session, (), kwargs, shape), shape
 
+    @outside_inference_mode()
     def settle_for(self, kwargs: dict[str, Any]) -> None:
         """Place and allocate for calls like this one, which is not made. Raises BudgetError where they do not fit, having
         kept nothing of their arguments."""

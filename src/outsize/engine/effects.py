@@ -19,6 +19,7 @@ from torch import nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map
 from transformers import Cache, PreTrainedConfig
 
+from outsize.engine.surroundings import versions
 from outsize.errors import UsageError
 
 
@@ -126,7 +127,7 @@ def state_of(value: Any) -> Any:
 
 def _state_of(value: Any, seen: set[int]) -> Any:
     if isinstance(value, torch.Tensor):
-        return id(value), 0 if value.is_inference() else value._version
+        return id(value), versions([value])
     if isinstance(value, torch.Generator):
         return value.get_state().tolist()
     if not is_stateful(value):

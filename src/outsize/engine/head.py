@@ -24,7 +24,7 @@ from outsize.block import Block
 from outsize.engine.batch import Tile, tiles
 from outsize.engine.guard import Guard
 from outsize.engine.stepdown import ALONE
-from outsize.engine.surroundings import Autocast
+from outsize.engine.surroundings import Autocast, outside_inference_mode
 from outsize.errors import UsageError
 from outsize.model import Point
 from outsize.plan import Direction
@@ -431,6 +431,7 @@ class Logits(torch.Tensor):
         args, kwargs = tree_map_only(Logits, Logits.compute, (args, kwargs or {}))
         return func(*args, **kwargs)
 
+    @outside_inference_mode()
     def compute(self) -> torch.Tensor:
         """The logits themselves."""
         if not self.is_sealed:

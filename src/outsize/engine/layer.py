@@ -30,6 +30,7 @@ from outsize.engine.recovery import undone_by
 from outsize.engine.sidedoor import SideDoor
 from outsize.engine.stepdown import Graphs
 from outsize.engine.surroundings import Autocast, Randomness
+from outsize.engine.surroundings import versions as versions_of
 from outsize.errors import ModelError, UsageError
 from outsize.model import Binding, Point
 from outsize.plan import Direction
@@ -305,8 +306,8 @@ class Layer:
         if not self.session.stepdown.is_on:
             return lambda: False
         changing = [*tensors, *self.module.buffers()]
-        versions = _versions(changing)
-        return lambda: not call.is_stateful and versions == _versions(changing)
+        versions = versions_of(changing)
+        return lambda: not call.is_stateful and versions == versions_of(changing)
 
     def _shrink(self, call: Call, tiles: Sequence[Tile]) -> None:
         """The call's tiles could not be computed, and these were."""
@@ -443,10 +444,6 @@ def _collect(
             tile.of(total, dim).copy_(part.grad)
 
 
-def _versions(tensors: Sequence[torch.Tensor]) -> list[int]:
-    return [0 if tensor.is_inference() else tensor._version for tensor in tensors]
-
-
 class _Visit(torch.autograd.Function):
     """The visit as autograd sees it. The anchor requires grad, so that a block without differentiable inputs trains."""
 
@@ -457,10 +454,10 @@ class _Visit(torch.autograd.Function):
         ctx.call = call
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors)
-        versions = [tensor._version for tensor in tensors]
+        versions = versions_of(tensors)
         ctx.graphs = Graphs()
         outputs = call.layer.forward(call, tensors, ctx.graphs)
-        if versions != [tensor._version for tensor in tensors]:
+        if versions != versions_of(tensors):
             raise UsageError(
                 f"{call.layer.point.module} changes its input in place: its recomputation would start from the change",
                 hint="let its forward make a new tensor",

@@ -16,6 +16,7 @@ from torch import nn
 
 from outsize.block import Block, Piece
 from outsize.engine.placeholder import GradientPlaceholder, OffloadedParameter
+from outsize.engine.surroundings import outside_inference_mode
 from outsize.errors import UsageError
 from outsize.optim import split
 
@@ -123,11 +124,13 @@ class Parameters(Mapping[str, OffloadedParameter]):
         index = next(at.index for at in self._locations[parameter] if at.block == block)
         self._session.store.origin.take_rows(self._session.store[block], index, rows, target)
 
+    @outside_inference_mode()
     def value(self, parameter: str) -> torch.Tensor:
         """A copy of a parameter's current value."""
         parts = [self.piece_value(at) for at in self._locations[parameter]]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
+    @outside_inference_mode()
     def piece_value(self, at: Location) -> torch.Tensor:
         """A copy of one piece's current value."""
         if self._session.executor is None:
@@ -141,6 +144,7 @@ class Parameters(Mapping[str, OffloadedParameter]):
         with self._session.executor.touch(at.block) as state:
             return self._session.store.pieces(state)[at.index].clone()
 
+    @outside_inference_mode()
     def block_values(self, block: Block) -> list[torch.Tensor]:
         """Copies of the current values of all pieces of a block of the cut."""
         if self._session.executor is None:
@@ -176,6 +180,7 @@ class Parameters(Mapping[str, OffloadedParameter]):
         rows = None if piece.is_whole else (piece.row_start or 0, piece.row_stop or 0)
         return next(at for at in self._locations[piece.parameter] if at.rows == rows)
 
+    @outside_inference_mode()
     def gradient(self, parameter: str) -> torch.Tensor | None:
         """What stands for the parameter's gradient, or None."""
         if self._session.executor is None or not any(g.present for g in self._gradients(parameter)):
@@ -222,6 +227,7 @@ class Parameters(Mapping[str, OffloadedParameter]):
         for gradient in self._gradients(parameter):
             gradient.scale *= factor
 
+    @outside_inference_mode()
     def _gradient_value(self, parameter: str) -> torch.Tensor:
         parts = []
         for at in self._locations[parameter]:

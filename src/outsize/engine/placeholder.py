@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 import torch
 from torch.utils._pytree import tree_map_only
 
+from outsize.engine.surroundings import outside_inference_mode
 from outsize.errors import UsageError
 
 _WRITTEN_HINT = (
@@ -56,6 +57,7 @@ class _Placeholder(torch.Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
+    @outside_inference_mode()
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
@@ -182,6 +184,7 @@ class GradientPlaceholder(_Placeholder):
         return self
 
     @classmethod
+    @outside_inference_mode()
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:

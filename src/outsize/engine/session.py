@@ -44,6 +44,7 @@ from outsize.engine.scratch import disk_bytes, open_scratch
 from outsize.engine.state import DTYPES, BlockState
 from outsize.engine.stepdown import StepDown
 from outsize.engine.structure import Structure
+from outsize.engine.surroundings import outside_inference_mode
 from outsize.engine.timing import measure_costs
 from outsize.engine.versions import Layout, Versions
 from outsize.errors import UsageError
@@ -171,11 +172,13 @@ class Session:
             self.module.loss_function = TiledLoss(original)  # type: ignore[assignment]
 
     def _move_buffers(self) -> None:
-        """Buffers belong to no block: they stay where blocks compute."""
+        """Buffers belong to no block: they stay where blocks compute. Those made in inference mode become ordinary ones."""
         for owner in self.module.modules():
             for name, buffer in owner._buffers.items():
-                if buffer is not None and buffer.device != self.torch_device:
-                    owner._buffers[name] = buffer.to(self.torch_device)
+                if buffer is None:
+                    continue
+                if buffer.device != self.torch_device or buffer.is_inference():
+                    owner._buffers[name] = buffer.to(self.torch_device, copy=True)
 
     def _handler(self, point: Point, module: nn.Module) -> AnyPoint:
         blocks = [self.blocks[name] for name in point.blocks]
@@ -643,7 +646,8 @@ def _with_signature(handler: Callable[..., Any], original: Callable[..., Any]) -
     """`handler` as a function with the signature of `original`: transformers and Trainer inspect it."""
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        return handler(*args, **kwargs)
+        with outside_inference_mode():
+            return handler(*args, **kwargs)
 
     forward.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]
     forward.__doc__ = original.__doc__

@@ -1,8 +1,8 @@
-"""What a computation depends on beside its arguments: random numbers and autocast. A repetition puts both back."""
+"""What a computation depends on beside its arguments: random numbers, autocast and inference mode."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -10,6 +10,24 @@ import torch
 
 from outsize.engine.recovery import undone_by
 from outsize.tier import Device
+
+
+@contextmanager
+def outside_inference_mode() -> Iterator[None]:
+    """Inside, a caller's `torch.inference_mode()` is `torch.no_grad()`: tensors that are made can be used after it too.
+
+    Serves as a decorator as well.
+    """
+    if not torch.is_inference_mode_enabled():
+        yield
+        return
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+def versions(tensors: Iterable[torch.Tensor]) -> list[int]:
+    """How often each tensor was changed in place; 0 for tensors made in inference mode, which do not count."""
+    return [0 if tensor.is_inference() else tensor._version for tensor in tensors]
 
 
 @dataclass(frozen=True, slots=True)

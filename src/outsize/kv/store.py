@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from outsize.engine import Repeatable
+from outsize.engine.surroundings import outside_inference_mode
 from outsize.kv.fused import Singles, attend_one, attend_singles
 from outsize.kv.kernel import Units, load
 from outsize.kv.pages import PAGE_TOKENS, SCRATCH, pages_for
@@ -79,6 +80,7 @@ class PagedKV:
     Everything is allocated and touched here, so that it counts as taken when memory is planned.
     """
 
+    @outside_inference_mode()
     def __init__(
         self,
         layers: Mapping[int, LayerShape],
