@@ -1,7 +1,7 @@
 """Calls that fill a cache or another object, and calls of parts: as without Outsize, or refused by name."""
 
 import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
@@ -11,6 +11,8 @@ from torch.utils._pytree import tree_flatten
 
 import outsize
 from outsize import Pins
+from outsize.engine import calls
+from outsize.engine.probe import batch_shape
 from outsize.engine.session import session_of
 from outsize.errors import UsageError
 from tests.running import opened
@@ -187,3 +189,70 @@ def test_generation_of_several_rows_is_that_of_transformers(tmp_path):
     ids = copy.copy(batch_of("llama")["input_ids"])
     options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 4, "do_sample": False}
     assert torch.equal(model.generate(ids, **options), plain.generate(ids, **options))
+
+
+def counted_rehearsals(monkeypatch):
+    counts, run = [], calls.rehearse
+    monkeypatch.setattr(calls, "rehearse", lambda *args: (counts.append(1), run(*args))[1])
+    return counts
+
+
+def changed(name, place, value):
+    return lambda batch: batch[name].__setitem__(place, value)
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        pytest.param(changed("input_ids", (1, 3), 0), 1, id="token 0"),
+        pytest.param(changed("labels", (1, 3), 0), 1, id="label 0"),
+        pytest.param(lambda batch: batch.update(token_type_ids=batch["token_type_ids"] * 0), 1, id="types"),
+        pytest.param(lambda batch: batch.update(num_items_in_batch=19), 1, id="count"),
+        pytest.param(
+            lambda batch: batch.update(attention_mask=batch["attention_mask"].fill_(1)), 2, id="mask"
+        ),
+        pytest.param(lambda batch: batch.update(output_hidden_states=True), 2, id="flag"),
+    ],
+)
+def test_calls_are_told_apart_by_what_models_branch_on(change, expected, monkeypatch):
+    """A dry run in the middle of training takes memory that is no longer planned."""
+
+    class Typed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = ZOO["llama"].build()
+
+        def forward(self, token_type_ids=None, **kwargs):
+            return self.inner(**kwargs)
+
+    model, counts = opened(Typed()), counted_rehearsals(monkeypatch)
+    for number in range(2):
+        batch = {**ZOO["llama"].batch(rows=ROWS), "num_items_in_batch": 17, "output_hidden_states": False}
+        batch["token_type_ids"] = torch.ones_like(batch["input_ids"])
+        if number:
+            change(batch)
+        model(**batch).loss.backward()
+    assert len(counts) == expected
+
+
+def test_an_object_of_another_identity_is_no_other_kind_of_call(monkeypatch):
+    model, counts = opened(Recorded()), counted_rehearsals(monkeypatch)
+    with torch.no_grad():
+        for _ in range(3):
+            model(torch.randn(ROWS, 8), Recorder())
+    assert len(counts) == 1
+
+
+def test_costs_belong_to_the_rehearsal_they_were_measured_with(monkeypatch):
+    """One that is gone gives its id to another, whose costs are other ones."""
+    model = opened(ZOO["llama"].build())
+    session, batch = session_of(model), ZOO["llama"].batch(rows=ROWS)
+    measured = []
+    monkeypatch.setattr(
+        "outsize.engine.session.measure_costs", lambda _, rehearsal, *args: measured.append(1)
+    )
+    shape = batch_shape(model, (), batch)
+    rehearsal = session.calls.rehearse_with_labels(batch, shape)
+    for _ in range(100):
+        session.foresight(None, replace(rehearsal), shape, ()).costs(1)
+    assert len(measured) == 100

@@ -109,9 +109,9 @@ class Activations:
         return sum(self.tile_bytes.at(part) for part in parts)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, eq=False, slots=True)
 class Rehearsal:
-    """What a call will do, and calls of the same kind with rows of at most `row_elements`.
+    """What a call will do, and calls of the same kind with rows of at most `row_elements`. Compared by identity.
 
     `boundary_bytes`: tensors kept between forward and backward, by rows. `tile_bytes`: the most that a block takes
     beside its weights, by rows of a tile.

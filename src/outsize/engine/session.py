@@ -142,7 +142,7 @@ class Session:
         self.budget = Budget(
             settings, _never_streamed(cut), self.device, self._reading_bytes, free_host_bytes
         )
-        self._costs: dict[tuple[int, BatchShape, int], Costs] = {}
+        self._costs: dict[tuple[Rehearsal, BatchShape, int], Costs] = {}
         self.blocks = {block.name: block for block in cut.blocks}
         self._full_precision = frozenset(
             piece.parameter
@@ -451,7 +451,7 @@ class Session:
         """What plans for calls of this shape are compared with; blocks are timed once for each size of tile."""
 
         def costs(tile_rows: int) -> Costs:
-            key = id(rehearsal), shape, tile_rows
+            key = rehearsal, shape, tile_rows
             if key not in self._costs:
                 self._costs[key] = measure_costs(self, rehearsal, shape, tile_rows, records, profile)
             return self._costs[key]
