@@ -19,6 +19,7 @@ from outsize.config import format_bytes
 from outsize.engine import memory
 from outsize.engine.batch import BatchDims, Tile, tiles
 from outsize.engine.effects import flatten, is_cache, without_empty_caches
+from outsize.engine.hooks import has_user_hooks
 from outsize.engine.probe import SMALL_ROWS, BatchShape, Rehearsal, batch_shape, rehearse
 from outsize.engine.surroundings import outside_inference_mode
 from outsize.errors import BudgetError, UsageError
@@ -278,7 +279,10 @@ class Calls:
             if value is not None
         )
         trains = tuple(parameter.requires_grad for parameter in self._session.parameters.values())
-        return torch.is_grad_enabled(), self._session.module.training, hash(trains), repr(leaves)
+        module = self._session.module
+        training = tuple(child.training for child in module.modules())
+        hooked = tuple(name for name in self._session.points if has_user_hooks(module.get_submodule(name)))
+        return torch.is_grad_enabled(), hash(training), hash(trains), hooked, repr(leaves)
 
     def rehearse_with_labels(self, kwargs: dict[str, Any], shape: BatchShape) -> Rehearsal:
         """A rehearsal of a call that was not made, with labels."""
@@ -320,8 +324,12 @@ class Calls:
         dims, parts = self._tiles(layer, tensors)
         return dims, self._checked(parts)
 
+    def changes_state(self, layer: Layer) -> bool:
+        """Whether `layer` changes buffers or attributes of its own in the running call."""
+        return self.current is not None and layer.point.module in self.current.rehearsal.changing
+
     def uncut(self) -> tuple[Tile, ...]:
-        """The tiles of a layer that is given an object which may hold the batch too: one."""
+        """The tiles of a layer where something else than its tensors depends on the batch: one."""
         return self._checked(WHOLE)
 
     def _checked(self, parts: tuple[Tile, ...]) -> tuple[Tile, ...]:

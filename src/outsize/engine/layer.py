@@ -26,6 +26,8 @@ from outsize.engine.batch import BatchDims, Tile, TiledOutput, UnevenTiles
 from outsize.engine.compiled import is_failure
 from outsize.engine.effects import flatten, has_containers, is_cache, is_stateful
 from outsize.engine.guard import Guard
+from outsize.engine.hooks import HookWatch, has_user_hooks, without_user_hooks
+from outsize.engine.modulestate import ModuleState
 from outsize.engine.recovery import undone_by
 from outsize.engine.sidedoor import SideDoor
 from outsize.engine.stepdown import Graphs
@@ -81,6 +83,10 @@ class Call:
     """Whether the forward drew random numbers: its backward must draw the same."""
     row_tokens: int = 1
     """Of a row of the running call."""
+    state: ModuleState | None = None
+    """Of before the forward, where the layer changes buffers or attributes in it: each repetition starts from that."""
+    hooks: HookWatch | None = None
+    """Where users registered hooks inside the layer."""
     output_spec: TreeSpec | None = None
     output_leaves: list[Any] | None = None
     output_positions: list[int] | None = None
@@ -127,9 +133,14 @@ class Call:
         return any(map(is_stateful, self.leaves))
 
     @property
+    def skips_hooks(self) -> bool:
+        """Whether hooks of users are left out of the recomputation: they only looked on in the forward."""
+        return self.hooks is not None and not self.hooks.has_changed
+
+    @property
     def is_compiled(self) -> bool:
         """Whether the layer's forward is compiled; not where a cache grows, or hooks record something inside."""
-        is_plain = not self.side_door.keys and not self.is_stateful
+        is_plain = not self.side_door.keys and not self.is_stateful and self.hooks is None
         layer = self.layer
         return is_plain and layer.is_repeated and layer.session.compiler.serves(layer.module)
 
@@ -197,7 +208,9 @@ class Layer:
         differentiates = trains or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
         if self.session.probe is not None:
             return call.result(self.session.probe.layer(self, call, tensors, trains, differentiates))
-        if call.is_stateful:
+        call.state = ModuleState(self.module) if self.session.calls.changes_state(self) else None
+        call.hooks = HookWatch() if has_user_hooks(self.module) else None
+        if call.is_stateful or call.hooks is not None:
             call.tiles = self.session.calls.uncut()
         else:
             call.dims, call.tiles = self.session.calls.tiles(self, tensors)
@@ -256,6 +269,8 @@ class Layer:
         may_repeat = self._repeatable(call, tensors)
 
         def run(tile: Tile) -> None:
+            if call.state is not None:
+                call.state.restore()
             if graphs is None:
                 outputs.add(tile, call.run(_cut(tensors, tile, dims.inputs if dims else None)))
                 return
@@ -267,7 +282,8 @@ class Layer:
                 graphs[tile] = graph
 
         attempt = self._compiled_or_not(call, run)
-        tiles = stepdown.compute(call.tiles, attempt, may_cut=dims is not None, may_repeat=may_repeat)
+        with call.hooks.watching(self.module) if call.hooks is not None else nullcontext():
+            tiles = stepdown.compute(call.tiles, attempt, may_cut=dims is not None, may_repeat=may_repeat)
         if tiles != call.tiles:
             call.tiles = tiles
             self._shrink(call, tiles)
@@ -305,7 +321,7 @@ class Layer:
         """Says, after a part of the layer ran, whether it can be repeated: it changed nothing that it was given."""
         if not self.session.stepdown.is_on:
             return lambda: False
-        changing = [*tensors, *self.module.buffers()]
+        changing = [*tensors, *(self.module.buffers() if call.state is None else ())]
         versions = versions_of(changing)
         return lambda: not call.is_stateful and versions == versions_of(changing)
 
@@ -342,6 +358,8 @@ class Layer:
         unchanged, had_graphs = self._repeatable(call, tensors), bool(graphs)
 
         def go_back(tile: Tile) -> None:
+            if call.state is not None:
+                call.state.restore()
             graph = graphs.pop(tile, None) or self._run_with_graph(call, tensors, tile)
             inputs, outputs = graph.inputs, graph.outputs
             # Every tile computes an output without a batch again; its gradient belongs to one of them.
@@ -361,6 +379,8 @@ class Layer:
             self.session.visit_backward(self.blocks) as values,
             installed(self.session.module, self.point.bindings, values),
             call.randomness.restored(),
+            call.state.apart(self.module) if call.state is not None else nullcontext(),
+            without_user_hooks(self.module, with_own=False) if call.skips_hooks else nullcontext(),
             _training(self.module, call.training),
             torch.enable_grad(),
         ):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import mmap
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,9 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 from outsize.engine import memory
 from outsize.engine.batch import BatchDims, Shape, find_dims, tiles
 from outsize.engine.effects import copied, state_of
+from outsize.engine.hooks import has_user_hooks, without_user_hooks
 from outsize.engine.layer import Call, Layer, Loose, installed
+from outsize.engine.modulestate import ModuleState
 from outsize.engine.surroundings import Randomness
 from outsize.errors import UsageError
 from outsize.plan import Direction, Visit
@@ -134,6 +136,8 @@ class Rehearsal:
     """The kind of each layer, by the name of its module."""
     rows: int
     """Of the inputs in `kinds`."""
+    changing: frozenset[str] = frozenset()
+    """Layers, by module, that change buffers or attributes of their own in each forward."""
     activations: tuple[Activations, ...] = ()
     """Of the layers that a backward reaches, in the order of their last forward visits; a norm alone is none."""
 
@@ -148,6 +152,9 @@ class Probe:
     visits: list[Visit] = field(default_factory=list)
     shapes: dict[str, tuple[list[Shape], list[Shape]]] = field(default_factory=dict)
     inconsistent: set[str] = field(default_factory=set)
+    """Layers that are not cut: shapes differ between their visits, or something else than tensors depends on the batch."""
+    changing: set[str] = field(default_factory=set)
+    """Layers that change buffers or attributes of their own in each forward."""
     kept: dict[int, torch.Tensor] = field(default_factory=dict)
     movable: set[int] = field(default_factory=set)
     input_bytes: int = 0
@@ -163,7 +170,7 @@ class Probe:
     kind_of: dict[str, int] = field(default_factory=dict)
     activations: dict[str, tuple[tuple[str, ...], int]] = field(default_factory=dict)
     _kept_bytes: list[int] = field(default_factory=list)
-    _seen: dict[_Key, tuple[list[torch.Tensor], Call, int]] = field(default_factory=dict)
+    _seen: dict[_Key, tuple[list[torch.Tensor], Call, int, bool]] = field(default_factory=dict)
 
     # -- what points call ------------------------------------------------------------------------------------------
 
@@ -179,6 +186,7 @@ class Probe:
             key = (f"{layer.point.module} {key[0]}", key[1])
         if key not in self._seen:
             before = state_of(call.leaves) if differentiates and call.is_stateful else None
+            state = ModuleState(layer.module)
             run = partial(run_on_zeros, self.session, layer, call, tensors, trains, differentiates)
             device, compiler = self.session.torch_device, self.session.compiler
             if call.is_compiled and compiler.try_out(layer.module, run) and device.type != "cuda":
@@ -194,18 +202,21 @@ class Probe:
                     f"{layer.point.module} changes an object that it is given: its recomputation would change it again",
                     hint="let its forward return what it adds, or call the model under torch.no_grad()",
                 )
+            changes_state = self._changes_state(layer, state, run)
             self._kept_bytes.append(kept_bytes)
             self.tile_bytes = max(self.tile_bytes, num_bytes)
             like = [torch.empty(o.shape, dtype=o.dtype, device="meta") for o in outputs]
-            self._seen[key] = like, call, len(self.kinds)
+            self._seen[key] = like, call, len(self.kinds), changes_state
             inputs = tuple((tuple(t.shape), t.dtype, t.requires_grad) for t in tensors)
             self.kinds.append(Kind(layer, call, inputs, trains, differentiates))
-        like, first, self.kind_of[layer.point.module] = self._seen[key]
+        like, first, self.kind_of[layer.point.module], changes_state = self._seen[key]
         call.output_spec, call.output_leaves = first.output_spec, first.output_leaves
         call.output_positions = first.output_positions
         call.side_door.counts = dict(first.side_door.counts)
         self._record_shapes(layer.point.module, tensors, like)
-        if call.is_stateful:
+        if changes_state:
+            self.changing.add(layer.point.module)
+        if changes_state or call.is_stateful or has_user_hooks(layer.module):
             self.inconsistent.add(layer.point.module)
         if differentiates and any(len(p.shape) > 1 for p in self.session.entry_pieces(layer.blocks)):
             self._record_activations(layer)
@@ -218,6 +229,26 @@ class Probe:
             [torch.zeros(o.shape, dtype=o.dtype, device=self.session.torch_device) for o in like],
             differentiates,
         )
+
+    @staticmethod
+    def _changes_state(layer: Layer, state: ModuleState, run: Callable[[], object]) -> bool:
+        """Whether each forward of `layer` changes buffers or attributes; `state`, of before its first, is restored.
+
+        What a first forward makes, such as a table of positions, does not count: a second leaves it as it is.
+        """
+        try:
+            if names := state.graph_tensors():
+                raise UsageError(
+                    f"{layer.point.module} keeps a tensor with a gradient in {names[0]}: its gradient would be lost",
+                    hint="let its forward return the tensor, or keep it after .detach()",
+                )
+            if state.has_moved() or not state.changes():
+                return state.has_moved()
+            again = ModuleState(layer.module)
+            run()
+            return bool(again.changes())
+        finally:
+            state.restore()
 
     def loose(self, loose: Loose, trains: bool) -> list[torch.Tensor]:
         """Zeros in the shapes of the parameters."""
@@ -501,6 +532,7 @@ def rehearse(session: Session, args: tuple[Any, ...], kwargs: dict[str, Any], sh
         kinds=tuple(first.kinds),
         kind_of=first.kind_of,
         rows=min(probes),
+        changing=frozenset(first.changing | last.changing),
         activations=activations,
     )
 
@@ -529,13 +561,11 @@ def walk(session: Session, kwargs: dict[str, Any]) -> None:
 
 def _run(session: Session, args: tuple[Any, ...], kwargs: dict[str, Any], *, sees_all: bool = False) -> Probe:
     probe = session.probe = Probe(session, sees_all)
-    buffers = {
-        name: (buffer, buffer._version, buffer.clone()) for name, buffer in session.module.named_buffers()
-    }
+    state = ModuleState(session.module, with_hooks=True)
     args, kwargs = session.arguments.moved(args, kwargs)
     handles, num_before = session.calls.handles, len(session.calls.handles)
     try:
-        with Randomness.current(session.device).restored():
+        with Randomness.current(session.device).restored(), without_user_hooks(session.module):
             output = session.forward(*args, **kwargs)
             if torch.is_grad_enabled():
                 _backward(output)
@@ -544,12 +574,7 @@ def _run(session: Session, args: tuple[Any, ...], kwargs: dict[str, Any], *, see
         for handle in handles[num_before:]:
             handle.seal()  # else the graph would be there still when memory is planned
         del handles[num_before:]
-        for name, buffer in session.module.named_buffers():
-            if name not in buffers:
-                continue
-            own, version, value = buffers[name]
-            if buffer is not own or buffer._version != version:
-                buffer.copy_(value)
+        state.restore()
     return probe
 
 

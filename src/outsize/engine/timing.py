@@ -21,6 +21,8 @@ from outsize.engine import keep, memory
 from outsize.engine.batch import tiles
 from outsize.engine.counting import estimated_s
 from outsize.engine.head import Head, measured_tiles
+from outsize.engine.hooks import without_user_hooks
+from outsize.engine.modulestate import ModuleState
 from outsize.engine.probe import BatchShape, Kind, Rehearsal, run_on_zeros
 from outsize.engine.surroundings import Randomness
 from outsize.plan import Direction
@@ -142,9 +144,11 @@ def _time_kind(
     def run(differentiates: bool) -> None:
         run_on_zeros(session, kind.layer, kind.call, tensors, kind.trains and differentiates, differentiates)
 
-    with Randomness.current(session.device).restored():
+    state = ModuleState(kind.layer.module)
+    with Randomness.current(session.device).restored(), without_user_hooks(session.module):
         forward = seconds_of(lambda: run(False))
         backward = seconds_of(lambda: run(True)) if kind.differentiates else 0.0
+    state.restore()
     return _Seconds(forward, backward)
 
 
