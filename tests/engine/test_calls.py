@@ -256,3 +256,48 @@ def test_costs_belong_to_the_rehearsal_they_were_measured_with(monkeypatch):
     for _ in range(100):
         session.foresight(None, replace(rehearsal), shape, ()).costs(1)
     assert len(measured) == 100
+
+
+class Paired(nn.Module):
+    """Rows belong together in twos: three of them cannot be computed."""
+
+    def __init__(self, error=ValueError):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+        self.error = error
+
+    def forward(self, x):
+        if x.shape[0] % 2:
+            raise self.error("an odd number of rows")
+        for layer in self.layers:
+            x = x + layer(x)
+        first, second = x[::2], x[1::2]
+        return (first - second).square().mean()
+
+
+def test_why_a_batch_is_not_cut_is_said(caplog):
+    plain, x = Paired(), torch.randn(4, 8)
+    model = opened(plain)
+    loss = model(x)
+    torch.testing.assert_close(loss, plain(x))
+    loss.backward()
+    model(x)
+    (reason,) = outsize.report(model).uncut
+    assert "3 of its 4 rows (ValueError: an odd number of rows)" in reason
+    assert reason in str(outsize.report(model)) and caplog.text.count(reason) == 1
+
+
+def test_pinned_tiles_that_cannot_be_are_refused():
+    model = opened(Paired(), pins=Pins(tile_rows=1))
+    with pytest.raises(
+        UsageError, match="tile_rows=1 is pinned, and the model cannot compute 3 of its 4 rows"
+    ):
+        model(torch.randn(4, 8))
+    assert session_of(model).executor is None
+
+
+@pytest.mark.parametrize("error", [OSError, MemoryError, UsageError])
+def test_a_failure_is_not_taken_for_a_batch_that_cannot_be_cut(error):
+    model = opened(Paired(error))
+    with pytest.raises(error, match="odd number"):
+        model(torch.randn(4, 8))

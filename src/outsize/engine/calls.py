@@ -7,6 +7,7 @@ call's batch is cut, and whether it has labels.
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 BESIDE_LOGIT_BYTES = 8
 """Bytes per logit that a caller takes without gradients: a copy in fp32, and its log-probabilities."""
+_log = logging.getLogger(__name__)
 
 WHOLE = (Tile(0, 1, 1),)
 """The tiles of a batch that is not cut."""
@@ -68,6 +70,8 @@ class Calls:
         self.handles: list[Logits] = []
         """Logits of the running call, which can be read until it is over."""
         self.has_labels = False
+        self.uncut: list[str] = []
+        """Why calls so far were not cut into tiles."""
         self._kept_whole: set[str] = set()
         self._forward_order: list[Visit] = []
         self._rehearsals: dict[tuple[Any, ...], Rehearsal] = {}
@@ -113,6 +117,7 @@ class Calls:
             session.running.begin(self._forward_order)
             return session.arguments.moved(args, kwargs)
         rehearsal = self._rehearsed(self._signature(args, kwargs), args, kwargs, shape)
+        self._check_pinned_tiles(rehearsal, shape)
         if session.executor is None:
             session.settle(self._with_training(rehearsal, args, kwargs, shape), shape)
         self._begin(rehearsal, shape, is_row_by_row)
@@ -176,8 +181,20 @@ class Calls:
         rehearsal = self._rehearsals.get(signature)
         if rehearsal is None or shape.row_elements > rehearsal.row_elements:
             rehearsal = self._rehearsals[signature] = _rehearsal(self._session, args, kwargs, shape)
+            if rehearsal.uncut and rehearsal.uncut not in self.uncut:
+                self.uncut.append(rehearsal.uncut)
+                _log.warning("layers compute the whole batch at once: %s", rehearsal.uncut)
             self._forward_order = [v for v in rehearsal.visits if v.direction is Direction.FORWARD]
         return rehearsal
+
+    def _check_pinned_tiles(self, rehearsal: Rehearsal, shape: BatchShape) -> None:
+        """Raise UsageError where smaller tiles are pinned than the batch, of which no part can be computed."""
+        pinned = self._session.settings.pins.tile_rows
+        if rehearsal.uncut and pinned is not None and pinned < (shape.rows or 1):
+            raise UsageError(
+                f"tile_rows={pinned} is pinned, and {rehearsal.uncut}",
+                hint="leave tile_rows out, or call the model with arguments whose first dimension is the batch",
+            )
 
     def _begin(self, rehearsal: Rehearsal, shape: BatchShape, is_row_by_row: bool) -> None:
         """The call runs from here on: its visits are told to whoever moves blocks."""
@@ -328,7 +345,7 @@ class Calls:
         """Whether `layer` changes buffers or attributes of its own in the running call."""
         return self.current is not None and layer.point.module in self.current.rehearsal.changing
 
-    def uncut(self) -> tuple[Tile, ...]:
+    def in_one_tile(self) -> tuple[Tile, ...]:
         """The tiles of a layer where something else than its tensors depends on the batch: one."""
         return self._checked(WHOLE)
 

@@ -211,7 +211,7 @@ class Layer:
         call.state = ModuleState(self.module) if self.session.calls.changes_state(self) else None
         call.hooks = HookWatch() if has_user_hooks(self.module) else None
         if call.is_stateful or call.hooks is not None:
-            call.tiles = self.session.calls.uncut()
+            call.tiles = self.session.calls.in_one_tile()
         else:
             call.dims, call.tiles = self.session.calls.tiles(self, tensors)
         call.row_tokens = self.session.calls.row_tokens

@@ -84,7 +84,7 @@ class ModuleState:
 
     def _hold_names(
         self, prefix: str, owner: dict[str, Any], excluded: frozenset[str], depth: int = 0
-    ) -> None:
+    ) -> _Names:
         names = _Names(prefix, owner, excluded)
         self._held.append(names)
         for name, value in names.before.items():

@@ -25,7 +25,7 @@ from outsize.engine.hooks import has_user_hooks, without_user_hooks
 from outsize.engine.layer import Call, Layer, Loose, installed
 from outsize.engine.modulestate import ModuleState
 from outsize.engine.surroundings import Randomness
-from outsize.errors import UsageError
+from outsize.errors import OutsizeError, UsageError
 from outsize.plan import Direction, Visit
 
 if TYPE_CHECKING:
@@ -138,6 +138,8 @@ class Rehearsal:
     """Of the inputs in `kinds`."""
     changing: frozenset[str] = frozenset()
     """Layers, by module, that change buffers or attributes of their own in each forward."""
+    uncut: str = ""
+    """Why no layer is cut into tiles, where a part of the batch could not be computed."""
     activations: tuple[Activations, ...] = ()
     """Of the layers that a backward reaches, in the order of their last forward visits; a norm alone is none."""
 
@@ -477,6 +479,7 @@ def rehearse(session: Session, args: tuple[Any, ...], kwargs: dict[str, Any], sh
     """Run the model's forward with `args` and `kwargs` as a rehearsal; the caller's RNG and buffers stay as they are."""
     rows = shape.rows
     probes: dict[int, Probe] = {}
+    uncut = ""
     if rows is not None and rows > 1:
         try:
             hardest = _hardest_rows(kwargs, rows)
@@ -486,9 +489,12 @@ def rehearse(session: Session, args: tuple[Any, ...], kwargs: dict[str, Any], sh
                     torch.Tensor, partial(_take, rows, index), copied((args, kwargs), index)
                 )
                 probes[count] = _run(session, *taken)
-        except torch.OutOfMemoryError:
+        except (OutsizeError, OSError, MemoryError, torch.OutOfMemoryError):
             raise
-        except Exception:  # a batch whose tensors belong together in another way: take it whole
+        except (
+            Exception
+        ) as error:  # the whole batch, which is tried next, says whether it is the call that is wrong
+            uncut = f"the model cannot compute {index.numel()} of its {rows} rows ({type(error).__name__}: {error})"
             probes = {}
     if not probes:
         probes = {rows or 1: _run(session, *copied((args, kwargs)))}
@@ -533,6 +539,7 @@ def rehearse(session: Session, args: tuple[Any, ...], kwargs: dict[str, Any], sh
         kind_of=first.kind_of,
         rows=min(probes),
         changing=frozenset(first.changing | last.changing),
+        uncut=uncut,
         activations=activations,
     )
 

@@ -52,6 +52,8 @@ class Report:
     """Classes of layers that run compiled."""
     attention: str | None = None
     """What attention is computed with; None where the model has no choice."""
+    uncut: tuple[str, ...] = ()
+    """Why calls were computed as a whole instead of in tiles, where a part of the batch could not be computed."""
 
     def __str__(self) -> str:
         width = max((len(row.what) for row in self.rows), default=0)
@@ -75,6 +77,7 @@ class Report:
             lines.append(f"compiled: {', '.join(self.compiled)}")
         if self.stepped_down:
             lines.append(f"the device ran out of memory: {'; '.join(self.stepped_down)}")
+        lines += [f"layers compute the whole batch at once: {reason}" for reason in self.uncut]
         if self.off_plan:
             lines.append(
                 "visits that no plan foresaw (right, but not overlapped): " + ", ".join(self.off_plan[:8])
@@ -110,6 +113,7 @@ def report(model: nn.Module) -> Report:
         stepped_down=tuple(session.stepdown.notes),
         compiled=tuple(session.compiler.compiled),
         attention=attention_of(session.module),
+        uncut=tuple(session.calls.uncut),
     )
 
 
