@@ -301,3 +301,26 @@ def test_a_failure_is_not_taken_for_a_batch_that_cannot_be_cut(error):
     model = opened(Paired(error))
     with pytest.raises(error, match="odd number"):
         model(torch.randn(4, 8))
+
+
+def test_a_part_that_is_called_alone_fills_a_cache_once():
+    """The last call of the whole model was cut into tiles."""
+    plain = ZOO["llama"].build()
+    model = opened(plain, pins=Pins(tile_rows=2))
+    model(**ZOO["llama"].batch(rows=ROWS)).loss.backward()
+    batch = batch_of("llama")
+    with torch.no_grad():
+        output, expected = model.model(**batch), plain.model(**batch)
+        torch.testing.assert_close(output.last_hidden_state, expected.last_hidden_state)
+        assert_same_cache(cache_of(output), cache_of(expected))
+        torch.testing.assert_close(
+            model.lm_head(output.last_hidden_state), plain.lm_head(expected.last_hidden_state)
+        )
+
+
+def test_a_part_that_is_called_first_is_refused():
+    model, batch = opened(ZOO["llama"].build()), batch_of("llama")
+    with torch.no_grad(), pytest.raises(UsageError, match="a part of the model runs before"):
+        model.model(**batch)
+    with torch.no_grad(), pytest.raises(UsageError, match="a part of the model runs before"):
+        model.lm_head(torch.randn(2, 32))

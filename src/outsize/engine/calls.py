@@ -342,8 +342,11 @@ class Calls:
         return dims, self._checked(parts)
 
     def changes_state(self, layer: Layer) -> bool:
-        """Whether `layer` changes buffers or attributes of its own in the running call."""
-        return self.current is not None and layer.point.module in self.current.rehearsal.changing
+        """Whether `layer` changes buffers or attributes of its own, as far as any call so far has shown."""
+        if layer.has_batch_statistics and layer.module.training:
+            return True
+        name = layer.point.module
+        return any(name in rehearsal.changing for rehearsal in self._rehearsals.values())
 
     def in_one_tile(self) -> tuple[Tile, ...]:
         """The tiles of a layer where something else than its tensors depends on the batch: one."""
