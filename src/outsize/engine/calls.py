@@ -20,11 +20,11 @@ from outsize.config import format_bytes
 from outsize.engine import memory
 from outsize.engine.batch import BatchDims, Tile, tiles
 from outsize.engine.effects import flatten, is_cache, without_empty_caches
-from outsize.engine.hooks import has_user_hooks
+from outsize.engine.hooks import has_user_hooks, inside
 from outsize.engine.probe import SMALL_ROWS, BatchShape, Rehearsal, batch_shape, rehearse
 from outsize.engine.surroundings import outside_inference_mode
 from outsize.errors import BudgetError, UsageError
-from outsize.model import Point, attention_of, merges_rows
+from outsize.model import Point, PointKind, attention_of, merges_rows
 from outsize.plan import Direction, Visit
 
 if TYPE_CHECKING:
@@ -76,6 +76,9 @@ class Calls:
         self._forward_order: list[Visit] = []
         self._rehearsals: dict[tuple[Any, ...], Rehearsal] = {}
         module = session.module
+        self._modules = tuple(module.modules())
+        layers = (point.module for point in session.cut.points if point.kind is PointKind.LAYER)
+        self._inner = tuple(child for name in layers for child in inside(module.get_submodule(name)))
         self._positional = _positional(module)
         self._has_cache_switch = _has_cache_switch(module)
         self._merges_rows = merges_rows(module)
@@ -296,9 +299,8 @@ class Calls:
             if value is not None
         )
         trains = tuple(parameter.requires_grad for parameter in self._session.parameters.values())
-        module = self._session.module
-        training = tuple(child.training for child in module.modules())
-        hooked = tuple(name for name in self._session.points if has_user_hooks(module.get_submodule(name)))
+        training = tuple(child.training for child in self._modules)
+        hooked = has_user_hooks(self._inner)
         return torch.is_grad_enabled(), hash(training), hash(trains), hooked, repr(leaves)
 
     def rehearse_with_labels(self, kwargs: dict[str, Any], shape: BatchShape) -> Rehearsal:

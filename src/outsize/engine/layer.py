@@ -26,7 +26,7 @@ from outsize.engine.batch import BatchDims, Tile, TiledOutput, UnevenTiles
 from outsize.engine.compiled import is_failure
 from outsize.engine.effects import flatten, has_containers, is_cache, is_stateful
 from outsize.engine.guard import Guard
-from outsize.engine.hooks import HookWatch, has_user_hooks, without_user_hooks
+from outsize.engine.hooks import HookWatch, has_user_hooks, inside, without_user_hooks
 from outsize.engine.modulestate import ModuleState
 from outsize.engine.recovery import undone_by
 from outsize.engine.sidedoor import SideDoor
@@ -183,6 +183,7 @@ class Layer:
         self.original: Callable[..., Any] = module.forward
         self.blocks = tuple(block.name for block in blocks)
         self.is_repeated = session.is_repeated(module)
+        self.inner = inside(module)
         self.has_batch_statistics = any(
             isinstance(child, nn.modules.batchnorm._BatchNorm) for child in module.modules()
         )
@@ -209,7 +210,7 @@ class Layer:
         if self.session.probe is not None:
             return call.result(self.session.probe.layer(self, call, tensors, trains, differentiates))
         call.state = ModuleState(self.module) if self.session.calls.changes_state(self) else None
-        call.hooks = HookWatch() if has_user_hooks(self.module) else None
+        call.hooks = HookWatch() if has_user_hooks(self.inner) else None
         if call.is_stateful or call.hooks is not None:
             call.tiles = self.session.calls.in_one_tile()
         else:

@@ -218,7 +218,7 @@ class Probe:
         self._record_shapes(layer.point.module, tensors, like)
         if changes_state:
             self.changing.add(layer.point.module)
-        if changes_state or call.is_stateful or has_user_hooks(layer.module):
+        if changes_state or call.is_stateful or has_user_hooks(layer.inner):
             self.inconsistent.add(layer.point.module)
         if differentiates and any(len(p.shape) > 1 for p in self.session.entry_pieces(layer.blocks)):
             self._record_activations(layer)
