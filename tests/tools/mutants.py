@@ -30,7 +30,7 @@ import time
 import traceback
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -402,6 +402,9 @@ def run_room(name: str, options: argparse.Namespace, folder: Path) -> None:
         known_trace.write_text(json.dumps(asdict(bench.trace(room))))
     trace = Trace(**json.loads(known_trace.read_text()))
     preload(trace.libraries)
+    unchanged = replace(wanted[0], replacement=wanted[0].original, function="<module>")
+    control = bench.attempt(unchanged, room, trace)
+    assert control["survived"], f"tests fail in a fork though nothing is changed: {control['by']}"
     for mutation in wanted:
         result = bench.attempt(mutation, room, trace)
         with options.out.open("a") as file:
