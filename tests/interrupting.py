@@ -226,11 +226,13 @@ class Subject:
     """The step that passes early lines."""
     STEADY = 3
     """From here on all steps pass the same lines."""
-    LAST = 20
-    """Steps of the longest program."""
 
-    def __init__(self, home: str, folder: Path, *, commits: bool = False, workers: bool = False) -> None:
+    def __init__(
+        self, home: str, folder: Path, *, commits: bool = False, workers: bool = False, num_steps: int = 20
+    ) -> None:
+        """`num_steps` are those of the longest program: more save time where many lines are tried."""
         self.home = home
+        self.num_steps = num_steps
         self.folder = folder
         self.commits = commits
         self.workers = workers
@@ -240,7 +242,7 @@ class Subject:
         self._program: Program | None = None
         self.expected: list[float] = []
         program = self._opened()
-        for index in range(1, self.LAST):
+        for index in range(1, self.num_steps):
             if index in (self.EARLY, self.STEADY):
                 self.tracer.is_recording = True
                 with self.tracer.here():
@@ -308,7 +310,7 @@ class Subject:
         expected = self.expected[: len(program.losses)]
         if program.losses != expected:
             return Outcome.WRONG, f"losses {program.losses[-2:]} instead of {expected[-2:]}"
-        if len(program.losses) + 2 > self.LAST or line in self.early:
+        if len(program.losses) + 2 > self.num_steps or line in self.early:
             self.finish()
         return (Outcome.RIGHT if self.tracer.raised is not None else Outcome.NOT_REACHED), ""
 
@@ -364,6 +366,10 @@ class Subject:
         return Outcome.REFUSED
 
 
+def _table(found: Counter[Outcome]) -> str:
+    return ", ".join(f"{count} {outcome}" for outcome, count in found.most_common())
+
+
 def main() -> None:
     """Print the outcome of each line, and how many there are of each kind."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -386,7 +392,7 @@ def main() -> None:
         for home in options.home:
             place = Path(folder) / home
             place.mkdir()
-            subject = Subject(home, place, commits=options.commits, workers=options.workers)
+            subject = Subject(home, place, commits=options.commits, workers=options.workers, num_steps=200)
             lines = [line for line in subject.lines if options.only is None or options.only in str(line)]
             lines = lines[options.offset :: options.stride]
             for error in options.error:
@@ -394,12 +400,17 @@ def main() -> None:
                 for line in lines:
                     result = subject.raising(line, error, options.passage)
                     found[result.outcome] += 1
+                    if found.total() % 50 == 0:
+                        print(
+                            f"{home} {error}: {found.total()} of {len(lines)} lines: {_table(found)}",
+                            flush=True,
+                        )
                     if result.outcome not in ALLOWED or (options.show and result.outcome is Outcome.REFUSED):
                         print(f"{line}: {result.outcome}", flush=True)
                         if options.show:
                             print(result.text, flush=True)
                 failed += sum(count for outcome, count in found.items() if outcome not in ALLOWED)
-                print(f"{home} {error}: {len(lines)} lines: {dict(found)}", flush=True)
+                print(f"{home} {error}: {len(lines)} lines: {_table(found)}", flush=True)
     sys.stdout.flush()
     os._exit(1 if failed else 0)  # threads that hang are not waited for
 

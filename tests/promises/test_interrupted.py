@@ -17,6 +17,8 @@ IS_SOAK = bool(os.environ.get("OUTSIZE_SOAK"))
 PER_KIND = 4
 """Lines of each kind that are tried in a short run."""
 
+NUM_STEPS = 200 if IS_SOAK else 20
+
 
 @pytest.fixture
 def folder():
@@ -44,17 +46,21 @@ def assert_all_right(subject, errors, seed):
 @pytest.mark.timeout(14400 if IS_SOAK else 300)
 @pytest.mark.parametrize("home", ["host", "disk"])
 def test_an_exception_at_any_line_leaves_what_follows_right(home, folder):
-    assert_all_right(Subject(home, folder), ERRORS, seed=home)
+    assert_all_right(Subject(home, folder, num_steps=NUM_STEPS), ERRORS, seed=home)
 
 
 @pytest.mark.timeout(14400 if IS_SOAK else 300)
 def test_an_exception_at_any_line_of_a_commit_leaves_what_follows_right(folder):
-    assert_all_right(Subject("disk", folder, commits=True), ["KeyboardInterrupt"], seed="commits")
+    assert_all_right(
+        Subject("disk", folder, commits=True, num_steps=NUM_STEPS), ["KeyboardInterrupt"], seed="commits"
+    )
 
 
 @pytest.mark.timeout(14400 if IS_SOAK else 300)
 @pytest.mark.parametrize("home", ["host", "disk"] if IS_SOAK else ["disk"])
 def test_an_exception_at_any_line_of_a_worker_is_named(home, folder):
     assert_all_right(
-        Subject(home, folder, workers=True), ["OSError", "MemoryError"] if IS_SOAK else ["OSError"], seed=home
+        Subject(home, folder, workers=True, num_steps=NUM_STEPS),
+        ["OSError", "MemoryError"] if IS_SOAK else ["OSError"],
+        seed=home,
     )
