@@ -187,7 +187,7 @@ def test_a_pin_that_cannot_be_met_is_named(pins, named, tmp_path):
     config.save_pretrained(tmp_path / "wide")
     options = {"disk": tmp_path, "dtype": "float32", "seq_len": 16}
     least = outsize.preview(tmp_path / "wide", home="disk", **options)
-    host = f"{(least.host_bytes >> 20) + 200}MiB"
+    host = f"{(least.host_bytes >> 20) + 80}MiB"
     refused = outsize.preview(tmp_path / "wide", host=host, pins=pins, **options)
     assert not refused.fits and named in refused.reason
     larger = re.search(r'host="(\d+MiB)" works', refused.reason)[1]
@@ -285,7 +285,7 @@ def test_generating_is_compared_by_the_token_and_fits_by_the_prompt(tmp_path):
     folder = wide(tmp_path)
     options = {"hardware": ELSEWHERE, "disk": tmp_path, "batch_size": 8, "dtype": "float32", "train": False}
     least = outsize.preview(folder, seq_len=2048, home="disk", **options)
-    host = f"{(least.host_bytes >> 20) + 200}MiB"
+    host = f"{(least.host_bytes >> 20) + 80}MiB"
     summary = outsize.preview(folder, host=host, seq_len=2048, **options)
     assert summary.prediction.num_tokens == 8 and summary.alternatives
     for each in summary.alternatives:
