@@ -229,6 +229,7 @@ def test_interrupt_is_130(monkeypatch, capsys):
 @dataclass(frozen=True)
 class Summary:
     fits: bool
+    prediction = None
 
     def __str__(self):
         return f"fits: {self.fits}"

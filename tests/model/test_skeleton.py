@@ -7,7 +7,7 @@ import transformers
 from torch import nn
 
 from outsize.errors import ModelError
-from outsize.model import open_skeleton
+from outsize.model import open_skeleton, skeleton
 from outsize.model.names import parameter_aliases
 from tests.model.helpers import edit_json
 from tests.zoo import ZOO
@@ -164,7 +164,7 @@ def test_other_threads_construct_modules_as_ever(monkeypatch):
             thread.join()
             super().__init__(config)
 
-    monkeypatch.setattr(transformers, "LlamaForCausalLM", Spy)
+    monkeypatch.setattr(skeleton.transformers, "LlamaForCausalLM", Spy)
     assert open_skeleton(named(ZOO["llama"].config()), torch.float32).lm_head.weight.is_meta
     assert not found[0].is_meta and found[0].requires_grad
 
@@ -186,7 +186,7 @@ def test_skeletons_in_two_threads_leave_nothing_behind(monkeypatch):
                 second_began.set()
                 first_ended.wait(10)
 
-    monkeypatch.setattr(transformers, "LlamaForCausalLM", Spy)
+    monkeypatch.setattr(skeleton.transformers, "LlamaForCausalLM", Spy)
     first = open_skeleton(named(ZOO["llama"].config()), torch.float32)
     first_ended.set()
     threads[0].join()

@@ -537,8 +537,7 @@ def test_buffers_of_inputs_are_taken_from_what_is_left_for_arenas(tmp_path, monk
     if not session_of(model).device.is_host:
         pytest.skip("a device has a budget of its own")
     model(**ZOO["llama"].batch())
-    freed = own.expected_bytes() - own.host_bytes() - budget.UNPLANNED_BYTES
-    assert own.room_bytes - own.activation_bytes - own.host_inputs_bytes - freed in rooms
+    assert own.room_bytes - own.activation_bytes - own.host_inputs_bytes in rooms
     assert own.host_bytes() >= own.base_bytes + own.placement.arena_bytes + keep.BUFFERS_BYTES
 
 

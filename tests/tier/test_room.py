@@ -42,6 +42,7 @@ def test_public_names_are_pinned():
         "follow_all",
         "sent",
         "wait_all",
+        "wait_over",
     ]
     assert all(hasattr(outsize.tier, name) for name in outsize.tier.__all__)
 

@@ -42,11 +42,11 @@ class LiveBytes(TorchDispatchMode):
             self._add(given, 0)
         result = func(*args, **(kwargs or {}))
         for made in _tensors(result):
-            self._add(made, made.untyped_storage().nbytes())
+            self._add(made, torch.Tensor.untyped_storage(made).nbytes())
         return result
 
     def _add(self, tensor: torch.Tensor, num_bytes: int) -> None:
-        storage = tensor.untyped_storage()
+        storage = torch.Tensor.untyped_storage(tensor)  # of placeholders as well, which refuse theirs
         key = storage._cdata
         if key in self._known:
             return

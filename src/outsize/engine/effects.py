@@ -79,9 +79,16 @@ def without_empty_caches(arguments: Any) -> Any:
     """`arguments` with None in place of each cache of transformers that holds no tokens yet."""
 
     def without(leaf: Any) -> Any:
-        return None if is_cache(leaf) and not int(leaf.get_seq_length()) else leaf
+        return None if is_cache(leaf) and _is_empty(leaf) else leaf
 
     return tree_map(without, arguments, is_leaf=is_cache)
+
+
+def _is_empty(cache: Cache) -> bool:
+    try:
+        return not int(cache.get_seq_length())
+    except ValueError:  # none of its layers counts tokens: all are of linear attention
+        return not cache.has_previous_state()
 
 
 def copied(arguments: Any, rows: torch.Tensor | None = None) -> Any:

@@ -482,7 +482,7 @@ def rehearse(session: Session, args: tuple[Any, ...], kwargs: dict[str, Any], sh
     uncut = ""
     if rows is not None and rows > 1:
         try:
-            hardest = _hardest_rows(kwargs, rows)
+            hardest = _hardest_rows(kwargs, rows).cpu()
             for count in SMALL_ROWS:
                 index = hardest[torch.arange(count, device="cpu") % rows]
                 taken = tree_map_only(
@@ -494,7 +494,7 @@ def rehearse(session: Session, args: tuple[Any, ...], kwargs: dict[str, Any], sh
         except (
             Exception
         ) as error:  # the whole batch, which is tried next, says whether it is the call that is wrong
-            uncut = f"the model cannot compute {index.numel()} of its {rows} rows ({type(error).__name__}: {error})"
+            uncut = f"the model cannot compute {count} of its {rows} rows ({type(error).__name__}: {error})"
             probes = {}
     if not probes:
         probes = {rows or 1: _run(session, *copied((args, kwargs)))}
