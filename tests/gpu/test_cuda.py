@@ -4,6 +4,7 @@ import gc
 import itertools
 import re
 import warnings
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import pytest
@@ -258,6 +259,20 @@ def test_what_a_hint_says_of_a_device_that_is_too_small_works(tmp_path):
     del beside
 
 
+@contextmanager
+def before_forward(module, act):
+    """Inside, `act(module, args)` runs before the forward of `module`; hooks would keep its layer from being cut."""
+    original = module.forward
+
+    def forward(*args):
+        act(module, args)
+        return original(*args)
+
+    module.forward = forward
+    yield
+    module.forward = original
+
+
 def test_running_out_of_the_devices_memory_is_named(tmp_path):
     model = opened(ZOO["llama"].build().train(), home="host", dtype="bfloat16")
     outsize.AdamW(model)
@@ -267,10 +282,11 @@ def test_running_out_of_the_devices_memory_is_named(tmp_path):
     def greedy(module, args):
         torch.empty(1 << 44, dtype=torch.uint8, device="cuda")
 
-    handle = model.model.layers[1].mlp.register_forward_pre_hook(greedy)
-    with pytest.raises(BudgetError, match="ran out of memory"):
+    with (
+        before_forward(model.model.layers[1].mlp, greedy),
+        pytest.raises(BudgetError, match="ran out of memory"),
+    ):
         model(**batch)
-    handle.remove()
     model(**batch).loss.backward()
     assert executor_of(model).off_plan is not None
 
@@ -278,12 +294,12 @@ def test_running_out_of_the_devices_memory_is_named(tmp_path):
 def test_a_first_call_that_the_device_has_no_room_to_try_is_named():
     model = opened(ZOO["llama"].build().train(), home="host", dtype="bfloat16")
     layer = model.model.layers[0].mlp  # which is tried for all that are like it
-    handle = layer.register_forward_pre_hook(
-        lambda *_: torch.empty(1 << 44, dtype=torch.uint8, device="cuda")
-    )
-    with pytest.raises(BudgetError, match="where a block was tried with up to 3 rows of 5 tokens"):
+    named = "where a block was tried with up to 3 rows of 5 tokens"
+    with (
+        before_forward(layer, lambda *_: torch.empty(1 << 44, dtype=torch.uint8, device="cuda")),
+        pytest.raises(BudgetError, match=named),
+    ):
         model(**ZOO["llama"].batch(rows=4, length=5))
-    handle.remove()
     model(**ZOO["llama"].batch(rows=4, length=5)).loss.backward()
 
 
@@ -391,7 +407,8 @@ def test_what_the_device_had_no_memory_for_is_computed_in_smaller_tiles(directio
         elif args[0].requires_grad:
             args[0].register_hook(greedy)
 
-    handle = model.model.layers[1].mlp.register_forward_pre_hook(watch)
+    undo = ExitStack()
+    undo.enter_context(before_forward(model.model.layers[1].mlp, watch))
     losses = []
     for step in range(STEPS):
         with warnings.catch_warnings(record=True) as said:
@@ -402,7 +419,7 @@ def test_what_the_device_had_no_memory_for_is_computed_in_smaller_tiles(directio
         losses.append(loss.item())
         optimizer.step()
         optimizer.zero_grad()
-    handle.remove()
+    undo.close()
     assert losses == pytest.approx(expected[0], rel=2e-2) and outsize.report(model).stepped_down
     close(session_of(model))
 

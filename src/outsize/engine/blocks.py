@@ -418,8 +418,9 @@ class BlockStore:
         """Take every slot back, whatever it holds; nothing may move."""
         for state in self:
             state.slot = state.gradient_slot = None
+        computed = self.device.mark()  # what was computed with a slot may be under way still
         for pool in (*self._weight_pools, *self._gradient_pools):
-            pool.reset()
+            pool.reset((computed,))
         self.origin.give_staging_back()
 
     def lose(self, state: BlockState, cause: BaseException | None) -> None:

@@ -93,11 +93,11 @@ class SlotPool:
             slot.owner, slot.after = None, tuple(after)
             self._idle.append(slot)
 
-    def reset(self) -> None:
-        """Take every slot back, whoever has it; nothing may use one."""
+    def reset(self, after: Sequence[Transfer] = ()) -> None:
+        """Take every slot back, whatever owns it; nothing uses one once `after` is done."""
         with self._lock:
             for slot in self._slots:
-                slot.owner, slot.after = None, ()
+                slot.owner, slot.after = None, tuple(after)
             self._idle = self._slots[::-1]
 
     def check_books(self) -> None:
