@@ -338,7 +338,7 @@ def test_a_kill_while_a_store_is_removed_leaves_nothing_that_names_missing_bytes
     with monkeypatch.context() as patch:
         patch.setattr(Path, "unlink", killed)
         remove_store(store)
-    assert copies == 5, "two commits, data, header, lock"
+    assert copies == 7, "two commits with their buffers, data, header, lock"
     for number in range(1, copies + 1):
         copy = store.with_name(f"copy{number}")
         if (copy / "store.json").exists():
