@@ -50,6 +50,31 @@ def adamw(model: nn.Module, params: Any = None, **options: Any) -> torch.optim.O
     )
 
 
+@contextmanager
+def around_forward(
+    module: nn.Module, *, before: Callable[..., Any] | None = None, after: Callable[..., Any] | None = None
+) -> Iterator[None]:
+    """Inside, each forward of `module` is between `before(*args)` and `after(output)`: recomputations and tiles too.
+
+    Hooks see calls of the model, each once, and so do not show how a call is computed.
+    """
+    forward = module.forward
+
+    def surrounded(*args: Any, **kwargs: Any) -> Any:
+        if before:
+            before(*args)
+        output = forward(*args, **kwargs)
+        if after:
+            after(output)
+        return output
+
+    module.forward = surrounded
+    try:
+        yield
+    finally:
+        module.forward = forward
+
+
 def loss_of(output: Any) -> torch.Tensor:
     """The loss in what a model returned."""
     return output if isinstance(output, torch.Tensor) else output.loss

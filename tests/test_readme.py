@@ -30,7 +30,9 @@ def test_the_first_command_of_the_readme_runs_what_another_test_runs():
     first = next(line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("    "))
     command = shlex.split(first, comments=True)
     assert command == ["make", "demo"]
-    printed = subprocess.run([*command, "--dry-run"], cwd=ROOT, capture_output=True, text=True, check=True)
+    printed = subprocess.run(
+        [*command, "--dry-run", "--no-print-directory"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     last = printed.stdout.splitlines()[-1]
     assert re.fullmatch(r"\S*/outsize demo", last), last
     assert main.build_parser().parse_args(shlex.split(last)[1:]).command == "demo"

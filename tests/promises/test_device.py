@@ -27,7 +27,7 @@ from outsize.plan import Backward, Forward, place_apart
 from outsize.tier import SlowTier, TwinDevice, Way
 from outsize.tier.transfer import DoneTransfer
 from tests.promises.test_placement import RUNS, Run, assert_same_bits, small_chunks, trained
-from tests.running import abandon, close, executor_of, needing, opened, wrapped_disk
+from tests.running import abandon, around_forward, close, executor_of, needing, opened, wrapped_disk
 from tests.zoo import ZOO
 
 __all__ = ["small_chunks"]  # a fixture for all tests here
@@ -534,15 +534,16 @@ def test_running_out_of_the_devices_memory_is_named(direction, tmp_path, monkeyp
 
     visits = []
 
-    def full(module, args):
-        visits.append(module)
+    def full(x):
+        visits.append(x)
         if len(visits) == (1 if direction == "forward" else 2):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
 
-    handle = model.model.layers[1].mlp.register_forward_pre_hook(full)
-    with pytest.raises(BudgetError, match="ran out of memory") as caught:
+    with (
+        around_forward(model.model.layers[1].mlp, before=full),
+        pytest.raises(BudgetError, match="ran out of memory") as caught,
+    ):
         model(**batch).loss.backward()
     assert "tile_rows" in str(caught.value.hint)
-    handle.remove()
     model(**batch).loss.backward()
     close(session_of(model))

@@ -21,7 +21,7 @@ from outsize.engine.session import session_of
 from outsize.engine.stepdown import StepDown
 from outsize.errors import BudgetError, ConfigError
 from tests.promises.test_device import with_twin
-from tests.running import close, executor_of, opened, values_of
+from tests.running import around_forward, close, executor_of, opened, values_of
 from tests.zoo import ZOO, plain_batch, plain_stack, seeded
 
 STEPS = 3
@@ -331,16 +331,14 @@ class Twice(torch.nn.Module):
     def __init__(self, width):
         super().__init__()
         self.linear = torch.nn.Linear(width, width, bias=False)
-        self.passages = 0
-        self.full_at = None
+        self.before_part = lambda: None
 
     def forward(self, x):
         weight = self.linear.weight
 
         def part(x):
-            self.passages += torch.is_grad_enabled()
-            if torch.is_grad_enabled() and self.passages == self.full_at:
-                full()
+            if torch.is_grad_enabled():
+                self.before_part()
             return torch.tanh(torch.nn.functional.linear(x, weight))
 
         return checkpoint(part, checkpoint(part, x, use_reentrant=True), use_reentrant=True)
@@ -357,14 +355,21 @@ def test_each_of_several_additions_to_one_gradient_counts_once(full_at, monkeypa
     with seeded(0):
         plain(**batch).backward()
     loss = model(**batch)
-    model.layers[1].passages, model.layers[1].full_at = 0, full_at
+    parts = []
+
+    def before_part():
+        parts.append(1)
+        if len(parts) == full_at:
+            full()
+
+    model.layers[1].before_part = before_part
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
         loss.backward()
     for name, parameter in model.named_parameters():
         expected = plain.get_parameter(name).grad
         assert torch.allclose(parameter.grad.clone(), expected, rtol=1e-4, atol=1e-7), name
-    assert model.layers[1].passages > (full_at or 1)
+    assert len(parts) > (full_at or 1)
     close(session_of(model))
 
 
@@ -389,14 +394,15 @@ def test_a_forward_without_gradients_goes_on_too(monkeypatch):
     with torch.no_grad():
         expected = model(**batch).loss
 
-        def limited(module, args):
-            if args[0].shape[0] > 1:
+        def limited(x):
+            if x.shape[0] > 1:
                 full()
 
-        handle = model.model.layers[1].mlp.register_forward_pre_hook(limited)
-        with pytest.warns(RuntimeWarning, match="1 rows"):
+        with (
+            around_forward(model.model.layers[1].mlp, before=limited),
+            pytest.warns(RuntimeWarning, match="1 rows"),
+        ):
             loss = model(**batch).loss
-    handle.remove()
     assert torch.allclose(loss, expected, rtol=1e-6)
     assert executor_of(model).off_plan == {}
     close(session_of(model))

@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 import weakref
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,15 @@ from outsize.engine.layer import Layer
 from outsize.engine.session import session_of
 from outsize.errors import BudgetError, ConfigError, UsageError
 from tests.promises.test_placement import Run, assert_same_bits, small_chunks, trained
-from tests.running import adamw, assert_same_losses, assert_same_weights, opened, train, values_of
+from tests.running import (
+    adamw,
+    around_forward,
+    assert_same_losses,
+    assert_same_weights,
+    opened,
+    train,
+    values_of,
+)
 from tests.zoo import ZOO, plain_batch, plain_stack, seeded
 
 __all__ = ["small_chunks"]  # a fixture for all tests here
@@ -33,21 +42,12 @@ def llama(tmp_path, count, **options):
 
 def forwards_of(model, batch):
     """How often each layer's MLP runs in a step."""
-    counts = [0] * len(model.model.layers)
-
-    def count(index):
-        def hook(module, args):
-            counts[index] += 1
-
-        return hook
-
-    handles = [
-        layer.mlp.register_forward_pre_hook(count(index)) for index, layer in enumerate(model.model.layers)
-    ]
-    model(**batch).loss.backward()
-    for handle in handles:
-        handle.remove()
-    return counts
+    runs = []
+    with ExitStack() as stack:
+        for index, layer in enumerate(model.model.layers):
+            stack.enter_context(around_forward(layer.mlp, before=lambda *_, index=index: runs.append(index)))
+        model(**batch).loss.backward()
+    return [runs.count(index) for index in range(len(model.model.layers))]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -118,11 +118,11 @@ def test_a_forward_that_keeps_nothing_saves_nothing(tmp_path):
     model = opened(ZOO["llama"].build().train(), home="host")
     train(model, [ZOO["llama"].batch()])
     mlp, given, gone = model.model.layers[1].mlp, [], []
-    mlp.down_proj.register_forward_pre_hook(
-        lambda module, args: given.append(StorageWeakRef(args[0].untyped_storage()))
-    )
-    mlp.register_forward_hook(lambda *_: gone.append(given[-1].expired()))
-    model(**ZOO["llama"].batch()).loss.backward()
+    with (
+        around_forward(mlp.down_proj, before=lambda x: given.append(StorageWeakRef(x.untyped_storage()))),
+        around_forward(mlp, after=lambda _: gone.append(given[-1].expired())),
+    ):
+        model(**ZOO["llama"].batch()).loss.backward()
     assert gone == [True, False]  # the backward needs it
 
 
