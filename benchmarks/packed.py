@@ -71,9 +71,9 @@ def write_model(folder: Path) -> None:
 def one(folder: Path, weights: str, gib: float) -> dict[str, Any]:
     """Seconds of the first step and of the later ones, and MiB that a later one read."""
     import outsize
-    from outsize.engine import memory
     from outsize.serve import Request
     from outsize.serve.engine import open_engine
+    from outsize.store import memory
 
     options = {} if weights == "bf16" else {"weights": weights}
     model = outsize.load(folder, dtype="bfloat16", host=f"{int(gib * 1024)}MiB", **options)  # type: ignore[arg-type]

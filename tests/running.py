@@ -183,7 +183,7 @@ def needing(monkeypatch: Any, needs_at: Callable[..., Any]) -> None:
 @contextmanager
 def wrapped_disk(monkeypatch: Any, wrap: Callable[[Any], Any]) -> Iterator[list[Any]]:
     """Inside, sessions open their disk through `wrap(DiskTier(...))`; yields what was opened."""
-    from outsize.engine import scratch
+    from outsize.store import scratch
     from outsize.tier import DiskTier
 
     tiers: list[Any] = []

@@ -10,10 +10,10 @@ import torch
 import outsize
 from outsize.checkpoint.catalogue import contents, verify
 from outsize.checkpoint.store import Store
-from outsize.engine.captures import Captures
 from outsize.engine.session import session_of
-from outsize.engine.update import UpdateJob
 from outsize.errors import BudgetError, StorageError
+from outsize.store.snapshots import Snapshots
+from outsize.store.updates import UpdateJob
 from outsize.tier import DiskTier
 from tests.checkpoint.runs import Run, batches, check_store, manifests
 from tests.promises.test_device import with_twin
@@ -46,13 +46,13 @@ def test_a_commit_waits_for_the_copies_of_the_one_before(place, tmp_path, monkey
     """Frozen blocks in memory are copied once: a later commit must not note them before that is over."""
     if place == "device":
         with_twin(monkeypatch)
-    copy = Captures._copy
+    copy = Snapshots._copy
 
     def slowly(*args):
         time.sleep(0.02)
         copy(*args)
 
-    monkeypatch.setattr(Captures, "_copy", slowly)
+    monkeypatch.setattr(Snapshots, "_copy", slowly)
     run = Run(tmp_path, keep=3, home=place, prepare=frozen_but("layers.1"))
     run.go(batches(3))
     assert run.finish().step == 3
@@ -124,13 +124,13 @@ def test_an_interruption_does_not_spoil_the_commit(tmp_path, monkeypatch):
 def test_closing_keeps_a_commit_whose_blocks_are_captured(tmp_path, monkeypatch):
     run = Run(tmp_path, home="host")
     run.go(batches(3))
-    copy = Captures._copy
+    copy = Snapshots._copy
 
     def slowly(*args):
         time.sleep(0.02)
         copy(*args)
 
-    monkeypatch.setattr(Captures, "_copy", slowly)
+    monkeypatch.setattr(Snapshots, "_copy", slowly)
     with torch.no_grad():
         run.model(**batches(1)[0])
     run.end(finish=False)

@@ -16,13 +16,13 @@ import outsize
 from outsize import Pins
 from outsize.cli.options import pins_of
 from outsize.config import Home, parse_bytes
-from outsize.engine import memory
 from outsize.engine.budget import SLACK_BYTES, Budget
 from outsize.engine.predict import pins_text
 from outsize.engine.session import session_of
 from outsize.errors import BudgetError
 from outsize.hardware import machine
 from outsize.plan import Backward, Forward
+from outsize.store import memory
 from tests.plan.test_simulate import HOST
 from tests.running import assert_same_losses, assert_same_weights, executor_of, opened, train
 from tests.zoo import ZOO, seeded
@@ -139,7 +139,7 @@ def test_products_of_many_shapes_do_not_fill_memory():
     code = """
 import torch
 import outsize
-from outsize.engine import memory
+from outsize.store import memory
 from tests.zoo import ZOO
 
 torch.set_num_threads(1)
@@ -267,7 +267,7 @@ def test_the_pins_that_are_printed_lead_to_the_plan_they_are_printed_for(case, t
     monkeypatch.setattr(Budget, "place", lambda self, *args: seen.append(self) or place(self, *args))
 
     def planned(**more):
-        monkeypatch.setattr("outsize.engine.memory.resident_bytes", lambda: 350 << 20)
+        monkeypatch.setattr("outsize.store.memory.resident_bytes", lambda: 350 << 20)
         summary = outsize.preview(wide(tmp_path), hardware=profile, **options, **more)
         assert summary.fits, summary
         return summary, seen[-1]

@@ -5,8 +5,9 @@ import gc
 import pytest
 import torch
 
-from outsize.engine import budget, closing, memory
+from outsize.engine import budget
 from outsize.errors import BudgetError
+from outsize.store import finalizers, memory
 from tests.running import opened, train
 from tests.zoo import ZOO, seeded
 
@@ -23,12 +24,12 @@ def trained(tmp_path, **options):
 def nothing_open():
     """What earlier tests left behind is gone."""
     gc.collect()
-    closing.finish()
+    finalizers.finish()
     gc.collect()
     before = len(memory.open_models())
     yield
     gc.collect()
-    closing.finish()
+    finalizers.finish()
     assert len(memory.open_models()) <= before
 
 
@@ -39,7 +40,7 @@ def test_one_collection_frees_a_model_that_trained(home, tmp_path):
     assert len(memory.open_models()) == len(before) + 1
     del model
     gc.collect()
-    closing.finish()
+    finalizers.finish()
     assert memory.open_models() == before
 
 

@@ -13,12 +13,13 @@ import torch
 import outsize
 from outsize import Pins
 from outsize.config import ComputeType
-from outsize.engine import keep, timing
+from outsize.engine import timing
 from outsize.engine.counting import estimated_s
 from outsize.engine.predict import pins_text
 from outsize.engine.session import session_of
 from outsize.plan import Direction
 from outsize.plan.profile import Resource
+from outsize.store import offload
 from tests.plan.test_simulate import HOST
 from tests.zoo import ZOO
 
@@ -132,7 +133,7 @@ def test_inference_is_predicted_without_backward(tmp_path):
 
 @pytest.mark.parametrize("kept_blocks", [0, 3])
 def test_inputs_on_disk_move_as_many_bytes_as_predicted(kept_blocks, tmp_path, monkeypatch):
-    monkeypatch.setattr(keep, "LEAST_BYTES", 1)
+    monkeypatch.setattr(offload, "LEAST_BYTES", 1)
     pins = Pins(inputs="disk", kept_blocks=kept_blocks)
     model = outsize.load(
         wide(tmp_path), from_scratch=True, disk=tmp_path, dtype="float32", home="host", pins=pins

@@ -12,13 +12,14 @@ from transformers.models.llama import modeling_llama
 
 import outsize
 from outsize.config import ComputeType
-from outsize.engine import memory
-from outsize.engine.counting import LiveBytes, estimated_s, on_paper
+from outsize.engine.counting import estimated_s, on_paper
 from outsize.engine.report import Row
 from outsize.engine.summary import WIDTH, PlanSummary, bar
 from outsize.errors import ConfigError, ModelError
 from outsize.hardware import machine
 from outsize.plan.profile import Resource
+from outsize.store import memory
+from outsize.store.live_bytes import LiveBytes
 from outsize.tier.device import WORKSPACE_BYTES
 from tests.plan.test_simulate import HOST
 from tests.zoo import ZOO

@@ -9,14 +9,14 @@ from contextlib import contextmanager, nullcontext
 import pytest
 
 import outsize
-from outsize.engine import keep
 from outsize.engine.executor import Executor
-from outsize.engine.recorder import ENDS_A_FREE, ENDS_A_WAIT, SHORTEST_STALL_S, causes
 from outsize.errors import UsageError
 from outsize.plan import Backward, Forward, Free, Wait
 from outsize.plan.profile import Resource
 from outsize.plan.simulate import Stall
 from outsize.plan.timeline import Span
+from outsize.store import offload
+from outsize.store.recorder import ENDS_A_FREE, ENDS_A_WAIT, SHORTEST_STALL_S, causes
 from outsize.tier import Verb
 from outsize.tier.transfer import PieceTransfer
 from tests.promises.test_device import with_twin
@@ -34,7 +34,7 @@ class Waits:
         self.is_open = True
         self._current = None
         self._changed = threading.Condition()
-        run_next, waiting = Executor._run_next, keep.Keeper._waiting
+        run_next, waiting = Executor._run_next, offload.ActivationOffload._waiting
 
         def watched_run_next(executor):
             op = executor.plan.ops[executor._index]
@@ -47,7 +47,7 @@ class Waits:
                 yield
 
         monkeypatch.setattr(Executor, "_run_next", watched_run_next)
-        monkeypatch.setattr(keep.Keeper, "_waiting", watched_waiting)
+        monkeypatch.setattr(offload.ActivationOffload, "_waiting", watched_waiting)
 
     def _set(self, **values):
         with self._changed:
@@ -112,9 +112,9 @@ class LateTier:
 
 def small_inputs(monkeypatch):
     """Inputs of tiny models move."""
-    monkeypatch.setattr(keep, "LEAST_BYTES", 1)
-    monkeypatch.setattr(keep, "PART_BYTES", 4096)
-    monkeypatch.setattr(keep, "BUFFERS_BYTES", keep.BUFFERS * 4096)
+    monkeypatch.setattr(offload, "LEAST_BYTES", 1)
+    monkeypatch.setattr(offload, "PART_BYTES", 4096)
+    monkeypatch.setattr(offload, "BUFFERS_BYTES", offload.BUFFERS * 4096)
 
 
 def opened_on_disk(tmp_path, name="llama_tied", **options):

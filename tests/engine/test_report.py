@@ -7,9 +7,9 @@ import torch
 
 import outsize
 from outsize import Pins
-from outsize.engine import memory
 from outsize.engine.session import session_of
 from outsize.errors import ConfigError, ModelError
+from outsize.store import memory
 from tests.running import adamw, executor_of, opened, train
 from tests.zoo import ZOO
 
@@ -133,7 +133,7 @@ def test_a_preview_is_of_models_that_take_text(tmp_path):
 
 
 def test_a_preview_allocates_nothing(folder):
-    from outsize.engine import memory
+    from outsize.store import memory
 
     before = memory.resident_bytes()
     outsize.preview(folder / "model", batch_size=2, seq_len=16)

@@ -13,12 +13,12 @@ import torch
 import outsize
 from outsize import Pins
 from outsize.config import ComputeType
-from outsize.engine import keep, memory
 from outsize.engine.budget import DEVICE_SLACK_BYTES
 from outsize.engine.session import session_of
 from outsize.errors import BudgetError, ConfigError
 from outsize.optim import RULES, gpu_kernel
 from outsize.plan.profile import Resource
+from outsize.store import memory, offload
 from outsize.tier import CudaDevice, Way
 from tests.running import adamw, assert_same_losses, assert_same_weights, close, executor_of, opened, train
 from tests.zoo import ZOO
@@ -84,7 +84,7 @@ def test_training_is_that_of_plain_pytorch(name, home, tmp_path):
 @pytest.mark.parametrize("options", [{"weight_slots": 1}, {"weight_slots": 3}, {"inputs": "host"}])
 @pytest.mark.parametrize("home", ["host", "disk"])
 def test_placement_changes_no_bit(dtype, options, home, tmp_path, monkeypatch):
-    monkeypatch.setattr(keep, "LEAST_BYTES", 1)
+    monkeypatch.setattr(offload, "LEAST_BYTES", 1)
     expected = trained(dtype=dtype, home="host", pins=Pins(weight_slots=2))
     losses, values = trained(dtype=dtype, disk=tmp_path, home=home, pins=Pins(**options))
     assert losses == expected[0]
@@ -95,7 +95,7 @@ def test_placement_changes_no_bit(dtype, options, home, tmp_path, monkeypatch):
 @pytest.mark.parametrize("part", ["weight", "gradient", "input"])
 @pytest.mark.parametrize("way", list(Way))
 def test_late_copies_are_waited_for(way, part, home, tmp_path, monkeypatch):
-    monkeypatch.setattr(keep, "LEAST_BYTES", 1)
+    monkeypatch.setattr(offload, "LEAST_BYTES", 1)
     pins = Pins(weight_slots=2, gradient_slots=1, inputs="host")
     expected = trained(home="host", pins=pins)
     slowed(monkeypatch, way, part)

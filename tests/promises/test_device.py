@@ -17,13 +17,14 @@ from hypothesis import strategies as st
 import outsize
 from outsize import Pins
 from outsize.block import Plane
-from outsize.engine import api, budget, closing, keep
+from outsize.engine import api, budget
 from outsize.engine.executor import Executor
 from outsize.engine.needs import Needs
-from outsize.engine.origin import Origin
 from outsize.engine.session import session_of
 from outsize.errors import BudgetError, DeviceError, UsageError, WeightsError
 from outsize.plan import Backward, Forward, place_apart
+from outsize.store import finalizers, offload
+from outsize.store.weight_reader import WeightReader
 from outsize.tier import SlowTier, TwinDevice, Way
 from outsize.tier.transfer import DoneTransfer
 from tests.promises.test_placement import RUNS, Run, assert_same_bits, small_chunks, trained
@@ -208,7 +209,7 @@ def test_host_memory_that_copies_use_is_pinned(tmp_path, monkeypatch):
 def test_a_model_that_is_dropped_unpins_its_memory(tmp_path, monkeypatch):
     """Pages that are unmapped while CUDA has them registered cannot be registered again at their address."""
     twins = with_twin(monkeypatch)
-    monkeypatch.setattr(keep, "LEAST_BYTES", 1)
+    monkeypatch.setattr(offload, "LEAST_BYTES", 1)
     model = opened(ZOO["llama"].build().train(), disk=tmp_path, home="disk", pins=Pins(inputs="host"))
     outsize.AdamW(model)
     model(**ZOO["llama"].batch()).loss.backward()
@@ -216,7 +217,7 @@ def test_a_model_that_is_dropped_unpins_its_memory(tmp_path, monkeypatch):
     del model
     for _ in range(2):  # first the session, whose threads are ended, then what those held
         gc.collect()
-        closing.finish()
+        finalizers.finish()
     assert not twins[0].pinned
 
 
@@ -228,7 +229,7 @@ def test_weights_that_cannot_be_read_are_not_computed_with(tmp_path, monkeypatch
     def fail(store, record, plane):
         raise WeightsError("the file is gone")
 
-    monkeypatch.setattr(Origin, "_fill", fail)
+    monkeypatch.setattr(WeightReader, "_fill", fail)
     with pytest.raises(WeightsError), torch.no_grad():
         model(**ZOO["llama"].batch())
     abandon(model)
@@ -289,7 +290,7 @@ class LateDevice(TwinDevice):
 def test_no_copy_overtakes_computing(home, dtype, slots, tmp_path, monkeypatch):
     device = LateDevice()
     monkeypatch.setattr(api, "open_device", lambda settings: device)
-    monkeypatch.setattr(keep, "LEAST_BYTES", 1)
+    monkeypatch.setattr(offload, "LEAST_BYTES", 1)
     proceed = Executor._proceed
 
     def note(executor):
@@ -390,7 +391,7 @@ def test_inputs_that_wait_in_the_hosts_memory_are_the_same(name, tile_rows, tmp_
         return 0.004 if label.endswith(".input") else 0.0
 
     with_twin(monkeypatch, delay)
-    monkeypatch.setattr(keep, "LEAST_BYTES", 1)
+    monkeypatch.setattr(offload, "LEAST_BYTES", 1)
     run = Run(name, "float32", accumulation=2, tile_rows=tile_rows)
     pins = Pins(tile_rows=tile_rows, inputs="host")
     losses, values, report = trained(run, home="host", pins=pins)
@@ -405,7 +406,7 @@ def test_inputs_that_wait_in_the_hosts_memory_are_the_same(name, tile_rows, tmp_
 def test_inputs_are_brought_up_one_block_ahead(tmp_path, monkeypatch):
     order = []
     with_twin(monkeypatch, lambda way, label: order.append((way, label)) or 0.0)
-    monkeypatch.setattr(keep, "LEAST_BYTES", 1)
+    monkeypatch.setattr(offload, "LEAST_BYTES", 1)
     model = opened(ZOO["llama"].build().train(), home="host", pins=Pins(inputs="host"))
     outsize.AdamW(model)
     loss = model(**ZOO["llama"].batch()).loss
@@ -430,7 +431,7 @@ def test_inputs_are_brought_up_one_block_ahead(tmp_path, monkeypatch):
 
 def test_a_graph_may_be_gone_back_twice_and_dropped(tmp_path, monkeypatch):
     with_twin(monkeypatch, lambda way, label: 0.001)
-    monkeypatch.setattr(keep, "LEAST_BYTES", 1)
+    monkeypatch.setattr(offload, "LEAST_BYTES", 1)
     model = opened(ZOO["llama"].build().train(), home="host", pins=Pins(inputs="host"))
     outsize.AdamW(model)
     batch = ZOO["llama"].batch()
@@ -454,7 +455,7 @@ def test_a_graph_may_be_gone_back_twice_and_dropped(tmp_path, monkeypatch):
 
 
 def test_a_long_sequence_moves_inputs_where_the_device_is_too_small(tmp_path, monkeypatch):
-    monkeypatch.setattr(keep, "LEAST_BYTES", 1)
+    monkeypatch.setattr(offload, "LEAST_BYTES", 1)
     monkeypatch.setattr(budget, "DEVICE_SLACK_BYTES", 0)
     needing(
         monkeypatch,

@@ -15,11 +15,12 @@ from torch.utils.checkpoint import checkpoint
 
 import outsize
 from outsize import Pins
-from outsize.engine import budget, head, keep
+from outsize.engine import budget, head
 from outsize.engine.layer import Layer
 from outsize.engine.session import session_of
 from outsize.engine.stepdown import StepDown
 from outsize.errors import BudgetError, ConfigError
+from outsize.store import offload
 from tests.promises.test_device import with_twin
 from tests.running import around_forward, close, executor_of, opened, values_of
 from tests.zoo import ZOO, plain_batch, plain_stack, seeded
@@ -301,7 +302,7 @@ def in_short_memory(monkeypatch, at):
 @pytest.mark.parametrize(("name", "kept_blocks"), [("llama_tied", None), ("llama", 2), ("mixtral", None)])
 def test_wherever_memory_runs_out_nothing_is_lost_or_counted_twice(name, kept_blocks, monkeypatch):
     with_twin(monkeypatch)
-    monkeypatch.setattr(keep, "LEAST_BYTES", 1)
+    monkeypatch.setattr(offload, "LEAST_BYTES", 1)
     monkeypatch.setattr(head, "TILE_ELEMENTS_ON_DEVICE", 2000)
     monkeypatch.setattr(head, "TILE_ELEMENTS", 2000)
 

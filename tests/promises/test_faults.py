@@ -111,7 +111,11 @@ def test_everything_is_given_back_whatever_step_of_closing_fails(tmp_path, monke
     def fail(*args, **kwargs):
         raise ZeroDivisionError("a step of closing")
 
-    for owner, name in ((store.carrier, "close"), (store.origin.reader, "shutdown"), (store.lane, "close")):
+    for owner, name in (
+        (store.carrier, "close"),
+        (store.weight_reader.reader, "shutdown"),
+        (store.worker, "close"),
+    ):
         real = getattr(owner, name)
         monkeypatch.setattr(owner, name, lambda real=real: (real(), fail()))
     with pytest.raises(ZeroDivisionError):
@@ -133,7 +137,7 @@ def test_a_commit_that_fails_to_finish_leaves_nothing_open(tmp_path, monkeypatch
     def fail():
         raise ZeroDivisionError
 
-    monkeypatch.setattr(store.captures, "finish", fail)
+    monkeypatch.setattr(store.snapshots, "finish", fail)
     with pytest.raises(ZeroDivisionError):
         session.close()
     store.arena.check_books()

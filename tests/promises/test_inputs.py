@@ -11,10 +11,11 @@ from torch import nn
 
 import outsize
 from outsize import Pins
-from outsize.engine import budget, keep
+from outsize.engine import budget
 from outsize.engine.needs import Needs, needs_at
 from outsize.engine.session import session_of
 from outsize.errors import BudgetError, ConfigError, CorruptionError, StorageError, UsageError
+from outsize.store import offload
 from outsize.tier import (
     DoneTransfer,
     Fault,
@@ -48,9 +49,9 @@ ON_DISK = Pins(inputs="disk", weight_slots=1, gradient_slots=1)
 @pytest.fixture(autouse=True)
 def small_inputs(monkeypatch):
     """Inputs of tiny models move, in several parts."""
-    monkeypatch.setattr(keep, "LEAST_BYTES", 1)
-    monkeypatch.setattr(keep, "PART_BYTES", 4096)
-    monkeypatch.setattr(keep, "BUFFERS_BYTES", keep.BUFFERS * 4096)
+    monkeypatch.setattr(offload, "LEAST_BYTES", 1)
+    monkeypatch.setattr(offload, "PART_BYTES", 4096)
+    monkeypatch.setattr(offload, "BUFFERS_BYTES", offload.BUFFERS * 4096)
 
 
 def llama(tmp_path, **options):
@@ -142,8 +143,8 @@ def test_what_several_visits_share_is_stored_and_read_once(tmp_path, monkeypatch
         return 0.0
 
     with wrapped_disk(monkeypatch, lambda disk: SlowTier(disk, note)):
-        monkeypatch.setattr(keep, "PART_BYTES", 1 << 20)
-        monkeypatch.setattr(keep, "BUFFERS_BYTES", keep.BUFFERS << 20)
+        monkeypatch.setattr(offload, "PART_BYTES", 1 << 20)
+        monkeypatch.setattr(offload, "BUFFERS_BYTES", offload.BUFFERS << 20)
         plain = ZOO["t5"].build(num_layers=3).train()
         model = opened(plain, disk=tmp_path, home="host", pins=Pins(inputs="disk"))
         model(**ZOO["t5"].batch()).loss.backward()
@@ -173,7 +174,7 @@ def test_memory_for_inputs_does_not_grow_with_depth(tmp_path):
         each = 16 * 16 * 32 * 4
         assert session.keeper.high_water_bytes == (depth + 1) * each
         assert session.keeper.high_water_bytes <= placement.inputs_bytes
-        assert session.keeper.arena.in_use_bytes == session.budget.host_inputs_bytes == keep.BUFFERS_BYTES
+        assert session.keeper.arena.in_use_bytes == session.budget.host_inputs_bytes == offload.BUFFERS_BYTES
         close(session)
     assert needs[1][1] - needs[0][1] == 8 * each and needs[1][0] == needs[0][0] < needs[1][1]
 
@@ -181,14 +182,14 @@ def test_memory_for_inputs_does_not_grow_with_depth(tmp_path):
 def test_sources_are_let_go_two_visits_later(tmp_path, monkeypatch):
     """Whatever the depth, however slow the disk: the forward waits instead of piling inputs up."""
     seen = []
-    begin = keep.Keeper.keep
+    begin = offload.ActivationOffload.keep
 
     def note(keeper, tensors, owner):
         context = begin(keeper, tensors, owner)
         seen.append(sum(len(visit) for visit in keeper._leaving))
         return context
 
-    monkeypatch.setattr(keep.Keeper, "keep", note)
+    monkeypatch.setattr(offload.ActivationOffload, "keep", note)
     with wrapped_disk(monkeypatch, lambda disk: SlowTier(disk, lambda verb, label: 0.002)):
         plain = ZOO["llama"].build(num_hidden_layers=8).train()
         model = opened(plain, disk=tmp_path, home="host", pins=ON_DISK)
@@ -433,7 +434,7 @@ def test_without_a_disk_tiles_become_as_small_as_they_must(monkeypatch):
 
 
 def test_inputs_that_are_too_small_to_move_stay(tmp_path, monkeypatch):
-    monkeypatch.setattr(keep, "LEAST_BYTES", 1 << 20)
+    monkeypatch.setattr(offload, "LEAST_BYTES", 1 << 20)
     model = llama(tmp_path, home="host")
     model(**ZOO["llama"].batch()).loss.backward()
     assert session_of(model).keeper is None and session_of(model).budget.placement.inputs is None
@@ -442,7 +443,7 @@ def test_inputs_that_are_too_small_to_move_stay(tmp_path, monkeypatch):
 @pytest.mark.parametrize("device", [HostDevice(), TwinDevice(delay_s=lambda way, label: 0.002)])
 def test_tensors_come_back_as_they_were(device):
     """Of all types and lengths, also those that are no whole page."""
-    keeper = keep.Keeper(device, 1 << 20, MemoryTier(1 << 20))
+    keeper = offload.ActivationOffload(device, 1 << 20, MemoryTier(1 << 20))
     generator = torch.Generator().manual_seed(0)
     saved = []
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
@@ -465,7 +466,7 @@ def test_a_place_is_used_again_when_its_last_owner_is_off_it():
     """A write that is late would overwrite what the next input leaves there."""
     delays = iter([0.1])
     disk = SlowTier(MemoryTier(1 << 20), lambda verb, label: next(delays, 0.0))
-    keeper = keep.Keeper(HostDevice(), 1 << 20, disk)
+    keeper = offload.ActivationOffload(HostDevice(), 1 << 20, disk)
     saved = []
     for value in (1.0, 2.0):
         tensor = torch.full((1000,), value, requires_grad=True)
@@ -487,7 +488,7 @@ def test_a_place_whose_input_was_lost_is_given_back_when_nothing_writes_there_an
     delays = iter([0.1])
     slow = SlowTier(MemoryTier(1 << 20), lambda verb, label: next(delays, 0.0))
     disk = FaultyTier(slow, [Fault(FaultKind.EIO, Verb.WRITE, label="input[0]", nth=1)])
-    keeper = keep.Keeper(HostDevice(), 1 << 20, disk)
+    keeper = offload.ActivationOffload(HostDevice(), 1 << 20, disk)
     tensor = torch.full((2048,), 1.0, requires_grad=True)
     with keeper.keep([tensor], "L00"):
         lost = tensor.square()
@@ -516,7 +517,7 @@ def test_blocks_are_closed_though_inputs_cannot_be(tmp_path, monkeypatch):
     session = session_of(model)
     keeper, arena = session.keeper, session.executor.store.arena
     with monkeypatch.context() as patch:
-        patch.setattr(keep.Keeper, "close", fail)
+        patch.setattr(offload.ActivationOffload, "close", fail)
         with pytest.raises(StorageError):
             session.close()
     assert arena.in_use_bytes == 0
@@ -538,11 +539,11 @@ def test_buffers_of_inputs_are_taken_from_what_is_left_for_arenas(tmp_path, monk
         pytest.skip("a device has a budget of its own")
     model(**ZOO["llama"].batch())
     assert own.room_bytes - own.activation_bytes - own.host_inputs_bytes in rooms
-    assert own.host_bytes() >= own.base_bytes + own.placement.arena_bytes + keep.BUFFERS_BYTES
+    assert own.host_bytes() >= own.base_bytes + own.placement.arena_bytes + offload.BUFFERS_BYTES
 
 
 def test_places_are_used_again_and_merged():
-    places = keep.Places(5 * 4096)
+    places = offload.Places(5 * 4096)
     first, second, third = (places.take(size, "x") for size in (4096, 5000, 4096))
     with pytest.raises(BudgetError, match="in use"):
         places.take(8192, "x")

@@ -323,7 +323,7 @@ MEMORY = """
 import json, sys
 import torch, outsize
 from transformers import LlamaConfig, LlamaForCausalLM
-from outsize.engine import memory
+from outsize.store import memory
 from outsize.engine.needs import kept_bytes
 from outsize.engine.session import session_of
 torch.set_num_threads(1)

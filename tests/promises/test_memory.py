@@ -13,7 +13,7 @@ import pytest
 RUN = """
 import json, sys
 import torch, outsize
-from outsize.engine import memory
+from outsize.store import memory
 dtype, spare_mib, rows, folder = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
 config_folder, disk = folder + "/model", folder + "/disk"
 torch.set_num_threads(1)

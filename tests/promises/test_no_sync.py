@@ -14,11 +14,12 @@ from transformers import masking_utils
 import outsize
 from outsize import Pins
 from outsize.config import ComputeType
-from outsize.engine import api, keep, layer
-from outsize.engine.gradients import Gradients
+from outsize.engine import api, layer
 from outsize.engine.session import session_of
 from outsize.optim import Kernel, gpu_kernel
 from outsize.optim.rules import RULES
+from outsize.store import offload
+from outsize.store.gradients import Gradients
 from outsize.tier import Device, LinkStats, Way
 from outsize.tier.transfer import DoneTransfer
 from tests.running import executor_of, opened
@@ -96,7 +97,7 @@ NAMES = ["llama", "llama_tied", "qwen3", "gpt2", "mixtral"]
     "pins", [Pins(), Pins(tile_rows=1, inputs="host", weight_slots=1)], ids=["whole", "tiled"]
 )
 def test_a_step_reads_no_value_of_the_device(name, home, pins, paper, tmp_path, monkeypatch):
-    monkeypatch.setattr(keep, "LEAST_BYTES", 1)
+    monkeypatch.setattr(offload, "LEAST_BYTES", 1)
     model = opened(ZOO[name].build().train(), disk=tmp_path, home=home, dtype="bfloat16", pins=pins)
     optimizer = outsize.AdamW(model, max_grad_norm=1.0)
     for seed in range(3):

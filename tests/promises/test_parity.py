@@ -793,4 +793,4 @@ def test_the_original_module_is_not_needed(tmp_path):
     train(model, batches("llama", count=2))
     train(twin, batches("llama", count=2))
     assert_same_weights(model, twin)
-    assert executor_of(model).store.origin.source is None
+    assert executor_of(model).store.weight_reader.source is None

@@ -9,9 +9,9 @@ from safetensors.torch import load_file, save_file
 
 import outsize
 from outsize import Pins
-from outsize.engine import origin
 from outsize.engine.session import session_of
 from outsize.errors import BudgetError
+from outsize.store import weight_reader
 from tests.promises.test_device import with_twin
 from tests.running import executor_of
 from tests.zoo import ZOO
@@ -105,13 +105,13 @@ def test_weights_that_are_there_in_the_compute_type_are_not_converted(name, tmp_
     tensors = {key: value.float() for key, value in load_file(folder / "model.safetensors").items()}
     save_file(tensors, wide / "model.safetensors", metadata={"format": "pt"})
     converted = []
-    real = origin.split
+    real = weight_reader.split
 
     def spy(values):
         converted.append(values.numel())
         return real(values)
 
-    monkeypatch.setattr(origin, "split", spy)
+    monkeypatch.setattr(weight_reader, "split", spy)
     _, found = logits(folder, name, pins=STREAMED)
     assert not converted
     _, expected = logits(wide, name, pins=STREAMED)

@@ -12,7 +12,7 @@ import pytest
 RUN = """
 import json, sys
 import torch, outsize
-from outsize.engine import memory
+from outsize.store import memory
 from outsize.serve import Engine, Request, Sampling
 folder = sys.argv[1]
 torch.set_num_threads(1)

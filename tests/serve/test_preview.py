@@ -3,11 +3,11 @@
 import pytest
 
 import outsize
-from outsize.engine import memory
 from outsize.engine.session import session_of
 from outsize.errors import BudgetError
 from outsize.serve import Workload, open_engine
 from outsize.serve.runner import Runner
+from outsize.store import memory
 from tests.zoo import ZOO, seeded
 
 BASE = 300 << 20

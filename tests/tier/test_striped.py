@@ -120,7 +120,7 @@ def test_each_folder_has_its_own_limit(tmp_path):
 
 
 def test_a_second_folder_that_cannot_be_opened_leaves_nothing(tmp_path, monkeypatch):
-    from outsize.engine import scratch
+    from outsize.store import scratch
 
     (tmp_path / "b").mkdir()
     opened_tiers = []

@@ -140,7 +140,7 @@ def commit(
     )
     if not (store.folder / MODEL).exists():
         write_companions(model, store.folder / MODEL)
-    captures = session.executor.store.captures
+    captures = session.executor.store.snapshots
     assert captures is not None
     if captures.is_under_way:
         _settle(session.executor)
@@ -163,8 +163,8 @@ def _settle(executor: Executor) -> None:
     try:
         executor.settle_updates()
     finally:
-        if executor.store.captures is not None:
-            executor.store.captures.settle()
+        if executor.store.snapshots is not None:
+            executor.store.snapshots.settle()
 
 
 def close(model: nn.Module) -> None:

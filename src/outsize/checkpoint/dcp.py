@@ -34,14 +34,14 @@ from outsize.checkpoint.module_state import ModuleState
 from outsize.checkpoint.reading import CommitReader, CommitSource
 from outsize.checkpoint.store import Store
 from outsize.config import ComputeType
-from outsize.engine import memory
-from outsize.engine.capture import Capture, CapturedBlock
-from outsize.engine.versions import Layout
 from outsize.errors import ConfigError, OutsizeError
 from outsize.model import cut, open_skeleton, write_companions
 from outsize.model.names import persistent_buffers
 from outsize.model.writer import storage_errors
 from outsize.optim import RULES
+from outsize.store import memory
+from outsize.store.commit_store import Layout
+from outsize.store.snapshots import Snapshot, SnapshotBlock
 
 NAMES = {Plane.MOMENT1: "exp_avg", Plane.MOMENT2: "exp_avg_sq"}
 """What torch's AdamW calls its moments; of other rules' optimizers torch has none, or one of other numerics."""
@@ -229,12 +229,12 @@ def import_dcp(dcp_folder: Path, folder: Path, *, model: Path, dtype: str = "flo
             convert(reader, records, layout.bases, tier)
             write_companions(module, store.folder / MODEL)
 
-            def begin(complete: Callable[[Capture], None]) -> None:
-                capture = Capture(layout.bases, complete)
+            def begin(complete: Callable[[Snapshot], None]) -> None:
+                capture = Snapshot(layout.bases, complete)
                 for record in records:
                     base = layout.bases[record.name]
                     cells = tier.capture(Extent(base, record.kept_bytes))
-                    capture.add(CapturedBlock(record.name, base, cells, is_stored=True))
+                    capture.add(SnapshotBlock(record.name, base, cells, is_stored=True))
 
             store.commit(_draft(reader, step, ComputeType(dtype)), ModuleState.of(module), begin)
             store.wait()

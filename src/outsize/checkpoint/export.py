@@ -16,10 +16,10 @@ from outsize.checkpoint.files import MODEL, commit_paths, read_header, read_mani
 from outsize.checkpoint.manifest import Manifest
 from outsize.checkpoint.reading import CommitReader, CommitReplaced, CommitSource
 from outsize.config import ComputeType
-from outsize.engine import memory
 from outsize.errors import ConfigError, StorageError, WeightsError
 from outsize.model import Existing, SafetensorsSource, cut, open_skeleton, write_folder
 from outsize.model.names import persistent_buffers
+from outsize.store import memory
 
 ATTEMPTS = 5
 """At reading the newest commit, where a run replaces it each time."""

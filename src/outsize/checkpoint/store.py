@@ -50,10 +50,10 @@ from outsize.checkpoint.manifest import Manifest, StoredBlock, StoredBuffers, St
 from outsize.checkpoint.module_state import ModuleState, digest_of
 from outsize.checkpoint.reading import CommitReader, open_data
 from outsize.config import format_bytes
-from outsize.engine.capture import Capture, CapturedBlock
-from outsize.engine.versions import Layout, Opened
 from outsize.errors import BudgetError, ConfigError, CorruptionError, StorageError, UsageError
 from outsize.model.writer import storage_errors
+from outsize.store.commit_store import Layout, Opened
+from outsize.store.snapshots import Snapshot, SnapshotBlock
 from outsize.tier import IO_THREADS, DiskTier, DurableTier, StripedTier, VersionedTier
 from outsize.tier.probe import is_memory_backed
 from outsize.tier.store import give_space_back, lock_file
@@ -147,7 +147,7 @@ class Store:
         assert self.resumed is not None and self._header is not None
         return CommitReader(self.folder, self._header, self.resumed)
 
-    # -- what a session asks (`outsize.engine.versions.Versions`) ---------------------------------------------------
+    # -- what a session asks (`outsize.store.commit_store.CommitStore`) ---------------------------------------------------
 
     def open(
         self,
@@ -208,7 +208,7 @@ class Store:
     # -- committing ----------------------------------------------------------------------------------------------
 
     def commit(
-        self, draft: Manifest, state: ModuleState, begin: Callable[[Callable[[Capture], None]], None]
+        self, draft: Manifest, state: ModuleState, begin: Callable[[Callable[[Snapshot], None]], None]
     ) -> None:
         """Declare a commit of what `draft` says, of `state`, and of all blocks, as they are once their pending updates are
         applied.
@@ -224,7 +224,7 @@ class Store:
         future: Future[Committed] = Future()
         self._pending.append(future)
 
-        def complete(capture: Capture) -> None:
+        def complete(capture: Snapshot) -> None:
             if future.set_running_or_notify_cancel():
                 self._threads.submit(self._publish, tier, draft, state, capture, future)
             else:
@@ -261,7 +261,7 @@ class Store:
         tier: VersionedTier,
         draft: Manifest,
         state: ModuleState,
-        capture: Capture,
+        capture: Snapshot,
         future: Future[Committed],
     ) -> None:
         offsets = [stored.offset for block in capture.blocks.values() for stored in block.cells]
@@ -300,7 +300,7 @@ class Store:
             if self._tier is not None:
                 self._tier.release(offsets)
 
-    def _stored_block(self, tier: VersionedTier, captured: CapturedBlock) -> StoredBlock:
+    def _stored_block(self, tier: VersionedTier, captured: SnapshotBlock) -> StoredBlock:
         cells = tuple(
             StoredCell(
                 Extent(stored.cell.offset - captured.base, stored.cell.num_bytes),

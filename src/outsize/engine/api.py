@@ -10,13 +10,10 @@ import torch
 from torch import nn
 
 from outsize.config import Budgets, ComputeType, Disk, Home, OnDeviceFull, Pins, Settings
-from outsize.engine import memory
 from outsize.engine.methods import take_methods_over
 from outsize.engine.placeholder import OffloadedParameter
 from outsize.engine.saving import write_model
-from outsize.engine.scratch import packed_places
 from outsize.engine.session import Session, session_of
-from outsize.engine.state import DTYPES
 from outsize.engine.surroundings import outside_inference_mode
 from outsize.errors import ConfigError, ModelError, UsageError
 from outsize.model import (
@@ -37,6 +34,9 @@ from outsize.model import (
 )
 from outsize.native import native_compute_type
 from outsize.plan.profile import Profile
+from outsize.store import memory
+from outsize.store.scratch import packed_places
+from outsize.store.state import DTYPES
 from outsize.tier import CudaDevice, Device, HostDevice
 
 

@@ -19,17 +19,17 @@ import torch
 
 from outsize.block import Plane, Record
 from outsize.config import Home, OnDeviceFull, Pins, Settings, format_bytes
-from outsize.engine import closing, memory
 from outsize.engine.needs import Attempt, Needs, needs_at, needs_of
 from outsize.engine.probe import BatchShape, Rehearsal
-from outsize.engine.scratch import DiskShortage, disk_bytes
-from outsize.engine.versions import Layout
 from outsize.errors import BudgetError
 from outsize.plan import Placement, is_stored, place, place_apart
 from outsize.plan.place import GROUPS, group_bytes, with_pieces
 from outsize.plan.planner import Choice, choose, prefer, waits
 from outsize.plan.profile import Profile
 from outsize.plan.simulate import Costs
+from outsize.store import finalizers, memory
+from outsize.store.commit_store import Layout
+from outsize.store.scratch import DiskShortage, disk_bytes
 from outsize.tier import Device
 
 SLACK_BYTES = 96 << 20
@@ -193,10 +193,10 @@ class Budget:
     def _measure(self, records: Sequence[Record], rehearsal: Rehearsal) -> None:
         """What the process has now, and what that leaves; what a call does not need."""
         self._idle = frozenset(r.name for r in records) - {visit.block for visit in rehearsal.visits}
-        closing.finish()  # of models that were dropped, what they had is free
+        finalizers.finish()  # of models that were dropped, what they had is free
         if sum(num_bytes for _, num_bytes in memory.open_models()) >= WORTH_COLLECTING_BYTES:
             gc.collect()  # they may be dropped, and wait in cycles for the collector
-            closing.finish()
+            finalizers.finish()
         memory.give_back()
         self.base_bytes = memory.resident_bytes()
         limit = self._settings.budgets.host_bytes

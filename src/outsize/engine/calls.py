@@ -17,7 +17,6 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from outsize.config import format_bytes
-from outsize.engine import memory
 from outsize.engine.batch import BatchDims, Tile, tiles
 from outsize.engine.effects import flatten, is_cache, without_empty_caches
 from outsize.engine.hooks import has_user_hooks, inside
@@ -26,6 +25,7 @@ from outsize.engine.surroundings import outside_inference_mode
 from outsize.errors import BudgetError, UsageError
 from outsize.model import Point, PointKind, attention_of, merges_rows
 from outsize.plan import Direction, Visit
+from outsize.store import memory
 
 if TYPE_CHECKING:
     from outsize.engine.head import Logits

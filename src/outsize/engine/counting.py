@@ -7,7 +7,6 @@ meta device), so that a plan does not change from one start to the next.
 from __future__ import annotations
 
 import threading
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,47 +15,13 @@ import torch
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 from transformers import masking_utils
 
 from outsize.config import ComputeType
 from outsize.errors import ConfigError, ModelError
 from outsize.plan.profile import Profile
-
-
-class LiveBytes(TorchDispatchMode):
-    """Inside, counts the bytes of tensors that operations make and that are still alive; `peak` is the most of them."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.peak = 0
-        self._live = 0
-        self._known: dict[int, tuple[weakref.ref[Any], int]] = {}
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Run `func`, and count what it made."""
-        for given in _tensors((args, kwargs)):
-            self._add(given, 0)
-        result = func(*args, **(kwargs or {}))
-        for made in _tensors(result):
-            self._add(made, torch.Tensor.untyped_storage(made).nbytes())
-        return result
-
-    def _add(self, tensor: torch.Tensor, num_bytes: int) -> None:
-        storage = torch.Tensor.untyped_storage(tensor)  # of placeholders as well, which refuse theirs
-        key = storage._cdata
-        if key in self._known:
-            return
-
-        def gone(_: object) -> None:
-            self._live -= self._known.pop(key)[1]
-
-        self._known[key] = weakref.ref(storage, gone), num_bytes
-        self._live += num_bytes
-        self.peak = max(self.peak, self._live)
+from outsize.store.live_bytes import tensors_in
 
 
 class _WithoutValues(TorchFunctionMode):
@@ -171,7 +136,7 @@ class _Traffic(TorchDispatchMode):
         """Run `func`, and count its operands and results unless they share their bytes."""
         result = func(*args, **(kwargs or {}))
         if func.overloadpacket not in flop_registry and not func.is_view:
-            self.num_bytes += sum(tensor.nbytes for tensor in _tensors((args, kwargs, result)))
+            self.num_bytes += sum(tensor.nbytes for tensor in tensors_in((args, kwargs, result)))
         return result
 
 
@@ -191,7 +156,3 @@ def estimated_s(profile: Profile, compute_type: ComputeType, run: Callable[[], o
     # A copy reads and writes each byte that it moves.
     memory = profile.device_memory or 2 * profile.host_copy
     return float(products.get_total_flops() / rate + traffic.num_bytes / memory)
-
-
-def _tensors(values: Any) -> list[torch.Tensor]:
-    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor)]

@@ -20,11 +20,11 @@ from torch.autograd.function import once_differentiable
 from outsize.block import Block
 from outsize.engine.guard import Guard
 from outsize.engine.layer import installed
-from outsize.engine.recovery import undone_by
 from outsize.engine.surroundings import Autocast
 from outsize.errors import UsageError
 from outsize.model import Point
 from outsize.plan import Direction
+from outsize.store.recovery import undone_by
 
 if TYPE_CHECKING:
     from outsize.engine.session import Session

@@ -16,10 +16,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 
 from outsize.block import Plane
-from outsize.engine.blocks import BlockStore
-from outsize.engine.recorder import Recorder
-from outsize.engine.recovery import recover, undone_by
-from outsize.engine.state import BlockState
 from outsize.errors import UsageError
 from outsize.plan import (
     Backward,
@@ -40,6 +36,10 @@ from outsize.plan import (
     check,
     evicted,
 )
+from outsize.store.blocks import BlockStore
+from outsize.store.recorder import Recorder
+from outsize.store.recovery import recover, undone_by
+from outsize.store.state import BlockState
 
 Runner = Callable[[Op], None]
 

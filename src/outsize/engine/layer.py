@@ -28,7 +28,6 @@ from outsize.engine.effects import flatten, has_containers, is_cache, is_statefu
 from outsize.engine.guard import Guard
 from outsize.engine.hooks import HookWatch, has_user_hooks, inside, without_user_hooks
 from outsize.engine.modulestate import ModuleState
-from outsize.engine.recovery import undone_by
 from outsize.engine.sidedoor import SideDoor
 from outsize.engine.stepdown import Graphs
 from outsize.engine.surroundings import Autocast, Randomness
@@ -36,6 +35,7 @@ from outsize.engine.surroundings import versions as versions_of
 from outsize.errors import ModelError, UsageError
 from outsize.model import Binding, Point
 from outsize.plan import Direction
+from outsize.store.recovery import undone_by
 
 if TYPE_CHECKING:
     from outsize.engine.session import Session

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from outsize.block import ALIGNMENT, align
 from outsize.config import Home
-from outsize.engine import keep
 from outsize.engine.probe import BatchShape, Rehearsal
 from outsize.plan import Direction
+from outsize.store import offload
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +27,7 @@ class Needs:
     @property
     def host_bytes(self) -> int:
         """Memory of the host that it takes: its own or, on the way to the disk, that of buffers."""
-        return keep.BUFFERS_BYTES if self.inputs is Home.DISK else self.moved_bytes
+        return offload.BUFFERS_BYTES if self.inputs is Home.DISK else self.moved_bytes
 
     @property
     def num_bytes(self) -> int:
@@ -75,13 +75,13 @@ def needs_at(
     visit = max(tile, rehearsal.loss_memory.at(rows))
     boundary = rehearsal.boundary_bytes.at(rows) + kept_bytes(rehearsal, shape, tile_rows, kept)
     each = rehearsal.input_bytes.at(rows)
-    if inputs is None or each < keep.LEAST_BYTES:
+    if inputs is None or each < offload.LEAST_BYTES:
         return Needs(boundary, visit, kept=kept)
     movable = rehearsal.movable_bytes.at(rows)
     num_kept = sum(v.block in kept and v.direction is Direction.FORWARD for v in rehearsal.visits)
     # Each input takes whole pages.
     moved = align(movable + ALIGNMENT * len(rehearsal.visits))
-    return Needs(boundary - movable + (keep.COPIES + num_kept) * each, visit, moved, inputs, kept)
+    return Needs(boundary - movable + (offload.COPIES + num_kept) * each, visit, moved, inputs, kept)
 
 
 def needs_of(attempt: Attempt, rehearsal: Rehearsal, shape: BatchShape) -> Needs:

@@ -18,10 +18,10 @@ from torch import nn
 
 from outsize.config import ComputeType
 from outsize.engine.session import Session, session_of
-from outsize.engine.state import BlockState
-from outsize.engine.update import Pending
 from outsize.errors import ConfigError, UsageError
 from outsize.optim import Hyper, Kernel, Rule, gpu_kernel, start_compile
+from outsize.store.state import BlockState
+from outsize.store.updates import Pending
 
 Params = Iterable[torch.Tensor] | Iterable[dict[str, Any]] | None
 """Parameters, groups of them, or None for all that require grad."""

@@ -122,7 +122,7 @@ class Parameters(Mapping[str, OffloadedParameter]):
     def take_rows(self, block: str, parameter: str, rows: torch.Tensor, target: torch.Tensor) -> None:
         """Fill `target` with sorted rows, counted from the first of `block`, of a table that `gives_rows`."""
         index = next(at.index for at in self._locations[parameter] if at.block == block)
-        self._session.store.origin.take_rows(self._session.store[block], index, rows, target)
+        self._session.store.weight_reader.take_rows(self._session.store[block], index, rows, target)
 
     @outside_inference_mode()
     def value(self, parameter: str) -> torch.Tensor:

@@ -10,7 +10,6 @@ from torch import nn
 
 from outsize.block import Record
 from outsize.config import format_bytes
-from outsize.engine import memory
 from outsize.engine.budget import Fit, Foresight
 from outsize.engine.probe import BatchShape, Rehearsal
 from outsize.engine.session import Session, session_of
@@ -20,6 +19,7 @@ from outsize.plan.planner import Choice
 from outsize.plan.profile import WORDS, Profile, Resource
 from outsize.plan.simulate import Costs, Simulation, simulate
 from outsize.plan.timeline import Timeline
+from outsize.store import memory
 
 MODEL_SPREAD = 0.1
 """Part of a step by which predictions are off, as a rule, where what they are made of is exact (benchmarks/results)."""

@@ -11,15 +11,13 @@ import torch
 
 from outsize.block import Record
 from outsize.config import ComputeType, Disk, Pins, Settings, format_bytes
-from outsize.engine import api, memory
+from outsize.engine import api
 from outsize.engine.budget import Fit
 from outsize.engine.counting import on_paper
 from outsize.engine.predict import pins_text, predict_call
 from outsize.engine.probe import BatchShape, Rehearsal, batch_shape
 from outsize.engine.report import placement_rows
-from outsize.engine.scratch import disk_bytes
 from outsize.engine.session import Session
-from outsize.engine.state import DTYPES
 from outsize.engine.summary import Alternative, PlanSummary
 from outsize.errors import BudgetError, ConfigError, ModelError
 from outsize.model import (
@@ -38,6 +36,9 @@ from outsize.optim import ADAMW
 from outsize.plan import Placement, SlotClass
 from outsize.plan.planner import Choice
 from outsize.plan.profile import Profile
+from outsize.store import memory
+from outsize.store.scratch import disk_bytes
+from outsize.store.state import DTYPES
 from outsize.tier import PaperDevice
 
 Call = tuple[Rehearsal, BatchShape]

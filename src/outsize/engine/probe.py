@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils._pytree import tree_flatten, tree_map_only
 
-from outsize.engine import memory
 from outsize.engine.batch import BatchDims, Shape, find_dims, tiles
 from outsize.engine.effects import copied, state_of
 from outsize.engine.hooks import has_user_hooks, without_user_hooks
@@ -27,6 +26,7 @@ from outsize.engine.modulestate import ModuleState
 from outsize.engine.surroundings import Randomness
 from outsize.errors import OutsizeError, UsageError
 from outsize.plan import Direction, Visit
+from outsize.store import memory
 
 if TYPE_CHECKING:
     from outsize.engine.embedding import Embedding

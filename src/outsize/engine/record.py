@@ -8,11 +8,11 @@ from contextlib import contextmanager
 from torch import nn
 
 from outsize.engine.executor import Executor
-from outsize.engine.keep import Keeper
-from outsize.engine.recorder import Recorder
 from outsize.engine.session import session_of
 from outsize.errors import UsageError
 from outsize.plan.timeline import Timeline
+from outsize.store.offload import ActivationOffload
+from outsize.store.recorder import Recorder
 
 
 class Recording:
@@ -60,15 +60,15 @@ def record(model: nn.Module) -> Iterator[Recording]:
         _tell(executor, keeper, None)
 
 
-def _tell(executor: Executor, keeper: Keeper | None, recorder: Recorder | None) -> None:
+def _tell(executor: Executor, keeper: ActivationOffload | None, recorder: Recorder | None) -> None:
     """Let everything that works for a model tell `recorder` of it, or nobody."""
     store = executor.store
     listener = recorder.moved if recorder is not None else None
     store.device.listen(listener)
     if store.disk is not None:
         store.disk.listen(listener)
-    if store.lane is not None:
-        store.lane.recorder = recorder
+    if store.worker is not None:
+        store.worker.recorder = recorder
     if keeper is not None:
         keeper.tell(recorder)
     executor.recorder = recorder

@@ -10,10 +10,10 @@ from torch import nn
 
 from outsize.block import Plane, Record
 from outsize.config import Home, format_bytes
-from outsize.engine import memory
 from outsize.engine.session import Session, session_of
 from outsize.model import attention_of
 from outsize.plan import Placement, is_stored
+from outsize.store import memory
 
 _NAMES = {Plane.WEIGHT: "weights", Plane.GRADIENT: "gradients"}
 _TIERS = ("device", "host", "disk")
@@ -94,7 +94,7 @@ def report(model: nn.Module) -> Report:
         return Report((), num_parameters, 0, budget.limit_bytes, memory.peak_bytes(), 0, 0)
     records = [state.record for state in executor.store]
     rows = placement_rows(session, records, placement)
-    keeper, source = session.keeper, executor.store.origin.source
+    keeper, source = session.keeper, executor.store.weight_reader.source
     stats = [tier.stats() for tier in (executor.store.disk, keeper) if tier is not None]
     return Report(
         rows=rows,

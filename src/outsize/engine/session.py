@@ -24,29 +24,21 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from outsize.block import Block, Entry, Piece, Plane, Record
 from outsize.config import ComputeType, Home, OnDeviceFull, Settings, format_bytes
-from outsize.engine import memory
 from outsize.engine.arguments import Arguments
-from outsize.engine.blocks import BlockStore, close_workers
 from outsize.engine.budget import Budget, Foresight
 from outsize.engine.calls import Calls
-from outsize.engine.closing import when_dropped
 from outsize.engine.compiled import Compiler
 from outsize.engine.embedding import Embedding
 from outsize.engine.executor import Executor
 from outsize.engine.guard import Guard
 from outsize.engine.head import Head, TiledLoss
-from outsize.engine.keep import Keeper
 from outsize.engine.layer import Layer, Loose
-from outsize.engine.origin import reading_bytes
 from outsize.engine.parameters import Parameters
 from outsize.engine.probe import BatchShape, Probe, Rehearsal
-from outsize.engine.scratch import disk_bytes, open_scratch
-from outsize.engine.state import DTYPES, BlockState
 from outsize.engine.stepdown import StepDown
 from outsize.engine.structure import Structure
 from outsize.engine.surroundings import outside_inference_mode
 from outsize.engine.timing import measure_costs
-from outsize.engine.versions import Layout, Versions
 from outsize.errors import UsageError
 from outsize.model import (
     Cut,
@@ -61,6 +53,14 @@ from outsize.optim import Kernel, Rule
 from outsize.plan import Direction, Placement, Visit, is_stored
 from outsize.plan.profile import Profile
 from outsize.plan.simulate import Costs
+from outsize.store import memory
+from outsize.store.blocks import BlockStore, close_workers
+from outsize.store.commit_store import CommitStore, Layout
+from outsize.store.finalizers import when_dropped
+from outsize.store.offload import ActivationOffload
+from outsize.store.scratch import disk_bytes, open_scratch
+from outsize.store.state import DTYPES, BlockState
+from outsize.store.weight_reader import reading_bytes
 from outsize.tier import IO_THREADS, Device, HostDevice, Tier
 
 if TYPE_CHECKING:
@@ -126,11 +126,11 @@ class Session:
         self.kernel: Callable[[ComputeType], Kernel] | None = None
         self.device_kernel: Callable[[ComputeType], Kernel] | None = None
         self.executor: Executor | None = None
-        self.versions: Versions | None = None
+        self.versions: CommitStore | None = None
         """Where records are kept beyond the process, if they are."""
         self.committed: Source | None = None
         """What the commit holds that the session will start from; until it does."""
-        self.keeper: Keeper | None = None
+        self.keeper: ActivationOffload | None = None
         self.stepdown = StepDown(settings.on_device_full is OnDeviceFull.RETRY, self.device)
         self.stepdown.evict = self._evict
         self.compiler = Compiler(bool(settings.compile))
@@ -348,7 +348,7 @@ class Session:
 
     # -- what a commit asks for ----------------------------------------------------------------------------------
 
-    def live_in(self, versions: Versions | None) -> None:
+    def live_in(self, versions: CommitStore | None) -> None:
         """Keep all records in a store, from the first call on; None: in scratch space, as ever."""
         self.versions = versions
         self._change_settings(replace(self.settings, commits=versions.commits if versions is not None else 0))
@@ -478,9 +478,9 @@ class Session:
             if placement.inputs is not None:
                 is_disk = placement.inputs is Home.DISK
                 inputs = self._open_scratch("inputs", placement.inputs_bytes) if is_disk else None
-                self.keeper = Keeper(self.device, placement.inputs_bytes, inputs)
-            if store.captures is not None:
-                store.captures.restore(restored)
+                self.keeper = ActivationOffload(self.device, placement.inputs_bytes, inputs)
+            if store.snapshots is not None:
+                store.snapshots.restore(restored)
             self._forget_committed()
             self._load_resident(store, records)
         except BaseException:
@@ -607,9 +607,9 @@ class Session:
             if keeper is not None:
                 stack.callback(keeper.close)
             if executor is not None and self.versions is not None:
-                assert executor.store.captures is not None
+                assert executor.store.snapshots is not None
                 stack.callback(self.versions.is_closing)
-                stack.callback(executor.store.captures.finish)
+                stack.callback(executor.store.snapshots.finish)
             stack.callback(self._forget_committed)
 
 

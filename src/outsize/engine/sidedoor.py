@@ -16,7 +16,7 @@ from functools import partial
 import torch
 from transformers.utils import output_capturing
 
-from outsize.engine.recovery import undone_by
+from outsize.store.recovery import undone_by
 
 
 @dataclass(slots=True)

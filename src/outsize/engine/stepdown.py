@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from outsize.engine.batch import Tile, tiles
-from outsize.engine.recovery import undone_by
 from outsize.engine.surroundings import Randomness
+from outsize.store.recovery import undone_by
 from outsize.tier import Device
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from outsize.engine.recovery import undone_by
+from outsize.store.recovery import undone_by
 from outsize.tier import Device
 
 

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING
 import torch
 
 from outsize.block import Record
-from outsize.engine import keep, memory
 from outsize.engine.batch import tiles
 from outsize.engine.counting import estimated_s
 from outsize.engine.head import Head, measured_tiles
@@ -28,6 +27,7 @@ from outsize.engine.surroundings import Randomness
 from outsize.plan import Direction
 from outsize.plan.profile import Profile
 from outsize.plan.simulate import Costs
+from outsize.store import memory, offload
 
 if TYPE_CHECKING:
     from outsize.engine.session import Session
@@ -125,7 +125,7 @@ def _input_bytes(rehearsal: Rehearsal, shape: BatchShape) -> dict[str, int]:
         block: num_bytes.at(shape.rows or rehearsal.rows) // visits[block]
         for block, num_bytes in rehearsal.sent_bytes.items()
     }
-    return {block: num_bytes for block, num_bytes in sent.items() if num_bytes >= keep.LEAST_BYTES}
+    return {block: num_bytes for block, num_bytes in sent.items() if num_bytes >= offload.LEAST_BYTES}
 
 
 def _time_kind(

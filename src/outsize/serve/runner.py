@@ -17,7 +17,6 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from outsize.config import format_bytes, parse_bytes
-from outsize.engine import memory
 from outsize.engine.probe import BatchShape, Rehearsal, walk
 from outsize.engine.session import Session, find_session
 from outsize.errors import BudgetError, ConfigError
@@ -33,6 +32,7 @@ from outsize.kv import (
     switched,
 )
 from outsize.serve.fixed import TILE_ROWS, FixedTiles
+from outsize.store import memory
 
 PASS_TOKENS = 512
 """Tokens of a pass: products are then near full speed on a CPU, and requests that decode do not wait long."""

@@ -2,7 +2,7 @@
 
 import math
 
-from outsize.engine import memory
+from outsize.store import memory
 
 SMAPS = """\
 7f0000000000-7f0000004000 r--p 00000000 08:01 11 /lib/libtorch.so

@@ -7,10 +7,10 @@ from safetensors.torch import load_file, save_file
 import outsize
 from outsize import Pins
 from outsize.block import Plane
-from outsize.engine import origin
-from outsize.engine.counting import LiveBytes
-from outsize.engine.origin import SPLIT_BYTES, reading_bytes
 from outsize.model import READ_BUFFERS_BYTES
+from outsize.store import weight_reader
+from outsize.store.live_bytes import LiveBytes
+from outsize.store.weight_reader import SPLIT_BYTES, reading_bytes
 from tests.promises.test_untrained import saved
 from tests.running import adamw, executor_of, train
 from tests.zoo import ZOO
@@ -34,17 +34,17 @@ def trained(folder, tmp_path, **options):
 
 @pytest.mark.parametrize("home", ["host", "disk"])
 def test_the_first_update_from_a_bf16_file_reads_nothing_again(home, folders, tmp_path, monkeypatch):
-    real, splits = origin.split, []
+    real, splits = weight_reader.split, []
 
     def spy(values):
         splits.append(values.numel())
         return real(values)
 
-    monkeypatch.setattr(origin, "split", spy)
-    monkeypatch.setattr(origin, "SPLIT_ELEMENTS", 256)
+    monkeypatch.setattr(weight_reader, "split", spy)
+    monkeypatch.setattr(weight_reader, "SPLIT_ELEMENTS", 256)
     model, losses = trained(folders[0], tmp_path, home=home)
     assert not splits
-    source = executor_of(model).store.origin.source
+    source = executor_of(model).store.weight_reader.source
     num_bytes = 2 * sum(parameter.numel() for parameter in model.parameters())
     visits = 1 if home == "host" else 2  # forward and backward, before the first update
     assert source.bytes_read <= visits * num_bytes
@@ -54,24 +54,24 @@ def test_the_first_update_from_a_bf16_file_reads_nothing_again(home, folders, tm
 
 
 def test_a_remainder_takes_what_is_counted(folders, tmp_path, monkeypatch):
-    monkeypatch.setattr(origin, "SPLIT_ELEMENTS", 512)
+    monkeypatch.setattr(weight_reader, "SPLIT_ELEMENTS", 512)
     model = outsize.load(folders[1], dtype="bfloat16", disk=tmp_path, pins=Pins(resident_bytes=0)).train()
     adamw(model)
     model(**ZOO["llama"].batch(seed=1)).loss.backward()
     store = executor_of(model).store
     records = list(store.records.values())
-    planned = reading_bytes(store.origin.source, records) - READ_BUFFERS_BYTES
+    planned = reading_bytes(store.weight_reader.source, records) - READ_BUFFERS_BYTES
     wide = max(entry.piece.shape[-1] for record in records for entry in record.entries)
     assert planned <= (4 + SPLIT_BYTES) * max(512, wide)
     for record in records:
         remainder = torch.empty(record.num_trainable, dtype=torch.int16)
         with LiveBytes() as counted:
-            store.origin.fill_remainder(record, 0, record.num_trainable, remainder)
+            store.weight_reader.fill_remainder(record, 0, record.num_trainable, remainder)
         assert 0 < counted.peak <= planned
         parts = torch.empty_like(remainder)
         for start in range(0, record.num_trainable, 1000):
             stop = min(start + 1000, record.num_trainable)
-            store.origin.fill_remainder(record, start, stop, parts[start:stop])
+            store.weight_reader.fill_remainder(record, start, stop, parts[start:stop])
         assert torch.equal(parts, remainder)
 
 
@@ -82,8 +82,8 @@ def test_what_comes_as_a_whole_is_converted_once(folders, tmp_path, monkeypatch)
     store = executor_of(model).store
     record = max(store.records.values(), key=lambda record: record.num_trainable)
     expected = torch.empty(record.num_trainable, dtype=torch.int16)
-    store.origin.fill_remainder(record, 0, record.num_trainable, expected)
-    source = store.origin.source
+    store.weight_reader.fill_remainder(record, 0, record.num_trainable, expected)
+    source = store.weight_reader.source
     monkeypatch.setattr(source, "gives_rows", lambda parameter: False)
     by_rows = reading_bytes(source, [record])
     assert Plane.REMAINDER in record.state and by_rows > 6 * max(e.piece.num_elements for e in record.entries)
@@ -91,6 +91,6 @@ def test_what_comes_as_a_whole_is_converted_once(folders, tmp_path, monkeypatch)
     found = torch.empty_like(expected)
     for start in range(0, record.num_trainable, 1000):
         stop = min(start + 1000, record.num_trainable)
-        store.origin.fill_remainder(record, start, stop, found[start:stop])
+        store.weight_reader.fill_remainder(record, start, stop, found[start:stop])
     assert torch.equal(found, expected)
     assert source.bytes_read - before == 4 * sum(entry.piece.num_elements for entry in record.entries)

@@ -7,24 +7,85 @@ the block's next update, which waits for it.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from outsize.block import Extent, Plane
-from outsize.engine.capture import Capture, CapturedBlock
-from outsize.engine.carrier import Carrier, Job, Parcel, Part
-from outsize.engine.update import UpdateJob
 from outsize.errors import StorageError
+from outsize.store.path import Carrier, Job, Parcel, Part
+from outsize.store.updates import UpdateJob
 from outsize.tier import Region, Stored, Transfer, VersionedTier, wait_all
 
 if TYPE_CHECKING:
-    from outsize.engine.blocks import BlockStore
-    from outsize.engine.state import BlockState
+    from outsize.store.blocks import BlockStore
+    from outsize.store.state import BlockState
 
 
-class Captures:
+@dataclass(frozen=True, slots=True)
+class SnapshotBlock:
+    """A block as a commit has it: its cells, by offsets from the record's own; none where it was never stored."""
+
+    name: str
+    base: int
+    cells: tuple[Stored, ...]
+    is_stored: bool
+
+
+class Snapshot:
+    """One commit on its way. `waiting` are blocks whose update is not applied yet.
+
+    `complete` is called once, by the thread that captured the last block; `wait` then waits for what is being written.
+    """
+
+    def __init__(self, blocks: Iterable[str], complete: Callable[[Snapshot], None]) -> None:
+        self.waiting = set(blocks)
+        self.has_begun = False
+        """Whether the store knows that this commit waits for no further update."""
+        self.blocks: dict[str, SnapshotBlock] = {}
+        self._missing = set(self.waiting)
+        self._complete = complete
+        self._transfers: list[Transfer] = []
+        self._error: BaseException | None = None
+        self._lock = threading.Lock()
+
+    def add(self, block: SnapshotBlock, transfers: Iterable[Transfer] = ()) -> None:
+        """`block` is captured; it is there when `transfers` are over."""
+        with self._lock:
+            self.blocks[block.name] = block
+            self._transfers += transfers
+        self._settle(block.name)
+
+    def fail(self, block: str, error: BaseException) -> None:
+        """`block` could not be captured."""
+        with self._lock:
+            self._error = self._error or error
+        self._settle(block)
+
+    def interrupted(self) -> tuple[str, ...]:
+        """Blocks that were taken down and never arrived here; to be asked while nothing is being copied."""
+        with self._lock:
+            return tuple(sorted(self._missing - self.waiting))
+
+    def wait(self) -> None:
+        """Wait for what is being written. Raises the first error that any block met."""
+        transfers, self._transfers = self._transfers, []
+        wait_all(transfers)
+        if self._error is not None:
+            raise self._error
+
+    def _settle(self, block: str) -> None:
+        with self._lock:
+            self._missing.discard(block)
+            is_last = not self._missing
+        if is_last:
+            self._complete(self)
+
+
+class Snapshots:
     """Takes the blocks of `store` down, whose disk is `versions`; `thread` copies what lives in memory."""
 
     def __init__(self, store: BlockStore, versions: VersionedTier, carrier: Carrier) -> None:
@@ -32,15 +93,15 @@ class Captures:
         self._store = store
         self._versions = versions
         self._carrier = carrier
-        self._capture: Capture | None = None
+        self._capture: Snapshot | None = None
 
-    def begin(self, complete: Callable[[Capture], None]) -> None:
+    def begin(self, complete: Callable[[Snapshot], None]) -> None:
         """From now on note each block once its pending update is applied, as it is then; `complete` follows the last.
 
         What an earlier capture waits for must have been applied (`Executor.settle_updates`).
         """
         assert not self.is_under_way, "a commit is being taken down"
-        self._capture = capture = Capture(self._store.states, complete)
+        self._capture = capture = Snapshot(self._store.states, complete)
         for state in self._store:
             if state.pending is None:
                 self._take_down(state, capture)
@@ -97,11 +158,11 @@ class Captures:
 
     # -- taking down ---------------------------------------------------------------------------------------------
 
-    def _waits_for(self, state: BlockState) -> Capture | None:
+    def _waits_for(self, state: BlockState) -> Snapshot | None:
         capture = self._capture
         return capture if capture is not None and state.name in capture.waiting else None
 
-    def _take_down(self, state: BlockState, capture: Capture) -> None:
+    def _take_down(self, state: BlockState, capture: Snapshot) -> None:
         """Note a block as it is now, or let it be copied and noted before its next update."""
         try:
             if state.update is not None:
@@ -129,7 +190,7 @@ class Captures:
             self.thread.submit(self._copy, state, capture, copied, state.num_steps, state.update)
         )
 
-    def _is_taken(self, state: BlockState, capture: Capture) -> None:
+    def _is_taken(self, state: BlockState, capture: Snapshot) -> None:
         """Nothing that comes will change what the commit has of this block."""
         if capture.waiting <= {state.name} and not capture.has_begun:
             capture.has_begun = True
@@ -139,7 +200,7 @@ class Captures:
     def _copy(
         self,
         state: BlockState,
-        capture: Capture,
+        capture: Snapshot,
         drained: Sequence[Transfer] | None,
         version: int,
         job: UpdateJob | None,
@@ -162,12 +223,12 @@ class Captures:
             state.copying_at = None
             capture.fail(state.name, error)
 
-    def _note(self, state: BlockState, capture: Capture, job: UpdateJob | None) -> None:
+    def _note(self, state: BlockState, capture: Snapshot, job: UpdateJob | None) -> None:
         cells: tuple[Stored, ...] = ()
         if state.is_stored:
             cells = self._versions.capture(Extent(state.disk_offset, state.record.kept_bytes))
         capture.add(
-            CapturedBlock(state.name, state.disk_offset, cells, state.is_stored),
+            SnapshotBlock(state.name, state.disk_offset, cells, state.is_stored),
             () if job is None else (job,),
         )
 

@@ -24,11 +24,11 @@ import torch
 
 from outsize.block import Extent, align
 from outsize.config import format_bytes
-from outsize.engine.carrier import Carrier, Parcel, Part, StagedCarrier
-from outsize.engine.closing import when_dropped
-from outsize.engine.recorder import ENDS_A_FREE, ENDS_A_WAIT, Recorder
 from outsize.errors import BudgetError, StorageError, UsageError
 from outsize.plan.profile import Resource
+from outsize.store.finalizers import when_dropped
+from outsize.store.path import Carrier, Parcel, Part, StagedCarrier
+from outsize.store.recorder import ENDS_A_FREE, ENDS_A_WAIT, Recorder
 from outsize.tier import Device, DoneTransfer, HostArena, Tier, TierStats, Transfer, wait_over
 
 LEAST_BYTES = 1 << 20
@@ -48,7 +48,7 @@ _LEAVING = 2
 """Of the copies, visits whose inputs may still be needed on their way down."""
 
 
-class Keeper:
+class ActivationOffload:
     """Keeps inputs in at most `num_bytes` of the host's memory or, with a `disk`, there; places are used again."""
 
     def __init__(self, device: Device, num_bytes: int, disk: Tier | None = None) -> None:

@@ -1,7 +1,7 @@
 """What carriers share: memory that checkpoints pass through."""
 
-from outsize.engine.carrier import Staging
 from outsize.errors import StorageError
+from outsize.store.path import Staging
 from outsize.tier import HostArena
 
 

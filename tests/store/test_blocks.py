@@ -7,9 +7,9 @@ from torch import nn
 import outsize
 from outsize import Pins
 from outsize.block import Plane
-from outsize.engine import memory
 from outsize.engine.session import session_of
 from outsize.optim import join
+from outsize.store import memory
 from tests.running import adamw, assert_same_weights, executor_of, opened, train
 from tests.zoo import ZOO, plain_batch, seeded
 

@@ -7,8 +7,8 @@ import threading
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 
-from outsize.engine import closing
 from outsize.errors import StorageError
+from outsize.store import finalizers
 
 
 class Owner:
@@ -17,19 +17,19 @@ class Owner:
 
 def test_it_happens_on_another_thread_and_is_waited_for():
     owner, seen = Owner(), []
-    closing.when_dropped(owner, lambda *args: seen.append((threading.current_thread().name, args)), 1, 2)
-    closing.finish()
+    finalizers.when_dropped(owner, lambda *args: seen.append((threading.current_thread().name, args)), 1, 2)
+    finalizers.finish()
     assert not seen
     del owner
-    closing.finish()
+    finalizers.finish()
     assert seen == [("outsize-closing", (1, 2))]
 
 
 def test_what_was_detached_is_left_alone():
     owner, seen = Owner(), []
-    closing.when_dropped(owner, seen.append, 1).detach()
+    finalizers.when_dropped(owner, seen.append, 1).detach()
     del owner
-    closing.finish()
+    finalizers.finish()
     assert not seen
 
 
@@ -38,11 +38,11 @@ def test_an_error_is_logged_and_does_not_keep_others_from_being_closed(caplog):
         raise StorageError("the disk is full")
 
     owners, seen = [Owner(), Owner()], []
-    closing.when_dropped(owners[0], fail)
-    closing.when_dropped(owners[1], seen.append, 1)
+    finalizers.when_dropped(owners[0], fail)
+    finalizers.when_dropped(owners[1], seen.append, 1)
     while owners:
         del owners[0]
-    closing.finish()
+    finalizers.finish()
     assert seen == [1]
     assert "the disk is full" in caplog.text
 
@@ -58,33 +58,33 @@ def test_a_lock_that_is_held_where_something_is_dropped_is_no_obstacle():
 
     owner = Owner()
     owner.itself = owner
-    closing.when_dropped(owner, close, ThreadPoolExecutor(1))
+    finalizers.when_dropped(owner, close, ThreadPoolExecutor(1))
     with lock:
         del owner
         gc.collect()
         assert not closed.is_set()
-    closing.finish()
+    finalizers.finish()
     assert closed.is_set()
 
 
 FORKED = """
 import os, signal
-from outsize.engine import closing
+from outsize.store import finalizers
 class Owner: pass
 owner, seen = Owner(), []
-closing.when_dropped(owner, seen.append, "parent's")
+finalizers.when_dropped(owner, seen.append, "parent's")
 if os.fork() == 0:
     signal.alarm(10)
     del owner
-    closing.finish()
+    finalizers.finish()
     own = Owner()
-    closing.when_dropped(own, seen.append, "own")
+    finalizers.when_dropped(own, seen.append, "own")
     del own
-    closing.finish()
+    finalizers.finish()
     os._exit(seen != ["own"])
 assert os.waitstatus_to_exitcode(os.wait()[1]) == 0
 del owner
-closing.finish()
+finalizers.finish()
 assert seen == ["parent's"]
 """
 
@@ -97,7 +97,7 @@ def test_a_forked_child_waits_for_nothing_of_its_parent():
 def test_what_closing_needed_is_let_go():
     owner, worker = Owner(), Owner()
     known = weakref.ref(worker)
-    closing.when_dropped(owner, lambda worker: None, worker)
+    finalizers.when_dropped(owner, lambda worker: None, worker)
     del owner, worker
-    closing.finish()
+    finalizers.finish()
     assert known() is None

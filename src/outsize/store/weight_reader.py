@@ -13,16 +13,16 @@ from typing import TYPE_CHECKING
 import torch
 
 from outsize.block import Block, Entry, Piece, Plane, Record
-from outsize.engine import memory
-from outsize.engine.carrier import Job, Staging
-from outsize.engine.state import BlockState, weight_dtype
-from outsize.engine.update import UpdateJob
 from outsize.model import READ_BUFFERS_BYTES, Source
 from outsize.optim import split
+from outsize.store import memory
+from outsize.store.path import Job, Staging
+from outsize.store.state import BlockState, weight_dtype
+from outsize.store.updates import UpdateJob
 from outsize.tier import Transfer, Way, follow_all, sent
 
 if TYPE_CHECKING:
-    from outsize.engine.blocks import BlockStore
+    from outsize.store.blocks import BlockStore
 
 
 SPLIT_ELEMENTS = 1 << 18
@@ -35,7 +35,7 @@ SENT_ELEMENTS = 1 << 23
 """Elements that are read at once on their way to a device that keeps them."""
 
 
-class Origin:
+class WeightReader:
     """Brings weights of `store` from `source`: to a device by way of their home in the host's memory, or of `staging`."""
 
     def __init__(self, store: BlockStore, source: Source, staging: Staging) -> None:

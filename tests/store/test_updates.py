@@ -7,9 +7,9 @@ import torch
 
 from outsize.block import CHUNK, Block, Piece, Plane, Record
 from outsize.config import ComputeType
-from outsize.engine.update import Pending, UpdateJob, UpdateLane, runs
 from outsize.errors import StorageError
 from outsize.optim import ADAMW, AdamWHyper, compile_rule
+from outsize.store.updates import OptimizerWorker, Pending, UpdateJob, runs
 from outsize.tier import Fault, FaultKind, FaultyTier, HostArena, NullTier, Verb
 
 TYPE = ComputeType.FLOAT32
@@ -48,7 +48,7 @@ def make_lane(kernel, disk=None, num_buffers=2):
     num_bytes = record.state_bytes(CHUNK) + 4 * CHUNK
     arena = HostArena(num_buffers * num_bytes)
     buffers = [arena.allocate(num_bytes, f"chunk{i}") for i in range(num_buffers)]
-    return UpdateLane(
+    return OptimizerWorker(
         buffers,
         disk,
         kernel if callable(kernel) and not hasattr(kernel, "rule") else lambda kind: kernel,

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from outsize.block import CHUNK, Plane
-from outsize.engine.state import BlockState, GradientState
 from outsize.plan import sums_in_place
+from outsize.store.state import BlockState, GradientState
 from outsize.tier import Transfer
 
 if TYPE_CHECKING:
-    from outsize.engine.blocks import BlockStore
+    from outsize.store.blocks import BlockStore
 
 _CHUNKS_ROUNDED = 16
 """Chunks that a device rounds at once, beside the slot."""

@@ -9,8 +9,8 @@ import torch
 
 from outsize.block import Plane, Record
 from outsize.config import ComputeType
-from outsize.engine.update import Pending, UpdateJob
 from outsize.errors import StateLostError
+from outsize.store.updates import Pending, UpdateJob
 from outsize.tier import DeviceRegion, Region, Slot, Transfer, follow_all, wait_all
 
 DTYPES = {ComputeType.FLOAT32: torch.float32, ComputeType.BFLOAT16: torch.bfloat16}

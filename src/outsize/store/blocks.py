@@ -14,16 +14,16 @@ import torch
 
 from outsize.block import Extent, Plane, Record
 from outsize.config import ComputeType
-from outsize.engine.captures import Captures
-from outsize.engine.carrier import Carrier, DirectCarrier, Job, Parcel, Part, StagedCarrier, Staging
-from outsize.engine.gradients import Gradients
-from outsize.engine.origin import Origin
-from outsize.engine.state import BlockState, GradientState, weight_dtype
-from outsize.engine.update import CHUNKS_IN_MEMORY, Pending, UpdateJob, UpdateLane, runs
 from outsize.errors import StateLostError, in_short
 from outsize.model import Source
 from outsize.optim import Kernel, Rule, part
 from outsize.plan import Placement, SlotClass, slot_class_of
+from outsize.store.gradients import Gradients
+from outsize.store.path import Carrier, DirectCarrier, Job, Parcel, Part, StagedCarrier, Staging
+from outsize.store.snapshots import Snapshots
+from outsize.store.state import BlockState, GradientState, weight_dtype
+from outsize.store.updates import CHUNKS_IN_MEMORY, OptimizerWorker, Pending, UpdateJob, runs
+from outsize.store.weight_reader import WeightReader
 from outsize.tier import (
     Device,
     DeviceArena,
@@ -101,15 +101,15 @@ class BlockStore:
         self._chunks = self._buffers("chunk", placement.chunk_buffers, placement.chunk_bytes)
         self._relays = self._buffers("relay", placement.relay_buffers, placement.relay_bytes)
         self._staged = self._buffers("staging", placement.staging_buffers, placement.staging_bytes)
-        self.origin = Origin(self, source, Staging(self._staged))
+        self.weight_reader = WeightReader(self, source, Staging(self._staged))
         self._keep_pieces()
         self.carrier: Carrier = (
             DirectCarrier(disk) if self.device.is_host else StagedCarrier(self.device, disk, self._relays)
         )
         self.gradients = Gradients(self)
-        self.captures = Captures(self, self.versions, self.carrier) if self.versions is not None else None
-        self.lane = (
-            UpdateLane(self._chunks, disk, kernel, rule, update_threads)
+        self.snapshots = Snapshots(self, self.versions, self.carrier) if self.versions is not None else None
+        self.worker = (
+            OptimizerWorker(self._chunks, disk, kernel, rule, update_threads)
             if kernel is not None and rule is not None
             else None
         )
@@ -178,7 +178,7 @@ class BlockStore:
 
     def _fill_weights(self, state: BlockState) -> None:
         if not state.is_stored:
-            self.origin.read(state)
+            self.weight_reader.read(state)
             return
         ready: tuple[Transfer, ...] = ()
         if state.update is not None and not self.device.is_host:
@@ -194,16 +194,16 @@ class BlockStore:
         if state.is_loaded or state.is_stored:
             return
         if Plane.WEIGHT in state.resident:
-            self.origin.read(state)
+            self.weight_reader.read(state)
             state.is_loaded = True
         elif Plane.WEIGHT in state.hosted:
-            self.origin.load_hosted(state)
+            self.weight_reader.load_hosted(state)
 
     def keep_pieces(self, placement: Placement) -> None:
         """Keep those single entries of streamed blocks in memory that `placement` has, and no others."""
         dropped = sorted(self._kept_pieces.keys() - placement.pieces)
         if dropped:
-            self.origin.drop_pieces(dropped)
+            self.weight_reader.drop_pieces(dropped)
             for key in dropped:
                 self._kept_pieces.pop(key).free()
         self.arena.limit_bytes += placement.pieces_bytes - self.placement.pieces_bytes
@@ -216,7 +216,7 @@ class BlockStore:
             count, dtype = record.entries[index].piece.num_elements, weight_dtype(record)
             region = self._host.allocate(count * dtype.itemsize, f"{name}.weight[{index}]")
             self._kept_pieces[name, index] = region
-            self.origin.keep_piece(name, index, region.tensor(dtype, count))
+            self.weight_reader.keep_piece(name, index, region.tensor(dtype, count))
 
     def evict(self, state: BlockState, placement: Placement) -> None:
         """Move a block that stays on the device to the host's memory, where `placement` has it, and wait until it is there.
@@ -267,7 +267,7 @@ class BlockStore:
 
     def start_update(self, state: BlockState) -> None:
         """Hand the pending update to the update lane, or to the device where the whole block is there."""
-        assert self.lane is not None and state.pending is not None, state.name
+        assert self.worker is not None and state.pending is not None, state.name
         self.load_resident(state)
         if self.updates_in_place(state):
             self._update_on_device(state)
@@ -284,7 +284,7 @@ class BlockStore:
             state_planes=present_planes if len(present_planes) == len(planes) else None,
             gradient=self.host_plane(state, Plane.GRADIENT),
             is_first=not state.is_stored,
-            fill_remainder=self.origin.fill_remainder,
+            fill_remainder=self.weight_reader.fill_remainder,
             after=state.update,
             before=() if state.copy is None else (state.copy,),
         )
@@ -295,7 +295,7 @@ class BlockStore:
         else:
             self._bring_weights_to(job, state)
         # Before this line the update is pending, after it handed over; an exception in between is settled by `recover`.
-        self.lane.submit(job)
+        self.worker.submit(job)
         state.pending = None
         state.is_stored = True
         if not self.device.is_host:
@@ -313,7 +313,7 @@ class BlockStore:
         elif state.is_stored:
             job.streams_weight = True
         else:
-            job.weight_reads = [Job(self.origin.reader.submit(self.origin.stage, job))]
+            job.weight_reads = [Job(self.weight_reader.reader.submit(self.weight_reader.stage, job))]
 
     def _sender(self, state: BlockState) -> Callable[[int, int, torch.Tensor], Transfer]:
         """What copies updated elements `[start, stop)` of the weights to where the block computes."""
@@ -345,7 +345,7 @@ class BlockStore:
             assert target is not None
             for start, stop in record.chunks():
                 part_of_plane = torch.empty(stop - start, dtype=target.dtype, device="cpu")
-                self.origin.fill_remainder(record, start, stop, part_of_plane)
+                self.weight_reader.fill_remainder(record, start, stop, part_of_plane)
                 target[start:stop].copy_(part_of_plane)
         weights = self.weights(state)
         for first, last, hyper in runs(record, pending, 0, record.num_trainable):
@@ -365,12 +365,12 @@ class BlockStore:
             if state.update is not None:
                 state.update.follow_applied()
         except Exception as error:  # what was interrupted is noted later
-            if self.captures is not None:
-                self.captures.failed(state, error)
+            if self.snapshots is not None:
+                self.snapshots.failed(state, error)
             raise
         state.weight_reads = []
-        if self.captures is not None:
-            self.captures.applied(state)
+        if self.snapshots is not None:
+            self.snapshots.applied(state)
 
     def free_weights(self, state: BlockState) -> None:
         """Give the weight slot back once nothing is read into or written from it."""
@@ -393,7 +393,7 @@ class BlockStore:
             if not state.is_stored:
                 state.pending = Pending((None,) * len(state.record.entries))
                 reach(state)
-        self.origin.source = None
+        self.weight_reader.source = None
 
     def flush(self) -> None:
         """Wait until everything that was started is where it belongs; raise what went wrong."""
@@ -404,9 +404,12 @@ class BlockStore:
 
     def finish(self) -> None:
         """Wait until nothing moves any more, whether it failed or not: every worker is idle after that."""
-        if self.lane is not None:
-            self.lane.finish()
-        for thread in (self.origin.reader, self.captures.thread if self.captures is not None else None):
+        if self.worker is not None:
+            self.worker.finish()
+        for thread in (
+            self.weight_reader.reader,
+            self.snapshots.thread if self.snapshots is not None else None,
+        ):
             if thread is not None:
                 thread.submit(lambda: None).result()
         self.carrier.finish()
@@ -421,14 +424,14 @@ class BlockStore:
         computed = self.device.mark()  # what was computed with a slot may be under way still
         for pool in (*self._weight_pools, *self._gradient_pools):
             pool.reset((computed,))
-        self.origin.give_staging_back()
+        self.weight_reader.give_staging_back()
 
     def lose(self, state: BlockState, cause: BaseException | None) -> None:
         """The weights and state of a block are lost: from now on `check` says so."""
         if self._lost is None:
             self._lost = state.name, cause
-        if self.captures is not None:
-            self.captures.failed(
+        if self.snapshots is not None:
+            self.snapshots.failed(
                 state, cause or StateLostError(f"the update of {state.name} stopped half-way")
             )
 
@@ -456,11 +459,11 @@ class BlockStore:
     def workers(
         self,
     ) -> tuple[
-        UpdateLane | None, ThreadPoolExecutor, ThreadPoolExecutor | None, Carrier, Device, Tier | None
+        OptimizerWorker | None, ThreadPoolExecutor, ThreadPoolExecutor | None, Carrier, Device, Tier | None
     ]:
         """What must be closed where the store itself is dropped (`close_workers`); it does not hold the store."""
-        copier = self.captures.thread if self.captures is not None else None
-        return self.lane, self.origin.reader, copier, self.carrier, self.device, self.disk
+        copier = self.snapshots.thread if self.snapshots is not None else None
+        return self.worker, self.weight_reader.reader, copier, self.carrier, self.device, self.disk
 
     def _free_memory(self) -> None:
         """Give all memory back; the workers have ended."""
@@ -470,7 +473,7 @@ class BlockStore:
             stack.callback(self.arena.check_books)
             for region in (*self._chunks, *self._relays, *self._staged, *self._kept_pieces.values()):
                 stack.callback(region.free)
-            stack.callback(self.origin.forget_pieces, list(self._kept_pieces))
+            stack.callback(self.weight_reader.forget_pieces, list(self._kept_pieces))
             for pool in (*self._weight_pools, *self._gradient_pools):
                 stack.callback(pool.free)
             for state in self:
@@ -532,7 +535,7 @@ class BlockStore:
 
 
 def close_workers(
-    lane: UpdateLane | None,
+    lane: OptimizerWorker | None,
     reader: ThreadPoolExecutor,
     copier: ThreadPoolExecutor | None,
     carrier: Carrier,

@@ -2,7 +2,7 @@
 
 import pytest
 
-from outsize.engine.cgroup import available_bytes
+from outsize.store.cgroup import available_bytes
 
 MIB = 1 << 20
 UNLIMITED = 9223372036854771712

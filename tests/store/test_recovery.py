@@ -7,13 +7,13 @@ import torch
 
 import outsize
 from outsize import Pins
-from outsize.engine.blocks import BlockStore
-from outsize.engine.gradients import Gradients
-from outsize.engine.recovery import undone_by
 from outsize.engine.session import session_of
-from outsize.engine.update import UpdateLane
 from outsize.errors import StateLostError
 from outsize.plan import Op
+from outsize.store.blocks import BlockStore
+from outsize.store.gradients import Gradients
+from outsize.store.recovery import undone_by
+from outsize.store.updates import OptimizerWorker
 from tests.running import adamw, close, executor_of, opened, train, values_of
 from tests.zoo import ZOO
 
@@ -106,9 +106,9 @@ def test_an_interrupted_operation_can_be_repeated(op, home, after, tmp_path, mon
     ("home", "owner", "name", "at", "after"),
     [
         ("disk", BlockStore, "_fill_weights", 2, False),
-        ("disk", UpdateLane, "submit", 1, False),
-        ("host", UpdateLane, "submit", 1, False),
-        ("host", UpdateLane, "submit", 2, True),
+        ("disk", OptimizerWorker, "submit", 1, False),
+        ("host", OptimizerWorker, "submit", 1, False),
+        ("host", OptimizerWorker, "submit", 2, True),
         ("host", Gradients, "add", 3, True),
     ],
 )
@@ -185,7 +185,7 @@ def test_an_update_that_stops_half_way_is_refused_and_the_last_commit_loads(tmp_
     committed = values_of(model)
     train(model, BATCHES[1:2], optimizer)
     with monkeypatch.context() as patch:
-        interrupting(patch, UpdateLane, "_apply_chunk", at=2, after=True, error=MemoryError("no memory"))
+        interrupting(patch, OptimizerWorker, "_apply_chunk", at=2, after=True, error=MemoryError("no memory"))
         with pytest.raises(MemoryError):
             train(model, BATCHES[2:], optimizer)
     for refused in (
@@ -212,7 +212,7 @@ def test_an_update_that_failed_before_it_began_is_applied_later(tmp_path, monkey
     model, optimizer = llama(tmp_path)
     train(model, BATCHES[:2], optimizer)
     with monkeypatch.context() as patch:
-        interrupting(patch, UpdateLane, "_start_reads", at=1, error=OSError(5, "a read failed"))
+        interrupting(patch, OptimizerWorker, "_start_reads", at=1, error=OSError(5, "a read failed"))
         with pytest.raises(OSError, match="a read failed"):
             model(**BATCHES[2])
     assert train(model, BATCHES[2:], optimizer) == losses[2:]

@@ -55,7 +55,7 @@ class Opened:
     restored: frozenset[str]
 
 
-class Versions(Protocol):
+class CommitStore(Protocol):
     """A store that keeps commits; `commits` is how many."""
 
     commits: int

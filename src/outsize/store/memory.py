@@ -13,8 +13,8 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from outsize.engine import cgroup
-from outsize.engine.counting import LiveBytes
+from outsize.store import cgroup
+from outsize.store.live_bytes import LiveBytes
 from outsize.tier import HostArena
 
 Result = TypeVar("Result")

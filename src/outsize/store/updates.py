@@ -21,8 +21,8 @@ import torch
 
 from outsize.block import CHUNK, Plane, Record, align
 from outsize.config import ComputeType
-from outsize.engine.recorder import Recorder
 from outsize.optim import Hyper, Kernel, Rule, limit_threads, part
+from outsize.store.recorder import Recorder
 from outsize.tier import Region, Tier, Transfer, wait_all, wait_over
 
 CHUNKS_IN_MEMORY = 8
@@ -166,7 +166,7 @@ class _Chunk:
     error: BaseException | None = None
 
 
-class UpdateLane:
+class OptimizerWorker:
     """Two threads and `buffers`; jobs are applied in the order in which they are submitted."""
 
     def __init__(

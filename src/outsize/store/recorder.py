@@ -13,11 +13,11 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from outsize.engine import memory
 from outsize.plan import Free, Op, Update, Visit, Wait, Write
 from outsize.plan.profile import Resource
 from outsize.plan.simulate import Stall
 from outsize.plan.timeline import Span, Timeline
+from outsize.store import memory
 from outsize.tier import Device, Moment, at
 
 SHORTEST_STALL_S = 1e-4

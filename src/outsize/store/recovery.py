@@ -23,8 +23,8 @@ from outsize.block import Plane
 from outsize.tier import Transfer
 
 if TYPE_CHECKING:
-    from outsize.engine.blocks import BlockStore
-    from outsize.engine.state import BlockState
+    from outsize.store.blocks import BlockStore
+    from outsize.store.state import BlockState
 
 
 @contextmanager
@@ -44,16 +44,16 @@ def undone_by(undo: Callable[[], object]) -> Iterator[None]:
 
 def recover(store: BlockStore) -> None:
     """Bring the books of `store` in line with what its homes hold; see [Note: interruption]."""
-    if store.captures is not None:
-        store.captures.recover()  # first: an update may wait for a commit that waits for a block
+    if store.snapshots is not None:
+        store.snapshots.recover()  # first: an update may wait for a commit that waits for a block
     store.finish()
     for state in store:
         _settle_gradient(state)
         _settle_weights(state)
         _settle_update(store, state)
     store.give_slots_back()
-    if store.captures is not None:
-        store.captures.settle()
+    if store.snapshots is not None:
+        store.snapshots.settle()
 
 
 def _settle_gradient(state: BlockState) -> None:

@@ -1,0 +1,1 @@
+from tests.running import settled  # noqa: F401
