@@ -25,7 +25,7 @@ import torch
 import transformers
 
 import outsize
-from outsize.engine.session import session_of
+from outsize.engine.runtime import runtime_of
 
 
 def write_model(folder: Path, hidden: int, layers: int) -> Path:
@@ -119,12 +119,12 @@ def measure(folder: Path, options: argparse.Namespace) -> None:
     outsize.checkpoint.finish(committing[0])
     state_bytes = sum(
         record.num_bytes - record.gradient_extent.num_bytes
-        for record in session_of(committing[0]).executor.store.records.values()
+        for record in runtime_of(committing[0]).backing.executor.store.records.values()
     )
     none, every = (times[kind][2:] for kind in times)
     ratios = [b / a for a, b in zip(none, every, strict=True)]
     for model, _ in (plain, committing):
-        session_of(model).close()
+        runtime_of(model).setup.close()
     saved = [torch_save(folder, state_bytes, sync=sync) for sync in (False, True, False, True)]
     reopened = subprocess.run(
         [sys.executable, __file__, "--reopen", str(folder), "--home", options.home],

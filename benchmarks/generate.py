@@ -141,10 +141,10 @@ class Pace:
     def __init__(self, model: Any) -> None:
         import torch
 
-        from outsize.engine.session import session_of
+        from outsize.engine.runtime import runtime_of
 
-        session = session_of(model)
-        self.source, self.blocks = session.source, session.cut.blocks
+        runtime = runtime_of(model)
+        self.source, self.blocks = runtime.backing.source, runtime.model.cut.blocks
         size = max(block.num_elements for block in self.blocks)
         self.space = torch.empty(size, dtype=torch.bfloat16)
         self.turn = 0

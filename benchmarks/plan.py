@@ -59,7 +59,7 @@ def one(case: dict[str, Any], folder: Path, host: str, pins: dict[str, Any] | No
     import torch
 
     import outsize
-    from outsize.engine.session import session_of
+    from outsize.engine.runtime import runtime_of
     from outsize.hardware import kept
 
     if pins is not None:
@@ -78,7 +78,7 @@ def one(case: dict[str, Any], folder: Path, host: str, pins: dict[str, Any] | No
             times.append(time.perf_counter() - start)
     except outsize.OutsizeError as error:
         return {"refused": str(error)}
-    choices = session_of(model).budget.choices
+    choices = runtime_of(model).budget.choices
     chosen = str(choices[0].pins) if choices else ""
     return {"step_s": statistics.median(times[3:]), "chosen": chosen}
 

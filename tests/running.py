@@ -19,7 +19,7 @@ from torch import nn
 
 import outsize
 from outsize.engine.executor import Executor
-from outsize.engine.session import Session, _sessions, session_of
+from outsize.engine.runtime import Runtime, _runtimes, runtime_of
 
 Batch = Mapping[str, torch.Tensor]
 LEARNING_RATE = 1e-3
@@ -34,7 +34,7 @@ def opened(plain: nn.Module, **options: Any) -> nn.Module:
 
 def executor_of(model: nn.Module) -> Executor:
     """The executor of a model that was called."""
-    executor = session_of(model).executor
+    executor = runtime_of(model).backing.executor
     assert executor is not None
     return executor
 
@@ -42,7 +42,7 @@ def executor_of(model: nn.Module) -> Executor:
 def adamw(model: nn.Module, params: Any = None, **options: Any) -> torch.optim.Optimizer:
     """AdamW of Outsize or of torch, whichever `model` needs."""
     options = {"lr": LEARNING_RATE, "eps": EPS, **options}
-    if model in _sessions:
+    if model in _runtimes:
         return outsize.AdamW(model, params, **options)
     options.pop("max_grad_norm", None)
     return torch.optim.AdamW(
@@ -136,7 +136,7 @@ def assert_same_losses(losses: Sequence[float], expected: Sequence[float], relat
 
 @pytest.fixture(autouse=True)
 def settled() -> Iterator[None]:
-    """One thread, no chatter, and after the test: every session closes and its books balance."""
+    """One thread, no chatter, and after the test: every runtime closes and its books balance."""
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(1)
@@ -145,35 +145,35 @@ def settled() -> Iterator[None]:
 
 
 def close_all() -> None:
-    """Close every session that is open, and check that each arena's books balance."""
-    for session in [reference() for reference in list(_sessions.values())]:
-        if session is None:
+    """Close every runtime that is open, and check that each arena's books balance."""
+    for runtime in [reference() for reference in list(_runtimes.values())]:
+        if runtime is None:
             continue
-        close(session)
+        close(runtime)
 
 
-def close(session: Session) -> None:
-    """Close a session and check its books."""
-    if session.executor is not None:
-        arena = session.executor.store.arena
-        session.close()
+def close(runtime: Runtime) -> None:
+    """Close a runtime and check its books."""
+    if runtime.backing.executor is not None:
+        arena = runtime.backing.executor.store.arena
+        runtime.setup.close()
         arena.check_books()
-    elif session.versions is not None:
-        session.close()
+    elif runtime.backing.versions is not None:
+        runtime.setup.close()
 
 
 def abandon(model: nn.Module) -> None:
-    """Let go of a model whose session cannot be closed any more, as far as that is possible."""
-    session = _sessions.pop(model)()
-    assert session is not None
-    executor = session.executor
-    for close_it in (session.close, *([executor.store.close] if executor is not None else [])):
+    """Let go of a model whose runtime cannot be closed any more, as far as that is possible."""
+    runtime = _runtimes.pop(model)()
+    assert runtime is not None
+    executor = runtime.backing.executor
+    for close_it in (runtime.setup.close, *([executor.store.close] if executor is not None else [])):
         with suppress(BaseException):
             close_it()
 
 
 def needing(monkeypatch: Any, needs_at: Callable[..., Any]) -> None:
-    """From now on activations take what `needs_at(rehearsal, shape, tile_rows, inputs, kept)` says."""
+    """From now on activations take what `needs_at(workload, shape, tile_rows, inputs, kept)` says."""
     from outsize.engine import budget, needs
 
     for module in (budget, needs):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import outsize
 from outsize.checkpoint.files import commit_paths, read_header, read_manifest
-from outsize.engine.session import session_of
+from outsize.engine.runtime import runtime_of
 from tests.running import adamw, executor_of, loss_of, opened
 from tests.zoo import ZOO
 
@@ -61,7 +61,7 @@ class Run:
         """Close as a process that ends would."""
         if finish:
             self.finish()
-        session_of(self.model).close()
+        runtime_of(self.model).setup.close()
 
 
 def manifests(store):

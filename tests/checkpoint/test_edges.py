@@ -10,7 +10,7 @@ import torch
 import outsize
 from outsize.checkpoint.catalogue import contents, verify
 from outsize.checkpoint.store import Store
-from outsize.engine.session import session_of
+from outsize.engine.runtime import runtime_of
 from outsize.errors import BudgetError, StorageError
 from outsize.store.snapshots import Snapshots
 from outsize.store.updates import UpdateJob
@@ -253,6 +253,6 @@ def test_a_resume_that_is_refused_leaves_the_model_as_it_was(tmp_path):
     with pytest.raises(outsize.OutsizeError):
         Run(tmp_path, optimizer=lambda model: outsize.SGD(model, lr=0.1))
     again = Run(tmp_path)
-    assert session_of(again.model).settings.commits == 1
+    assert runtime_of(again.model).setup.settings.commits == 1
     assert values_of(again.model)
     assert Store.claim(tmp_path / "other", 1).resume() is None

@@ -336,9 +336,9 @@ def test_a_tile_is_kept_unless_a_pin_says_otherwise(tmp_path):
     second = Run(tmp_path)
     second.go(batches(1, first=3))
     assert manifests(first.path)[-1].run["tile_rows"] == 1
-    from outsize.engine.session import session_of
+    from outsize.engine.runtime import runtime_of
 
-    assert session_of(second.model).calls.last_training.tile_rows == 1
+    assert runtime_of(second.model).visits.call.last_training.tile_rows == 1
     second.end()
     with pytest.warns(RuntimeWarning, match="rows at once"):
         third = Run(tmp_path, pins=Pins(tile_rows=2))

@@ -50,6 +50,7 @@ def plain(monkeypatch):
     for name in ("load", "AdamW", "save", "report", "record"):
         monkeypatch.setattr(outsize, name, getattr(api, name), raising=False)
     monkeypatch.setattr(quiet, "before_imports", lambda: None)
+    monkeypatch.setenv("OUTSIZE_EAGER", "1")  # else a fresh machine says that it compiles
     return api
 
 

@@ -18,7 +18,7 @@ from outsize.cli.options import pins_of
 from outsize.config import Home, parse_bytes
 from outsize.engine.budget import SLACK_BYTES, Budget
 from outsize.engine.predict import pins_text
-from outsize.engine.session import session_of
+from outsize.engine.runtime import runtime_of
 from outsize.errors import BudgetError
 from outsize.hardware import machine
 from outsize.plan import Backward, Forward
@@ -41,7 +41,7 @@ def batches(count, rows=4):
 def test_under_pressure_every_visit_gives_freed_memory_back_first_and_nothing_changes(tmp_path):
     plain, model = llama(tmp_path)
     losses = train(model, batches(1))
-    budget = session_of(model).budget
+    budget = runtime_of(model).budget
     assert budget.num_times_given_back == 0
     budget._ceiling.limit_bytes = 0
     losses += train_more(model, batches(3)[1:])
@@ -63,7 +63,7 @@ def test_a_call_that_is_refused_keeps_nothing_of_its_arguments(tmp_path):
     gc.disable()
     try:
         try:
-            session_of(model).calls.settle_for(arguments)
+            runtime_of(model).calls.settle_for(arguments)
         except BudgetError:
             is_refused = True
         arguments.clear()
@@ -89,8 +89,8 @@ def test_a_call_without_a_graph_makes_no_less_room_for_the_backward_of_an_earlie
     asked.clear()
     loss.backward()
     assert set(asked) == forward and len(forward) == 1
-    if session_of(model).device.is_host:
-        assert asked[0] > session_of(model).budget.visit_bytes > 0
+    if runtime_of(model).model.device.is_host:
+        assert asked[0] > runtime_of(model).budget.visit_bytes > 0
 
 
 def train_more(model, more):
@@ -107,14 +107,14 @@ def train_more(model, more):
 def test_tiles_become_smaller_before_a_batch_is_refused(tmp_path):
     _, model = llama(tmp_path)
     train(model, batches(1, rows=8))
-    session = session_of(model)
-    budget, call = session.budget, session.calls.current
+    runtime = runtime_of(model)
+    budget, call = runtime.budget, runtime.visits.call.running
     sizes = []
     room = budget.room_bytes
     for left in (1 << 40, *range(1 << 20, 0, -(1 << 12))):
         budget.room_bytes = budget.placement.arena_bytes + left
         try:
-            sizes.append(budget.begin_call(call.rehearsal, call.shape))
+            sizes.append(budget.begin_call(call.workload, call.shape))
         except BudgetError as error:
             assert "fewer rows" in error.hint
             break
@@ -125,11 +125,14 @@ def test_tiles_become_smaller_before_a_batch_is_refused(tmp_path):
 def test_a_pinned_tile_is_never_made_smaller(tmp_path):
     _, model = llama(tmp_path, pins=Pins(tile_rows=2))
     train(model, batches(1, rows=8))
-    session = session_of(model)
-    assert session.budget.begin_call(session.calls.current.rehearsal, session.calls.current.shape) == 2
-    session.budget.room_bytes = session.budget.placement.arena_bytes + 1
+    runtime = runtime_of(model)
+    assert (
+        runtime.budget.begin_call(runtime.visits.call.running.workload, runtime.visits.call.running.shape)
+        == 2
+    )
+    runtime.budget.room_bytes = runtime.budget.placement.arena_bytes + 1
     with pytest.raises(BudgetError, match="of activations"):
-        session.budget.begin_call(session.calls.current.rehearsal, session.calls.current.shape)
+        runtime.budget.begin_call(runtime.visits.call.running.workload, runtime.visits.call.running.shape)
 
 
 @pytest.mark.skipif(

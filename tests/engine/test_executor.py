@@ -11,7 +11,7 @@ import torch
 import outsize
 from outsize import Pins
 from outsize.block import Plane
-from outsize.engine.session import session_of
+from outsize.engine.runtime import runtime_of
 from outsize.plan import Direction, Read, Update, Visit, Wait
 from tests.running import (
     adamw,
@@ -168,7 +168,7 @@ def test_threads_end_with_the_session(tmp_path):
     train(model, [BATCH])
     names = {thread.name.rstrip("_0123456789") for thread in set(threading.enumerate()) - before}
     assert {"outsize-feed", "outsize-apply", "outsize-source", "outsize-disk"} <= names
-    close(session_of(model))
+    close(runtime_of(model))
     assert not [thread for thread in set(threading.enumerate()) - before if thread.name.startswith("outsize")]
 
 
@@ -193,9 +193,9 @@ def test_gradients_wait_where_they_were_put(tmp_path):
         model = opened(ZOO["llama"].build().train(), disk=tmp_path, home=home, dtype="bfloat16")
         for _ in range(2):
             model(**BATCH).loss.backward()
-        placement = session_of(model).budget.placement
+        placement = runtime_of(model).budget.placement
         assert placement is not None and placement.is_resident("L00", Plane.GRADIENT) is (home == "host")
         grads.append({n: p.grad.clone() for n, p in model.named_parameters()})
-        close(session_of(model))
+        close(runtime_of(model))
     assert all(torch.equal(grads[0][name], grads[1][name]) for name in grads[0])
     assert {grad.dtype for grad in grads[0].values()} == {torch.bfloat16}

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import outsize
-from outsize.engine.session import session_of
+from outsize.engine.runtime import runtime_of
 from outsize.errors import UsageError
 from tests.running import adamw, assert_same_weights, executor_of, opened, train, values_of
 from tests.zoo import ZOO, plain_batch, plain_stack
@@ -116,7 +116,7 @@ def test_evaluating_without_an_optimizer_writes_nothing(tmp_path):
             expected = ZOO["llama"].build()(**ZOO["llama"].batch()).loss
         assert torch.allclose(loss, expected, rtol=1e-6)
         assert outsize.report(model).bytes_written == 0
-        session_of(model).close()
+        runtime_of(model).setup.close()
 
 
 def test_state_dicts_hold_groups_and_counts_and_no_tensor(tmp_path):

@@ -16,7 +16,7 @@ from outsize.config import ComputeType
 from outsize.engine import timing
 from outsize.engine.counting import estimated_s
 from outsize.engine.predict import pins_text
-from outsize.engine.session import session_of
+from outsize.engine.runtime import runtime_of
 from outsize.plan import Direction
 from outsize.plan.profile import Resource
 from outsize.store import offload
@@ -221,7 +221,7 @@ def trained_with_choices(tmp_path):
     outsize.AdamW(model)
     ids = torch.zeros(1, 16, dtype=torch.long)
     model(input_ids=ids, labels=ids).loss.backward()
-    return model, session_of(model).budget
+    return model, runtime_of(model).budget
 
 
 def test_a_model_opened_with_a_profile_runs_the_fastest_plan(tmp_path):

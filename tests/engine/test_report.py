@@ -7,7 +7,7 @@ import torch
 
 import outsize
 from outsize import Pins
-from outsize.engine.session import session_of
+from outsize.engine.runtime import runtime_of
 from outsize.errors import ConfigError, ModelError
 from outsize.store import memory
 from tests.running import adamw, executor_of, opened, train
@@ -45,7 +45,7 @@ def test_rows_are_the_bytes_of_the_model(home, dtype, tmp_path):
     buffers = next(row.num_bytes for row in report.rows if row.what == "slots and buffers")
     assert in_arena + buffers == executor_of(model).store.arena.in_use_bytes
     assert max(resident) <= report.host_peak_bytes <= memory.peak_bytes()
-    assert report.host_budget_bytes == session_of(model).budget.limit_bytes > max(resident)
+    assert report.host_budget_bytes == runtime_of(model).budget.limit_bytes > max(resident)
     text = str(report)
     assert re.search(rf"{home} +weights +[\d.]+ KiB", text) and "training state" in text
 
@@ -81,7 +81,7 @@ def test_a_preview_is_what_the_run_will_be(home, folder):
     assert tiers(preview.rows, *names) == tiers(report.rows, *names)
     assert preview.num_parameters == report.num_parameters
     assert preview.num_blocks == len(executor_of(model).store.states)
-    placement = session_of(model).budget.placement
+    placement = runtime_of(model).budget.placement
     assert placement is not None
     assert bool(preview.disk_bytes) is (home == "disk")
     assert len(preview.slots) == (

@@ -6,7 +6,7 @@ import transformers
 
 import outsize
 from outsize import Pins
-from outsize.engine.session import session_of
+from outsize.engine.runtime import runtime_of
 from tests.running import executor_of, opened
 
 VOCABULARY = 3000
@@ -59,12 +59,12 @@ def test_bits_are_those_of_a_visit(folder, tmp_path, dtype, home):
     expected = logits_of(visited)  # whose parameters may train
     model = outsize.load(folder, **options).requires_grad_(False)
     assert torch.equal(logits_of(model), expected)
-    tables = [block for block, _, _ in session_of(model).parameters.row_blocks("model.embed_tokens.weight")]
+    tables = [
+        block for block, _, _ in runtime_of(model).model.parameters.row_blocks("model.embed_tokens.weight")
+    ]
     assert len(tables) > 2
     seen = {
-        visit.block
-        for rehearsal in session_of(model).calls._rehearsals.values()
-        for visit in rehearsal.visits
+        visit.block for workload in runtime_of(model).calls._workloads.values() for visit in workload.visits
     }
     assert seen.isdisjoint(tables) is not model.config.tie_word_embeddings
     assert not outsize.report(model).off_plan
@@ -95,7 +95,9 @@ def test_tables_stay_last(folder, tmp_path):
     ).requires_grad_(False)
     logits_of(model)
     placement = executor_of(model).store.placement
-    tables = {block for block, _, _ in session_of(model).parameters.row_blocks("model.embed_tokens.weight")}
+    tables = {
+        block for block, _, _ in runtime_of(model).model.parameters.row_blocks("model.embed_tokens.weight")
+    }
     stay = {block for block, _ in placement.resident}
     assert stay and (model.config.tie_word_embeddings or stay.isdisjoint(tables))
 

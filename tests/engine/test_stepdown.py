@@ -19,7 +19,7 @@ def rows_of(parts):
 
 
 def on(is_on=True):
-    return StepDown(is_on, HostDevice())
+    return StepDown(is_on, HostDevice(), lambda: False)
 
 
 def limited(most, tried):

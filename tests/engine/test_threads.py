@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import outsize
-from outsize.engine.session import session_of
+from outsize.engine.runtime import runtime_of
 from outsize.errors import ConfigError
 from outsize.hardware import machine
 from outsize.store import updates
@@ -40,7 +40,7 @@ def trained(monkeypatch, disk, threads, *, store=None):
     tier = executor_of(model).store.disk
     tier = tier if store is None else tier._inner
     num_io_threads = tier._threads._max_workers
-    close(session_of(model))
+    close(runtime_of(model))
     return values, limits, num_io_threads
 
 

@@ -14,7 +14,7 @@ import outsize
 from outsize import Pins
 from outsize.config import ComputeType
 from outsize.engine.budget import DEVICE_SLACK_BYTES
-from outsize.engine.session import session_of
+from outsize.engine.runtime import runtime_of
 from outsize.errors import BudgetError, ConfigError
 from outsize.optim import RULES, gpu_kernel
 from outsize.plan.profile import Resource
@@ -63,7 +63,7 @@ def trained(name="llama_tied", dtype="bfloat16", **options):
         optimizer.step()
         optimizer.zero_grad()
     values = {key: parameter.detach().clone() for key, parameter in model.named_parameters()}
-    close(session_of(model))
+    close(runtime_of(model))
     return [loss.item() for loss in losses], values
 
 
@@ -194,7 +194,7 @@ def test_memory_of_the_device_stays_within_its_budget(tmp_path, monkeypatch):
     model(**ZOO["llama"].batch()).loss.backward()
     report = outsize.report(model)
     assert report.device_peak_bytes <= limit
-    planned = session_of(model).budget.device_bytes()
+    planned = runtime_of(model).budget.device_bytes()
     assert report.device_peak_bytes <= planned + DEVICE_SLACK_BYTES
 
 
@@ -213,7 +213,7 @@ def test_memory_of_the_device_is_what_the_plan_says(home, tmp_path):
         model(input_ids=ids, labels=ids).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    budget = session_of(model).budget
+    budget = runtime_of(model).budget
     peak = torch.cuda.max_memory_allocated() - budget.device_taken_bytes
     planned = budget.device_bytes() - budget.device_taken_bytes
     assert (0.9 * planned if is_emulated else 0) < peak <= planned + slack
@@ -234,7 +234,7 @@ def test_a_tight_limit_makes_torch_give_nothing_back(tmp_path):
         model(input_ids=ids, labels=ids).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    budget = session_of(model).budget
+    budget = runtime_of(model).budget
     assert budget.placement is not None and budget.placement.resident
     assert budget.device_bytes() > 0.65 * limit
     assert torch.cuda.memory_stats()["num_alloc_retries"] == before
@@ -324,10 +324,10 @@ def test_a_block_leaves_the_device_where_a_row_alone_is_too_much():
         on_device_full="retry",
     )
     optimizer = outsize.AdamW(model, lr=3e-3, max_grad_norm=0.1)
-    session, losses = session_of(model), []
+    runtime, losses = runtime_of(model), []
 
     def greedy(module, args):
-        if losses and len({block for block, _ in session.budget.placement.resident}) > 3:
+        if losses and len({block for block, _ in runtime.budget.placement.resident}) > 3:
             torch.empty(1 << 44, dtype=torch.uint8, device="cuda")
 
     handle = model.model.layers[1].mlp.register_forward_pre_hook(greedy)
@@ -342,7 +342,7 @@ def test_a_block_leaves_the_device_where_a_row_alone_is_too_much():
     handle.remove()
     assert losses == pytest.approx(expected[0], rel=2e-2)
     assert outsize.report(model).stepped_down and outsize.report(model).bytes_down > 0
-    close(session)
+    close(runtime)
 
 
 @pytest.mark.parametrize("attention", ["flash_attention_2", "flash_attention_3"])
@@ -367,7 +367,7 @@ def test_flash_attention_gives_the_same_bits_in_every_placement(attention, tmp_p
             losses.append(loss.item())
             optimizer.step()
             optimizer.zero_grad()
-        close(session_of(model))
+        close(runtime_of(model))
         return losses
 
     losses = run(attention, "host")
@@ -421,7 +421,7 @@ def test_what_the_device_had_no_memory_for_is_computed_in_smaller_tiles(directio
         optimizer.zero_grad()
     undo.close()
     assert losses == pytest.approx(expected[0], rel=2e-2) and outsize.report(model).stepped_down
-    close(session_of(model))
+    close(runtime_of(model))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -20,7 +20,7 @@ from outsize.block import Plane
 from outsize.engine import api, budget
 from outsize.engine.executor import Executor
 from outsize.engine.needs import Needs
-from outsize.engine.session import session_of
+from outsize.engine.runtime import runtime_of
 from outsize.errors import BudgetError, DeviceError, UsageError, WeightsError
 from outsize.plan import Backward, Forward, place_apart
 from outsize.store import finalizers, offload
@@ -167,7 +167,7 @@ def test_chunks_and_blocks_in_which_nothing_trains(dtype, tmp_path, monkeypatch)
             optimizer.step()
             optimizer.zero_grad()
         results.append({name: value.detach().clone() for name, value in model.named_parameters()})
-        close(session_of(model))
+        close(runtime_of(model))
     for result in results[1:]:
         assert all(torch.equal(results[0][name], result[name]) for name in result)
 
@@ -202,7 +202,7 @@ def test_host_memory_that_copies_use_is_pinned(tmp_path, monkeypatch):
     model(**ZOO["llama"].batch()).loss.backward()
     kinds = {name.partition("[")[0] for name in twins[0].pinned.values()}
     assert kinds >= {"chunk", "relay", "staging"}
-    close(session_of(model))  # while chunks are small
+    close(runtime_of(model))  # while chunks are small
     assert not twins[0].pinned
 
 
@@ -215,7 +215,7 @@ def test_a_model_that_is_dropped_unpins_its_memory(tmp_path, monkeypatch):
     model(**ZOO["llama"].batch()).loss.backward()
     assert any(name.startswith("input") for name in twins[0].pinned.values())
     del model
-    for _ in range(2):  # first the session, whose threads are ended, then what those held
+    for _ in range(2):  # first the runtime, whose threads are ended, then what those held
         gc.collect()
         finalizers.finish()
     assert not twins[0].pinned
@@ -246,7 +246,7 @@ def test_what_a_slot_remembers_does_not_grow(home, tmp_path, monkeypatch):
     store = executor_of(model).store
     slots = [slot for pool in (*store._weight_pools, *store._gradient_pools) for slot in pool._slots]
     assert slots and all(len(slot.after) <= 2 for slot in slots)
-    close(session_of(model))
+    close(runtime_of(model))
 
 
 class _Mark(DoneTransfer):
@@ -316,7 +316,7 @@ def test_no_copy_overtakes_computing(home, dtype, slots, tmp_path, monkeypatch):
         optimizer.step()
         optimizer.zero_grad()
     assert device.tick > 0 and sorted(set(device.too_early)) == []
-    close(session_of(model))
+    close(runtime_of(model))
 
 
 def test_gradients_go_down_while_the_next_block_computes(tmp_path, monkeypatch):
@@ -329,7 +329,7 @@ def test_gradients_go_down_while_the_next_block_computes(tmp_path, monkeypatch):
     store = executor_of(model).store
     under_way = [state.name for state in store if any(not t.is_done() for t in state.gradient_transfers)]
     assert under_way
-    close(session_of(model))
+    close(runtime_of(model))
 
 
 def test_a_device_that_is_too_small_names_one_that_works(tmp_path, monkeypatch):
@@ -347,7 +347,7 @@ def test_a_device_that_is_too_small_names_one_that_works(tmp_path, monkeypatch):
     hint = str(caught.value.hint)
     assert "of the device" in caught.value.message and 'device="' in hint
     named = {part.split("=")[0]: part.split('"')[1] for part in hint.split() if '="' in part}
-    close(session_of(run(device=named["device"], host=named["host"])))
+    close(runtime_of(run(device=named["device"], host=named["host"])))
 
 
 def test_a_failed_pin_is_named_and_nothing_is_kept(tmp_path, monkeypatch):
@@ -361,7 +361,7 @@ def test_a_failed_pin_is_named_and_nothing_is_kept(tmp_path, monkeypatch):
     outsize.AdamW(model)
     with pytest.raises(DeviceError, match="cannot be pinned"):
         model(**ZOO["llama"].batch())
-    assert session_of(model).executor is None and len(twins) == 1
+    assert runtime_of(model).backing.executor is None and len(twins) == 1
 
 
 @pytest.mark.parametrize("way", list(Way))
@@ -410,12 +410,12 @@ def test_inputs_are_brought_up_one_block_ahead(tmp_path, monkeypatch):
     model = opened(ZOO["llama"].build().train(), home="host", pins=Pins(inputs="host"))
     outsize.AdamW(model)
     loss = model(**ZOO["llama"].batch()).loss
-    session = session_of(model)
-    session.device.finish()
+    runtime = runtime_of(model)
+    runtime.model.device.finish()
     kept = [label for way, label in order if way is Way.DOWN and label.endswith(".input")]
     order.clear()
     loss.backward()
-    session.device.finish()
+    runtime.model.device.finish()
     ups = [label for way, label in order if way is Way.UP]
     brought = [label for label in ups if label.endswith(".input")]
     assert brought == ["L01.input", "L00.input"] and kept == [
@@ -426,7 +426,7 @@ def test_inputs_are_brought_up_one_block_ahead(tmp_path, monkeypatch):
     ]
     # The next block's input is asked for before this block's gradient is there.
     assert order.index((Way.UP, "L00.input")) < order.index((Way.DOWN, "L01.gradient"))
-    close(session)
+    close(runtime)
 
 
 def test_a_graph_may_be_gone_back_twice_and_dropped(tmp_path, monkeypatch):
@@ -440,7 +440,7 @@ def test_a_graph_may_be_gone_back_twice_and_dropped(tmp_path, monkeypatch):
     once = model.model.layers[0].mlp.up_proj.weight.grad.clone()
     loss.backward()
     assert torch.equal(model.model.layers[0].mlp.up_proj.weight.grad, 2 * once)
-    keeper = session_of(model).keeper
+    keeper = runtime_of(model).backing.keeper
     model(**batch)
     del loss
     model(**batch)
@@ -449,7 +449,7 @@ def test_a_graph_may_be_gone_back_twice_and_dropped(tmp_path, monkeypatch):
     model(**batch).loss.backward()
     assert keeper.high_water_bytes == before, "and are used again"
     late = model(**batch).loss
-    close(session_of(model))
+    close(runtime_of(model))
     with pytest.raises(UsageError):
         late.backward()
 
@@ -459,7 +459,7 @@ def test_a_long_sequence_moves_inputs_where_the_device_is_too_small(tmp_path, mo
     monkeypatch.setattr(budget, "DEVICE_SLACK_BYTES", 0)
     needing(
         monkeypatch,
-        lambda rehearsal, shape, tile_rows, inputs=None, kept=frozenset(): Needs(
+        lambda workload, shape, tile_rows, inputs=None, kept=frozenset(): Needs(
             *((100, 50, 900, inputs) if inputs else (1000, 50))
         ),
     )
@@ -470,8 +470,8 @@ def test_a_long_sequence_moves_inputs_where_the_device_is_too_small(tmp_path, mo
         monkeypatch.setattr(budget, "place_apart", _first_fits(spare))
         with torch.no_grad():
             model(**ZOO["llama"].batch())
-        assert (session_of(model).keeper is not None) is moves, spare
-        close(session_of(model))
+        assert (runtime_of(model).backing.keeper is not None) is moves, spare
+        close(runtime_of(model))
 
 
 def _first_fits(spare):
@@ -489,7 +489,7 @@ def _first_fits(spare):
 def test_budgets_that_are_named_hold_the_inputs_that_wait(pins, tmp_path, monkeypatch):
     needing(
         monkeypatch,
-        lambda rehearsal, shape, tile_rows, inputs=None, kept=frozenset(): Needs(
+        lambda workload, shape, tile_rows, inputs=None, kept=frozenset(): Needs(
             *((1 << 20, 1 << 20, 300 << 20, inputs) if inputs else (80 << 30, 1 << 20))
         ),
     )
@@ -507,13 +507,13 @@ def test_budgets_that_are_named_hold_the_inputs_that_wait(pins, tmp_path, monkey
     hint = str(caught.value.hint)
     named = {part.split("=")[0]: part.split('"')[1] for part in hint.split() if '="' in part}
     with_twin(monkeypatch, limit_bytes=1 << 30)
-    close(session_of(run(device=named["device"], host=named["host"])))
+    close(runtime_of(run(device=named["device"], host=named["host"])))
 
 
 def test_smaller_tiles_do_where_the_host_has_no_room_for_inputs(tmp_path, monkeypatch):
     needing(
         monkeypatch,
-        lambda rehearsal, shape, tile_rows, inputs=None, kept=frozenset(): Needs(
+        lambda workload, shape, tile_rows, inputs=None, kept=frozenset(): Needs(
             *((0, 0, 1 << 50, inputs) if inputs else (0, tile_rows << 36 if tile_rows > 1 else 0))
         ),
     )
@@ -521,8 +521,8 @@ def test_smaller_tiles_do_where_the_host_has_no_room_for_inputs(tmp_path, monkey
     model = opened(ZOO["llama"].build().train(), home="host", dtype="float32")
     outsize.AdamW(model)
     model(**ZOO["llama"].batch(rows=4)).loss.backward()
-    assert session_of(model).keeper is None
-    close(session_of(model))
+    assert runtime_of(model).backing.keeper is None
+    close(runtime_of(model))
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
@@ -547,4 +547,4 @@ def test_running_out_of_the_devices_memory_is_named(direction, tmp_path, monkeyp
         model(**batch).loss.backward()
     assert "tile_rows" in str(caught.value.hint)
     model(**batch).loss.backward()
-    close(session_of(model))
+    close(runtime_of(model))

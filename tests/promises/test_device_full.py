@@ -17,7 +17,7 @@ import outsize
 from outsize import Pins
 from outsize.engine import budget, head
 from outsize.engine.layer import Layer
-from outsize.engine.session import session_of
+from outsize.engine.runtime import runtime_of
 from outsize.engine.stepdown import StepDown
 from outsize.errors import BudgetError, ConfigError
 from outsize.store import offload
@@ -73,7 +73,7 @@ def trained(name="llama", *, tile_rows=None, retry=True, kept_blocks=None, dtype
         optimizer.step()
         optimizer.zero_grad()
     result = losses, gradients, values_of(model), outsize.report(model)
-    close(session_of(model))
+    close(runtime_of(model))
     return result
 
 
@@ -184,7 +184,7 @@ def test_activations_that_were_kept_go_first_and_change_no_bit(monkeypatch):
 
 
 def resident_of(model):
-    return {block for block, _ in session_of(model).budget.placement.resident}
+    return {block for block, _ in runtime_of(model).budget.placement.resident}
 
 
 def holds_blocks(count, monkeypatch, *, from_call=0):
@@ -194,7 +194,7 @@ def holds_blocks(count, monkeypatch, *, from_call=0):
     def limited(layer, call, tensors, tile):
         calls.append(layer)
         graph = run(layer, call, tensors, tile)
-        if len(calls) > from_call and len(resident_of(layer.session.module)) > count:
+        if len(calls) > from_call and len(resident_of(layer.visits.model.module)) > count:
             full()
         return graph
 
@@ -371,7 +371,7 @@ def test_each_of_several_additions_to_one_gradient_counts_once(full_at, monkeypa
         expected = plain.get_parameter(name).grad
         assert torch.allclose(parameter.grad.clone(), expected, rtol=1e-4, atol=1e-7), name
     assert len(parts) > (full_at or 1)
-    close(session_of(model))
+    close(runtime_of(model))
 
 
 def test_generating_with_a_cache_is_not_repeated(monkeypatch):
@@ -385,7 +385,7 @@ def test_generating_with_a_cache_is_not_repeated(monkeypatch):
     with pytest.raises(BudgetError), torch.no_grad():
         model(input_ids=ids[:, :1], past_key_values=first.past_key_values)
     handle.remove()
-    close(session_of(model))
+    close(runtime_of(model))
 
 
 def test_a_forward_without_gradients_goes_on_too(monkeypatch):
@@ -406,7 +406,7 @@ def test_a_forward_without_gradients_goes_on_too(monkeypatch):
             loss = model(**batch).loss
     assert torch.allclose(loss, expected, rtol=1e-6)
     assert executor_of(model).off_plan == {}
-    close(session_of(model))
+    close(runtime_of(model))
 
 
 def test_smaller_tiles_outlive_the_process(tmp_path, monkeypatch):
@@ -432,11 +432,11 @@ def test_smaller_tiles_outlive_the_process(tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.warns(RuntimeWarning):
         holds_tiles_of(1, patch)
         step(model, optimizer)
-    session_of(model).loss_tile_elements = 398
+    runtime_of(model).loss_tile_elements = 398
     step(model, optimizer)
     outsize.checkpoint.close(model)
     model, optimizer = start()
     step(model, optimizer)
-    session = session_of(model)
-    assert session.calls.last_training.tile_rows == 1 and session.loss_tile_elements == 398
+    runtime = runtime_of(model)
+    assert runtime.visits.call.last_training.tile_rows == 1 and runtime.loss_tile_elements == 398
     outsize.checkpoint.close(model)

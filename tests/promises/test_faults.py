@@ -17,7 +17,7 @@ import torch
 
 import outsize
 from outsize import Pins
-from outsize.engine.session import session_of
+from outsize.engine.runtime import runtime_of
 from outsize.errors import (
     BudgetError,
     ConfigError,
@@ -90,11 +90,11 @@ def test_after_a_failure_everything_can_be_given_back(plane, verb, tmp_path, mon
         with pytest.raises(StorageError):
             train(model, batches())
             executor_of(model).store.flush()
-        arena, session = executor_of(model).store.arena, session_of(model)
+        arena, runtime = executor_of(model).store.arena, runtime_of(model)
         try:
             with contextlib.suppress(StorageError):  # it may be said again
-                session.close()
-            assert session.executor is None
+                runtime.setup.close()
+            assert runtime.backing.executor is None
             assert arena.in_use_bytes == 0
             assert not list(tmp_path.iterdir())
         finally:
@@ -106,7 +106,7 @@ def test_everything_is_given_back_whatever_step_of_closing_fails(tmp_path, monke
     model = llama(tmp_path / "scratch")
     optimizer = adamw(model)
     train(model, batches(1), optimizer)
-    store, session = executor_of(model).store, session_of(model)
+    store, runtime = executor_of(model).store, runtime_of(model)
 
     def fail(*args, **kwargs):
         raise ZeroDivisionError("a step of closing")
@@ -119,7 +119,7 @@ def test_everything_is_given_back_whatever_step_of_closing_fails(tmp_path, monke
         real = getattr(owner, name)
         monkeypatch.setattr(owner, name, lambda real=real: (real(), fail()))
     with pytest.raises(ZeroDivisionError):
-        session.close()
+        runtime.setup.close()
     store.arena.check_books()
     assert not list((tmp_path / "scratch").iterdir())
     with pytest.raises(UsageError):
@@ -132,14 +132,14 @@ def test_a_commit_that_fails_to_finish_leaves_nothing_open(tmp_path, monkeypatch
     optimizer = adamw(model)
     outsize.checkpoint.resume(model, optimizer, tmp_path / "store")
     train(model, batches(1), optimizer)
-    store, session = executor_of(model).store, session_of(model)
+    store, runtime = executor_of(model).store, runtime_of(model)
 
     def fail():
         raise ZeroDivisionError
 
     monkeypatch.setattr(store.snapshots, "finish", fail)
     with pytest.raises(ZeroDivisionError):
-        session.close()
+        runtime.setup.close()
     store.arena.check_books()
     again = llama(tmp_path / "scratch")
     outsize.checkpoint.resume(again, adamw(again), tmp_path / "store")  # the lock was given back
@@ -378,8 +378,8 @@ def test_the_least_memory_that_is_named_really_works(name, home, tmp_path):
 def test_a_batch_that_outgrows_the_budget_is_refused_with_a_hint(tmp_path):
     model = llama(tmp_path, pins=Pins(tile_rows=1))
     train(model, batches(1))
-    session = session_of(model)
-    session.budget.room_bytes = session.budget.placement.arena_bytes + 1
+    runtime = runtime_of(model)
+    runtime.budget.room_bytes = runtime.budget.placement.arena_bytes + 1
     with pytest.raises(BudgetError, match="of activations") as refusal:
         model(**ZOO["llama"].batch(rows=8, length=60))
     assert "fewer rows" in refusal.value.hint
@@ -495,7 +495,6 @@ def test_an_error_at_the_very_first_call_leaves_a_model_that_can_be_called(tmp_p
     with pytest.raises(Trouble):
         model(**batches()[0])
     handle.remove()
-    assert session_of(model).probe is None
     train(model, batches(), optimizer)
     train(plain, batches())
     assert_same_weights(model, plain)
@@ -539,16 +538,16 @@ def test_labels_out_of_the_vocabulary_are_an_error(token, tmp_path):
 
 def test_closing_is_refused_nothing_and_may_be_repeated(tmp_path):
     model = llama(tmp_path)
-    session = session_of(model)
-    session.close()
+    runtime = runtime_of(model)
+    runtime.setup.close()
     train(model, batches(1))
-    close(session)
-    session.close()
+    close(runtime)
+    runtime.setup.close()
 
 
 def test_a_model_whose_weights_are_gone_says_so(tmp_path):
     model = llama(tmp_path)
     train(model, batches(1))
-    close(session_of(model))
+    close(runtime_of(model))
     with pytest.raises((UsageError, AssertionError), match=r"gone|closed"):
         train(model, batches(1))

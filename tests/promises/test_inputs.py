@@ -13,7 +13,7 @@ import outsize
 from outsize import Pins
 from outsize.engine import budget
 from outsize.engine.needs import Needs, needs_at
-from outsize.engine.session import session_of
+from outsize.engine.runtime import runtime_of
 from outsize.errors import BudgetError, ConfigError, CorruptionError, StorageError, UsageError
 from outsize.store import offload
 from outsize.tier import (
@@ -104,7 +104,7 @@ def test_one_slow_input_is_waited_for(verb, block, tmp_path, monkeypatch):
 
 
 def moved(model):
-    stats = session_of(model).keeper.stats()
+    stats = runtime_of(model).backing.keeper.stats()
     return stats.bytes_written, stats.bytes_read
 
 
@@ -120,7 +120,7 @@ def test_each_input_goes_to_the_disk_once_and_comes_back_once(tmp_path, monkeypa
         model = llama(tmp_path)
         batch = ZOO["llama"].batch(rows=8, length=16)
         model(**batch).loss.backward()
-        session_of(model).keeper.begin()  # all is written
+        runtime_of(model).backing.keeper.begin()  # all is written
     each = 8 * 16 * 32 * 4
     parts = each // 4096
     inputs = ["L00", "L01", "L02", "norm"]
@@ -165,17 +165,21 @@ def test_memory_for_inputs_does_not_grow_with_depth(tmp_path):
             ZOO["llama"].build(num_hidden_layers=depth).train(), disk=tmp_path, home="host", pins=ON_DISK
         )
         model(**ZOO["llama"].batch(rows=16, length=16)).loss.backward()
-        session = session_of(model)
-        call = session.calls.current
-        inputs = needs_at(call.rehearsal, call.shape, 16, session.budget.placement.inputs)
-        stay = needs_at(call.rehearsal, call.shape, 16)
-        needs.append((inputs.boundary_bytes, stay.boundary_bytes, session.keeper.high_water_bytes))
-        placement = session.budget.placement
+        runtime = runtime_of(model)
+        call = runtime.visits.call.running
+        inputs = needs_at(call.workload, call.shape, 16, runtime.budget.placement.inputs)
+        stay = needs_at(call.workload, call.shape, 16)
+        needs.append((inputs.boundary_bytes, stay.boundary_bytes, runtime.backing.keeper.high_water_bytes))
+        placement = runtime.budget.placement
         each = 16 * 16 * 32 * 4
-        assert session.keeper.high_water_bytes == (depth + 1) * each
-        assert session.keeper.high_water_bytes <= placement.inputs_bytes
-        assert session.keeper.arena.in_use_bytes == session.budget.host_inputs_bytes == offload.BUFFERS_BYTES
-        close(session)
+        assert runtime.backing.keeper.high_water_bytes == (depth + 1) * each
+        assert runtime.backing.keeper.high_water_bytes <= placement.inputs_bytes
+        assert (
+            runtime.backing.keeper.arena.in_use_bytes
+            == runtime.budget.host_inputs_bytes
+            == offload.BUFFERS_BYTES
+        )
+        close(runtime)
     assert needs[1][1] - needs[0][1] == 8 * each and needs[1][0] == needs[0][0] < needs[1][1]
 
 
@@ -202,7 +206,7 @@ def test_a_graph_that_is_dropped_gives_its_places_back(tmp_path):
     model = llama(tmp_path, home="host")
     batch = ZOO["llama"].batch()
     loss = model(**batch).loss
-    keeper = session_of(model).keeper
+    keeper = runtime_of(model).backing.keeper
     full = keeper.in_use_bytes
     assert full > 0
     del loss
@@ -232,7 +236,7 @@ def test_of_two_graphs_at_once_each_brings_its_own_inputs_back(tmp_path):
     model(**ZOO["llama"].batch(rows=8, length=16)).loss.backward()  # room for both
     batch = ZOO["llama"].batch(rows=4, length=16)
     graphs = [model(**batch).loss for _ in range(2)]
-    session_of(model).keeper._let_go(0)  # all is written, and gone from memory
+    runtime_of(model).backing.keeper._let_go(0)  # all is written, and gone from memory
     each = 4 * 16 * 32 * 4
     for loss in graphs:
         before = moved(model)[1]
@@ -252,7 +256,7 @@ def test_going_back_twice_reads_again(tmp_path):
     assert torch.equal(weight.grad, 2 * once)
     optimizer.zero_grad()
     late = model(**ZOO["llama"].batch()).loss
-    close(session_of(model))
+    close(runtime_of(model))
     with pytest.raises(UsageError):
         late.backward()
 
@@ -272,7 +276,7 @@ def test_an_input_that_cannot_be_read_is_a_named_error(kind, tmp_path, monkeypat
         gc.collect()
         optimizer.zero_grad()
         model(**ZOO["llama"].batch()).loss.backward()  # the disk is well again, and so is everything else
-        assert session_of(model).keeper.in_use_bytes == 0
+        assert runtime_of(model).backing.keeper.in_use_bytes == 0
 
 
 def test_an_input_that_cannot_be_written_is_a_named_error(tmp_path, monkeypatch):
@@ -289,8 +293,8 @@ def test_an_input_that_cannot_be_written_is_a_named_error(tmp_path, monkeypatch)
 def test_bits_that_flip_on_the_disk_are_found(tmp_path):
     model = llama(tmp_path, home="host")
     loss = model(**ZOO["llama"].batch()).loss
-    session_of(model).keeper.begin()  # all are written
-    with Path(f"/proc/self/fd/{session_of(model).keeper._disk._file.fd}").open("r+b") as file:
+    runtime_of(model).backing.keeper.begin()  # all are written
+    with Path(f"/proc/self/fd/{runtime_of(model).backing.keeper._disk._file.fd}").open("r+b") as file:
         byte = file.read(1)
         file.seek(0)
         file.write(bytes([byte[0] ^ 1]))
@@ -384,23 +388,23 @@ def test_a_disk_that_is_full_is_named_and_nothing_is_kept(tmp_path, monkeypatch)
         patch.setattr(os, "posix_fallocate", full)
         with pytest.raises(StorageError, match="the store needs"):
             model(**ZOO["llama"].batch())
-    assert session_of(model).executor is None and session_of(model).keeper is None
+    assert runtime_of(model).backing.executor is None and runtime_of(model).backing.keeper is None
 
 
 def attempts_of(model, room, monkeypatch, **options):
     """Where inputs wait, and rows of a tile, where blocks compute in `room` bytes beside the arenas."""
 
-    def limited(rehearsal, shape, tile_rows, inputs=None, kept=frozenset()):
-        own = needs_at(rehearsal, shape, tile_rows, inputs, kept)
+    def limited(workload, shape, tile_rows, inputs=None, kept=frozenset()):
+        own = needs_at(workload, shape, tile_rows, inputs, kept)
         boundary, visit = (1000, 100 * tile_rows) if inputs is None else (200, 100 * tile_rows)
         short = 1 << 50 if boundary + visit > room else 0
         return Needs(boundary + short, visit, own.moved_bytes if inputs else 0, inputs)
 
     with monkeypatch.context() as patch:
         needing(patch, limited)
-        patch.setattr(budget.Budget, "begin_call", lambda self, rehearsal, shape: self._fit.tile_rows)
+        patch.setattr(budget.Budget, "begin_call", lambda self, workload, shape: self._fit.tile_rows)
         model(**ZOO["llama"].batch(rows=8, length=options.get("length", 12)))
-    own = session_of(model).budget
+    own = runtime_of(model).budget
     return own.placement.inputs, own._fit.tile_rows
 
 
@@ -418,26 +422,26 @@ def attempts_of(model, room, monkeypatch, **options):
 def test_inputs_go_to_the_disk_before_tiles_become_too_small(room, fewest, expected, tmp_path, monkeypatch):
     monkeypatch.setattr(budget, "FEWEST_TILE_TOKENS", fewest)
     model = opened(ZOO["llama"].build().train(), disk=tmp_path, home="host")
-    if not session_of(model).device.is_host:
+    if not runtime_of(model).model.device.is_host:
         pytest.skip("a device tries the host's memory first")
     assert attempts_of(model, room, monkeypatch) == expected
-    close(session_of(model))
+    close(runtime_of(model))
 
 
 def test_without_a_disk_tiles_become_as_small_as_they_must(monkeypatch):
     monkeypatch.setattr(budget, "FEWEST_TILE_TOKENS", 24)
     model = opened(ZOO["llama"].build().train(), home="host")
-    if not session_of(model).device.is_host:
+    if not runtime_of(model).model.device.is_host:
         pytest.skip("a device tries the host's memory first")
     assert attempts_of(model, 1150, monkeypatch) == (None, 1)
-    close(session_of(model))
+    close(runtime_of(model))
 
 
 def test_inputs_that_are_too_small_to_move_stay(tmp_path, monkeypatch):
     monkeypatch.setattr(offload, "LEAST_BYTES", 1 << 20)
     model = llama(tmp_path, home="host")
     model(**ZOO["llama"].batch()).loss.backward()
-    assert session_of(model).keeper is None and session_of(model).budget.placement.inputs is None
+    assert runtime_of(model).backing.keeper is None and runtime_of(model).budget.placement.inputs is None
 
 
 @pytest.mark.parametrize("device", [HostDevice(), TwinDevice(delay_s=lambda way, label: 0.002)])
@@ -514,12 +518,12 @@ def test_blocks_are_closed_though_inputs_cannot_be(tmp_path, monkeypatch):
 
     model = llama(tmp_path)
     model(**ZOO["llama"].batch()).loss.backward()
-    session = session_of(model)
-    keeper, arena = session.keeper, session.executor.store.arena
+    runtime = runtime_of(model)
+    keeper, arena = runtime.backing.keeper, runtime.backing.executor.store.arena
     with monkeypatch.context() as patch:
         patch.setattr(offload.ActivationOffload, "close", fail)
         with pytest.raises(StorageError):
-            session.close()
+            runtime.setup.close()
     assert arena.in_use_bytes == 0
     keeper.close()
 
@@ -534,8 +538,8 @@ def test_buffers_of_inputs_are_taken_from_what_is_left_for_arenas(tmp_path, monk
 
     monkeypatch.setattr(budget, "place", note)
     model = llama(tmp_path, home="host")
-    own = session_of(model).budget
-    if not session_of(model).device.is_host:
+    own = runtime_of(model).budget
+    if not runtime_of(model).model.device.is_host:
         pytest.skip("a device has a budget of its own")
     model(**ZOO["llama"].batch())
     assert own.room_bytes - own.activation_bytes - own.host_inputs_bytes in rooms

@@ -15,7 +15,7 @@ import outsize
 from outsize import Pins
 from outsize.config import ComputeType
 from outsize.engine import api, layer
-from outsize.engine.session import session_of
+from outsize.engine.runtime import runtime_of
 from outsize.optim import Kernel, gpu_kernel
 from outsize.optim.rules import RULES
 from outsize.store import offload
@@ -124,12 +124,12 @@ def test_a_step_reads_no_value_of_the_device(name, home, pins, paper, tmp_path, 
 
 
 def test_an_argument_that_the_model_changed_is_not_taken_from_the_host(paper, tmp_path):
-    session = session_of(opened(ZOO["llama"].build().train(), home="host"))
+    runtime = runtime_of(opened(ZOO["llama"].build().train(), home="host"))
     ids = torch.zeros(2, 3, dtype=torch.long)
-    (moved,), _ = session.arguments.moved((ids,), {})
-    assert session.arguments.known_on_host(moved.view(3, 2)).shape == (3, 2)
+    (moved,), _ = runtime.model.arguments.moved((ids,), {})
+    assert runtime.model.arguments.known_on_host(moved.view(3, 2)).shape == (3, 2)
     moved[:, 0] = 1
-    assert session.arguments.known_on_host(moved) is None
+    assert runtime.model.arguments.known_on_host(moved) is None
 
 
 def test_a_rule_is_tried_on_the_device_as_it_is_called(monkeypatch):

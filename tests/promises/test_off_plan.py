@@ -11,7 +11,7 @@ from transformers import DynamicCache
 
 import outsize
 from outsize import Pins
-from outsize.engine.session import session_of
+from outsize.engine.runtime import runtime_of
 from outsize.errors import UsageError
 from outsize.tier import SlowTier
 from tests.running import (
@@ -274,7 +274,7 @@ def test_a_closed_session_gives_everything_back(tmp_path):
     model = opened(ZOO["llama"].build().train(), disk=tmp_path, home="disk")
     train(model, [ZOO["llama"].batch()])
     arena = executor_of(model).store.arena
-    close(session_of(model))
+    close(runtime_of(model))
     assert arena.in_use_bytes == 0
     assert not list(tmp_path.iterdir())
 

@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 import outsize
 from outsize import Pins
 from outsize.engine.layer import Layer
-from outsize.engine.session import session_of
+from outsize.engine.runtime import runtime_of
 from outsize.errors import UsageError
 from tests.running import (
     adamw,
@@ -76,7 +76,7 @@ def noting_rows(forward, seen):
 def rows_seen(model, batch):
     """How many rows (or multiples of one) the linear layers inside of layers are given at once."""
     seen = set()
-    for point in session_of(model).points.values():
+    for point in runtime_of(model).points.values():
         if isinstance(point, Layer):
             for child in point.module.modules():
                 if isinstance(child, nn.Linear | nn.Conv1d | Conv1D) and child is not point.module:

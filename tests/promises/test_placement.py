@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 import outsize
 from outsize import Pins
-from outsize.engine.session import session_of
+from outsize.engine.runtime import runtime_of
 from outsize.tier import SlowTier
 from tests.running import close, executor_of, opened, values_of, wrapped_disk
 from tests.zoo import ZOO
@@ -71,7 +71,7 @@ def trained(run, **options):
                 losses.append(model(**ZOO[run.name].batch(seed=99)).loss)
     values = values_of(model)
     report = outsize.report(model)
-    close(session_of(model))
+    close(runtime_of(model))
     return losses, values, report
 
 
@@ -182,7 +182,7 @@ def test_updates_of_one_block_follow_each_other(dtype, tmp_path, monkeypatch):
             for _ in range(4):
                 optimizer.step()
             results.append(values_of(model))
-            close(session_of(model))
+            close(runtime_of(model))
     assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
 
 

@@ -7,7 +7,7 @@ import outsize
 from outsize import Pins
 from outsize.block import Plane
 from outsize.engine import executor as executor_module
-from outsize.engine.session import session_of
+from outsize.engine.runtime import runtime_of
 from outsize.plan import Backward, Forward, Plan, Read, Update, check
 from tests.running import adamw, executor_of, opened, train
 from tests.zoo import ZOO
@@ -54,7 +54,7 @@ def test_memory_is_what_the_plan_says(name, weight_slots, tmp_path, monkeypatch)
     pins = Pins(weight_slots=weight_slots, gradient_slots=2)
     model = opened(ZOO[name].build().train(), disk=tmp_path, home="disk", pins=pins)
     train(model, [[ZOO[name].batch(seed=2 * i + part) for part in range(2)] for i in range(3)])
-    placement, store = session_of(model).budget.placement, executor_of(model).store
+    placement, store = runtime_of(model).budget.placement, executor_of(model).store
     assert placement is not None
     weights, gradients = store.slot_high_water
     assert weights == tuple(map(max, *(peak.weight_slots for peak in peaks)))

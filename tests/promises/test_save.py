@@ -12,7 +12,7 @@ from torch import nn
 
 import outsize
 from outsize import Pins
-from outsize.engine.session import session_of
+from outsize.engine.runtime import runtime_of
 from outsize.errors import ModelError, UsageError, WeightsError
 from tests.model.helpers import stored
 from tests.running import (
@@ -225,7 +225,7 @@ def test_a_first_call_that_fails_keeps_nothing(tmp_path):
     with pytest.raises(ModelError, match="no initial value to scale"):
         model(**plain_batch())
     try:
-        assert session_of(model).executor is None
+        assert runtime_of(model).backing.executor is None
         assert not list(tmp_path.iterdir())
     finally:
         abandon(model)
@@ -240,7 +240,7 @@ def test_tensors_that_were_taken_over_are_let_go(tmp_path):
     module = plain_stack()
     module.inlet.weight = nn.Parameter(module.inlet.weight.detach().as_subclass(Watched))
     model = outsize.wrap(module, disk=tmp_path, home="disk")
-    reference = weakref.ref(session_of(model).source._tensors["inlet.weight"])
+    reference = weakref.ref(runtime_of(model).backing.source._tensors["inlet.weight"])
     train(model, [plain_batch()])
     gc.collect()
     assert reference() is None

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 import outsize
 from outsize import Pins
-from outsize.engine.session import session_of
+from outsize.engine.runtime import runtime_of
 from outsize.errors import BudgetError
 from outsize.store import weight_reader
 from tests.promises.test_device import with_twin
@@ -66,22 +66,22 @@ def test_memory_that_calls_leave_unused_holds_weights_until_a_call_needs_it(name
     folder = saved(tmp_path / "model", name)
     _, expected = logits(folder, name, home="host")
     model, _ = logits(folder, name, pins=STREAMED)
-    store, session = executor_of(model).store, session_of(model)
+    store, runtime = executor_of(model).store, runtime_of(model)
     assert not store.placement.pieces
-    session.budget.change_settings(replace(session.settings, pins=Pins()))
-    limit, read = session.budget.limit_bytes, []
+    runtime.budget.change_settings(replace(runtime.setup.settings, pins=Pins()))
+    limit, read = runtime.budget.limit_bytes, []
     with torch.no_grad():
         for limit_bytes in (limit, limit, 1, 1, limit):
-            session.budget.limit_bytes = limit_bytes
+            runtime.budget.limit_bytes = limit_bytes
             before = outsize.report(model).bytes_read
             again = [model(**ZOO[name].batch(seed=seed)).logits for seed in (1, 2)]
             read.append(outsize.report(model).bytes_read - before)
             assert all(torch.equal(one, other) for one, other in zip(again, expected, strict=True))
             assert bool(store.placement.pieces) is (limit_bytes == limit)
-            assert session.budget.placement == store.placement
+            assert runtime.budget.placement == store.placement
             assert store.arena.in_use_bytes == store.arena.limit_bytes == store.placement.arena_bytes
     assert read[1] < read[3] // 4, "but for rows of embeddings nothing is read"
-    session.close()
+    runtime.setup.close()
 
 
 def test_a_disk_that_could_not_hold_it_is_enough(tmp_path):

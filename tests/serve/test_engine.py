@@ -8,7 +8,7 @@ import torch
 
 import outsize
 from outsize import Pins
-from outsize.engine.calls import Calls
+from outsize.engine.calls import CallTracker
 from outsize.errors import BudgetError, ConfigError, ModelError, RequestError
 from outsize.serve import Engine, Finish, Request, Sampling, Stream, open_engine
 from outsize.serve.schedule import Sample
@@ -351,12 +351,12 @@ def test_a_cache_that_is_too_small_is_refused_with_the_numbers(model):
 
 
 def test_a_cache_that_nobody_asked_for_gives_way_to_the_model(tmp_path, monkeypatch):
-    tried, settle = [], Calls.settle_for
+    tried, settle = [], CallTracker.settle_for
 
     def refuse(calls, arguments):
         tried.append(weakref.ref(arguments["paged"].kv))
         if len(tried) < 3:
-            monkeypatch.setattr(calls._session.budget, "place", _too_large)
+            monkeypatch.setattr(calls._budget, "place", _too_large)
         else:
             monkeypatch.undo()
         return settle(calls, arguments)
@@ -366,14 +366,14 @@ def test_a_cache_that_nobody_asked_for_gives_way_to_the_model(tmp_path, monkeypa
         return Engine(model, pass_tokens=8, **options).runner.kv.num_pages - 1
 
     most = pages()
-    monkeypatch.setattr(Calls, "settle_for", refuse)
+    monkeypatch.setattr(CallTracker, "settle_for", refuse)
     gc.disable()  # what was tried goes at once, not when the collector comes by
     try:
         assert pages() == most // 4
         assert tried[0]() is None and tried[1]() is None
     finally:
         gc.enable()
-    monkeypatch.setattr(Calls, "settle_for", refuse)
+    monkeypatch.setattr(CallTracker, "settle_for", refuse)
     tried.clear()
     with pytest.raises(BudgetError, match="too large"):
         pages(kv="64KiB")

@@ -8,7 +8,7 @@ import torch
 
 import outsize
 from outsize import Pins
-from outsize.engine.session import session_of
+from outsize.engine.runtime import runtime_of
 from outsize.serve import Engine, Request, open_engine
 from outsize.serve.single import SingleEngine
 from tests.running import opened
@@ -72,7 +72,7 @@ def test_streamed(name, tmp_path, monkeypatch):
     plain, prompts = lively(name), prompts_of(LENGTHS)
     model = opened(plain, disk=tmp_path, home="disk", pins=Pins(weight_slots=1))
     model.requires_grad_(False)
-    engine, source, fetched = Engine(model, pass_tokens=16), session_of(model).source, Counter()
+    engine, source, fetched = Engine(model, pass_tokens=16), runtime_of(model).backing.source, Counter()
 
     def count(block, targets, read=source.read):
         fetched[block.name] += 1

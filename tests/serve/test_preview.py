@@ -3,7 +3,7 @@
 import pytest
 
 import outsize
-from outsize.engine.session import session_of
+from outsize.engine.runtime import runtime_of
 from outsize.errors import BudgetError
 from outsize.serve import Workload, open_engine
 from outsize.serve.runner import Runner
@@ -26,7 +26,7 @@ def folder(tmp_path):
 
 def engine_of(folder, host, workload):
     model = outsize.load(folder, dtype="float32", host=host).requires_grad_(False)
-    return session_of(model), open_engine(model, workload=workload)
+    return runtime_of(model), open_engine(model, workload=workload)
 
 
 @pytest.mark.parametrize(("sequences", "tokens"), [(1, 20), (3, 200)])
@@ -36,10 +36,10 @@ def test_a_plan_for_generating_is_what_an_engine_takes(sequences, tokens, folder
     options = {"batch_size": sequences, "seq_len": tokens, "dtype": "float32", "train": False}
     summary = outsize.preview(folder, host=host, **options)
     assert summary.fits, summary.reason
-    session, engine = engine_of(folder, host, Workload(sequences, tokens))
-    assert summary.host_bytes == session.budget.host_bytes()
-    assert engine.runner.kv.num_bytes == session.budget.reserved_bytes
-    assert ("KV cache", session.budget.reserved_bytes) in [(row.what, row.num_bytes) for row in summary.rows]
+    runtime, engine = engine_of(folder, host, Workload(sequences, tokens))
+    assert summary.host_bytes == runtime.budget.host_bytes()
+    assert engine.runner.kv.num_bytes == runtime.budget.reserved_bytes
+    assert ("KV cache", runtime.budget.reserved_bytes) in [(row.what, row.num_bytes) for row in summary.rows]
 
 
 def test_what_a_plan_refuses_an_engine_refuses(folder, monkeypatch):
@@ -54,10 +54,10 @@ def test_what_a_plan_refuses_an_engine_refuses(folder, monkeypatch):
 
 def test_only_rows_that_are_wanted_have_logits(folder):
     """Of a short prompt one row and its guesses, not as many as a pass may have tokens."""
-    session, _ = engine_of(folder, None, Workload(1, 20))
-    few = session.budget.activation_bytes
-    session, _ = engine_of(folder, None, Workload(8, 200))
-    assert few < 17 * 20_000 * 4 * 2 < session.budget.activation_bytes
+    runtime, _ = engine_of(folder, None, Workload(1, 20))
+    few = runtime.budget.activation_bytes
+    runtime, _ = engine_of(folder, None, Workload(8, 200))
+    assert few < 17 * 20_000 * 4 * 2 < runtime.budget.activation_bytes
 
 
 def test_one_sequence_longer_than_the_share_is_served(folder):

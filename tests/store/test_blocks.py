@@ -7,7 +7,7 @@ from torch import nn
 import outsize
 from outsize import Pins
 from outsize.block import Plane
-from outsize.engine.session import session_of
+from outsize.engine.runtime import runtime_of
 from outsize.optim import join
 from outsize.store import memory
 from tests.running import adamw, assert_same_weights, executor_of, opened, train
@@ -60,7 +60,7 @@ def test_planes_live_where_the_placement_says(tmp_path):
     pins = Pins(resident_bytes=100_000)
     model = opened(ZOO["llama"].build().train(), disk=tmp_path, pins=pins)
     train(model, [ZOO["llama"].batch()])
-    placement = session_of(model).budget.placement
+    placement = runtime_of(model).budget.placement
     kinds = set()
     for state in executor_of(model).store:
         for plane in (Plane.WEIGHT, Plane.GRADIENT, *state.record.state):

@@ -7,7 +7,7 @@ import torch
 
 import outsize
 from outsize import Pins
-from outsize.engine.session import session_of
+from outsize.engine.runtime import runtime_of
 from outsize.errors import StateLostError
 from outsize.plan import Op
 from outsize.store.blocks import BlockStore
@@ -60,7 +60,7 @@ def expected(tmp_path, home="disk"):
     model, optimizer = llama(tmp_path, home)
     losses = train(model, BATCHES, optimizer)
     values = values_of(model)
-    close(session_of(model))
+    close(runtime_of(model))
     return losses, values
 
 
@@ -76,7 +76,7 @@ def assert_the_interrupted_step_can_be_repeated(home, tmp_path, monkeypatch, int
     assert train(model, BATCHES[1:], optimizer) == losses[1:]
     again = values_of(model)
     assert all(torch.equal(again[key], value) for key, value in values.items())
-    close(session_of(model))
+    close(runtime_of(model))
 
 
 @pytest.mark.parametrize("after", [False, True])
@@ -147,7 +147,7 @@ def test_a_step_that_is_interrupted_on_the_way_is_ended_by_the_next_call(repeats
     assert optimizer.num_updates == len(BATCHES)
     again = values_of(model)
     assert all(torch.equal(again[key], value) for key, value in values.items())
-    close(session_of(model))
+    close(runtime_of(model))
 
 
 def test_a_gradient_that_is_partly_summed_is_refused_until_it_is_dropped(tmp_path, monkeypatch):
@@ -172,7 +172,7 @@ def test_a_gradient_that_is_partly_summed_is_refused_until_it_is_dropped(tmp_pat
     model(**BATCHES[0]).loss.backward()
     assert torch.equal(weight.grad.clone(), before)
     optimizer.step()
-    close(session_of(model))
+    close(runtime_of(model))
 
 
 def test_an_update_that_stops_half_way_is_refused_and_the_last_commit_loads(tmp_path, monkeypatch):
@@ -199,7 +199,7 @@ def test_an_update_that_stops_half_way_is_refused_and_the_last_commit_loads(tmp_
             with pytest.raises(StateLostError, match=r"update of block .* \(no memory\)") as refusal:
                 refused()
             assert "outsize.checkpoint.resume" in refusal.value.hint
-    close(session_of(model))
+    close(runtime_of(model))
     model, optimizer = llama(tmp_path / "scratch")
     assert outsize.checkpoint.resume(model, optimizer, tmp_path / "store") is not None
     again = values_of(model)
@@ -218,7 +218,7 @@ def test_an_update_that_failed_before_it_began_is_applied_later(tmp_path, monkey
     assert train(model, BATCHES[2:], optimizer) == losses[2:]
     again = values_of(model)
     assert all(torch.equal(again[key], value) for key, value in values.items())
-    close(session_of(model))
+    close(runtime_of(model))
 
 
 def test_undoing_that_is_interrupted_is_done_again():

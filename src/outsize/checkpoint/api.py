@@ -38,7 +38,7 @@ from outsize.checkpoint.reading import CommitReader, CommitSource
 from outsize.checkpoint.store import Committed, Store
 from outsize.engine.executor import Executor
 from outsize.engine.optimizer import Optimizer
-from outsize.engine.session import Session, session_of
+from outsize.engine.runtime import Runtime, runtime_of
 from outsize.errors import StorageError, UsageError
 from outsize.hardware.identity import package_version
 from outsize.model import SafetensorsSource, attention_of, write_companions
@@ -72,22 +72,22 @@ def resume(
     Raises StorageError where another process has the store, CorruptionError where it is damaged, UsageError where the
     model was called before, or the commit is another optimizer's.
     """
-    session, own = session_of(model), _own(optimizer)
-    store = _attach(session, Path(path), keep)
+    runtime, own = runtime_of(model), _own(optimizer)
+    store = _attach(runtime, Path(path), keep)
     try:
         manifest = store.resume()
         if manifest is None:
             return None
-        _check_source(session, manifest)
+        _check_source(runtime, manifest)
         own.restore_state(manifest.optimizer)
         if manifest.random is not None:
             _restore_random(manifest.random)
-        notes = _notes(session, manifest)
+        notes = _notes(runtime, manifest)
         reader = store.reader()
-        notes += _restore_module(session, reader)
-        session.committed = CommitSource(reader, session.own_source)
+        notes += _restore_module(runtime, reader)
+        runtime.backing.committed = CommitSource(reader, runtime.backing.own_source)
     except BaseException:
-        session.live_in(None)
+        runtime.setup.live_in(None)
         store.close()
         raise
     for note in notes:
@@ -111,12 +111,12 @@ def commit(
 
     Raises what went wrong with an earlier commit, UsageError where the model was called before it had a store.
     """
-    session, own = session_of(model), _own(optimizer)
-    store = session.versions
+    runtime, own = runtime_of(model), _own(optimizer)
+    store = runtime.backing.versions
     if store is None:
-        store = _attach(session, Path(path), keep)
+        store = _attach(runtime, Path(path), keep)
         if store.resume() is not None:
-            session.live_in(None)
+            runtime.setup.live_in(None)
             store.close()
             raise UsageError(
                 f"{path} holds commits of an earlier run", hint="call outsize.checkpoint.resume first"
@@ -124,27 +124,27 @@ def commit(
     assert isinstance(store, Store)
     if os.path.realpath(path) != os.path.realpath(store.folder):
         raise UsageError(f"the model lives in {store.folder}", hint=f'commit to "{store.folder}"')
-    if session.executor is None:
+    if runtime.backing.executor is None:
         return  # nothing was done yet
-    session.executor.enter()
+    runtime.backing.executor.enter()
     draft = Manifest(
         step=own.num_updates,
         written=datetime.now(UTC).isoformat(timespec="seconds"),
-        compute_type=session.settings.compute_type,
-        rule=session.rule.name if session.rule is not None else "",
+        compute_type=runtime.setup.settings.compute_type,
+        rule=runtime.setup.rule.name if runtime.setup.rule is not None else "",
         optimizer=to_jsonable(own.commit_state(), "the optimizer's settings"),
         random=_random_state(),
         extra=to_jsonable(dict(extra or {}), "extra"),
-        run=_run_facts(session),
+        run=_run_facts(runtime),
         blocks=(),
     )
     if not (store.folder / MODEL).exists():
         write_companions(model, store.folder / MODEL)
-    captures = session.executor.store.snapshots
+    captures = runtime.backing.executor.store.snapshots
     assert captures is not None
     if captures.is_under_way:
-        _settle(session.executor)
-    store.commit(draft, ModuleState.of(session.module), captures.begin)
+        _settle(runtime.backing.executor)
+    store.commit(draft, ModuleState.of(runtime.model.module), captures.begin)
 
 
 def finish(model: nn.Module) -> Committed | None:
@@ -152,11 +152,11 @@ def finish(model: nn.Module) -> Committed | None:
 
     Raises what went wrong with a commit.
     """
-    session = session_of(model)
-    if not isinstance(session.versions, Store) or session.executor is None:
+    runtime = runtime_of(model)
+    if not isinstance(runtime.backing.versions, Store) or runtime.backing.executor is None:
         return None
-    _settle(session.executor)
-    return session.versions.wait()
+    _settle(runtime.backing.executor)
+    return runtime.backing.versions.wait()
 
 
 def _settle(executor: Executor) -> None:
@@ -172,7 +172,7 @@ def close(model: nn.Module) -> None:
 
     A commit whose blocks are captured becomes durable first; one that waits for the next step is given up (`finish`).
     """
-    session_of(model).close()
+    runtime_of(model).setup.close()
 
 
 def _own(optimizer: torch.optim.Optimizer) -> Optimizer:
@@ -185,26 +185,26 @@ def _own(optimizer: torch.optim.Optimizer) -> Optimizer:
     return inner
 
 
-def _attach(session: Session, path: Path, keep: int) -> Store:
-    if session.versions is not None:
+def _attach(runtime: Runtime, path: Path, keep: int) -> Store:
+    if runtime.backing.versions is not None:
         raise UsageError("the model has a store already", hint="call resume once, before the first step")
-    if session.executor is not None:
+    if runtime.backing.executor is not None:
         raise UsageError(
             "the model was called before it had a store, and lives in scratch space",
             hint="call outsize.checkpoint.resume(model, optimizer, path) before the first call of the model",
         )
-    ModuleState.of(session.module)  # what cannot be committed is refused before anything is computed
-    store = Store.claim(path, keep, [disk.folder for disk in session.settings.budgets.disks])
-    session.live_in(store)
+    ModuleState.of(runtime.model.module)  # what cannot be committed is refused before anything is computed
+    store = Store.claim(path, keep, [disk.folder for disk in runtime.setup.settings.budgets.disks])
+    runtime.setup.live_in(store)
     return store
 
 
-def _check_source(session: Session, manifest: Manifest) -> None:
+def _check_source(runtime: Runtime, manifest: Manifest) -> None:
     """Weights that were never updated still come from the model's own files: those must be the same."""
     before = manifest.run["source"]["files"]
     if all(block.is_stored for block in manifest.blocks) or not before:
         return
-    now = _source_files(session)["files"]
+    now = _source_files(runtime)["files"]
     if now != before:
         different = next(
             (name for name in before if now.get(name) != before[name]), next(iter(now), "the model's folder")
@@ -215,33 +215,33 @@ def _check_source(session: Session, manifest: Manifest) -> None:
         )
 
 
-def _restore_module(session: Session, reader: CommitReader) -> list[str]:
+def _restore_module(runtime: Runtime, reader: CommitReader) -> list[str]:
     """Buffers and extra state become those of the commit; what to note where it has none."""
     state = reader.module_state()
     if state is None:
-        if not persistent_buffers(session.module):
+        if not persistent_buffers(runtime.model.module):
             return []
         return [
             "the commit has no buffers, as an earlier release made it: they begin as in the model's folder"
         ]
-    state.check(session.module, f"the commit of step {reader.manifest.step}")
-    state.restore(session.module)
+    state.check(runtime.model.module, f"the commit of step {reader.manifest.step}")
+    state.restore(runtime.model.module)
     return []
 
 
-def _source_files(session: Session) -> dict[str, Any]:
+def _source_files(runtime: Runtime) -> dict[str, Any]:
     """The folder that weights come from until they are updated, and the sizes of its files."""
-    source = session.source
+    source = runtime.backing.source
     if not isinstance(source, SafetensorsSource):
         return {"folder": "", "files": {}}
     return {"folder": str(source.folder.resolve()), "files": source.file_bytes()}
 
 
-def _updated_on_device(session: Session) -> list[str]:
+def _updated_on_device(runtime: Runtime) -> list[str]:
     """Blocks that a device with memory of its own updates; the host's kernel rounds some operations differently."""
-    if session.executor is None:
+    if runtime.backing.executor is None:
         return []
-    store = session.executor.store
+    store = runtime.backing.executor.store
     return [state.name for state in store if store.updates_in_place(state)]
 
 
@@ -279,19 +279,23 @@ def _decode(text: str) -> torch.Tensor:
     return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
 
 
-def _run_facts(session: Session) -> dict[str, Any]:
-    call = session.calls.last_training
-    kernel = session.kernel(session.settings.compute_type) if session.kernel is not None else None
+def _run_facts(runtime: Runtime) -> dict[str, Any]:
+    call = runtime.visits.call.last_training
+    kernel = (
+        runtime.setup.kernel(runtime.setup.settings.compute_type)
+        if runtime.setup.kernel is not None
+        else None
+    )
     return {
         "tile_rows": call.tile_rows if call is not None else None,
-        "loss_tile_elements": session.loss_tile_elements,
+        "loss_tile_elements": runtime.loss_tile_elements,
         "threads": torch.get_num_threads(),
-        "compiled": session.compiler.compiled,
-        "attention": attention_of(session.module),
+        "compiled": runtime.visits.compiler.compiled,
+        "attention": attention_of(runtime.model.module),
         "backend": str(kernel.backend) if kernel is not None else None,
-        "device": str(session.torch_device),
-        "updated_on_device": _updated_on_device(session),
-        "source": _source_files(session),
+        "device": str(runtime.model.torch_device),
+        "updated_on_device": _updated_on_device(runtime),
+        "source": _source_files(runtime),
         "libraries": {
             "outsize": package_version(),
             "torch": torch.__version__,
@@ -301,27 +305,29 @@ def _run_facts(session: Session) -> dict[str, Any]:
     }
 
 
-def _notes(session: Session, manifest: Manifest) -> list[str]:
+def _notes(runtime: Runtime, manifest: Manifest) -> list[str]:
     """Keep what the commit was computed with, and name what is different now."""
     notes = []
     before = manifest.run
-    if before["tile_rows"] is not None and not session.keep_tiles(int(before["tile_rows"])):
+    if before["tile_rows"] is not None and not runtime.setup.keep_tiles(int(before["tile_rows"])):
         notes.append(f"blocks computed {before['tile_rows']} rows at once, and are pinned to other tiles now")
     elements = before.get("loss_tile_elements")
-    if elements is not None and before["device"] == str(session.torch_device):
-        session.loss_tile_elements = int(elements)
+    if elements is not None and before["device"] == str(runtime.model.torch_device):
+        runtime.loss_tile_elements = int(elements)
     was_compiled = bool(before.get("compiled"))
-    if session.settings.compile is None:
-        session.compiler.is_on = was_compiled
-    elif session.compiler.is_on != was_compiled:
+    if runtime.setup.settings.compile is None:
+        runtime.visits.compiler.is_on = was_compiled
+    elif runtime.visits.compiler.is_on != was_compiled:
         notes.append(f"layers were {'' if was_compiled else 'not '}compiled before")
-    now = {"threads": torch.get_num_threads(), "device": str(session.torch_device)}
-    now["attention"] = attention_of(session.module)
+    now = {"threads": torch.get_num_threads(), "device": str(runtime.model.torch_device)}
+    now["attention"] = attention_of(runtime.model.module)
     for name, value in now.items():
         if before.get(name, value) != value:
             notes.append(f"{name}: {before[name]} before, {value} now")
-    if manifest.compute_type != session.settings.compute_type:
-        notes.append(f"compute type: {manifest.compute_type} before, {session.settings.compute_type} now")
+    if manifest.compute_type != runtime.setup.settings.compute_type:
+        notes.append(
+            f"compute type: {manifest.compute_type} before, {runtime.setup.settings.compute_type} now"
+        )
     if before["libraries"].get("torch", torch.__version__) != torch.__version__:
         notes.append(f"torch: {before['libraries']['torch']} before, {torch.__version__} now")
     return [f"{note}: the numbers may differ in their last bits" for note in notes]

@@ -1,8 +1,8 @@
-"""A store of commits, as a run writes it: the disk tier of a session, and the manifests beside it.
+"""A store of commits, as a run writes it: the disk tier of a runtime, and the manifests beside it.
 
     store = Store.claim(folder, commits=2)     # locked for this process
     store.resume()                             # the newest manifest, or None
-    session.versions = store                   # at its first call the session lays its records out here
+    runtime.backing.versions = store                   # at its first call the runtime lays its records out here
     store.commit(draft)                        # declared now, durable later, by a thread of its own
 
 The order in which a commit becomes durable: what was written to the data (fdatasync), the buffers (fsync, rename, fsync
@@ -125,7 +125,7 @@ class Store:
     # -- what there is -------------------------------------------------------------------------------------------
 
     def resume(self) -> Manifest | None:
-        """The newest commit, which the session then starts from; None where there is none.
+        """The newest commit, which the runtime then starts from; None where there is none.
 
         Raises CorruptionError where a manifest is damaged: no commit is passed over in silence.
         """
@@ -147,7 +147,7 @@ class Store:
         assert self.resumed is not None and self._header is not None
         return CommitReader(self.folder, self._header, self.resumed)
 
-    # -- what a session asks (`outsize.store.commit_store.CommitStore`) ---------------------------------------------------
+    # -- what a runtime asks (`outsize.store.commit_store.CommitStore`) ---------------------------------------------------
 
     def open(
         self,
@@ -200,7 +200,7 @@ class Store:
         return Opened(versions, frozenset(restored))
 
     def is_closing(self) -> None:
-        """The session closes its disk: what is being committed is over first, or given up."""
+        """The runtime closes its disk: what is being committed is over first, or given up."""
         for future in self._pending:
             if not future.done() and not future.cancel():
                 future.exception()
@@ -220,7 +220,7 @@ class Store:
         if draft.step == self._declared_step or draft.step in self._manifests:
             return
         tier = self._tier
-        assert tier is not None, "the session has not laid its records out yet"
+        assert tier is not None, "the runtime has not laid its records out yet"
         future: Future[Committed] = Future()
         self._pending.append(future)
 

@@ -12,8 +12,8 @@ from torch import nn
 from outsize.config import Budgets, ComputeType, Disk, Home, OnDeviceFull, Pins, Settings
 from outsize.engine.methods import take_methods_over
 from outsize.engine.placeholder import OffloadedParameter
+from outsize.engine.runtime import Runtime, runtime_of
 from outsize.engine.saving import write_model
-from outsize.engine.session import Session, session_of
 from outsize.engine.surroundings import outside_inference_mode
 from outsize.errors import ConfigError, ModelError, UsageError
 from outsize.model import (
@@ -177,7 +177,7 @@ def save(
     StorageError and StorageFullError where the disk fails, and then an earlier model in the folder is whole.
     """
     write_model(
-        session_of(model),
+        runtime_of(model),
         Path(path),
         existing=Existing.UPDATE if overwrite else Existing.REFUSE,
         tokenizer_from=tokenizer_from,
@@ -247,7 +247,7 @@ def _compute_type(dtype: str | torch.dtype | None) -> ComputeType:
 def _take_over(module: nn.Module, source: Source, settings: Settings, profile: Profile | None) -> nn.Module:
     memory.keep_freed_memory()
     memory.bound_kernel_caches()
-    Session(module, cut(module), source, settings, open_device(settings), profile)
+    Runtime(module, cut(module), source, settings, open_device(settings), profile)
     take_methods_over(module)
     return module
 

@@ -15,14 +15,6 @@ import torch
 Shape = tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class BatchDims:
-    """The batch dimension of each tensor that enters and leaves a visit; None where a tensor has none."""
-
-    inputs: tuple[int | None, ...]
-    outputs: tuple[int | None, ...]
-
-
 def find_dims(
     shapes: Sequence[Shape], others: Sequence[Shape], rows: int, other_rows: int
 ) -> tuple[int | None, ...] | None:

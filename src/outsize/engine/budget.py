@@ -1,6 +1,6 @@
 """The memory of one model: what each part of it takes, and so which planes can stay.
 
-Of the limit, the process itself comes first, then activations as the rehearsal measured them, then the arenas, into
+Of the limit, the process itself comes first, then activations as the workload measured them, then the arenas, into
 which planes are placed. Between visits, freed memory is given back where the next one would pass the limit.
 
 A device with memory of its own has a limit of its own, for activations, slots and what is resident there; the host's is
@@ -20,13 +20,13 @@ import torch
 from outsize.block import Plane, Record
 from outsize.config import Home, OnDeviceFull, Pins, Settings, format_bytes
 from outsize.engine.needs import Attempt, Needs, needs_at, needs_of
-from outsize.engine.probe import BatchShape, Rehearsal
 from outsize.errors import BudgetError
 from outsize.plan import Placement, is_stored, place, place_apart
 from outsize.plan.place import GROUPS, group_bytes, with_pieces
 from outsize.plan.planner import Choice, choose, prefer, waits
 from outsize.plan.profile import Profile
 from outsize.plan.simulate import Costs
+from outsize.plan.workload import BatchShape, Workload
 from outsize.store import finalizers, memory
 from outsize.store.commit_store import Layout
 from outsize.store.scratch import DiskShortage, disk_bytes
@@ -154,7 +154,7 @@ class Budget:
     def place(
         self,
         records: Sequence[Record],
-        rehearsal: Rehearsal,
+        workload: Workload,
         shape: BatchShape,
         foresight: Foresight | None = None,
     ) -> Placement:
@@ -162,13 +162,13 @@ class Budget:
 
         Raises BudgetError where they do not fit, naming what does.
         """
-        self._measure(records, rehearsal)
-        fits = list(self._fitting(records, rehearsal, shape))
+        self._measure(records, workload)
+        fits = list(self._fitting(records, workload, shape))
         self.choices = []
         fit = self._simplest(fits)
         if foresight is not None:
             others = [other for other in fits if other is not fit]
-            self.choices = self._compared(fit, others, records, rehearsal, shape, foresight)
+            self.choices = self._compared(fit, others, records, workload, shape, foresight)
             fit = replace(self.choices[0].way, placement=self.choices[0].placement)
         self.activation_bytes, self.host_inputs_bytes = fit.needs.num_bytes, fit.needs.host_bytes
         self._fit = fit
@@ -185,14 +185,14 @@ class Budget:
         """Left for what is not planned."""
         return max(SLACK_BYTES, self.limit_bytes // SLACK_SHARE)
 
-    def fits(self, records: Sequence[Record], rehearsal: Rehearsal, shape: BatchShape) -> bool:
+    def fits(self, records: Sequence[Record], workload: Workload, shape: BatchShape) -> bool:
         """Whether calls of this shape fit, with as much to spare as what a hint names should have."""
-        self._measure(records, rehearsal)
-        return self._any_fits(records, rehearsal, shape)
+        self._measure(records, workload)
+        return self._any_fits(records, workload, shape)
 
-    def _measure(self, records: Sequence[Record], rehearsal: Rehearsal) -> None:
+    def _measure(self, records: Sequence[Record], workload: Workload) -> None:
         """What the process has now, and what that leaves; what a call does not need."""
-        self._idle = frozenset(r.name for r in records) - {visit.block for visit in rehearsal.visits}
+        self._idle = frozenset(r.name for r in records) - {visit.block for visit in workload.visits}
         finalizers.finish()  # of models that were dropped, what they had is free
         if sum(num_bytes for _, num_bytes in memory.open_models()) >= WORTH_COLLECTING_BYTES:
             gc.collect()  # they may be dropped, and wait in cycles for the collector
@@ -210,7 +210,7 @@ class Budget:
             self.room_bytes = min(self.device_limit_bytes, free) - DEVICE_SLACK_BYTES
 
     def choices_with(
-        self, more_bytes: int, records: Sequence[Record], rehearsal: Rehearsal, foresight: Foresight
+        self, more_bytes: int, records: Sequence[Record], workload: Workload, foresight: Foresight
     ) -> list[Choice[Fit]]:
         """What could be chosen with `more_bytes` of the host's memory, the fastest first; nothing is changed."""
         assert self._fit is not None
@@ -220,9 +220,9 @@ class Budget:
             larger = replace(fit, room=room + more_bytes, home_room=home_room + more_bytes)
         else:
             larger = replace(fit, home_room=home_room + more_bytes)
-        return self._fastest([larger], records, rehearsal, foresight)
+        return self._fastest([larger], records, workload, foresight)
 
-    def begin_call(self, rehearsal: Rehearsal, shape: BatchShape) -> int:
+    def begin_call(self, workload: Workload, shape: BatchShape) -> int:
         """The rows of the largest tile whose memory is within what is left beside the arenas.
 
         Raises BudgetError where not even the smallest is.
@@ -231,14 +231,14 @@ class Budget:
         room = self._room_beside_inputs - self._beside_activations(self.placement)
         tile_rows = self._wanted_tile_rows(shape)
         inputs, kept = self.placement.inputs, self.placement.kept
-        moved = needs_at(rehearsal, shape, tile_rows, inputs).moved_bytes
+        moved = needs_at(workload, shape, tile_rows, inputs).moved_bytes
         if inputs is not None and moved > self.placement.inputs_bytes:
             raise BudgetError(
                 f"the inputs of blocks take {format_bytes(moved)} for a batch of {shape.rows or 1} rows, "
                 f"{format_bytes(self.placement.inputs_bytes)} of the {inputs} were set aside for them",
                 hint="make the first call with the largest batch",
             )
-        while (needs := needs_at(rehearsal, shape, tile_rows, inputs, kept)).num_bytes > room:
+        while (needs := needs_at(workload, shape, tile_rows, inputs, kept)).num_bytes > room:
             if tile_rows == 1 or self._settings.pins.tile_rows is not None:
                 raise BudgetError(
                     f"a batch of {shape.rows or 1} rows takes {format_bytes(needs.num_bytes)} of activations, "
@@ -325,7 +325,7 @@ class Budget:
         assert self._ceiling is not None
         self._ceiling.make_room(visit_bytes)
 
-    def _fitting(self, records: Sequence[Record], rehearsal: Rehearsal, shape: BatchShape) -> Iterator[Fit]:
+    def _fitting(self, records: Sequence[Record], workload: Workload, shape: BatchShape) -> Iterator[Fit]:
         """What fits: activations get memory first, then arenas. Raises BudgetError where nothing does."""
         least: Needs | None = None
         error: BudgetError | None = None
@@ -333,13 +333,13 @@ class Budget:
         any_fits = False
         for attempt in self._attempts(records, shape):
             try:
-                fit = self._fit_for(attempt, records, rehearsal, shape)
+                fit = self._fit_for(attempt, records, workload, shape)
             except BudgetError as failure:
                 # Kept with its frames it would keep, in a cycle, all that they hold: pages that are to be made smaller.
                 error = failure.with_traceback(None)
                 if isinstance(error, DiskShortage):
                     shortage = shortage or error  # memory was enough
-                needs = needs_of(attempt, rehearsal, shape)
+                needs = needs_of(attempt, workload, shape)
                 if least is None or needs.num_bytes + needs.host_bytes <= least.num_bytes + least.host_bytes:
                     least = needs
                 continue
@@ -352,7 +352,7 @@ class Budget:
         assert error is not None and least is not None
         self._least_needs = least
         self.activation_bytes, self.host_inputs_bytes = least.num_bytes, least.host_bytes
-        fewer = self._most_rows(records, rehearsal, shape)
+        fewer = self._most_rows(records, workload, shape)
         smaller = f"; or a batch of {fewer} instead of {shape.rows}" if fewer else ""
         smaller += _pinned(self._settings.pins)
         if not self._device.is_host:
@@ -376,12 +376,12 @@ class Budget:
         self,
         attempt: Attempt,
         records: Sequence[Record],
-        rehearsal: Rehearsal,
+        workload: Workload,
         shape: BatchShape,
         spare_bytes: int = 0,
     ) -> Fit:
         """Raises BudgetError where it does not fit in this way, with so much to spare."""
-        needs = needs_of(attempt, rehearsal, shape)
+        needs = needs_of(attempt, workload, shape)
         # Freed activations fit badly into one another; with room for a second visit, which is then all the slack there is,
         # nothing has to be given back.
         freed = max(0, needs.visit_bytes - self._slack_bytes) if attempt.is_roomy else 0
@@ -399,21 +399,21 @@ class Budget:
         placement = self._place(records, needs, room, home_room, self._settings.pins)
         return Fit(attempt, needs, room, home_room, placement)
 
-    def _most_rows(self, records: Sequence[Record], rehearsal: Rehearsal, shape: BatchShape) -> int:
+    def _most_rows(self, records: Sequence[Record], workload: Workload, shape: BatchShape) -> int:
         """The largest batch that fits, of fewer rows than `shape` has; 0 where none does."""
         most, too_many = 0, shape.rows or 1
         while too_many - most > 1:
             rows = (most + too_many) // 2
-            if self._any_fits(records, rehearsal, replace(shape, rows=rows)):
+            if self._any_fits(records, workload, replace(shape, rows=rows)):
                 most = rows
             else:
                 too_many = rows
         return most
 
-    def _any_fits(self, records: Sequence[Record], rehearsal: Rehearsal, shape: BatchShape) -> bool:
+    def _any_fits(self, records: Sequence[Record], workload: Workload, shape: BatchShape) -> bool:
         for attempt in self._attempts(records, shape):
             with suppress(BudgetError):
-                self._fit_for(attempt, records, rehearsal, shape, HINT_MARGIN_BYTES)
+                self._fit_for(attempt, records, workload, shape, HINT_MARGIN_BYTES)
                 return True
         return False
 
@@ -435,7 +435,7 @@ class Budget:
         fit: Fit,
         others: Sequence[Fit],
         records: Sequence[Record],
-        rehearsal: Rehearsal,
+        workload: Workload,
         shape: BatchShape,
         foresight: Foresight,
     ) -> list[Choice[Fit]]:
@@ -445,12 +445,12 @@ class Budget:
         """
         keeping = []
         if self._settings.pins.kept_blocks is None:
-            count = len(rehearsal.activations)
+            count = len(workload.activations)
             for part in (count, 3 * count // 4, count // 2, count // 4):
                 with suppress(BudgetError):
                     attempt = replace(fit.attempt, kept_blocks=part)
-                    keeping.append(self._fit_for(attempt, records, rehearsal, shape))
-        best = self._fastest([fit, *keeping], records, rehearsal, foresight)
+                    keeping.append(self._fit_for(attempt, records, workload, shape))
+        best = self._fastest([fit, *keeping], records, workload, foresight)
         if waits(best[0].simulation):
             smaller = [
                 other
@@ -459,11 +459,11 @@ class Budget:
             ]
             if fit.attempt.inputs is Home.DISK:
                 smaller += [other for other in others if other.attempt.inputs is not Home.DISK][:1]
-            best = prefer(best, self._fastest(smaller, records, rehearsal, foresight))
+            best = prefer(best, self._fastest(smaller, records, workload, foresight))
         return best
 
     def _fastest(
-        self, fits: Iterable[Fit], records: Sequence[Record], rehearsal: Rehearsal, foresight: Foresight
+        self, fits: Iterable[Fit], records: Sequence[Record], workload: Workload, foresight: Foresight
     ) -> list[Choice[Fit]]:
         ways = (
             (
@@ -476,7 +476,7 @@ class Budget:
         by_name = {record.name: record for record in records}
         has_home = self._settings.home is not None
         choices = choose(
-            ways, rehearsal.visits, by_name, foresight.profile, self._settings.pins, has_home=has_home
+            ways, workload.visits, by_name, foresight.profile, self._settings.pins, has_home=has_home
         )
         return [replace(choice, pins=self._exact_pins(choice, by_name)) for choice in choices]
 

@@ -8,73 +8,68 @@ unchanged. An embedding is linear in its table, so its backward needs no weights
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, final
 
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from outsize.block import Block
+from outsize.engine.arguments import Arguments
 from outsize.engine.guard import Guard
 from outsize.engine.layer import installed
 from outsize.engine.surroundings import Autocast
+from outsize.engine.visits import Visits
 from outsize.errors import UsageError
 from outsize.model import Point
-from outsize.plan import Direction
 from outsize.store.recovery import undone_by
-
-if TYPE_CHECKING:
-    from outsize.engine.session import Session
-
 
 SMALL_ROWS = 1 << 15
 """Rows of a table that is looked up whole where only the device knows the ids: positions, token types."""
 
 
+@final
 class Embedding:
     """A point whose module is an `nn.Embedding` with its table in row blocks."""
 
-    def __init__(self, session: Session, point: Point, module: nn.Embedding, blocks: Sequence[Block]) -> None:
-        self.session = session
+    def __init__(self, visits: Visits, point: Point, module: nn.Embedding) -> None:
+        self.visits = visits
+        self._model = visits.model
         self.point = point
         self.module = module
         self.original: Callable[[torch.Tensor], torch.Tensor] = module.forward
-        self.blocks = tuple(block.name for block in blocks)
+        self.blocks = point.blocks
         self.parameter = point.bindings[0].parameter
 
     def __call__(self, input: torch.Tensor) -> torch.Tensor:
         """The rows of `input`, as a visit."""
-        trains = torch.is_grad_enabled() and self.session.trains(self.blocks)
-        if self.session.probe is not None:
-            return self.session.probe.embedding(self, input, trains)
-        if not trains:
+        if not (torch.is_grad_enabled() and self._model.trains(self.blocks)):
             return self.forward(input)
-        output: torch.Tensor = _Embed.apply(self, self.session.anchor, input)  # type: ignore[no-untyped-call]
+        output: torch.Tensor = _Embed.apply(self, self._model.anchor, input)  # type: ignore[no-untyped-call]
         return output
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """Gather the distinct rows from the row blocks and look `ids` up in them."""
-        places = _Places.of(ids, self.module.num_embeddings, self.session)
+        places = _Places.of(ids, self.module.num_embeddings, self._model.arguments)
         distinct = places.distinct
         self._check(distinct)
         table = torch.empty(
             distinct.numel(),
             self.module.embedding_dim,
-            dtype=self.session.dtype,
-            device=self.session.torch_device,
+            dtype=self._model.dtype,
+            device=self._model.torch_device,
         )
         takes_rows = self.takes_rows
-        for name, start, stop in self.session.parameters.row_blocks(self.parameter):
+        for name, start, stop in self._model.parameters.row_blocks(self.parameter):
             first, last = _range(distinct, start, stop)
             if takes_rows:
-                self.session.parameters.take_rows(
+                self._model.parameters.take_rows(
                     name, self.parameter, distinct[first:last] - start, table[first:last]
                 )
                 continue
-            with self.session.visit((name,), Direction.FORWARD) as values:
+            with self.visits.forward((name,)) as values:
                 if first < last:
                     rows = values[self.parameter]
                     torch.index_select(rows, 0, places.rows[first:last] - start, out=table[first:last])
@@ -84,28 +79,28 @@ class Embedding:
     @property
     def takes_rows(self) -> bool:
         """Whether rows come one by one, from where the table stays or else from the files, without a visit."""
-        return self.session.parameters.gives_rows(self.parameter)
+        return self._model.parameters.gives_rows(self.parameter)
 
     def backward(self, ids: torch.Tensor, gradient: torch.Tensor, autocast: Autocast, guard: Guard) -> None:
         """Add to the gradients of all row blocks."""
-        guard.check(self.session.num_steps(self.blocks))
-        places = _Places.of(ids, self.module.num_embeddings, self.session)
+        guard.check(self.visits.num_steps(self.blocks))
+        places = _Places.of(ids, self.module.num_embeddings, self._model.arguments)
         distinct = places.distinct
         table = torch.zeros(
             distinct.numel(),
             self.module.embedding_dim,
-            dtype=self.session.dtype,
-            device=self.session.torch_device,
+            dtype=self._model.dtype,
+            device=self._model.torch_device,
         )
         table.requires_grad_()
         with self._compact(table, distinct), torch.enable_grad(), autocast.restore():
             output = self.original(places.inverse)
         output.backward(gradient)
         assert table.grad is not None
-        for name, start, stop in reversed(self.session.parameters.row_blocks(self.parameter)):
-            with self.session.visit_backward((name,), needs_weights=False):
+        for name, start, stop in reversed(self._model.parameters.row_blocks(self.parameter)):
+            with self.visits.backward((name,), needs_weights=False):
                 first, last = _range(distinct, start, stop)
-                rows = self.session.gradient_sum(name, self.parameter)
+                rows = self.visits.gradient_sum(name, self.parameter)
                 if rows is not None and first < last:
                     # Distinct rows: nothing is added twice, so the order of additions cannot matter on any device.
                     rows.index_add_(0, places.rows[first:last] - start, table.grad[first:last].to(rows.dtype))
@@ -133,7 +128,7 @@ class Embedding:
                 place = int(torch.searchsorted(distinct, padding))
                 is_there = place < distinct.numel() and int(distinct[place]) == padding
                 self.module.padding_idx = place if is_there else None
-            with installed(self.session.module, self.point.bindings, {self.parameter: table}):
+            with installed(self._model.module, self.point.bindings, {self.parameter: table}):
                 yield
 
 
@@ -147,15 +142,15 @@ class _Places:
     inverse: torch.Tensor
 
     @classmethod
-    def of(cls, ids: torch.Tensor, num_rows: int, session: Session) -> _Places:
-        known = ids if ids.device.type == "cpu" else session.arguments.known_on_host(ids)
+    def of(cls, ids: torch.Tensor, num_rows: int, arguments: Arguments) -> _Places:
+        known = ids if ids.device.type == "cpu" else arguments.known_on_host(ids)
         if known is None and num_rows <= SMALL_ROWS:
             distinct = torch.arange(num_rows, device="cpu")
-            return cls(distinct, session.arguments.on_device(distinct), ids)
+            return cls(distinct, arguments.on_device(distinct), ids)
         distinct, inverse = torch.unique(
-            session.arguments.on_host(ids) if known is None else known, return_inverse=True
+            arguments.on_host(ids) if known is None else known, return_inverse=True
         )
-        return cls(distinct, session.arguments.on_device(distinct), session.arguments.on_device(inverse))
+        return cls(distinct, arguments.on_device(distinct), arguments.on_device(inverse))
 
 
 def _range(distinct: torch.Tensor, start: int, stop: int) -> tuple[int, int]:
@@ -166,9 +161,10 @@ def _range(distinct: torch.Tensor, start: int, stop: int) -> tuple[int, int]:
 class _Embed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, embedding: Embedding, anchor: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        ctx.embedding, ctx.autocast = embedding, Autocast.current(embedding.session.device)
-        ctx.guard = embedding.session.guard(embedding.point)
-        known = embedding.session.arguments.known_on_host(ids)
+        model = embedding.visits.model
+        ctx.embedding, ctx.autocast = embedding, Autocast.current(model.device)
+        ctx.guard = embedding.visits.guard(embedding.point)
+        known = model.arguments.known_on_host(ids)
         ctx.save_for_backward(ids if known is None else known)
         return embedding.forward(ids)
 

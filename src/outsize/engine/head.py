@@ -9,10 +9,10 @@ transforms them (Gemma 2) or computes a loss of its own (T5) is right as well, a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol, final
 
 import torch
 from torch import nn
@@ -20,17 +20,16 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map_only
 
-from outsize.block import Block
+from outsize.engine.arguments import Arguments
 from outsize.engine.batch import Tile, tiles
+from outsize.engine.current_call import CurrentCall
 from outsize.engine.guard import Guard
+from outsize.engine.model import Model
 from outsize.engine.stepdown import ALONE
 from outsize.engine.surroundings import Autocast, outside_inference_mode
+from outsize.engine.visits import Visits
 from outsize.errors import UsageError
 from outsize.model import Point
-from outsize.plan import Direction
-
-if TYPE_CHECKING:
-    from outsize.engine.session import Session
 
 TILE_ELEMENTS = 1 << 24
 """Elements of one tile of logits on a CPU; a constant, so that tiles never depend on placement or budget."""
@@ -51,36 +50,49 @@ _METADATA = {
 }
 
 
+class LogitsSource(Protocol):
+    """Computes what a handle of logits stands for, from hidden states `[..., h]`."""
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits `[..., V]`, with a graph if gradients are on."""
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits `[..., V]` without a graph."""
+
+    def loss(
+        self, hidden: torch.Tensor, targets: torch.Tensor, ignore_index: int
+    ) -> tuple[torch.Tensor, int]:
+        """The sum of cross-entropies over targets that are not ignored, and their number."""
+
+
+@final
 class Head:
     """A point whose module is the output `nn.Linear`, its rows in blocks."""
 
-    def __init__(self, session: Session, point: Point, module: nn.Linear, blocks: Sequence[Block]) -> None:
-        self.session = session
+    def __init__(self, visits: Visits, point: Point, module: nn.Linear) -> None:
+        self.visits = visits
+        self._model = visits.model
         self.point = point
         self.module = module
         self.original: Callable[..., Any] = module.forward
-        self.blocks = tuple(block.name for block in blocks)
+        self.blocks = point.blocks
         names = {binding.attribute: binding.parameter for binding in point.bindings}
         self.weight = names["weight"]
         self.bias = names.get("bias")
-        self.tile_elements = tile_elements(session.torch_device)
+        self.tile_elements = tile_elements(self._model.torch_device)
         """Of a tile of logits; fewer once there was no memory for as many."""
 
     def __call__(self, input: torch.Tensor) -> torch.Tensor:
         """Logits `[..., V]` of hidden states `[..., h]`; a handle while a call with labels runs."""
-        if self.session.calls.has_labels:
-            return Logits(self, input)
+        if self.visits.call.has_labels:
+            return Logits(self, input, self.module.out_features, self.visits.call)
         return self.logits(input)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Real logits, as a visit."""
-        trains = torch.is_grad_enabled() and self.session.trains(self.blocks)
-        differentiates = trains or (torch.is_grad_enabled() and hidden.requires_grad)
-        if self.session.probe is not None:
-            return self.session.probe.head(self, hidden, trains, differentiates)
-        if not differentiates:
+        if not self.differentiates(hidden):
             return self.forward(hidden)
-        output: torch.Tensor = _Project.apply(self, self.session.anchor, hidden)  # type: ignore[no-untyped-call]
+        output: torch.Tensor = _Project.apply(self, self._model.anchor, hidden)  # type: ignore[no-untyped-call]
         return output
 
     def loss(
@@ -90,13 +102,28 @@ class Head:
 
         `hidden [..., h]`, `targets [...]`.
         """
-        flat = hidden.reshape(-1, hidden.shape[-1])
-        targets = self.session.arguments.on_host(targets).reshape(-1)
+        flat, targets = self.counted(hidden, targets, ignore_index)
+        if not self.differentiates(hidden):
+            autocast = Autocast.current(self._model.device)
+            return self.forward_loss(flat, targets, autocast)[0], targets.numel()
+        total: torch.Tensor = _TiledLoss.apply(self, self._model.anchor, flat, targets)  # type: ignore[no-untyped-call]
+        return total, targets.numel()
+
+    def differentiates(self, hidden: torch.Tensor) -> bool:
+        """Whether a visit with `hidden` gets a backward."""
+        return torch.is_grad_enabled() and (hidden.requires_grad or self._model.trains(self.blocks))
+
+    def counted(
+        self, hidden: torch.Tensor, targets: torch.Tensor, ignore_index: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`hidden [N, h]` and `targets [N]`, on the host, of the positions that are not ignored. Raises UsageError."""
+        flat, arguments = hidden.reshape(-1, hidden.shape[-1]), self._model.arguments
+        targets = arguments.on_host(targets).reshape(-1)
         if flat.shape[0] != targets.numel():
             raise UsageError(f"{targets.numel()} labels are given for {flat.shape[0]} positions")
-        kept = (targets != ignore_index).nonzero().squeeze(1)
-        flat = flat.index_select(0, self.session.arguments.on_device(kept))
-        targets = targets.index_select(0, kept)
+        counted = (targets != ignore_index).nonzero().squeeze(1)
+        flat = flat.index_select(0, arguments.on_device(counted))
+        targets = targets.index_select(0, counted)
         rows = self.module.out_features
         if targets.numel() and not 0 <= int(targets.min()) <= int(targets.max()) < rows:
             wrong = targets[(targets < 0) | (targets >= rows)][0]
@@ -104,15 +131,7 @@ class Head:
                 f"label {int(wrong)} is none of the {rows} that {self.point.module} knows",
                 hint=f"mark positions without a label with {ignore_index}",
             )
-        trains = torch.is_grad_enabled() and self.session.trains(self.blocks)
-        differentiates = trains or (torch.is_grad_enabled() and hidden.requires_grad)
-        if self.session.probe is not None:
-            return self.session.probe.loss(self, flat, trains, differentiates), kept.numel()
-        if not differentiates:
-            autocast = Autocast.current(self.session.device)
-            return self.forward_loss(flat, targets, autocast)[0], kept.numel()
-        total: torch.Tensor = _TiledLoss.apply(self, self.session.anchor, flat, targets)  # type: ignore[no-untyped-call]
-        return total, kept.numel()
+        return flat, targets
 
     # -- real logits -----------------------------------------------------------------------------------------------
 
@@ -121,10 +140,10 @@ class Head:
         output: torch.Tensor | None = None
         with torch.no_grad():
             for name, start, stop in self._rows():
-                with self.session.visit((name,), Direction.FORWARD) as values:
+                with self.visits.forward((name,)) as values:
                     parts: list[torch.Tensor] = []
                     project = partial(self._project, hidden, values, parts)
-                    self.session.stepdown.compute(ALONE, project, may_cut=False)
+                    self.visits.stepdown.compute(ALONE, project, may_cut=False)
                 if output is None:
                     output = parts[0].new_empty(*parts[0].shape[:-1], self.module.out_features)
                 output[..., start:stop] = parts[0]
@@ -140,10 +159,10 @@ class Head:
         self, hidden: torch.Tensor, gradient: torch.Tensor, autocast: Autocast, guard: Guard
     ) -> torch.Tensor:
         """Add to the row blocks' gradients; the gradient of `hidden`."""
-        guard.check(self.session.num_steps(self.blocks))
+        guard.check(self.visits.num_steps(self.blocks))
         hidden = hidden.detach().requires_grad_()
         for name, start, stop in reversed(self._rows()):
-            with self.session.visit_backward((name,)) as values, torch.enable_grad(), autocast.restore():
+            with self.visits.backward((name,)) as values, torch.enable_grad(), autocast.restore():
                 part = F.linear(hidden, values[self.weight], values[self.bias] if self.bias else None)
                 part.backward(gradient[..., start:stop])
         assert hidden.grad is not None
@@ -161,10 +180,10 @@ class Head:
             torch.zeros(count, device=hidden.device, dtype=torch.float32),
             torch.zeros(count, device=hidden.device, dtype=torch.float32),
         )
-        targets = self.session.arguments.on_device(targets)
+        targets = self._model.arguments.on_device(targets)
         with torch.no_grad():
             for name, start, stop in self._rows():
-                with self.session.visit((name,), Direction.FORWARD) as values:
+                with self.visits.forward((name,)) as values:
                     add_tile = partial(self._add_tile, hidden, targets, sums, values, start, autocast)
                     self._in_tiles(count, stop - start, add_tile)
             logsumexp = sums.largest + sums.total.log()
@@ -199,7 +218,7 @@ class Head:
         guard: Guard,
     ) -> torch.Tensor:
         """Add to the row blocks' gradients; the gradient of `hidden`, `[N, h]`. `scale` is the loss's gradient."""
-        guard.check(self.session.num_steps(self.blocks))
+        guard.check(self.visits.num_steps(self.blocks))
         going_back = _GoingBack(
             hidden,
             targets,
@@ -210,10 +229,10 @@ class Head:
         )
         with torch.no_grad():
             for name, start, stop in reversed(self._rows()):
-                with self.session.visit_backward((name,)) as values:
+                with self.visits.backward((name,)) as values:
                     sums = (
-                        self.session.gradient_sum(name, self.weight),
-                        self.session.gradient_sum(name, self.bias) if self.bias else None,
+                        self.visits.gradient_sum(name, self.weight),
+                        self.visits.gradient_sum(name, self.bias) if self.bias else None,
                     )
                     go_back = partial(self._go_back, going_back, values, sums, start)
                     self._in_tiles(hidden.shape[0], stop - start, go_back)
@@ -228,12 +247,12 @@ class Head:
         tile: slice,
     ) -> None:
         """Add what a tile gives to the gradients of `hidden` and of the rows from `start` on."""
-        add, hidden, weight = self.session.stepdown.add, call.hidden[tile], values[self.weight]
+        add, hidden, weight = self.visits.stepdown.add, call.hidden[tile], values[self.weight]
         slope = self._tile(hidden, values, call.autocast).sub_(call.logsumexp[tile].unsqueeze(1)).exp_()
         place = call.targets[tile] - start
         rows = ((place >= 0) & (place < slope.shape[1])).nonzero().squeeze(1)
-        places = self.session.arguments.on_device(place[rows])
-        slope[self.session.arguments.on_device(rows), places] -= 1
+        places = self._model.arguments.on_device(place[rows])
+        slope[self._model.arguments.on_device(rows), places] -= 1
         slope.mul_(call.scale)
         narrow = slope.to(weight.dtype)
         weight_sum, bias_sum = sums
@@ -246,12 +265,12 @@ class Head:
     def _in_tiles(self, num_tokens: int, rows: int, compute: Callable[[slice], None]) -> None:
         """Compute tile by tile of tokens, which have `rows` logits each."""
         planned = _token_tiles(num_tokens, rows, self.tile_elements)
-        computed = self.session.stepdown.compute(planned, lambda tile: compute(slice(tile.start, tile.stop)))
+        computed = self.visits.stepdown.compute(planned, lambda tile: compute(slice(tile.start, tile.stop)))
         if computed != planned:
             most = max(tile.stop - tile.start for tile in computed)
             self.tile_elements = most * rows
             before = planned[0].stop
-            self.session.stepdown.note(f"the loss is computed for {most} tokens at once instead of {before}")
+            self.visits.stepdown.note(f"the loss is computed for {most} tokens at once instead of {before}")
 
     def _tile(
         self, hidden: torch.Tensor, values: dict[str, torch.Tensor], autocast: Autocast
@@ -263,7 +282,7 @@ class Head:
             return F.linear(hidden.to(weight.dtype), weight, bias).float()
 
     def _rows(self) -> list[tuple[str, int, int]]:
-        return self.session.parameters.row_blocks(self.weight)
+        return self._model.parameters.row_blocks(self.weight)
 
 
 @dataclass(frozen=True, slots=True)
@@ -288,14 +307,14 @@ class _GoingBack:
 
 
 def measured_tiles(
-    head: Head, rows: int, num_tokens: int, session: Session
+    head: Head, rows: int, num_tokens: int, model: Model
 ) -> tuple[Callable[[], object], Callable[[], object], int]:
     """One tile of the loss on a row block of zeros, forward and backward, to be timed, and its tokens."""
-    width, device = head.module.in_features, session.torch_device
+    width, device = head.module.in_features, model.torch_device
     count = min(num_tokens, max(1, tile_elements(device) // rows))
-    hidden = torch.zeros(count, width, dtype=session.dtype, device=device)
-    values = {head.weight: torch.zeros(rows, width, dtype=session.dtype, device=device)}
-    autocast = replace(Autocast.current(session.device), enabled=False)
+    hidden = torch.zeros(count, width, dtype=model.dtype, device=device)
+    values = {head.weight: torch.zeros(rows, width, dtype=model.dtype, device=device)}
+    autocast = replace(Autocast.current(model.device), enabled=False)
     largest, total = (
         torch.zeros(count, device=device, dtype=torch.float32),
         torch.ones(count, device=device, dtype=torch.float32),
@@ -318,7 +337,7 @@ def measured_tiles(
     def backward() -> None:
         with torch.no_grad():
             slope = logits().sub_(total.unsqueeze(1)).exp_().mul_(1.0)
-            narrow = slope.to(session.dtype)
+            narrow = slope.to(model.dtype)
             gradient.add_(narrow @ values[head.weight])
             _add_product(weight_sum, narrow.T, hidden)
 
@@ -355,8 +374,8 @@ def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -
 class _Project(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, head: Head, anchor: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-        ctx.head, ctx.autocast = head, Autocast.current(head.session.device)
-        ctx.guard = head.session.guard(head.point)
+        ctx.head, ctx.autocast = head, Autocast.current(head.visits.model.device)
+        ctx.guard = head.visits.guard(head.point)
         ctx.save_for_backward(hidden)
         return head.forward(hidden)
 
@@ -372,8 +391,8 @@ class _TiledLoss(torch.autograd.Function):
     def forward(
         ctx: Any, head: Head, anchor: torch.Tensor, hidden: torch.Tensor, targets: torch.Tensor
     ) -> torch.Tensor:
-        ctx.head, ctx.autocast = head, Autocast.current(head.session.device)
-        ctx.guard = head.session.guard(head.point)
+        ctx.head, ctx.autocast = head, Autocast.current(head.visits.model.device)
+        ctx.guard = head.visits.guard(head.point)
         loss, logsumexp = head.forward_loss(hidden, targets, ctx.autocast)
         ctx.save_for_backward(hidden, targets, logsumexp)
         return loss
@@ -393,20 +412,22 @@ class Logits(torch.Tensor):
     refused while gradients are on: that graph would be the memory that tiling saves.
     """
 
-    head: Head
+    source: LogitsSource
     hidden: torch.Tensor
     is_sealed: bool
     has_graph: bool
 
     @staticmethod
-    def __new__(cls: type[Logits], head: Head, hidden: torch.Tensor) -> Logits:
-        """Stand for `head(hidden)`, and let the session seal it when the call ends."""
+    def __new__(
+        cls: type[Logits], source: LogitsSource, hidden: torch.Tensor, num_logits: int, call: CurrentCall
+    ) -> Logits:
+        """Stand for the `num_logits` logits of each of `hidden [..., h]` until `call` is over."""
         self: Logits = torch.Tensor._make_wrapper_subclass(
-            cls, (*hidden.shape[:-1], head.module.out_features), dtype=hidden.dtype, device=hidden.device
+            cls, (*hidden.shape[:-1], num_logits), dtype=hidden.dtype, device=hidden.device
         )
-        self.head, self.hidden, self.is_sealed = head, hidden, False
+        self.source, self.hidden, self.is_sealed = source, hidden, False
         self.has_graph = torch.is_grad_enabled()
-        head.session.calls.handles.append(self)
+        call.handles.append(self)
         return self
 
     @classmethod
@@ -435,13 +456,13 @@ class Logits(torch.Tensor):
     def compute(self) -> torch.Tensor:
         """The logits themselves."""
         if not self.is_sealed:
-            return self.head.logits(self.hidden)
+            return self.source.logits(self.hidden)
         if self.has_graph and torch.is_grad_enabled():
             raise UsageError(
                 "logits were not computed, because the loss did not need them",
                 hint="read them under torch.no_grad(), or call the model without labels for logits with gradients",
             )
-        return self.head.forward(self.hidden)
+        return self.source.forward(self.hidden)
 
     def seal(self) -> None:
         """The model's call is over."""
@@ -457,6 +478,7 @@ class TiledLoss:
     """Stands in for `ForCausalLMLoss` of transformers: same arguments, same value, no logits."""
 
     original: Callable[..., torch.Tensor]
+    arguments: Arguments
 
     def __call__(
         self,
@@ -474,7 +496,7 @@ class TiledLoss:
                 logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels, **kwargs
             )
         if shift_labels is None:
-            labels = logits.head.session.arguments.on_host(labels)
+            labels = self.arguments.on_host(labels)
             shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
-        total, count = logits.head.loss(logits.hidden, shift_labels, ignore_index)
+        total, count = logits.source.loss(logits.hidden, shift_labels, ignore_index)
         return total / (count if num_items_in_batch is None else num_items_in_batch)

@@ -16,8 +16,8 @@ from transformers import PreTrainedModel
 
 from outsize.config import parse_bytes
 from outsize.engine.placeholder import stands_for_same
+from outsize.engine.runtime import runtime_of
 from outsize.engine.saving import write_model
-from outsize.engine.session import session_of
 from outsize.errors import UsageError
 from outsize.model import MAX_SHARD_BYTES, Existing
 
@@ -91,7 +91,7 @@ def _save_pretrained(module: nn.Module) -> Callable[..., None]:
         if is_main_process:
             size = parse_bytes(max_shard_size, "max_shard_size")
             write_model(
-                session_of(module), Path(save_directory), existing=Existing.UPDATE, max_shard_bytes=size
+                runtime_of(module), Path(save_directory), existing=Existing.UPDATE, max_shard_bytes=size
             )
 
     return save_pretrained

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from outsize.block import ALIGNMENT, align
 from outsize.config import Home
-from outsize.engine.probe import BatchShape, Rehearsal
 from outsize.plan import Direction
+from outsize.plan.workload import BatchShape, Workload
 from outsize.store import offload
 
 
@@ -46,23 +46,17 @@ class Attempt:
     """Layers that keep their activations."""
 
 
-def last_layers(rehearsal: Rehearsal, count: int) -> frozenset[str]:
-    """The blocks of the `count` layers that a call visits last: what they keep is kept for the shortest time."""
-    layers = rehearsal.activations[max(0, len(rehearsal.activations) - count) :]
-    return frozenset(block for layer in layers for block in layer.blocks)
-
-
-def kept_bytes(rehearsal: Rehearsal, shape: BatchShape, tile_rows: int, kept: frozenset[str]) -> int:
+def kept_bytes(workload: Workload, shape: BatchShape, tile_rows: int, kept: frozenset[str]) -> int:
     """What the activations of the layers in `kept` take between forward and backward."""
     return sum(
         layer.bytes_at(shape.rows or 1, tile_rows)
-        for layer in rehearsal.activations
+        for layer in workload.activations
         if kept.issuperset(layer.blocks)
     )
 
 
 def needs_at(
-    rehearsal: Rehearsal,
+    workload: Workload,
     shape: BatchShape,
     tile_rows: int,
     inputs: Home | None = None,
@@ -70,21 +64,21 @@ def needs_at(
 ) -> Needs:
     """Of a call of this shape, in tiles of so many rows, where inputs of blocks wait in `inputs` and `kept` keep all."""
     rows = shape.rows or 1
-    is_tiled = bool(rehearsal.dims) and all(dims is not None for dims in rehearsal.dims.values())
-    tile = rehearsal.tile_bytes.at(tile_rows if is_tiled else rows)
-    visit = max(tile, rehearsal.loss_memory.at(rows))
-    boundary = rehearsal.boundary_bytes.at(rows) + kept_bytes(rehearsal, shape, tile_rows, kept)
-    each = rehearsal.input_bytes.at(rows)
+    is_tiled = bool(workload.dims) and all(dims is not None for dims in workload.dims.values())
+    tile = workload.tile_bytes.at(tile_rows if is_tiled else rows)
+    visit = max(tile, workload.loss_memory.at(rows))
+    boundary = workload.boundary_bytes.at(rows) + kept_bytes(workload, shape, tile_rows, kept)
+    each = workload.input_bytes.at(rows)
     if inputs is None or each < offload.LEAST_BYTES:
         return Needs(boundary, visit, kept=kept)
-    movable = rehearsal.movable_bytes.at(rows)
-    num_kept = sum(v.block in kept and v.direction is Direction.FORWARD for v in rehearsal.visits)
+    movable = workload.movable_bytes.at(rows)
+    num_kept = sum(v.block in kept and v.direction is Direction.FORWARD for v in workload.visits)
     # Each input takes whole pages.
-    moved = align(movable + ALIGNMENT * len(rehearsal.visits))
+    moved = align(movable + ALIGNMENT * len(workload.visits))
     return Needs(boundary - movable + (offload.COPIES + num_kept) * each, visit, moved, inputs, kept)
 
 
-def needs_of(attempt: Attempt, rehearsal: Rehearsal, shape: BatchShape) -> Needs:
+def needs_of(attempt: Attempt, workload: Workload, shape: BatchShape) -> Needs:
     """Of a call of this shape, made in this way."""
-    kept = last_layers(rehearsal, attempt.kept_blocks)
-    return needs_at(rehearsal, shape, attempt.tile_rows, attempt.inputs, kept)
+    kept = workload.last_layers(attempt.kept_blocks)
+    return needs_at(workload, shape, attempt.tile_rows, attempt.inputs, kept)

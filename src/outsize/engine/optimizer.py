@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from outsize.config import ComputeType
-from outsize.engine.session import Session, session_of
+from outsize.engine.runtime import Runtime, runtime_of
 from outsize.errors import ConfigError, UsageError
 from outsize.optim import Hyper, Kernel, Rule, gpu_kernel, start_compile
 from outsize.store.state import BlockState
@@ -52,9 +52,9 @@ class Optimizer(torch.optim.Optimizer, ABC):
                 hint=f"outsize.{own}(model, lr=...), or outsize.{own}(model, groups, lr=...) for parameter groups",
             )
         self._check({"max_grad_norm": max_grad_norm}, {"max_grad_norm": _is_norm(max_grad_norm)})
-        self._session: Session = session_of(model)
-        self._session.check()
-        self._names = {id(placeholder): name for name, placeholder in self._session.parameters.items()}
+        self._runtime: Runtime = runtime_of(model)
+        self._runtime.check()
+        self._names = {id(placeholder): name for name, placeholder in self._runtime.model.parameters.items()}
         self.max_grad_norm = max_grad_norm
         self.grad_norm: float | None = None
         self.num_updates = 0
@@ -71,17 +71,17 @@ class Optimizer(torch.optim.Optimizer, ABC):
         self._check(defaults, self._ranges(defaults))
         super().__init__(params, defaults)
         begin = cache(partial(start_compile, rule))
-        for compute_type in self._session.trained_types():
+        for compute_type in self._runtime.model.trained_types():
             begin(compute_type)
 
         def kernel(compute_type: ComputeType) -> Kernel:
             return begin(compute_type).wait()
 
         on_device: Callable[[ComputeType], Kernel] = kernel
-        device = self._session.torch_device
+        device = self._runtime.model.torch_device
         if device.type != "cpu":
             on_device = cache(lambda compute_type: gpu_kernel(rule, compute_type, device))
-        self._session.set_rule(rule, kernel, on_device)
+        self._runtime.setup.set_rule(rule, kernel, on_device)
 
     # -- what an optimizer adds ----------------------------------------------------------------------------------
 
@@ -128,7 +128,7 @@ class Optimizer(torch.optim.Optimizer, ABC):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        executor = self._session.executor
+        executor = self._runtime.backing.executor
         if executor is None or executor.enter():
             return loss
         for state in executor.store:
@@ -172,9 +172,9 @@ class Optimizer(torch.optim.Optimizer, ABC):
         hypers: dict[tuple[str, int], Hyper],
         num_steps: dict[str, int],
     ) -> None:
-        assert self._session.executor is not None
-        store = self._session.executor.store
-        places = self._session.parameters.locations(name)
+        assert self._runtime.backing.executor is not None
+        store = self._runtime.backing.executor.store
+        places = self._runtime.model.parameters.locations(name)
         gradients = [store[place.block].gradients[place.index] for place in places]
         if not any(gradient.present for gradient in gradients):
             return
@@ -185,9 +185,9 @@ class Optimizer(torch.optim.Optimizer, ABC):
 
     def _gradient_parts(self, name: str) -> Iterator[torch.Tensor]:
         """The gradient of a parameter before clipping, in double precision, in parts of at most a chunk."""
-        assert self._session.executor is not None
-        store = self._session.executor.store
-        for place in self._session.parameters.locations(name):
+        assert self._runtime.backing.executor is not None
+        store = self._runtime.backing.executor.store
+        for place in self._runtime.model.parameters.locations(name):
             state = store[place.block]
             gradient = state.gradients[place.index]
             if gradient.present:
@@ -196,15 +196,15 @@ class Optimizer(torch.optim.Optimizer, ABC):
 
     def gradient_norm(self) -> float:
         """The 2-norm of all gradients together, as the next `step()` would see it; 0.0 where there are none."""
-        if self._session.executor is None:
+        if self._runtime.backing.executor is None:
             return 0.0
-        store = self._session.executor.store
+        store = self._runtime.backing.executor.store
         store.gradients.settle_norms()
         ours = {
             (at.block, at.index)
             for group in self.param_groups
             for parameter in group["params"]
-            for at in self._session.parameters.locations(self._names[id(parameter)])
+            for at in self._runtime.model.parameters.locations(self._names[id(parameter)])
         }
         return math.sqrt(
             sum(
@@ -229,7 +229,7 @@ class Optimizer(torch.optim.Optimizer, ABC):
         As in torch, a parameter whose gradient is zero moves with its moments and weight decay at the next `step()`, and
         one without a gradient does not. Raises UsageError where a gradient that is to become zero holds inf or nan.
         """
-        parameters = self._session.parameters
+        parameters = self._runtime.model.parameters
         for group in self.param_groups:
             for parameter in group["params"]:
                 if set_to_none:
@@ -241,7 +241,7 @@ class Optimizer(torch.optim.Optimizer, ABC):
         """Groups, step counts and other numbers per parameter, and where the moments are; never tensors."""
         state = super().state_dict()
         state["outsize"] = {
-            "store": self._session.identity,
+            "store": self._runtime.setup.identity,
             **{kind: dict(book) for kind, book in self._books.items()},
         }
         return state
@@ -301,7 +301,7 @@ class Optimizer(torch.optim.Optimizer, ABC):
                 "this state_dict holds no reference to Outsize's store",
                 hint=f"pass one from outsize.{type(self).__name__}",
             )
-        if own["store"] != self._session.identity:
+        if own["store"] != self._runtime.setup.identity:
             raise UsageError(
                 "this state_dict belongs to another run, whose moments are gone",
                 hint="start with a new optimizer: its moments begin at zero, and so must its step counts",

@@ -206,7 +206,7 @@ class SGDSaI(Optimizer):
         )
 
     def _signal_to_noise(self, name: str, eps: float) -> float:
-        num_elements = self._session.parameters[name].numel()
+        num_elements = self._runtime.model.parameters[name].numel()
         total = squares = 0.0
         for part in self._gradient_parts(name):
             total += float(part.sum())

@@ -6,38 +6,51 @@ A parameter lies in one block, or in several of some rows each; after the first 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any, final
 
 import torch
 from torch import nn
 
 from outsize.block import Block, Piece
+from outsize.engine.backing import Backing
 from outsize.engine.placeholder import GradientPlaceholder, OffloadedParameter
 from outsize.engine.surroundings import outside_inference_mode
 from outsize.errors import UsageError
 from outsize.optim import split
 
-if TYPE_CHECKING:
-    from outsize.engine.session import Session
-
 
 @dataclass(frozen=True, slots=True)
 class Location:
-    """Entry `index` of `block` holds rows `[start, stop)` of a parameter (all of it where `rows` is None)."""
+    """Entry `index` of `block` holds `piece` of a parameter."""
 
     block: str
     index: int
-    rows: tuple[int, int] | None
+    piece: Piece
+
+    @property
+    def rows(self) -> tuple[int, int] | None:
+        """The rows `[start, stop)` of the parameter; None for all of it."""
+        return None if self.piece.is_whole else (self.piece.row_start or 0, self.piece.row_stop or 0)
 
 
+@final
 class Parameters(Mapping[str, OffloadedParameter]):
     """The placeholders by name, which take the parameters' places in `module`."""
 
-    def __init__(self, session: Session, module: nn.Module, blocks: Sequence[Block]) -> None:
-        self._session = session
+    def __init__(
+        self,
+        backing: Backing,
+        module: nn.Module,
+        blocks: Sequence[Block],
+        dtype_of: Callable[[str], torch.dtype],
+        device: torch.device,
+    ) -> None:
+        self._backing = backing
+        self._dtype_of = dtype_of
+        self._device = device
         self._shapes = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
         self._locations: dict[str, list[Location]] = {}
         self._placeholders = self._take(module)
@@ -53,13 +66,13 @@ class Parameters(Mapping[str, OffloadedParameter]):
         return len(self._placeholders)
 
     def _take(self, module: nn.Module) -> dict[str, OffloadedParameter]:
-        session, placeholders = self._session, dict[str, OffloadedParameter]()
+        placeholders = dict[str, OffloadedParameter]()
         for name, parameter in module.named_parameters():
             placeholders[name] = OffloadedParameter.of(
                 parameter,
                 name,
-                session.dtype_of(name),
-                session.torch_device,
+                self._dtype_of(name),
+                self._device,
                 fetch=partial(self.value, name),
                 get_gradient=partial(self.gradient, name),
                 drop_gradient=partial(self.drop_gradient, name),
@@ -73,13 +86,13 @@ class Parameters(Mapping[str, OffloadedParameter]):
 
     def check(self) -> None:
         """Refuse to run with parameters that train without a place for their gradients. Raises UsageError."""
-        if self._session.executor is None:
+        if self._backing.executor is None:
             return
         for name, parameter in self.items():
             at = self._locations[name][0]
             if (
                 parameter.requires_grad
-                and not self._session.store[at.block].record.entries[at.index].trainable
+                and not self._backing.store[at.block].record.entries[at.index].trainable
             ):
                 raise UsageError(
                     f"{name} (in block {at.block}) requires grad now, but had no gradient when memory was laid out",
@@ -91,8 +104,7 @@ class Parameters(Mapping[str, OffloadedParameter]):
         self._locations = {}
         for block, members in pieces.items():
             for index, piece in enumerate(members):
-                rows = None if piece.is_whole else (piece.row_start or 0, piece.row_stop or 0)
-                self._locations.setdefault(piece.parameter, []).append(Location(block, index, rows))
+                self._locations.setdefault(piece.parameter, []).append(Location(block, index, piece))
         for locations in self._locations.values():
             locations.sort(key=lambda location: location.rows or (0, 0))
 
@@ -107,22 +119,22 @@ class Parameters(Mapping[str, OffloadedParameter]):
 
     def gives_rows(self, parameter: str) -> bool:
         """Whether rows of a table can be taken without a visit: nothing trains, and its source gives them."""
-        source = self._session.source
+        source = self._backing.source
         return (
-            self._session.versions is None
+            self._backing.versions is None
             and source is not None
             and source.gives_rows(parameter)
             and not any(each.requires_grad for each in self.values())
             and not (
-                self._session.executor is not None
-                and any(state.is_stored for state in self._session.executor.store)
+                self._backing.executor is not None
+                and any(state.is_stored for state in self._backing.executor.store)
             )
         )
 
     def take_rows(self, block: str, parameter: str, rows: torch.Tensor, target: torch.Tensor) -> None:
         """Fill `target` with sorted rows, counted from the first of `block`, of a table that `gives_rows`."""
         index = next(at.index for at in self._locations[parameter] if at.block == block)
-        self._session.store.weight_reader.take_rows(self._session.store[block], index, rows, target)
+        self._backing.store.weight_reader.take_rows(self._backing.store[block], index, rows, target)
 
     @outside_inference_mode()
     def value(self, parameter: str) -> torch.Tensor:
@@ -133,57 +145,54 @@ class Parameters(Mapping[str, OffloadedParameter]):
     @outside_inference_mode()
     def piece_value(self, at: Location) -> torch.Tensor:
         """A copy of one piece's current value."""
-        if self._session.executor is None:
-            piece = self._session.blocks[at.block].pieces[at.index]
+        if self._backing.executor is None:
+            piece = at.piece
             exact = torch.empty(piece.shape, dtype=torch.float32, device="cpu")
-            source = self._session.committed or self._session.own_source()
+            source = self._backing.committed or self._backing.own_source()
             source.read(Block(at.block, (piece,)), [exact])
-            is_whole = self._session.dtype_of(piece.parameter) is torch.float32
+            is_whole = self._dtype_of(piece.parameter) is torch.float32
             value = exact if is_whole else split(exact.view(-1))[0].view(piece.shape)
-            return value.to(self._session.torch_device)
-        with self._session.executor.touch(at.block) as state:
-            return self._session.store.pieces(state)[at.index].clone()
+            return value.to(self._device)
+        with self._backing.executor.touch(at.block) as state:
+            return self._backing.store.pieces(state)[at.index].clone()
 
     @outside_inference_mode()
     def block_values(self, block: Block) -> list[torch.Tensor]:
         """Copies of the current values of all pieces of a block of the cut."""
-        if self._session.executor is None:
+        if self._backing.executor is None:
             whole = self._read_stored(block)
             return [
                 whole[piece] if piece in whole else self.piece_value(self._place_of(piece))
                 for piece in block.pieces
             ]
-        with self._session.executor.touch(block.name) as state:
+        with self._backing.executor.touch(block.name) as state:
             views = {
                 e.piece: v
-                for e, v in zip(state.record.entries, self._session.store.pieces(state), strict=True)
+                for e, v in zip(state.record.entries, self._backing.store.pieces(state), strict=True)
             }
             return [views[piece].clone() for piece in block.pieces]
 
     def _read_stored(self, block: Block) -> dict[Piece, torch.Tensor]:
         """Pieces that the source holds in the compute type, read together: codes and their scales are encoded together."""
-        if self._session.committed is not None:
+        if self._backing.committed is not None:
             return {}
-        source, dtype = self._session.own_source(), self._session.dtype
+        source = self._backing.own_source()
         pieces = tuple(
-            piece
-            for piece in block.pieces
-            if source.stored_dtype(piece) is dtype and self._session.dtype_of(piece.parameter) is dtype
+            piece for piece in block.pieces if source.stored_dtype(piece) is self._dtype_of(piece.parameter)
         )
-        values = [torch.empty(piece.shape, dtype=dtype, device="cpu") for piece in pieces]
+        values = [
+            torch.empty(piece.shape, dtype=self._dtype_of(piece.parameter), device="cpu") for piece in pieces
+        ]
         source.read(Block(block.name, pieces), values)
-        return {
-            piece: value.to(self._session.torch_device) for piece, value in zip(pieces, values, strict=True)
-        }
+        return {piece: value.to(self._device) for piece, value in zip(pieces, values, strict=True)}
 
     def _place_of(self, piece: Piece) -> Location:
-        rows = None if piece.is_whole else (piece.row_start or 0, piece.row_stop or 0)
-        return next(at for at in self._locations[piece.parameter] if at.rows == rows)
+        return next(at for at in self._locations[piece.parameter] if at.piece == piece)
 
     @outside_inference_mode()
     def gradient(self, parameter: str) -> torch.Tensor | None:
         """What stands for the parameter's gradient, or None."""
-        if self._session.executor is None or not any(g.present for g in self._gradients(parameter)):
+        if self._backing.executor is None or not any(g.present for g in self._gradients(parameter)):
             return None
         return GradientPlaceholder.of(
             self._placeholders[parameter],
@@ -196,9 +205,9 @@ class Parameters(Mapping[str, OffloadedParameter]):
 
     def drop_gradient(self, parameter: str) -> None:
         """Forget the parameter's gradient."""
-        if self._session.executor is not None:
+        if self._backing.executor is not None:
             for at in self._locations[parameter]:
-                state = self._session.store[at.block]
+                state = self._backing.store[at.block]
                 state.gradients[at.index].present, state.gradients[at.index].scale = False, 1.0
                 state.summing.discard(at.index)
 
@@ -207,7 +216,7 @@ class Parameters(Mapping[str, OffloadedParameter]):
 
         Raises UsageError where it holds inf or nan, which no factor makes zero.
         """
-        if self._session.executor is None or not any(g.present for g in self._gradients(parameter)):
+        if self._backing.executor is None or not any(g.present for g in self._gradients(parameter)):
             return
         if not math.isfinite(self._gradient_norm(parameter)):
             raise UsageError(
@@ -217,10 +226,10 @@ class Parameters(Mapping[str, OffloadedParameter]):
         self._scale_gradient(parameter, 0.0)
 
     def _gradients(self, parameter: str) -> list[Any]:
-        return [self._session.store[at.block].gradients[at.index] for at in self._locations[parameter]]
+        return [self._backing.store[at.block].gradients[at.index] for at in self._locations[parameter]]
 
     def _gradient_norm(self, parameter: str) -> float:
-        self._session.store.gradients.settle_norms()
+        self._backing.store.gradients.settle_norms()
         return float(sum(g.sum_of_squares * g.scale**2 for g in self._gradients(parameter)) ** 0.5)
 
     def _scale_gradient(self, parameter: str, factor: float) -> None:
@@ -231,8 +240,8 @@ class Parameters(Mapping[str, OffloadedParameter]):
     def _gradient_value(self, parameter: str) -> torch.Tensor:
         parts = []
         for at in self._locations[parameter]:
-            state = self._session.store[at.block]
+            state = self._backing.store[at.block]
             parts.append(
-                self._session.store.gradients.value(state, at.index) * state.gradients[at.index].scale
+                self._backing.store.gradients.value(state, at.index) * state.gradients[at.index].scale
             )
         return parts[0] if len(parts) == 1 else torch.cat(parts)

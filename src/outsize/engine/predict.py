@@ -11,14 +11,14 @@ from torch import nn
 from outsize.block import Record
 from outsize.config import format_bytes
 from outsize.engine.budget import Fit, Foresight
-from outsize.engine.probe import BatchShape, Rehearsal
-from outsize.engine.session import Session, session_of
+from outsize.engine.runtime import Runtime, runtime_of
 from outsize.errors import UsageError
 from outsize.plan import Placement
 from outsize.plan.planner import Choice
 from outsize.plan.profile import WORDS, Profile, Resource
 from outsize.plan.simulate import Costs, Simulation, simulate
 from outsize.plan.timeline import Timeline
+from outsize.plan.workload import BatchShape, Workload
 from outsize.store import memory
 
 MODEL_SPREAD = 0.1
@@ -145,8 +145,12 @@ def predict(model: nn.Module, profile: Profile, *, commit_every: int = 0) -> Pre
     `commit_every`: a commit follows each so many steps; 0: none. Raises UsageError where the model was not called with
     gradients on.
     """
-    session = session_of(model)
-    call, executor, placement = session.calls.last_training, session.executor, session.budget.placement
+    runtime = runtime_of(model)
+    call, executor, placement = (
+        runtime.visits.call.last_training,
+        runtime.backing.executor,
+        runtime.budget.placement,
+    )
     if call is None or executor is None or placement is None:
         raise UsageError(
             "a prediction needs the shape of a batch",
@@ -156,10 +160,10 @@ def predict(model: nn.Module, profile: Profile, *, commit_every: int = 0) -> Pre
     memory.give_back()  # what is timed takes a visit's memory, and leaves none behind
     try:
         with torch.enable_grad():
-            foresight = session.foresight(profile, call.rehearsal, call.shape, records)
+            foresight = runtime.setup.foresight(profile, call.workload, call.shape, records)
             return predict_call(
-                session,
-                call.rehearsal,
+                runtime,
+                call.workload,
                 call.shape,
                 call.tile_rows,
                 records,
@@ -172,8 +176,8 @@ def predict(model: nn.Module, profile: Profile, *, commit_every: int = 0) -> Pre
 
 
 def predict_call(
-    session: Session,
-    rehearsal: Rehearsal,
+    runtime: Runtime,
+    workload: Workload,
     shape: BatchShape,
     tile_rows: int,
     records: Sequence[Record],
@@ -185,21 +189,21 @@ def predict_call(
     profile = foresight.profile
     costs = foresight.costs(tile_rows)
     by_name = {record.name: record for record in records}
-    plain = simulate(rehearsal.visits, by_name, placement, profile, costs)
+    plain = simulate(workload.visits, by_name, placement, profile, costs)
     committed = plain
     if commit_every:
-        committed = simulate(rehearsal.visits, by_name, placement, profile, costs, commits=True)
+        committed = simulate(workload.visits, by_name, placement, profile, costs, commits=True)
     simulation = committed if commit_every == 1 else plain
     num_tokens = (shape.rows or 1) * shape.row_tokens
 
     def step_with(other: Profile, own: Costs = costs) -> float:
-        return simulate(rehearsal.visits, by_name, placement, other, own, commits=commit_every == 1).step_s
+        return simulate(workload.visits, by_name, placement, other, own, commits=commit_every == 1).step_s
 
     remedies = _remedies(profile, costs, step_with)
-    budget = session.budget
-    if placement.disk_bytes and session.settings.home is None:
+    budget = runtime.budget
+    if placement.disk_bytes and runtime.setup.settings.home is None:
         more = max(1 << 30, budget.limit_bytes // 4)
-        larger = budget.choices_with(more, records, rehearsal, foresight)
+        larger = budget.choices_with(more, records, workload, foresight)
         remedies[f"{format_bytes(more)} more memory"] = larger[0].step_s
     found = [Remedy(what, simulation.step_s / step_s) for what, step_s in remedies.items()]
     return Prediction(
@@ -238,11 +242,11 @@ def advise(model: nn.Module, profile: Profile, step_s: float, stalled_s: float) 
     that does not explain the step, the rates of the disk. Plans are those that were compared when memory was laid out:
     none where the model was opened without a profile.
     """
-    session = session_of(model)
-    call, choices = session.calls.last_training, session.budget.choices
-    if call is None or len(choices) < 2 or session.executor is None:
+    runtime = runtime_of(model)
+    call, choices = runtime.visits.call.last_training, runtime.budget.choices
+    if call is None or len(choices) < 2 or runtime.backing.executor is None:
         return None
-    records = session.executor.store.records
+    records = runtime.backing.executor.store.records
     taken = choices[0]
     busy_s = taken.simulation.busy_s.get(Resource.COMPUTE, 0.0)
     factor = (step_s - stalled_s) / busy_s if busy_s else 1.0
@@ -254,7 +258,7 @@ def advise(model: nn.Module, profile: Profile, step_s: float, stalled_s: float) 
             disk_write=profile.disk_write / slower,
         )
         costs = choice.costs.scaled(factor)
-        return simulate(call.rehearsal.visits, records, choice.placement, own, costs).step_s
+        return simulate(call.workload.visits, records, choice.placement, own, costs).step_s
 
     slower = 1.0
     while simulated_s(taken, slower) < step_s * 0.95 and slower < SLOWEST:

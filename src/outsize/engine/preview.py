@@ -1,4 +1,4 @@
-"""What a run would need, before it is started: the same cutting, rehearsal and placement, without allocating."""
+"""What a run would need, before it is started: the same cutting, workload and placement, without allocating."""
 
 from __future__ import annotations
 
@@ -15,9 +15,8 @@ from outsize.engine import api
 from outsize.engine.budget import Fit
 from outsize.engine.counting import on_paper
 from outsize.engine.predict import pins_text, predict_call
-from outsize.engine.probe import BatchShape, Rehearsal, batch_shape
 from outsize.engine.report import placement_rows
-from outsize.engine.session import Session
+from outsize.engine.runtime import Runtime
 from outsize.engine.summary import Alternative, PlanSummary
 from outsize.errors import BudgetError, ConfigError, ModelError
 from outsize.model import (
@@ -36,17 +35,18 @@ from outsize.optim import ADAMW
 from outsize.plan import Placement, SlotClass
 from outsize.plan.planner import Choice
 from outsize.plan.profile import Profile
+from outsize.plan.workload import BatchShape, Workload
 from outsize.store import memory
 from outsize.store.scratch import disk_bytes
 from outsize.store.state import DTYPES
 from outsize.tier import PaperDevice
 
-Call = tuple[Rehearsal, BatchShape]
-"""A call as it was rehearsed."""
+Call = tuple[Workload, BatchShape]
+"""A call as its dry run showed it."""
 
-Passes = Callable[[Session, int, int], Iterator[tuple[Call, Call]] | None]
-"""Rehearses the passes of an engine for some sequences of some tokens: the largest, and that of a token of each. None for a
-model that no engine runs. What each takes beside calls is reserved in the session's budget when it is given."""
+Passes = Callable[[Runtime, int, int], Iterator[tuple[Call, Call]] | None]
+"""Makes dry runs of an engine's passes for some sequences of some tokens: of the largest pass, and of one with a token of
+each sequence. None for a model that no engine runs. What pages take is reserved in the budget when a pair is given."""
 
 _PREFERRED = (ComputeType.BFLOAT16, ComputeType.FLOAT32)
 
@@ -83,7 +83,7 @@ def preview(
     With a `profile` of this machine one block of each kind is timed, plans are compared, and a step is predicted. With
     `hardware`, the profile of another machine, that one is planned for: its memory is the budget where none is given, and
     operations are counted instead of timed. `compile`, `attention` and `from_scratch` as in `load`.
-    `passes`: how the passes of an engine that generates are rehearsed; else calls of the model are.
+    `passes`: dry runs of the passes of an engine that generates; else calls of the model are planned for.
     Reads no weights and stores nothing: a `config.json` is enough. Raises ModelError or ConfigError for what cannot be
     opened at all, WeightsError for a folder whose weights `load` would refuse.
     """
@@ -109,7 +109,7 @@ def preview(
     memory.bound_kernel_caches()
     with plain_defaults():
         module = open_skeleton(folder, DTYPES[settings.compute_type], attention=attention)
-    session = Session(module, cut(module), TensorSource({}), settings, computes_on, hardware or profile)
+    runtime = Runtime(module, cut(module), TensorSource({}), settings, computes_on, hardware or profile)
     if getattr(module, "main_input_name", None) != "input_ids":
         raise ModelError(
             f"{type(module).__name__} does not take text",
@@ -127,29 +127,29 @@ def preview(
         )
     module.train(train)
     if train:
-        session.rule = ADAMW
+        runtime.setup.rule = ADAMW
     else:
         module.requires_grad_(False)
     with on_paper() if hardware is not None else nullcontext(), torch.set_grad_enabled(train):
-        summary = _summary(session, batch_size, seq_len, None if hardware is not None else passes)
+        summary = _summary(runtime, batch_size, seq_len, None if hardware is not None else passes)
         return replace(summary, has_weights=weights_are_there)
 
 
-def _summary(session: Session, batch_size: int, seq_len: int, passes: Passes | None) -> PlanSummary:
+def _summary(runtime: Runtime, batch_size: int, seq_len: int, passes: Passes | None) -> PlanSummary:
     """The plan for training, or, without gradients, for generating."""
-    budget, profile = session.budget, session.profile
-    num_parameters = sum(parameter.numel() for parameter in session.parameters.values())
+    budget, profile = runtime.budget, runtime.setup.profile
+    num_parameters = sum(parameter.numel() for parameter in runtime.model.parameters.values())
     try:
-        records, placement, (rehearsal, shape), cached = _decided(session, batch_size, seq_len, passes)
-        num_disk_bytes = disk_bytes(placement, session.settings)
+        records, placement, (workload, shape), cached = _decided(runtime, batch_size, seq_len, passes)
+        num_disk_bytes = disk_bytes(placement, runtime.setup.settings)
     except BudgetError as error:
         return PlanSummary(
             fits=False,
-            reason=f"{error}{_shorter(session, batch_size, seq_len, passes)}",
+            reason=f"{error}{_shorter(runtime, batch_size, seq_len, passes)}",
             rows=(),
             slots=(),
             num_parameters=num_parameters,
-            num_blocks=len(session.cut.blocks),
+            num_blocks=len(runtime.model.cut.blocks),
             host_budget_bytes=budget.limit_bytes,
             host_bytes=0,
             disk_bytes=0,
@@ -157,19 +157,19 @@ def _summary(session: Session, batch_size: int, seq_len: int, passes: Passes | N
         )
     prediction = None
     if profile is not None:
-        tile_rows = budget.begin_call(rehearsal, shape)
-        timed = cached or (rehearsal, shape)
-        foresight = session.foresight(profile, *timed, records)
+        tile_rows = budget.begin_call(workload, shape)
+        timed = cached or (workload, shape)
+        foresight = runtime.setup.foresight(profile, *timed, records)
         if cached is not None:
             foresight = foresight.uncut(cached[1].rows or 1)
-        prediction = predict_call(session, *timed, tile_rows, records, placement, foresight)
+        prediction = predict_call(runtime, *timed, tile_rows, records, placement, foresight)
     return PlanSummary(
         fits=True,
         reason="",
-        rows=placement_rows(session, records, placement),
+        rows=placement_rows(runtime, records, placement),
         slots=_slots(placement),
-        compiled=tuple(session.compiler.compiled),
-        attention=attention_of(session.module),
+        compiled=tuple(runtime.visits.compiler.compiled),
+        attention=attention_of(runtime.model.module),
         num_parameters=num_parameters,
         num_blocks=len(records),
         host_budget_bytes=budget.limit_bytes,
@@ -177,7 +177,7 @@ def _summary(session: Session, batch_size: int, seq_len: int, passes: Passes | N
         disk_bytes=num_disk_bytes,
         device_budget_bytes=budget.device_limit_bytes,
         device_bytes=budget.device_bytes(),
-        disk_budget_bytes=_disk_budget(session.settings),
+        disk_budget_bytes=_disk_budget(runtime.setup.settings),
         prediction=prediction,
         alternatives=_alternatives(budget.choices),
         pins=pins_text(budget.choices[0]) if budget.choices else "",
@@ -185,17 +185,17 @@ def _summary(session: Session, batch_size: int, seq_len: int, passes: Passes | N
 
 
 def _decided(
-    session: Session, batch_size: int, seq_len: int, passes: Passes | None
+    runtime: Runtime, batch_size: int, seq_len: int, passes: Passes | None
 ) -> tuple[list[Record], Placement, Call, Call | None]:
     """Records and their placement, the call that memory is laid out for, and, for generating, the one that is to be fast:
     a token of each sequence. Raises BudgetError."""
     if torch.is_grad_enabled():
-        largest = _rehearse(session, batch_size, seq_len)
-        return *session.decide(*largest), largest, None
+        largest = _dry_run(runtime, batch_size, seq_len)
+        return *runtime.setup.decide(*largest), largest, None
     error: BudgetError | None = None
-    for largest, decoding in _generating(session, batch_size, seq_len, passes):
+    for largest, decoding in _generating(runtime, batch_size, seq_len, passes):
         try:
-            return *session.decide(*largest, decoding), largest, decoding
+            return *runtime.setup.decide(*largest, decoding), largest, decoding
         except BudgetError as failure:
             error = failure.with_traceback(None)
     assert error is not None
@@ -203,12 +203,12 @@ def _decided(
 
 
 def _generating(
-    session: Session, batch_size: int, seq_len: int, passes: Passes | None
+    runtime: Runtime, batch_size: int, seq_len: int, passes: Passes | None
 ) -> Iterator[tuple[Call, Call]]:
     """Ways to generate, each the largest call and that of a token of each sequence; those first that serve more at once."""
-    found = passes(session, batch_size, seq_len) if passes is not None else None
+    found = passes(runtime, batch_size, seq_len) if passes is not None else None
     if found is None:
-        return iter([(_rehearse(session, batch_size, seq_len), _rehearse(session, batch_size, 1))])
+        return iter([(_dry_run(runtime, batch_size, seq_len), _dry_run(runtime, batch_size, 1))])
     return found
 
 
@@ -218,26 +218,25 @@ def _disk_budget(settings: Settings) -> int:
     return len(settings.budgets.disks) * min(sizes, default=0)
 
 
-def _shorter(session: Session, batch_size: int, seq_len: int, passes: Passes | None) -> str:
+def _shorter(runtime: Runtime, batch_size: int, seq_len: int, passes: Passes | None) -> str:
     """The longest of some shorter sequences that fits, as a part of a hint."""
     for length in (seq_len * 3 // 4, seq_len // 2, seq_len // 4, seq_len // 8):
         if length < LEAST_LENGTH:
             break
         if torch.is_grad_enabled():
-            fits = session.fits(*_rehearse(session, batch_size, length))
+            fits = runtime.setup.fits(*_dry_run(runtime, batch_size, length))
         else:
-            ways = _generating(session, batch_size, length, passes)
-            fits = any(session.fits(*largest) for largest, _ in ways)
+            ways = _generating(runtime, batch_size, length, passes)
+            fits = any(runtime.setup.fits(*largest) for largest, _ in ways)
         if fits:
             return f"; or sequences of {length}"
     return ""
 
 
-def _rehearse(session: Session, rows: int, seq_len: int) -> tuple[Rehearsal, BatchShape]:
+def _dry_run(runtime: Runtime, rows: int, seq_len: int) -> Call:
     ids = torch.zeros(rows, seq_len, dtype=torch.long, device="cpu")
     kwargs = {"input_ids": ids, "labels": ids, "use_cache": False}
-    shape = batch_shape(session.module, (), kwargs)
-    return session.calls.rehearse_with_labels(kwargs, shape), shape
+    return runtime.calls.dry_run(kwargs, with_labels=True)
 
 
 def _settings_elsewhere(

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from torch import nn
 
 from outsize.engine.executor import Executor
-from outsize.engine.session import session_of
+from outsize.engine.runtime import runtime_of
 from outsize.errors import UsageError
 from outsize.plan.timeline import Timeline
 from outsize.store.offload import ActivationOffload
@@ -40,8 +40,8 @@ def record(model: nn.Module) -> Iterator[Recording]:
     read weights from their files; they are not like those that follow. Raises UsageError where the model was not called
     yet, or is being recorded.
     """
-    session = session_of(model)
-    executor, keeper = session.executor, session.keeper
+    runtime = runtime_of(model)
+    executor, keeper = runtime.backing.executor, runtime.backing.keeper
     if executor is None:
         raise UsageError(
             "a model cannot be recorded before its first call",
@@ -50,7 +50,7 @@ def record(model: nn.Module) -> Iterator[Recording]:
     if executor.recorder is not None:
         raise UsageError("the model is being recorded already", hint="end the first outsize.record")
     recording = Recording()
-    recorder = Recorder(session.device)
+    recorder = Recorder(runtime.model.device)
     try:
         _tell(executor, keeper, recorder)
         recorder.begin()

@@ -10,7 +10,7 @@ from torch import nn
 
 from outsize.block import Plane, Record
 from outsize.config import Home, format_bytes
-from outsize.engine.session import Session, session_of
+from outsize.engine.runtime import Runtime, runtime_of
 from outsize.model import attention_of
 from outsize.plan import Placement, is_stored
 from outsize.store import memory
@@ -87,14 +87,14 @@ class Report:
 
 def report(model: nn.Module) -> Report:
     """The report of `model`; before its first call there are no rows."""
-    session = session_of(model)
-    num_parameters = sum(parameter.numel() for parameter in session.parameters.values())
-    executor, placement, budget = session.executor, session.budget.placement, session.budget
+    runtime = runtime_of(model)
+    num_parameters = sum(parameter.numel() for parameter in runtime.model.parameters.values())
+    executor, placement, budget = runtime.backing.executor, runtime.budget.placement, runtime.budget
     if executor is None or placement is None:
         return Report((), num_parameters, 0, budget.limit_bytes, memory.peak_bytes(), 0, 0)
     records = [state.record for state in executor.store]
-    rows = placement_rows(session, records, placement)
-    keeper, source = session.keeper, executor.store.weight_reader.source
+    rows = placement_rows(runtime, records, placement)
+    keeper, source = runtime.backing.keeper, executor.store.weight_reader.source
     stats = [tier.stats() for tier in (executor.store.disk, keeper) if tier is not None]
     return Report(
         rows=rows,
@@ -107,20 +107,20 @@ def report(model: nn.Module) -> Report:
         wait_s=executor.wait_s | (keeper.wait_s if keeper is not None else {}),
         off_plan=tuple(f"{visit} x{count}" for visit, count in executor.off_plan.items()),
         device_budget_bytes=budget.device_limit_bytes,
-        device_peak_bytes=memory.device_peak_bytes(session.torch_device),
-        bytes_up=session.device.links().bytes_up,
-        bytes_down=session.device.links().bytes_down,
-        stepped_down=tuple(session.stepdown.notes),
-        compiled=tuple(session.compiler.compiled),
-        attention=attention_of(session.module),
-        uncut=tuple(session.calls.uncut),
+        device_peak_bytes=memory.device_peak_bytes(runtime.model.torch_device),
+        bytes_up=runtime.model.device.links().bytes_up,
+        bytes_down=runtime.model.device.links().bytes_down,
+        stepped_down=tuple(runtime.visits.stepdown.notes),
+        compiled=tuple(runtime.visits.compiler.compiled),
+        attention=attention_of(runtime.model.module),
+        uncut=tuple(runtime.calls.uncut),
     )
 
 
-def placement_rows(session: Session, records: Sequence[Record], placement: Placement) -> tuple[Row, ...]:
+def placement_rows(runtime: Runtime, records: Sequence[Record], placement: Placement) -> tuple[Row, ...]:
     """What lives where: planes by tier, then the buffers they pass through, then the process itself."""
     figures: Counter[tuple[str, str]] = Counter()
-    computes_in = "host" if session.device.is_host else "device"
+    computes_in = "host" if runtime.model.device.is_host else "device"
     for record in records:
         for plane, num_bytes in _planes(record).items():
             tier = "host" if placement.is_hosted(record.name, plane) else "disk"
@@ -138,7 +138,7 @@ def placement_rows(session: Session, records: Sequence[Record], placement: Place
     by_name = sorted(figures.items(), key=lambda item: item[0][1], reverse=True)
     planes = sorted(by_name, key=lambda item: _TIERS.index(item[0][0]))
     rows = [Row(tier, what, num_bytes) for (tier, what), num_bytes in planes]
-    if session.device.is_host:
+    if runtime.model.device.is_host:
         rows.append(Row("host", "slots and buffers", placement.slots_bytes + placement.passage_bytes))
     else:
         rows.append(Row("device", "slots", placement.slots_bytes))
@@ -146,11 +146,11 @@ def placement_rows(session: Session, records: Sequence[Record], placement: Place
     if placement.inputs is not None:
         rows.append(Row(str(placement.inputs), "inputs of blocks", placement.inputs_bytes))
         if placement.inputs is Home.DISK:
-            rows.append(Row("host", "buffers of inputs", session.budget.host_inputs_bytes))
-    rows.append(Row(computes_in, "activations (most)", session.budget.activation_bytes))
-    if session.budget.reserved_bytes:
-        rows.append(Row("host", "KV cache", session.budget.reserved_bytes))
-    rows.append(Row("host", "Python and libraries", session.budget.base_bytes))
+            rows.append(Row("host", "buffers of inputs", runtime.budget.host_inputs_bytes))
+    rows.append(Row(computes_in, "activations (most)", runtime.budget.activation_bytes))
+    if runtime.budget.reserved_bytes:
+        rows.append(Row("host", "KV cache", runtime.budget.reserved_bytes))
+    rows.append(Row("host", "Python and libraries", runtime.budget.base_bytes))
     return tuple(rows)
 
 

@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 
 from outsize.block import Block
-from outsize.engine.session import Session
+from outsize.engine.runtime import Runtime
 from outsize.model import MAX_SHARD_BYTES, Existing, has_adapters, write_adapters, write_folder
 
 
 def write_model(
-    session: Session,
+    runtime: Runtime,
     path: Path,
     *,
     existing: Existing,
@@ -26,20 +26,20 @@ def write_model(
     `watch` is called with the number of each block as it begins, from 1, and how many there are. Raises UsageError where
     the model was changed since it was opened, or the folder is taken.
     """
-    session.check()
-    if has_adapters(session.module):
-        write_adapters(session.module, path, existing)
+    runtime.check()
+    if has_adapters(runtime.model.module):
+        write_adapters(runtime.model.module, path, existing)
         return
-    numbers = {block.name: number for number, block in enumerate(session.cut.blocks, 1)}
+    numbers = {block.name: number for number, block in enumerate(runtime.model.cut.blocks, 1)}
 
     def fetch(block: Block) -> list[torch.Tensor]:
         if watch is not None:
             watch(numbers[block.name], len(numbers))
-        return session.parameters.block_values(block)
+        return runtime.model.parameters.block_values(block)
 
     write_folder(
-        session.module,
-        session.cut.blocks,
+        runtime.model.module,
+        runtime.model.cut.blocks,
         fetch,
         path,
         tokenizer_from=tokenizer_from,

@@ -18,24 +18,17 @@ import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 
 from outsize.engine.batch import Tile, tiles
+from outsize.engine.graphs import Graphs
 from outsize.engine.surroundings import Randomness
 from outsize.store.recovery import undone_by
 from outsize.tier import Device
 
-if TYPE_CHECKING:
-    from outsize.engine.layer import Graph
-
 ALONE = (Tile(0, 1, 1),)
 """For what is not computed tile by tile."""
-
-
-class Graphs(dict[Tile, "Graph"]):
-    """The graphs that one visit keeps for its backward, by tile; empty where it computes again."""
 
 
 class _Additions:
@@ -54,17 +47,19 @@ class _Additions:
 
 
 class StepDown:
-    """Repeats what a device had no memory for, where `is_on`; elsewhere it lets every error pass."""
+    """Repeats what a device had no memory for if it `is_on`; else it lets every error pass.
 
-    def __init__(self, is_on: bool, device: Device) -> None:
+    `evict` moves something off the device that stays there; it returns False if nothing can be moved.
+    """
+
+    def __init__(self, is_on: bool, device: Device, evict: Callable[[], bool]) -> None:
         self.is_on = is_on
         self.keeps_graphs = True
         """Whether visits may keep their graphs still."""
         self.notes: list[str] = []
         """What was changed, for people."""
-        self.evict: Callable[[], bool] = lambda: False
-        """Takes something from the device that stays there; false where nothing can be taken."""
         self._device = device
+        self._evict = evict
         self._kept: weakref.WeakValueDictionary[int, Graphs] = weakref.WeakValueDictionary()
         self._additions: _Additions | None = None
 
@@ -108,7 +103,7 @@ class StepDown:
                     most = -(-(part.stop - part.start) // 2)
                     while todo and not (added or todo[0][1]):  # cut as it would have been from the start
                         part = replace(part, stop=todo.popleft()[0].stop)
-                elif not self.evict():
+                elif not self._evict():
                     raise
                 todo.appendleft((part, added))
             # Only from here on, where the error is forgotten, is the memory of the attempt free again.

@@ -10,7 +10,7 @@ import torch
 from outsize.config import Disk, Pins
 from outsize.engine.preview import Call
 from outsize.engine.preview import preview as preview_calls
-from outsize.engine.session import Session
+from outsize.engine.runtime import Runtime
 from outsize.engine.summary import PlanSummary
 from outsize.kv import NotPageableError
 from outsize.plan.profile import Profile
@@ -65,12 +65,12 @@ def preview(
     )
 
 
-def _passes(session: Session, sequences: int, tokens: int) -> Iterator[tuple[Call, Call]] | None:
+def _passes(runtime: Runtime, sequences: int, tokens: int) -> Iterator[tuple[Call, Call]] | None:
     """The passes of an engine for this workload, with fewer and fewer pages; None where the model runs over none."""
-    if not session.device.is_host:
+    if not runtime.model.device.is_host:
         return None
     try:
-        runner = Runner(session.module, workload=Workload(sequences, tokens), only_plan=True)
+        runner = Runner(runtime.model.module, workload=Workload(sequences, tokens), only_plan=True)
     except NotPageableError:
         return None
-    return (runner.rehearsals(num_pages + 1, sequences) for num_pages in runner.sizes)
+    return (runner.largest_and_decoding(num_pages + 1, sequences) for num_pages in runner.sizes)

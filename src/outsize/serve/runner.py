@@ -17,8 +17,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from outsize.config import format_bytes, parse_bytes
-from outsize.engine.probe import BatchShape, Rehearsal, walk
-from outsize.engine.session import Session, find_session
+from outsize.engine.preview import Call
+from outsize.engine.runtime import Runtime, find_runtime
 from outsize.errors import BudgetError, ConfigError
 from outsize.kv import (
     PAGE_TOKENS,
@@ -97,17 +97,17 @@ class Runner:
             raise ConfigError(
                 f"pass_tokens: {pass_tokens} is less than 1", hint=f"pass {PASS_TOKENS}, or leave it out"
             )
-        self._session = session = find_session(model)
+        self._runtime = runtime = find_runtime(model)
         self.model: Any = model
         self.deterministic = deterministic
-        self.device = next(model.parameters()).device if session is None else session.torch_device
-        self._sends = session is None  # a model of Outsize sends its arguments itself
+        self.device = next(model.parameters()).device if runtime is None else runtime.model.torch_device
+        self._sends = runtime is None  # a model of Outsize sends its arguments itself
         self.pageable: Pageable = probe(
             model,
-            self._call if session is None else lambda arguments: walk(session, arguments),
+            self._call if runtime is None else runtime.calls.walk,
         )
-        if session is not None:
-            session.calls.beside_logit_bytes = 0  # tokens are chosen row by row
+        if runtime is not None:
+            runtime.visits.call.beside_logit_bytes = 0  # tokens are chosen row by row
         assert isinstance(model, PreTrainedModel)
         self.vocabulary = int(model.config.get_text_config(decoder=True).vocab_size)
         self._workload = workload
@@ -120,7 +120,7 @@ class Runner:
             self.pass_tokens = min(self.pass_tokens, max(workload.sequences * workload.tokens, most_rows))
             self.pass_rows = min(self.pass_rows, most_rows)
         self.page_bytes = page_bytes(self.pageable.layers, self.pageable.dtype)
-        self.sizes = self._sizes(session, kv, share)
+        self.sizes = self._sizes(runtime, kv, share)
         """Numbers of pages to try, the largest first."""
         if only_plan:
             return
@@ -134,22 +134,22 @@ class Runner:
 
     def _open_pages(self, num_pages: int) -> None:
         """Place the model beside pages, and make them. Raises BudgetError, and then there are none."""
-        session = self._session
-        if session is not None and session.device.is_host and session.executor is None:
-            self._settle(session, self.stand_in(num_pages))
+        runtime = self._runtime
+        if runtime is not None and runtime.model.device.is_host and runtime.backing.executor is None:
+            self._settle(runtime, self.stand_in(num_pages))
             self.kv = self._made(num_pages)
             return
         self.kv = self._made(num_pages)
         try:
-            self._settle(session, self.kv)
+            self._settle(runtime, self.kv)
         except BudgetError:
             del self.kv
             raise
 
     def stand_in(self, num_pages: int) -> PagedKV:
-        """Few pages that stand for `num_pages`, whose memory the budget reserves: a rehearsal writes them all alike."""
-        assert self._session is not None
-        self._session.budget.reserved_bytes = num_pages * self.page_bytes
+        """Few pages that stand for `num_pages`, whose memory the budget reserves: a workload writes them all alike."""
+        assert self._runtime is not None
+        self._runtime.budget.reserved_bytes = num_pages * self.page_bytes
         pages = self._made(2)
         pages.num_pages = num_pages
         pages.most_pages = min(num_pages, pages_for(self.pageable.most_positions))
@@ -163,30 +163,28 @@ class Runner:
         except torch.OutOfMemoryError as error:
             raise BudgetError(
                 f"the KV cache takes {format_bytes(num_pages * self.page_bytes)}, more than the device has free",
-                hint=f"give less with kv=; {format_bytes(max(0, self._free_bytes(self._session)))} are free",
+                hint=f"give less with kv=; {format_bytes(max(0, self._free_bytes(self._runtime)))} are free",
             ) from error
 
     @torch.no_grad()
-    def _settle(self, session: Session | None, kv: PagedKV) -> None:
+    def _settle(self, runtime: Runtime | None, kv: PagedKV) -> None:
         """Place the model's weights beside the pages, for the largest passes there will be. Raises BudgetError."""
-        if session is not None and session.executor is None:
+        if runtime is not None and runtime.backing.executor is None:
             with switched(self.model), self._products():
                 for parts in self._largest(kv):
-                    session.calls.settle_for(self._arguments(parts, kv))
+                    runtime.calls.settle_for(self._arguments(parts, kv))
 
     @torch.no_grad()
-    def rehearsals(
-        self, num_pages: int, num_tokens: int
-    ) -> tuple[tuple[Rehearsal, BatchShape], tuple[Rehearsal, BatchShape]]:
-        """Of the pass that takes most memory beside `num_pages`, and of one with a token of `num_tokens` sequences."""
-        assert self._session is not None
+    def largest_and_decoding(self, num_pages: int, num_tokens: int) -> tuple[Call, Call]:
+        """Dry runs of the largest pass beside `num_pages`, and of one that decodes a token of `num_tokens` sequences."""
+        assert self._runtime is not None
         kv = self.stand_in(num_pages)
         largest = next(self._largest(kv))
         position = largest[0].position + len(largest[0].tokens) - 1
         decoding = [Part((1,), position, largest[0].table, (0,))] * num_tokens
-        rehearsed = self._session.calls.rehearsed_for
+        dry_run = self._runtime.calls.dry_run
         with switched(self.model), self._products():
-            return rehearsed(self._arguments(largest, kv)), rehearsed(self._arguments(decoding, kv))
+            return dry_run(self._arguments(largest, kv)), dry_run(self._arguments(decoding, kv))
 
     @torch.no_grad()
     def run(self, parts: Sequence[Part], *, is_long: bool = False) -> list[torch.Tensor]:
@@ -201,8 +199,8 @@ class Runner:
                 parts = [*parts, Part((0,), long_after, (), ())]
         with switched(self.model), self._products():
             logits_NV = self._call(self._arguments(parts, self.kv)).logits[0]
-        if self._session is not None:
-            self._session.calls.read_ahead()
+        if self._runtime is not None:
+            self._runtime.calls.read_ahead()
         return list(logits_NV.split([len(part.rows) for part in parts] + [int(not _num_rows(parts))]))
 
     def _call(self, arguments: dict[str, Any]) -> Any:
@@ -244,7 +242,7 @@ class Runner:
         """The passes that take most: as many tokens and rows as there may be, at the end of the longest request.
 
         Calls are told apart by whether an id is 0 and whether positions go on from one token to the next: one pass of
-        each kind, so that none is rehearsed in the midst of serving.
+        each kind, so that no dry run is made in the midst of serving.
         """
         longest = min(self.pageable.most_positions, (kv.num_pages - 1) * PAGE_TOKENS)
         if self._workload is not None:
@@ -261,13 +259,13 @@ class Runner:
                     tokens, rows = tokens - count, rows - wanted
                 yield parts
 
-    def _sizes(self, session: Session | None, kv: str | int | None, share: float) -> list[int]:
+    def _sizes(self, runtime: Runtime | None, kv: str | int | None, share: float) -> list[int]:
         """Pages to try: what was asked for; else a share of what is free, and less where weights then do not fit."""
         longest = pages_for(self.pageable.most_positions)
         if kv is None and self._workload is not None:
-            return self._workload_sizes(session, self._workload, share)
+            return self._workload_sizes(runtime, self._workload, share)
         if kv is None:
-            most = min(int(share * self._free_bytes(session)) // self.page_bytes, LONGEST * longest)
+            most = min(int(share * self._free_bytes(runtime)) // self.page_bytes, LONGEST * longest)
             return [
                 max(most >> half, 1) for half in range(max(1, most.bit_length() - FEWEST.bit_length() + 1))
             ]
@@ -278,34 +276,34 @@ class Runner:
                 f"{format_bytes(self.page_bytes)}",
                 hint=f"pass {format_bytes(longest * self.page_bytes)}, for a request of all its positions",
             )
-        if session is not None and session.executor is not None:
-            _check_beside(session, num_bytes)
+        if runtime is not None and runtime.backing.executor is not None:
+            _check_beside(runtime, num_bytes)
         return [num_bytes // self.page_bytes]
 
-    def _workload_sizes(self, session: Session | None, workload: Workload, share: float) -> list[int]:
+    def _workload_sizes(self, runtime: Runtime | None, workload: Workload, share: float) -> list[int]:
         """Pages for all sequences of a workload within a `share` of what is free, then for half, and so on down to one."""
         one = pages_for(min(workload.tokens, self.pageable.most_positions))
         most = min(
-            workload.sequences, max(1, int(share * self._free_bytes(session)) // (one * self.page_bytes))
+            workload.sequences, max(1, int(share * self._free_bytes(runtime)) // (one * self.page_bytes))
         )
         return [max(most >> half, 1) * one for half in range(most.bit_length())]
 
-    def _free_bytes(self, session: Session | None) -> int:
-        if session is not None and not session.device.is_host:
-            return session.device.free_bytes()
+    def _free_bytes(self, runtime: Runtime | None) -> int:
+        if runtime is not None and not runtime.model.device.is_host:
+            return runtime.model.device.free_bytes()
         if self.device.type != "cpu":
             return int(torch.cuda.mem_get_info(self.device)[0])
-        limit = session.settings.budgets.host_bytes if session is not None else None
+        limit = runtime.setup.settings.budgets.host_bytes if runtime is not None else None
         if limit is None:
             return memory.available_bytes()
         return max(0, limit - memory.resident_bytes())
 
 
-def _check_beside(session: Session, num_bytes: int) -> None:
+def _check_beside(runtime: Runtime, num_bytes: int) -> None:
     """Raise BudgetError where pages do not fit beside a model that has its place already."""
-    budget = session.budget
+    budget = runtime.budget
     room = budget.limit_bytes - budget.expected_bytes()
-    if session.device.is_host and num_bytes > room:
+    if runtime.model.device.is_host and num_bytes > room:
         raise BudgetError(
             f"the KV cache takes {format_bytes(num_bytes)}, {format_bytes(max(0, room))} are left beside the model, which "
             "was called before",

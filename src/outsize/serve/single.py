@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
-from outsize.engine.session import find_session
+from outsize.engine.runtime import find_runtime
 from outsize.errors import UsageError
 from outsize.serve.answer import Answer, end_tokens, num_tokens
 from outsize.serve.request import Finish, Request, Stream, Token
@@ -25,9 +25,9 @@ class SingleEngine:
     """Serves requests in the order of their coming."""
 
     def __init__(self, model: nn.Module, tokenizer: Any = None) -> None:
-        session = find_session(model)
+        runtime = find_runtime(model)
         self._model: Any = model
-        self._device = next(model.parameters()).device if session is None else session.torch_device
+        self._device = next(model.parameters()).device if runtime is None else runtime.model.torch_device
         self._tokenizer = tokenizer
         self._ends = end_tokens(model)
         config = cast(Any, model).config.get_text_config(decoder=True)

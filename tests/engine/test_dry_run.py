@@ -1,4 +1,4 @@
-"""A rehearsal: what it finds out, and that it leaves nothing behind."""
+"""A workload: what it finds out, and that it leaves nothing behind."""
 
 import gc
 
@@ -7,19 +7,22 @@ import torch
 from torch import nn
 
 import outsize
-from outsize.engine import head, probe
-from outsize.engine.probe import Linear, batch_shape
-from outsize.engine.session import Session, session_of
+from outsize.engine import head
+from outsize.engine.dry_run import DryRun
+from outsize.engine.dry_runner import DryRunner, batch_shape
+from outsize.engine.runtime import runtime_of
+from outsize.engine.setup import Setup
 from outsize.plan import Direction
+from outsize.plan.workload import Linear
 from tests.running import executor_of, opened, train
 from tests.zoo import ZOO, plain_batch, plain_stack
 
 
-def rehearsal_of(model, batch):
+def workload_of(model, batch):
     model(**batch)
-    call = session_of(model).calls.current
+    call = runtime_of(model).visits.call.running
     assert call is not None
-    return call.rehearsal
+    return call.workload
 
 
 @pytest.mark.parametrize("name", ["llama_tied", "bloom", "t5", "vit", "albert"])
@@ -30,7 +33,7 @@ def test_the_visits_are_those_that_come(name, tmp_path, monkeypatch):
     executor = executor_of(model)
     reach = executor._reach
     monkeypatch.setattr(executor, "_reach", lambda visit: (seen.append(visit), reach(visit)))
-    expected = rehearsal_of(model, ZOO[name].batch()).visits
+    expected = workload_of(model, ZOO[name].batch()).visits
     seen.clear()
     model(**ZOO[name].batch(seed=1)).loss.backward()
     assert tuple(seen) == expected
@@ -39,9 +42,9 @@ def test_the_visits_are_those_that_come(name, tmp_path, monkeypatch):
 
 def test_alibi_is_a_multiple_of_the_batch_and_mpt_has_none(tmp_path):
     bloom = opened(ZOO["bloom"].build())
-    assert rehearsal_of(bloom, ZOO["bloom"].batch(rows=4)).dims["transformer.h.0"].inputs[1] == 0
+    assert workload_of(bloom, ZOO["bloom"].batch(rows=4)).dims["transformer.h.0"].inputs[1] == 0
     mpt = opened(ZOO["mpt"].build())
-    dims = rehearsal_of(mpt, ZOO["mpt"].batch(rows=4)).dims["transformer.blocks.0"].inputs
+    dims = workload_of(mpt, ZOO["mpt"].batch(rows=4)).dims["transformer.blocks.0"].inputs
     assert dims[0] == 0 and None in dims
 
 
@@ -64,14 +67,14 @@ def test_a_rehearsal_leaves_buffers_and_random_numbers_alone():
     first = torch.rand(())
     assert float(model.calls) == 1
     torch.manual_seed(5)
-    model(**plain_batch())  # the same call, this time without a rehearsal
+    model(**plain_batch())  # the same call, this time without a workload
     assert torch.equal(first, torch.rand(()))
 
 
 def test_a_call_is_rehearsed_once_and_again_when_rows_grow(monkeypatch):
     counts = []
-    run = probe._run
-    monkeypatch.setattr(probe, "_run", lambda *args: (counts.append(1), run(*args))[1])
+    run = DryRunner._run
+    monkeypatch.setattr(DryRunner, "_run", lambda *args: (counts.append(1), run(*args))[1])
     model = opened(ZOO["llama"].build().train())
     for length, expected in ((10, 2), (10, 2), (8, 2), (14, 4), (9, 4)):
         model(**ZOO["llama"].batch(rows=3, length=length))
@@ -87,13 +90,13 @@ def test_a_call_is_rehearsed_once_and_again_when_rows_grow(monkeypatch):
 def test_nothing_of_a_rehearsal_is_left_when_memory_is_planned(name, monkeypatch):
     """Its tensors, which are as large as those of a few rows of the call, would be missing in the plan."""
     left = []
-    settle = Session.settle
+    settle = Setup.settle
 
     def watched(self, *args):
-        left.append([each for each in gc.get_objects() if type(each) is probe.Probe])
+        left.append([each for each in gc.get_objects() if type(each) is DryRun])
         return settle(self, *args)
 
-    monkeypatch.setattr(Session, "settle", watched)
+    monkeypatch.setattr(Setup, "settle", watched)
     model = opened(ZOO[name].build().train())
     gc.disable()
     try:
@@ -105,11 +108,11 @@ def test_nothing_of_a_rehearsal_is_left_when_memory_is_planned(name, monkeypatch
 
 def test_boundary_memory_grows_with_rows(tmp_path):
     model = opened(ZOO["llama"].build().train(), disk=tmp_path, home="disk")
-    rehearsal = rehearsal_of(model, ZOO["llama"].batch(rows=4, length=12))
+    workload = workload_of(model, ZOO["llama"].batch(rows=4, length=12))
     # inputs of three layers and of the final norm, and what enters the head: [12, 32] floats each, per row
-    assert 4 * 12 * 32 * 4 <= rehearsal.boundary_bytes.per_row <= 7 * 12 * 32 * 4
-    assert rehearsal.boundary_bytes.at(8) - rehearsal.boundary_bytes.at(4) == int(
-        4 * rehearsal.boundary_bytes.per_row
+    assert 4 * 12 * 32 * 4 <= workload.boundary_bytes.per_row <= 7 * 12 * 32 * 4
+    assert workload.boundary_bytes.at(8) - workload.boundary_bytes.at(4) == int(
+        4 * workload.boundary_bytes.per_row
     )
 
 
@@ -117,7 +120,7 @@ def test_memory_of_the_loss_does_not_grow_beyond_its_largest_tiles(monkeypatch):
     """Rows that are tried have smaller tiles: what they take is no measure of what many of them will."""
     monkeypatch.setattr(head, "TILE_ELEMENTS", 1 << 14)
     model = opened(ZOO["llama"].build().train())
-    loss = rehearsal_of(model, ZOO["llama"].batch(rows=4, length=12)).loss_memory
+    loss = workload_of(model, ZOO["llama"].batch(rows=4, length=12)).loss_memory
     assert loss.tiles.at(2) < loss.most_tile_bytes == 3 * 4 * (1 << 14)
     assert loss.most_tile_bytes < loss.at(1000) < loss.tiles.at(1000) / 2
 
@@ -148,15 +151,15 @@ def test_the_shape_of_a_batch(kwargs, rows, tokens):
 def test_a_rehearsal_reads_no_weights(monkeypatch, tmp_path):
     ZOO["llama"].build().save_pretrained(tmp_path / "model")
     model = outsize.load(tmp_path / "model", dtype="float32").train()
-    session = session_of(model)
+    runtime = runtime_of(model)
 
     def refuse(*args):
         raise AssertionError("read")
 
-    monkeypatch.setattr(session.source, "read", refuse)
+    monkeypatch.setattr(runtime.backing.source, "read", refuse)
     kwargs = ZOO["llama"].batch()
-    rehearsal = session.calls.rehearse_with_labels(kwargs, batch_shape(model, (), kwargs))
-    assert len(rehearsal.visits) > 8 and session.probe is None and session.executor is None
+    workload, _ = runtime.calls.dry_run(kwargs, with_labels=True)
+    assert len(workload.visits) > 8 and runtime.backing.executor is None
 
 
 def test_batch_statistics_are_of_the_whole_batch(tmp_path):

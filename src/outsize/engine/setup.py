@@ -1,0 +1,302 @@
+"""From an open model to one that runs: records are laid out and placed, memory is allocated, the disk is opened."""
+
+from __future__ import annotations
+
+import uuid
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import replace
+from fractions import Fraction
+from typing import final
+
+from outsize.block import Plane, Record
+from outsize.config import ComputeType, Home, Settings
+from outsize.engine.backing import Backing
+from outsize.engine.budget import Budget, Foresight
+from outsize.engine.dry_run import AnyPoint
+from outsize.engine.executor import Executor
+from outsize.engine.model import Model
+from outsize.engine.timing import measure_costs
+from outsize.errors import UsageError
+from outsize.model import EncodingSource, InitSource, TensorSource
+from outsize.optim import Kernel, Rule
+from outsize.plan import Direction, Placement, is_stored
+from outsize.plan.profile import Profile
+from outsize.plan.simulate import Costs
+from outsize.plan.workload import BatchShape, Workload
+from outsize.store import memory
+from outsize.store.blocks import BlockStore, close_workers
+from outsize.store.commit_store import CommitStore, Layout
+from outsize.store.finalizers import when_dropped
+from outsize.store.offload import ActivationOffload
+from outsize.store.scratch import disk_bytes, open_scratch
+from outsize.store.state import DTYPES, BlockState
+from outsize.store.weight_reader import reading_bytes
+from outsize.tier import IO_THREADS, Tier
+
+Kernels = Callable[[ComputeType], Kernel]
+"""The kernel of an update rule for records of a compute type."""
+
+
+@final
+class Setup:
+    """Decides where everything lives, makes it so, and gives it back: the one that changes `backing`."""
+
+    def __init__(
+        self,
+        model: Model,
+        backing: Backing,
+        budget: Budget,
+        settings: Settings,
+        points: Mapping[str, AnyPoint],
+        profile: Profile | None,
+    ) -> None:
+        self.settings = settings
+        self.profile = profile
+        """Of the machine, if it is known: the fastest plan is then taken."""
+        self.rule: Rule | None = None
+        self.kernel: Kernels | None = None
+        self.identity = uuid.uuid4().hex
+        self.is_closed = False
+        """Whether weights are gone that the source does not have."""
+        self._model = model
+        self._backing = backing
+        self._budget = budget
+        self._points = points
+        self._device_kernel: Kernels | None = None
+        self._costs: dict[tuple[Workload, BatchShape, int], Costs] = {}
+
+    # -- what is decided before the first call -------------------------------------------------------------------
+
+    def set_rule(self, rule: Rule, kernel: Kernels, device_kernel: Kernels | None = None) -> None:
+        """Lay records out for `rule` from now on. Raises UsageError once there are gradients, or another rule.
+
+        `kernel` runs on the host, `device_kernel` where blocks compute (default: the same).
+        """
+        executor = self._backing.executor
+        if executor is not None:
+            if self.rule is not None or any(state.has_gradient for state in executor.store):
+                raise UsageError(
+                    "the model has an optimizer or gradients already",
+                    hint="create the optimizer once, before the first backward()",
+                )
+            self.close()
+        self.rule, self.kernel, self._device_kernel = rule, kernel, device_kernel or kernel
+
+    def live_in(self, versions: CommitStore | None) -> None:
+        """Keep all records in `versions` from the first call on; None: in scratch space."""
+        self._backing.versions = versions
+        self._change_settings(replace(self.settings, commits=versions.commits if versions is not None else 0))
+
+    def keep_tiles(self, rows: int) -> bool:
+        """Compute `rows` rows of a batch at once, as an earlier process did; False if a pin says otherwise."""
+        pins = self.settings.pins
+        if pins.tile_rows is None:
+            self._change_settings(replace(self.settings, pins=replace(pins, tile_rows=rows)))
+        return self.settings.pins.tile_rows == rows
+
+    def _change_settings(self, settings: Settings) -> None:
+        self.settings = settings
+        self._budget.change_settings(settings)
+
+    # -- deciding ------------------------------------------------------------------------------------------------
+
+    def decide(
+        self, workload: Workload, shape: BatchShape, cached: tuple[Workload, BatchShape] | None = None
+    ) -> tuple[list[Record], Placement]:
+        """Lay records out and place them for calls of this shape.
+
+        The plan is the fastest for these calls or, if given, for those of `cached`, which continue a cache. Raises
+        BudgetError if they do not fit.
+        """
+        records = self._lay_out(workload)
+        cost_model = None
+        if self.profile is not None and cached is not None:
+            cost_model = self.foresight(self.profile, *cached, records).uncut(cached[1].rows or 1)
+        elif self.profile is not None:
+            cost_model = self.foresight(self.profile, workload, shape, records)
+        return records, self._budget.place(records, workload, shape, cost_model)
+
+    def fits(self, workload: Workload, shape: BatchShape) -> bool:
+        """Whether calls of this shape fit, with a margin; nothing is decided."""
+        return self._budget.fits(self._lay_out(workload), workload, shape)
+
+    def foresight(
+        self, profile: Profile, workload: Workload, shape: BatchShape, records: Sequence[Record]
+    ) -> Foresight:
+        """What plans for calls of this shape are compared with; blocks are timed once for each size of tile."""
+
+        def costs(tile_rows: int) -> Costs:
+            key = workload, shape, tile_rows
+            if key not in self._costs:
+                self._costs[key] = measure_costs(
+                    self._model, self._points, workload, shape, tile_rows, records, profile
+                )
+            return self._costs[key]
+
+        return Foresight(profile, costs)
+
+    def forget_costs(self) -> None:
+        """Time blocks again when plans are compared next."""
+        self._costs.clear()
+
+    def _lay_out(self, workload: Workload) -> list[Record]:
+        """Records of all blocks, for the rule and for the parameters that train now."""
+        visited = Counter(v.block for v in workload.visits if v.direction is Direction.FORWARD)
+        records = []
+        for block in self._model.cut.blocks:
+            trainable = [self._model.parameters[piece.parameter].requires_grad for piece in block.pieces]
+            state: tuple[Plane, ...] = ()
+            compute_type = self._model.compute_type(block.name)
+            size = DTYPES[compute_type].itemsize
+            sizes: dict[Plane, int | Fraction] = {Plane.WEIGHT: size, Plane.GRADIENT: size}
+            if self.rule is not None:
+                state = self.rule.state(compute_type)
+                sizes |= self.rule.element_bytes(compute_type)
+            if visited[block.name] > 1:
+                sizes[Plane.GRADIENT] = 4  # summed over visits: rounded once, when the update reads it
+            records.append(Record.lay_out(block, trainable, state, sizes))
+        return records
+
+    # -- settling ------------------------------------------------------------------------------------------------
+
+    def settle(self, workload: Workload, shape: BatchShape) -> None:
+        """Decide, allocate, and open the disk. Raises BudgetError, having changed nothing, if it does not fit."""
+        self._compile(self.kernel)  # a compilation ends before the arenas are touched
+        records, placement = self.decide(workload, shape)
+        if any(plane is Plane.MOMENT1 for _, plane in placement.resident) and not self._model.device.is_host:
+            self._compile(self._device_kernel)
+        store, restored = self._open_store(records, placement)
+        backing = self._backing
+        backing.executor = Executor(store)
+        memory.register(store.host_arena, type(self._model.module).__name__)
+        self._finalizer = when_dropped(self, close_workers, *store.workers())
+        self._model.parameters.locate({r.name: [entry.piece for entry in r.entries] for r in records})
+        try:
+            if placement.inputs is not None:
+                is_disk = placement.inputs is Home.DISK
+                inputs = self._open_scratch("inputs", placement.inputs_bytes) if is_disk else None
+                backing.keeper = ActivationOffload(self._model.device, placement.inputs_bytes, inputs)
+            if store.snapshots is not None:
+                store.snapshots.restore(restored)
+            self._forget_committed()
+            self._load_resident(store, records)
+        except BaseException:
+            with suppress(BaseException):  # the first error is the one to report
+                self.close()
+            raise
+
+    def _compile(self, kernels: Kernels | None) -> None:
+        if kernels is not None:
+            for compute_type in self._model.trained_types():
+                kernels(compute_type)
+
+    def _open_store(
+        self, records: Sequence[Record], placement: Placement
+    ) -> tuple[BlockStore, frozenset[str]]:
+        """The store of `records` with its disk, and the names of those that an earlier process left on it."""
+        backing, settings = self._backing, self.settings
+        restored: frozenset[str] = frozenset()
+        bases: Mapping[str, int] | None = None
+        disk: Tier | None
+        if backing.versions is None:
+            disk_bytes(placement, settings)
+            disk = self._open_scratch("store", placement.disk_bytes)
+        else:
+            layout = Layout.of(records, placement)
+            disk_bytes(placement, settings, layout.num_bytes(backing.versions.commits))
+            opened = backing.versions.open(
+                records,
+                layout,
+                limits=[disk.num_bytes for disk in settings.budgets.disks],
+                verify=settings.pins.verify,
+                num_threads=self._io_threads,
+            )
+            disk, restored, bases = opened.tier, opened.restored, layout.bases
+        try:
+            store = BlockStore(
+                records,
+                placement,
+                source=backing.own_source(),
+                disk=disk,
+                rule=self.rule,
+                kernel=self.kernel,
+                device=self._model.device,
+                device_kernel=self._device_kernel,
+                bases=bases,
+                update_threads=self.profile.update_threads if self.profile is not None else None,
+            )
+        except BaseException:
+            if disk is not None:
+                disk.close()
+            raise
+        return store, restored
+
+    def _load_resident(self, store: BlockStore, records: Sequence[Record]) -> None:
+        """Start reading weights that stay in memory; read all of them, if their source takes memory that should go."""
+        source = self._backing.source
+        if isinstance(source, EncodingSource):
+            stay = {state.name for state in store if {*state.resident, *state.hosted} & {Plane.WEIGHT}}
+            blocks = self._model.cut.blocks
+            if any(block.name not in stay and source.encodes(block) for block in blocks):
+                source.pack()
+                memory.give_back()
+        in_memory = isinstance(source, InitSource | TensorSource)
+        if self.rule is not None and in_memory and is_stored(records):
+            store.import_all(self._touch)
+            self._backing.source = None
+        else:
+            for state in store:
+                store.load_resident(state)
+
+    def _touch(self, state: BlockState) -> None:
+        with self._backing.running.touch(state.name):
+            pass
+
+    def _open_scratch(self, what: str, num_bytes: int) -> Tier | None:
+        return open_scratch(f"outsize-{self.identity}.{what}", num_bytes, self.settings, self._io_threads)
+
+    @property
+    def _io_threads(self) -> int:
+        """Threads that move bytes to and from each disk."""
+        return (self.profile.io_threads if self.profile is not None else None) or IO_THREADS
+
+    # -- while it runs -------------------------------------------------------------------------------------------
+
+    def use_what_is_left(self, needed_bytes: int) -> None:
+        """Keep as many weights in memory as a call that takes `needed_bytes` leaves room for."""
+        store = self._backing.store
+        placement = self._budget.with_what_is_left([state.record for state in store], needed_bytes)
+        if placement is not None:
+            store.keep_pieces(placement)
+
+    def _forget_committed(self) -> None:
+        committed, self._backing.committed = self._backing.committed, None
+        if committed is not None:
+            committed.close()
+
+    def close(self) -> None:
+        """Give memory and disk back. Weights that were updated or taken over are gone: save them before."""
+        backing, versions = self._backing, self._backing.versions
+        executor, backing.executor, self._budget.placement = backing.executor, None, None
+        keeper, backing.keeper = backing.keeper, None
+        with ExitStack() as stack:  # the last callback runs first, and all run, whatever one of them raises
+            if versions is not None:
+                stack.callback(versions.close)
+            if executor is not None:
+                self._finalizer.detach()
+                self.is_closed = backing.source is None or any(state.is_stored for state in executor.store)
+                stack.callback(executor.close)
+            if keeper is not None:
+                stack.callback(keeper.close)
+            if executor is not None and versions is not None:
+                assert executor.store.snapshots is not None
+                stack.callback(versions.is_closing)
+                stack.callback(executor.store.snapshots.finish)
+            stack.callback(self._forget_committed)
+
+
+def source_bytes(backing: Backing, model: Model) -> Callable[[Sequence[Record]], int]:
+    """What reading any of some records from the source takes beside the memory that they are read into."""
+    return lambda records: reading_bytes(backing.own_source(), records, is_host=model.device.is_host)

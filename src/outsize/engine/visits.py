@@ -1,0 +1,156 @@
+"""Visits of blocks, as the points of a model make them: weights to compute with, sums to add gradients to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import final
+
+import torch
+
+from outsize.block import Entry
+from outsize.config import format_bytes
+from outsize.engine.backing import Backing
+from outsize.engine.budget import Budget
+from outsize.engine.compiled import Compiler
+from outsize.engine.current_call import CurrentCall
+from outsize.engine.guard import Guard
+from outsize.engine.model import Model
+from outsize.engine.stepdown import StepDown
+from outsize.model import Point
+from outsize.plan import Direction, Visit
+from outsize.store.state import BlockState
+
+
+@final
+class Visits:
+    """The blocks of `model`, visited one point at a time: through the executor's plan, within the budget."""
+
+    def __init__(
+        self,
+        model: Model,
+        backing: Backing,
+        budget: Budget,
+        call: CurrentCall,
+        compiler: Compiler,
+        *,
+        retries: bool,
+    ) -> None:
+        self.model = model
+        self.backing = backing
+        self.call = call
+        self.compiler = compiler
+        self.stepdown = StepDown(retries, model.device, self._evict)
+        self._budget = budget
+
+    @contextmanager
+    def forward(self, blocks: Sequence[str], *, as_leaves: bool = False) -> Iterator[dict[str, torch.Tensor]]:
+        """The parameters in `blocks` by name: as plain views, or as leaves of a graph that outlives the visit."""
+        values_of = self._leaves if as_leaves else self._values
+        visits = [Visit(name, Direction.FORWARD, joins_next=name != blocks[-1]) for name in blocks]
+        make_room = partial(self._budget.make_room, self._budget.visit_bytes)
+        with self._budget.guarded(), self.backing.running.visit(visits, make_room) as states:
+            yield {name: value for state in states for name, value in values_of(state).items()}
+
+    @contextmanager
+    def backward(
+        self, blocks: Sequence[str], *, needs_weights: bool = True
+    ) -> Iterator[dict[str, torch.Tensor]]:
+        """As `forward`; trainable parameters are leaves whose gradients go to the block's sum as they arise."""
+        visits = self.model.backward_visits(blocks, needs_weights)
+        # Calls without a graph may have come since, and be smaller.
+        call = self.call.last_training
+        visit_bytes = self._budget.visit_bytes if call is None else call.visit_bytes
+        make_room = partial(self._budget.make_room, visit_bytes)
+        with self._budget.guarded(), self.backing.running.visit(visits, make_room) as states:
+            yield {
+                name: value
+                for state in states
+                for name, value in (self._leaves(state) if needs_weights else {}).items()
+            }
+
+    def guard(self, point: Point) -> Guard:
+        """The checks that the backward of a visit to `point` makes first."""
+        return Guard(point.module, () if self.backing.executor is None else self.num_steps(point.blocks))
+
+    def num_steps(self, blocks: Sequence[str]) -> tuple[int, ...]:
+        """The number of updates of each block so far."""
+        return tuple(self.backing.store[name].num_steps for name in blocks)
+
+    def add_gradient(self, parameter: str, gradient: torch.Tensor) -> None:
+        """Add to the gradient of a whole parameter whose block is visited backward."""
+        (at,) = self.model.parameters.locations(parameter)
+        state = self.backing.store[at.block]
+        if self._collects(state.record.entries[at.index]):
+            self.backing.store.gradients.add(state, at.index, gradient)
+
+    def gradient_sum(self, block: str, parameter: str) -> torch.Tensor | None:
+        """The sum of the rows of `parameter` in `block`, to be added to; None if the parameter is frozen."""
+        state, gradients = self.backing.store[block], self.backing.store.gradients
+        for index, entry in enumerate(state.record.entries):
+            if entry.piece.parameter == parameter and self._collects(entry):
+                total = gradients.sum_of(state, index)
+                gradients.is_changing(state, index)
+                if index not in state.summed:
+                    total.zero_()
+                    state.summed.add(index)
+                return total
+        return None
+
+    def keeps_graphs(self, blocks: Sequence[str]) -> bool:
+        """Whether a visit to `blocks` saves its graph for the backward."""
+        placement = self._budget.placement
+        return placement is not None and placement.kept.issuperset(blocks) and self.stepdown.keeps_graphs
+
+    def shrink_tiles(self, rows: int, row_tokens: int) -> None:
+        """Compute at most `rows` rows at once from now on, of `row_tokens` each; in calls to come, as many tokens."""
+        before = self.call.shrink_tiles(rows)
+        self._budget.shrink_tiles(rows * row_tokens)
+        if before:
+            self.stepdown.note(f"blocks compute {rows} rows at once instead of {before}")
+
+    # -- helpers -------------------------------------------------------------------------------------------------
+
+    def _values(self, state: BlockState) -> dict[str, torch.Tensor]:
+        views = self.backing.store.pieces(state)
+        return {e.piece.parameter: view for e, view in zip(state.record.entries, views, strict=True)}
+
+    def _leaves(self, state: BlockState) -> dict[str, torch.Tensor]:
+        leaves = self._values(state)
+        for index, entry in enumerate(state.record.entries):
+            if self._collects(entry):
+                leaf = leaves[entry.piece.parameter].detach().requires_grad_()
+                leaf.register_post_accumulate_grad_hook(partial(self._collect, state, index))
+                leaves[entry.piece.parameter] = leaf
+        return leaves
+
+    def _collect(self, state: BlockState, index: int, leaf: torch.Tensor) -> None:
+        """Move the gradient of `leaf`, entry `index` of a block, to the block's sum."""
+        gradient, leaf.grad = leaf.grad, None
+        assert gradient is not None
+        if self._collects(state.record.entries[index]):  # still: a saved graph is older than its backward
+            add = partial(self.backing.store.gradients.add, state, index, gradient)
+            self.stepdown.add((state.name, index), add)
+
+    def _collects(self, entry: Entry) -> bool:
+        return entry.trainable and self.model.parameters[entry.piece.parameter].requires_grad
+
+    def _evict(self) -> bool:
+        """Move a block that stays on the device to the host's memory; False if none can be moved, or there is no room."""
+        executor, budget = self.backing.executor, self._budget
+        if executor is None or self.model.device.is_host:
+            return False
+        chosen = executor.evict(
+            lambda state: (
+                state.name not in budget.always_resident
+                and budget.has_room_for(sum(each.num_bytes for each in state.resident.values()))
+            )
+        )
+        if chosen is None:
+            return False
+        budget.placement = executor.store.placement
+        self.stepdown.keeps_graphs = False  # a graph's weights stay where they are
+        num_bytes = sum(region.num_bytes for region in chosen.hosted.values())
+        self.stepdown.note(f"{chosen.name} stays in the host's memory, {format_bytes(num_bytes)}")
+        return True
