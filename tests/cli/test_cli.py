@@ -218,6 +218,19 @@ def test_whole_process(model, tmp_path):
     assert "Traceback" not in done.stderr
 
 
+def test_a_command_ends_without_a_last_collection(tmp_path):
+    code = (
+        "import sys; from outsize.cli.main import main\n"
+        "class Cycle:\n"
+        "    def __init__(self): self.itself = self\n"
+        "    def __del__(self): print('collected')\n"
+        "status = main(sys.argv[1:]); Cycle(); sys.exit(status)"
+    )
+    command = [sys.executable, "-c", code, "plan", str(tmp_path / "none")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (1, ""), done.stderr
+
+
 def test_interrupt_is_130(monkeypatch, capsys):
     def stop(options):
         raise KeyboardInterrupt

@@ -7,6 +7,8 @@ Ctrl-C. torch is imported by the commands that need it, when they run: `outsize 
 from __future__ import annotations
 
 import argparse
+import atexit
+import gc
 import os
 import sys
 from collections.abc import Sequence
@@ -67,6 +69,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; return the exit status. Usage errors and `--help` leave through SystemExit, as in
     argparse."""
     options = parse(arguments)
+    # Registered first, so it runs last. Python would otherwise look through all objects of torch and transformers for
+    # garbage before it ends: over a second of a process that a scheduler is about to kill.
+    atexit.register(gc.freeze)
     quiet.before_imports()
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: names of files need not be text
