@@ -13,13 +13,14 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help setup browser demo test soak test-lowest test-312 mutants format bench docs clean
+.PHONY: help setup browser demo test soak test-lowest test-312 mutants shape format bench docs clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo     train a small model out of core on this machine (about three minutes after the setup)"
 	@echo "make test     format, lint, types, import direction, tests"
 	@echo "make soak     the long forms of tests: kills, faults, mutants, the oldest versions (hours)"
+	@echo "make shape    import cycles, wide classes and the size of the rooms of the engine"
 	@echo "make format   let ruff format and fix what it can"
 	@echo "make bench    run the benchmarks"
 	@echo "make docs     build the pages of docs/ into build/site"
@@ -98,6 +99,10 @@ build/python312/.ready: pyproject.toml
 	$(PYTHON312) -m venv build/python312
 	build/python312/bin/python -m pip install --quiet --disable-pip-version-check hypothesis pytest pytest-timeout
 	@touch $@
+
+# Two checkouts side by side: make shape AGAINST=../other/src/outsize
+shape: $(READY)
+	$(BIN)/python -m tests.tools.shape $(AGAINST) $(if $(AGAINST),src/outsize)
 
 format: $(READY)
 	$(BIN)/ruff format .

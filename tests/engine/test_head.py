@@ -54,8 +54,8 @@ def test_small_tiles_give_the_same_training(monkeypatch, tmp_path):
 
 def test_a_table_is_cut_in_rows():
     model = opened(ZOO["llama"].build(vocab_size=4000))
-    assert len(runtime_of(model).model.parameters.row_blocks("lm_head.weight")) > 2
-    assert runtime_of(model).model.parameters.row_blocks("lm_head.weight")[-1][2] == 4000
+    assert len(runtime_of(model).model.locations.row_blocks("lm_head.weight")) > 2
+    assert runtime_of(model).model.locations.row_blocks("lm_head.weight")[-1][2] == 4000
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -79,7 +79,7 @@ def test_an_optimizer_is_its_plain_one(name, tmp_path):
     model = opened(plain, disk=tmp_path, home="disk")
     before = values_of(plain)
     train_beside(model, name, plain, "model.layers.1.mlp.up_proj.weight")
-    assert len(runtime_of(model).model.parameters.locations("model.embed_tokens.weight")) > 1
+    assert len(runtime_of(model).model.locations["model.embed_tokens.weight"]) > 1
     for parameter, value in values_of(model).items():
         expected = plain.get_parameter(parameter).detach()
         assert not torch.equal(expected, before[parameter])

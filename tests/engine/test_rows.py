@@ -60,7 +60,7 @@ def test_bits_are_those_of_a_visit(folder, tmp_path, dtype, home):
     model = outsize.load(folder, **options).requires_grad_(False)
     assert torch.equal(logits_of(model), expected)
     tables = [
-        block for block, _, _ in runtime_of(model).model.parameters.row_blocks("model.embed_tokens.weight")
+        block for block, _, _ in runtime_of(model).model.locations.row_blocks("model.embed_tokens.weight")
     ]
     assert len(tables) > 2
     seen = {
@@ -96,7 +96,7 @@ def test_tables_stay_last(folder, tmp_path):
     logits_of(model)
     placement = executor_of(model).store.placement
     tables = {
-        block for block, _, _ in runtime_of(model).model.parameters.row_blocks("model.embed_tokens.weight")
+        block for block, _, _ in runtime_of(model).model.locations.row_blocks("model.embed_tokens.weight")
     }
     stay = {block for block, _ in placement.resident}
     assert stay and (model.config.tie_word_embeddings or stay.isdisjoint(tables))

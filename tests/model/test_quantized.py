@@ -266,10 +266,10 @@ def test_codes_of_any_bytes_survive(folder, tmp_path):
     save_file(tensors, tmp_path / "int4" / "model.safetensors", metadata={"format": "pt"})
 
     model = outsize.load(tmp_path / "int4", disk=tmp_path, home="disk", pins=Pins(weight_slots=1))
-    values = [runtime_of(model).model.parameters.value(name)]
+    values = [runtime_of(model).model.values.value(name)]
     outsize.save(model, tmp_path / "before")
     logits_of(model)
-    values.append(runtime_of(model).model.parameters.value(name))
+    values.append(runtime_of(model).model.values.value(name))
     outsize.save(model, tmp_path / "after")
     values += [load_file(tmp_path / when / "model.safetensors")[name] for when in ("before", "after")]
     assert all(torch.equal(value.view(torch.uint16).int(), codes.int()) for value in values)

@@ -119,7 +119,7 @@ class DryRun:
         call, tensors = layer.call_of(args, kwargs)
         module, found = layer.point.module, self.found
         key: _Key = (
-            f"{type(layer.module).__name__} {[p.shape for p in self._model.pieces(layer.blocks)]} {call.leaves}",
+            f"{type(layer.module).__name__} {[p.shape for p in self._model.pieces(layer.blocks)]} {call.arguments.leaves}",
             tuple(tuple(t.shape) for t in tensors),
         )
         if self._sees_all:
@@ -128,8 +128,7 @@ class DryRun:
             self._seen[key] = self._computed(layer, call, tensors)
         seen = self._seen[key]
         found.kind_of[module] = seen.kind
-        call.output_spec, call.output_leaves = seen.call.output_spec, seen.call.output_leaves
-        call.output_positions = seen.call.output_positions
+        call.output = seen.call.output
         call.side_door.counts = dict(seen.call.side_door.counts)
         shapes = ([tuple(t.shape) for t in tensors], [tuple(t.shape) for t in seen.outputs])
         if found.shapes.setdefault(module, shapes) != shapes:
@@ -146,12 +145,12 @@ class DryRun:
 
     def _computed(self, layer: Layer, call: LayerCall, tensors: Sequence[torch.Tensor]) -> _Seen:
         """Compute a layer of a new kind."""
-        before = state_of(call.leaves) if call.differentiates and call.is_stateful else None
+        before = state_of(call.arguments.leaves) if call.differentiates and call.is_stateful else None
         state = ModuleState(layer.module)
         on_zeros = LayerOnZeros(self._model, layer, call)
         run = partial(on_zeros.compute, tensors, trains=call.trains, differentiates=call.differentiates)
         (outputs, saved_bytes), num_bytes = self._watched(on_zeros, run)
-        if before != (state_of(call.leaves) if before is not None else None):
+        if before != (state_of(call.arguments.leaves) if before is not None else None):
             raise UsageError(
                 f"{layer.point.module} changes an object that it is given: its recomputation would change it again",
                 hint="let its forward return what it adds, or call the model under torch.no_grad()",
@@ -255,7 +254,7 @@ class DryRun:
 
     def _most_rows(self, head: Head) -> int:
         """The rows of the largest row block of the table."""
-        return max(stop - start for _, start, stop in self._model.parameters.row_blocks(head.weight))
+        return max(stop - start for _, start, stop in self._model.locations.row_blocks(head.weight))
 
     # -- recording -------------------------------------------------------------------------------------------------
 

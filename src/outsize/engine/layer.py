@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_unflatten
 
 from outsize.engine.batch import Tile, TiledOutput, UnevenTiles
 from outsize.engine.compiled import is_failure
@@ -28,6 +28,7 @@ from outsize.engine.graphs import Graph, Graphs, Outputs
 from outsize.engine.guard import Guard
 from outsize.engine.hooks import HookWatch, has_user_hooks, inside, without_user_hooks
 from outsize.engine.modulestate import ModuleState
+from outsize.engine.nested import Nested
 from outsize.engine.sidedoor import SideDoor
 from outsize.engine.surroundings import Autocast, Randomness
 from outsize.engine.surroundings import versions as versions_of
@@ -63,9 +64,7 @@ class LayerCall:
     """One visit's arguments apart from its tensors, and what its recomputation needs."""
 
     layer: Layer
-    spec: TreeSpec
-    leaves: list[Any]
-    positions: list[int]
+    arguments: Nested
     randomness: Randomness
     autocast: Autocast
     side_door: SideDoor
@@ -85,34 +84,26 @@ class LayerCall:
     """Of before the forward, where the layer changes buffers or attributes in it: each repetition starts from that."""
     hooks: HookWatch | None = None
     """Where users registered hooks inside the layer."""
-    output_spec: TreeSpec | None = None
-    output_leaves: list[Any] | None = None
-    output_positions: list[int] | None = None
+    output: Nested | None = None
+    """The structure of what the layer returned."""
 
     def run(self, tensors: Sequence[torch.Tensor]) -> Outputs:
         """Run the layer's own forward on `tensors`; the tensors among its outputs and through its side door."""
-        leaves = list(self.leaves)
-        for position, tensor in zip(self.positions, tensors, strict=True):
-            leaves[position] = tensor
-        args, kwargs = tree_unflatten(leaves, self.spec)
+        leaves = self.arguments.filled(tensors)
+        args, kwargs = tree_unflatten(leaves, self.arguments.spec)
         with self.side_door.catch() as caught:
             result = self._compute(args, kwargs)
         self._check_containers(leaves, (args, kwargs))
-        flat, spec = tree_flatten(result)
-        positions = [i for i, leaf in enumerate(flat) if isinstance(leaf, torch.Tensor)]
-        outputs = [flat[i] for i in positions]
-        if self.output_spec is None:
-            for position in positions:
-                flat[position] = None
-            self.output_spec, self.output_leaves, self.output_positions = spec, flat, positions
+        output, outputs = Nested.apart(result)
+        self.output = self.output or output
         return outputs + caught.tensors()
 
     def _check_containers(self, leaves: Sequence[Any], arguments: Any) -> None:
         """Refuse a change of a list or dict among the arguments: the layer was given a copy of it."""
-        if not has_containers(self.spec):
+        if not has_containers(self.arguments.spec):
             return
         after, spec = flatten(arguments)
-        if spec != self.spec or any(a is not b for a, b in zip(leaves, after, strict=True)):
+        if spec != self.arguments.spec or any(a is not b for a, b in zip(leaves, after, strict=True)):
             raise UsageError(
                 f"{self.layer.point.module} changes a list or dict that it is given: the change would be lost",
                 hint="let its forward return what it adds",
@@ -128,7 +119,7 @@ class LayerCall:
     @property
     def is_stateful(self) -> bool:
         """Whether the layer is given an object that it may change, such as a cache."""
-        return any(map(is_stateful, self.leaves))
+        return any(map(is_stateful, self.arguments.leaves))
 
     @property
     def skips_hooks(self) -> bool:
@@ -144,17 +135,10 @@ class LayerCall:
 
     def result(self, outputs: Sequence[torch.Tensor]) -> Any:
         """The visit's result in the shape the layer gave it, with `outputs` in place; side doors are served."""
-        assert (
-            self.output_spec is not None
-            and self.output_positions is not None
-            and self.output_leaves is not None
-        )
-        count = len(self.output_positions)
+        assert self.output is not None
+        count = len(self.output.positions)
         self.side_door.pass_on(outputs[count:])
-        leaves = list(self.output_leaves)
-        for position, output in zip(self.output_positions, outputs[:count], strict=True):
-            leaves[position] = output
-        return tree_unflatten(leaves, self.output_spec)
+        return self.output.whole(outputs[:count])
 
 
 class Layer:
@@ -175,17 +159,11 @@ class Layer:
 
     def call_of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[LayerCall, list[torch.Tensor]]:
         """A visit with these arguments, and the tensors among them."""
-        leaves, spec = flatten((args, kwargs))
-        positions = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
-        tensors = [leaves[i] for i in positions]
-        for position in positions:
-            leaves[position] = None
+        arguments, tensors = Nested.apart((args, kwargs), flatten)
         device = self.visits.model.device
         call = LayerCall(
             self,
-            spec,
-            leaves,
-            positions,
+            arguments,
             Randomness.current(device),
             Autocast.current(device),
             SideDoor.current(),
@@ -205,7 +183,7 @@ class Layer:
         call.keeps_graphs = self.visits.keeps_graphs(self.blocks)
         if not call.differentiates:
             return call.result(self.forward(call, tensors))
-        if any(map(is_cache, call.leaves)):
+        if any(map(is_cache, call.arguments.leaves)):
             raise UsageError(
                 f"{self.point.module} is given a cache while gradients are on: recomputation would fill it twice",
                 hint="pass use_cache=False",

@@ -12,7 +12,9 @@ from outsize.block import Piece
 from outsize.config import ComputeType
 from outsize.engine.arguments import Arguments
 from outsize.engine.backing import Backing
-from outsize.engine.parameters import Parameters
+from outsize.engine.locations import Locations
+from outsize.engine.parameters import take_parameters
+from outsize.engine.values import Values
 from outsize.model import Cut
 from outsize.plan import Direction, Visit
 from outsize.store.state import DTYPES
@@ -40,7 +42,9 @@ class Model:
         self._full_precision = frozenset(
             piece.parameter for name in cut.full_precision for piece in self._pieces[name]
         )
-        self.parameters = Parameters(backing, module, cut.blocks, self.dtype_of, self.torch_device)
+        self.locations = Locations(self._pieces)
+        self.values = Values(backing, self.locations, self.dtype_of, self.torch_device)
+        self.parameters = take_parameters(module, self.values, self.dtype_of, self.torch_device)
 
     def compute_type(self, block: str) -> ComputeType:
         """The type that a block computes in."""

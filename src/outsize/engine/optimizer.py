@@ -174,7 +174,7 @@ class Optimizer(torch.optim.Optimizer, ABC):
     ) -> None:
         assert self._runtime.backing.executor is not None
         store = self._runtime.backing.executor.store
-        places = self._runtime.model.parameters.locations(name)
+        places = self._runtime.model.locations[name]
         gradients = [store[place.block].gradients[place.index] for place in places]
         if not any(gradient.present for gradient in gradients):
             return
@@ -187,7 +187,7 @@ class Optimizer(torch.optim.Optimizer, ABC):
         """The gradient of a parameter before clipping, in double precision, in parts of at most a chunk."""
         assert self._runtime.backing.executor is not None
         store = self._runtime.backing.executor.store
-        for place in self._runtime.model.parameters.locations(name):
+        for place in self._runtime.model.locations[name]:
             state = store[place.block]
             gradient = state.gradients[place.index]
             if gradient.present:
@@ -204,7 +204,7 @@ class Optimizer(torch.optim.Optimizer, ABC):
             (at.block, at.index)
             for group in self.param_groups
             for parameter in group["params"]
-            for at in self._runtime.model.parameters.locations(self._names[id(parameter)])
+            for at in self._runtime.model.locations[self._names[id(parameter)]]
         }
         return math.sqrt(
             sum(
@@ -229,13 +229,13 @@ class Optimizer(torch.optim.Optimizer, ABC):
         As in torch, a parameter whose gradient is zero moves with its moments and weight decay at the next `step()`, and
         one without a gradient does not. Raises UsageError where a gradient that is to become zero holds inf or nan.
         """
-        parameters = self._runtime.model.parameters
+        values = self._runtime.model.values
         for group in self.param_groups:
             for parameter in group["params"]:
                 if set_to_none:
-                    parameters.drop_gradient(self._names[id(parameter)])
+                    values.drop_gradient(self._names[id(parameter)])
                 else:
-                    parameters.zero_gradient(self._names[id(parameter)])
+                    values.zero_gradient(self._names[id(parameter)])
 
     def state_dict(self) -> dict[str, Any]:
         """Groups, step counts and other numbers per parameter, and where the moments are; never tensors."""

@@ -1,247 +1,59 @@
-"""A model's parameters: the placeholders that stand for them, where their pieces are, their values and gradients.
-
-A parameter lies in one block, or in several of some rows each; after the first call its pieces are entries of records.
-"""
+"""Placeholders in the place of a module's parameters, whose values live in blocks."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, final
 
 import torch
 from torch import nn
 
-from outsize.block import Block, Piece
 from outsize.engine.backing import Backing
-from outsize.engine.placeholder import GradientPlaceholder, OffloadedParameter
-from outsize.engine.surroundings import outside_inference_mode
+from outsize.engine.locations import Locations
+from outsize.engine.placeholder import OffloadedParameter
+from outsize.engine.values import Values
 from outsize.errors import UsageError
-from outsize.optim import split
 
 
-@dataclass(frozen=True, slots=True)
-class Location:
-    """Entry `index` of `block` holds `piece` of a parameter."""
-
-    block: str
-    index: int
-    piece: Piece
-
-    @property
-    def rows(self) -> tuple[int, int] | None:
-        """The rows `[start, stop)` of the parameter; None for all of it."""
-        return None if self.piece.is_whole else (self.piece.row_start or 0, self.piece.row_stop or 0)
-
-
-@final
-class Parameters(Mapping[str, OffloadedParameter]):
-    """The placeholders by name, which take the parameters' places in `module`."""
-
-    def __init__(
-        self,
-        backing: Backing,
-        module: nn.Module,
-        blocks: Sequence[Block],
-        dtype_of: Callable[[str], torch.dtype],
-        device: torch.device,
-    ) -> None:
-        self._backing = backing
-        self._dtype_of = dtype_of
-        self._device = device
-        self._shapes = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
-        self._locations: dict[str, list[Location]] = {}
-        self._placeholders = self._take(module)
-        self.locate({block.name: block.pieces for block in blocks})
-
-    def __getitem__(self, name: str) -> OffloadedParameter:
-        return self._placeholders[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._placeholders)
-
-    def __len__(self) -> int:
-        return len(self._placeholders)
-
-    def _take(self, module: nn.Module) -> dict[str, OffloadedParameter]:
-        placeholders = dict[str, OffloadedParameter]()
-        for name, parameter in module.named_parameters():
-            placeholders[name] = OffloadedParameter.of(
-                parameter,
-                name,
-                self._dtype_of(name),
-                self._device,
-                fetch=partial(self.value, name),
-                get_gradient=partial(self.gradient, name),
-                drop_gradient=partial(self.drop_gradient, name),
-            )
-        by_identity = {id(parameter): placeholders[name] for name, parameter in module.named_parameters()}
-        for owner in module.modules():
-            for attribute, owned in owner._parameters.items():
-                if owned is not None:
-                    owner._parameters[attribute] = by_identity[id(owned)]  # type: ignore[assignment]
-        return placeholders
-
-    def check(self) -> None:
-        """Refuse to run with parameters that train without a place for their gradients. Raises UsageError."""
-        if self._backing.executor is None:
-            return
-        for name, parameter in self.items():
-            at = self._locations[name][0]
-            if (
-                parameter.requires_grad
-                and not self._backing.store[at.block].record.entries[at.index].trainable
-            ):
-                raise UsageError(
-                    f"{name} (in block {at.block}) requires grad now, but had no gradient when memory was laid out",
-                    hint="set requires_grad before the first call of the model",
-                )
-
-    def locate(self, pieces: Mapping[str, Sequence[Piece]]) -> None:
-        """From now on pieces are those of `pieces`, by block."""
-        self._locations = {}
-        for block, members in pieces.items():
-            for index, piece in enumerate(members):
-                self._locations.setdefault(piece.parameter, []).append(Location(block, index, piece))
-        for locations in self._locations.values():
-            locations.sort(key=lambda location: location.rows or (0, 0))
-
-    def locations(self, parameter: str) -> Sequence[Location]:
-        """Where a parameter's pieces are."""
-        return self._locations[parameter]
-
-    def row_blocks(self, parameter: str) -> list[tuple[str, int, int]]:
-        """`(block, first row, last row)` of a table, in order."""
-        rows = self._shapes[parameter][0]
-        return [(at.block, *(at.rows or (0, rows))) for at in self._locations[parameter]]
-
-    def gives_rows(self, parameter: str) -> bool:
-        """Whether rows of a table can be taken without a visit: nothing trains, and its source gives them."""
-        source = self._backing.source
-        return (
-            self._backing.versions is None
-            and source is not None
-            and source.gives_rows(parameter)
-            and not any(each.requires_grad for each in self.values())
-            and not (
-                self._backing.executor is not None
-                and any(state.is_stored for state in self._backing.executor.store)
-            )
+def take_parameters(
+    module: nn.Module, values: Values, dtype_of: Callable[[str], torch.dtype], device: torch.device
+) -> Mapping[str, OffloadedParameter]:
+    """Put placeholders in the place of the parameters of `module`; the placeholders by name."""
+    placeholders: dict[str, OffloadedParameter] = {}
+    for name, parameter in module.named_parameters():
+        placeholders[name] = OffloadedParameter.of(
+            parameter,
+            name,
+            dtype_of(name),
+            device,
+            fetch=partial(values.value, name),
+            get_gradient=partial(_gradient, values, placeholders, name),
+            drop_gradient=partial(values.drop_gradient, name),
         )
+    by_identity = {id(parameter): placeholders[name] for name, parameter in module.named_parameters()}
+    for owner in module.modules():
+        for attribute, owned in owner._parameters.items():
+            if owned is not None:
+                owner._parameters[attribute] = by_identity[id(owned)]  # type: ignore[assignment]
+    return placeholders
 
-    def take_rows(self, block: str, parameter: str, rows: torch.Tensor, target: torch.Tensor) -> None:
-        """Fill `target` with sorted rows, counted from the first of `block`, of a table that `gives_rows`."""
-        index = next(at.index for at in self._locations[parameter] if at.block == block)
-        self._backing.store.weight_reader.take_rows(self._backing.store[block], index, rows, target)
 
-    @outside_inference_mode()
-    def value(self, parameter: str) -> torch.Tensor:
-        """A copy of a parameter's current value."""
-        parts = [self.piece_value(at) for at in self._locations[parameter]]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+def _gradient(
+    values: Values, placeholders: Mapping[str, OffloadedParameter], name: str
+) -> torch.Tensor | None:
+    return values.gradient(name, placeholders[name])
 
-    @outside_inference_mode()
-    def piece_value(self, at: Location) -> torch.Tensor:
-        """A copy of one piece's current value."""
-        if self._backing.executor is None:
-            piece = at.piece
-            exact = torch.empty(piece.shape, dtype=torch.float32, device="cpu")
-            source = self._backing.committed or self._backing.own_source()
-            source.read(Block(at.block, (piece,)), [exact])
-            is_whole = self._dtype_of(piece.parameter) is torch.float32
-            value = exact if is_whole else split(exact.view(-1))[0].view(piece.shape)
-            return value.to(self._device)
-        with self._backing.executor.touch(at.block) as state:
-            return self._backing.store.pieces(state)[at.index].clone()
 
-    @outside_inference_mode()
-    def block_values(self, block: Block) -> list[torch.Tensor]:
-        """Copies of the current values of all pieces of a block of the cut."""
-        if self._backing.executor is None:
-            whole = self._read_stored(block)
-            return [
-                whole[piece] if piece in whole else self.piece_value(self._place_of(piece))
-                for piece in block.pieces
-            ]
-        with self._backing.executor.touch(block.name) as state:
-            views = {
-                e.piece: v
-                for e, v in zip(state.record.entries, self._backing.store.pieces(state), strict=True)
-            }
-            return [views[piece].clone() for piece in block.pieces]
-
-    def _read_stored(self, block: Block) -> dict[Piece, torch.Tensor]:
-        """Pieces that the source holds in the compute type, read together: codes and their scales are encoded together."""
-        if self._backing.committed is not None:
-            return {}
-        source = self._backing.own_source()
-        pieces = tuple(
-            piece for piece in block.pieces if source.stored_dtype(piece) is self._dtype_of(piece.parameter)
-        )
-        values = [
-            torch.empty(piece.shape, dtype=self._dtype_of(piece.parameter), device="cpu") for piece in pieces
-        ]
-        source.read(Block(block.name, pieces), values)
-        return {piece: value.to(self._device) for piece, value in zip(pieces, values, strict=True)}
-
-    def _place_of(self, piece: Piece) -> Location:
-        return next(at for at in self._locations[piece.parameter] if at.piece == piece)
-
-    @outside_inference_mode()
-    def gradient(self, parameter: str) -> torch.Tensor | None:
-        """What stands for the parameter's gradient, or None."""
-        if self._backing.executor is None or not any(g.present for g in self._gradients(parameter)):
-            return None
-        return GradientPlaceholder.of(
-            self._placeholders[parameter],
-            f"{parameter}.grad",
-            fetch=lambda: self._gradient_value(parameter),
-            norm=lambda: self._gradient_norm(parameter),
-            scale_by=lambda factor: self._scale_gradient(parameter, factor),
-            zero=lambda: self.zero_gradient(parameter),
-        )
-
-    def drop_gradient(self, parameter: str) -> None:
-        """Forget the parameter's gradient."""
-        if self._backing.executor is not None:
-            for at in self._locations[parameter]:
-                state = self._backing.store[at.block]
-                state.gradients[at.index].present, state.gradients[at.index].scale = False, 1.0
-                state.summing.discard(at.index)
-
-    def zero_gradient(self, parameter: str) -> None:
-        """Make the gradient zero where there is one, which moves no bytes: what is stored gets the factor 0.
-
-        Raises UsageError where it holds inf or nan, which no factor makes zero.
-        """
-        if self._backing.executor is None or not any(g.present for g in self._gradients(parameter)):
-            return
-        if not math.isfinite(self._gradient_norm(parameter)):
+def check_trainable(
+    parameters: Mapping[str, OffloadedParameter], locations: Locations, backing: Backing
+) -> None:
+    """Refuse to run with parameters that train without a place for their gradients. Raises UsageError."""
+    if backing.executor is None:
+        return
+    for name, parameter in parameters.items():
+        at = locations[name][0]
+        if parameter.requires_grad and not backing.store[at.block].record.entries[at.index].trainable:
             raise UsageError(
-                f"the gradient of {parameter} holds inf or nan and cannot be made zero in place",
-                hint="drop it instead: optimizer.zero_grad(), which sets gradients to None",
+                f"{name} (in block {at.block}) requires grad now, but had no gradient when memory was laid out",
+                hint="set requires_grad before the first call of the model",
             )
-        self._scale_gradient(parameter, 0.0)
-
-    def _gradients(self, parameter: str) -> list[Any]:
-        return [self._backing.store[at.block].gradients[at.index] for at in self._locations[parameter]]
-
-    def _gradient_norm(self, parameter: str) -> float:
-        self._backing.store.gradients.settle_norms()
-        return float(sum(g.sum_of_squares * g.scale**2 for g in self._gradients(parameter)) ** 0.5)
-
-    def _scale_gradient(self, parameter: str, factor: float) -> None:
-        for gradient in self._gradients(parameter):
-            gradient.scale *= factor
-
-    @outside_inference_mode()
-    def _gradient_value(self, parameter: str) -> torch.Tensor:
-        parts = []
-        for at in self._locations[parameter]:
-            state = self._backing.store[at.block]
-            parts.append(
-                self._backing.store.gradients.value(state, at.index) * state.gradients[at.index].scale
-            )
-        return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -172,7 +172,7 @@ class Setup:
         backing.executor = Executor(store)
         memory.register(store.host_arena, type(self._model.module).__name__)
         self._finalizer = when_dropped(self, close_workers, *store.workers())
-        self._model.parameters.locate({r.name: [entry.piece for entry in r.entries] for r in records})
+        self._model.locations.locate({r.name: [entry.piece for entry in r.entries] for r in records})
         try:
             if placement.inputs is not None:
                 is_disk = placement.inputs is Home.DISK

@@ -145,7 +145,7 @@ def _add_head(
 ) -> None:
     """The loss of `num_tokens`, row block by row block; those of one size are alike."""
     known: dict[int, _Seconds] = {}
-    for name, start, stop in model.parameters.row_blocks(head.weight):
+    for name, start, stop in model.locations.row_blocks(head.weight):
         rows = stop - start
         if rows not in known:
             go_forward, go_back, tile_tokens = measured_tiles(head, rows, num_tokens, model)
