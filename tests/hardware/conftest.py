@@ -22,7 +22,8 @@ def measured(own_cache, monkeypatch):
     def measure(folder, *, seconds, say):
         folders.append(folder)
         say("measuring")
-        return replace(machine("h100"), identity=cache.identity(folder or own_cache))
+        own = cache.identity(folder or own_cache)
+        return replace(machine("h100"), identity=own, host_bytes=cache.memory_bytes())
 
     monkeypatch.setattr(cache, "measure", measure)
     return folders

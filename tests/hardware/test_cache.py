@@ -71,6 +71,15 @@ def test_another_machine_or_version_is_measured(what, measured, tmp_path, monkey
     assert (profile_path(tmp_path) == before) is (what == "package_version")
 
 
+def test_a_profile_serves_all_jobs_of_a_machine_each_within_its_own_memory(measured, tmp_path, monkeypatch):
+    whole = load_or_measure(tmp_path, lambda line: None)
+    monkeypatch.setattr("outsize.store.cgroup.limit_bytes", lambda: whole.host_bytes // 3)
+    job = kept(tmp_path)
+    assert job is not None and job.host_bytes == whole.host_bytes // 3
+    monkeypatch.setattr("outsize.store.cgroup.limit_bytes", lambda: None)
+    assert kept(tmp_path) == whole and len(measured) == 1
+
+
 def test_another_disk_has_a_profile_of_its_own(measured, tmp_path, monkeypatch):
     load_or_measure(tmp_path, lambda line: None)
     monkeypatch.setattr(cache, "disk_number", lambda folder: "8-1")

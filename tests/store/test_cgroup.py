@@ -2,7 +2,7 @@
 
 import pytest
 
-from outsize.store.cgroup import available_bytes
+from outsize.store.cgroup import available_bytes, limit_bytes
 
 MIB = 1 << 20
 UNLIMITED = 9223372036854771712
@@ -54,6 +54,18 @@ def test_the_least_of_all_limits_on_the_way_up_counts(machine, tmp_path):
     assert machine(groups, "/ /sys/fs/cgroup/cpu rw - cgroup cgroup rw,cpu,cpuacct", V1_MOUNT) == 200 * MIB
     v1(top / "slurm/job", 150 * MIB, 100 * MIB)
     assert machine(groups, V1_MOUNT) == 50 * MIB
+
+
+def test_the_limit_is_the_lowest_on_the_way_up_whatever_is_used(machine, tmp_path):
+    top = tmp_path / "sys/fs/cgroup"
+    machine(["0::/job.slice/step"], V2_MOUNT)
+    assert limit_bytes(tmp_path / "proc", tmp_path) is None
+    v2(top / "job.slice/step", 900 * MIB, 100 * MIB)
+    v2(top / "job.slice", 700 * MIB, 690 * MIB)
+    v2(top / "other.slice", 1 * MIB, 0)
+    assert limit_bytes(tmp_path / "proc", tmp_path) == 700 * MIB
+    v2(top / "job.slice", "max", 690 * MIB, high=500 * MIB)
+    assert limit_bytes(tmp_path / "proc", tmp_path) == 500 * MIB
 
 
 def test_the_unified_hierarchy_says_max_and_has_a_second_limit(machine, tmp_path):

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from outsize.config import cache_folder
 from outsize.errors import ConfigError, naming
-from outsize.hardware.identity import disk_number, identity, machine_key
+from outsize.hardware.identity import disk_number, identity, machine_key, memory_bytes
 from outsize.hardware.measure import SECONDS, measure
 from outsize.plan.profile import Profile
 
@@ -77,7 +78,7 @@ def _folder(folder: Path | None) -> Path:
 
 
 def _known(path: Path, wanted: str, say: Callable[[str], None]) -> Profile | None:
-    """The profile at `path`, where there is one that holds; says why one does not."""
+    """The profile at `path`, where there is one that holds, with the memory of this job; says why one does not."""
     if not os.path.exists(path):  # nor where it cannot be seen
         return None
     try:
@@ -88,4 +89,4 @@ def _known(path: Path, wanted: str, say: Callable[[str], None]) -> Profile | Non
     if profile.identity != wanted:
         say(f"{path} holds for {profile.identity or 'no machine'}, this is {wanted}: measuring again")
         return None
-    return profile
+    return replace(profile, host_bytes=memory_bytes())

@@ -12,8 +12,7 @@ import torch
 
 from outsize.config import format_bytes
 from outsize.errors import ConfigError
-
-_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+from outsize.store import cgroup
 
 
 def cpu_model() -> str:
@@ -32,15 +31,15 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
+def machine_bytes() -> int:
+    """Memory of the machine, whatever this process may take of it."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def memory_bytes() -> int:
-    """Memory of the machine, or of the container where that has less."""
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    for path in _LIMITS:
-        try:
-            total = min(total, int(path.read_text()))
-        except (OSError, ValueError):
-            continue
-    return total
+    """Memory that this process may take at most: the machine's, or the limit of its container or job where that is less."""
+    limit = cgroup.limit_bytes()
+    return machine_bytes() if limit is None else min(machine_bytes(), limit)
 
 
 def package_version() -> str:
@@ -63,8 +62,8 @@ def disk_number(folder: Path) -> str:
 
 
 def machine_text() -> str:
-    """Processor, cores, memory and accelerator: what stays when packages are upgraded."""
-    parts = [cpu_model(), f"{num_cores()} cores", format_bytes(memory_bytes())]
+    """Processor, cores, memory and accelerator: what stays when packages are upgraded, and from job to job."""
+    parts = [cpu_model(), f"{num_cores()} cores", format_bytes(machine_bytes())]
     if torch.cuda.is_available():
         parts.append(torch.cuda.get_device_name())
     return ", ".join(parts)

@@ -38,13 +38,34 @@ def available_bytes(proc: Path = Path("/proc"), root: Path = Path("/")) -> int |
     return min(groups, default=None)
 
 
+def limit_bytes(proc: Path = Path("/proc"), root: Path = Path("/")) -> int | None:
+    """The lowest memory limit of this process's control group and all of its ancestors; None where none is visible.
+
+    `proc` and `root` are as in `available_bytes`.
+    """
+    limits = (
+        limit
+        for version, folders in _hierarchies(proc, root)
+        for folder in folders
+        for limit in _limits(version, folder)
+    )
+    return min(limits, default=None)
+
+
 def _levels(version: _Version, folders: tuple[Path, ...]) -> Iterator[int]:
     """The available bytes of each group that has a limit."""
     for folder in folders:
-        limits = [limit for name in version.limits if (limit := _number(folder / name)) is not None]
+        limit = min(_limits(version, folder), default=None)
         usage = _number(folder / version.usage)
-        if limits and usage is not None:
-            yield max(0, min(limits) - max(0, usage - _reclaimable(folder, version)))
+        if limit is not None and usage is not None:
+            yield max(0, limit - max(0, usage - _reclaimable(folder, version)))
+
+
+def _limits(version: _Version, folder: Path) -> Iterator[int]:
+    """The limits that the group of `folder` itself has."""
+    for name in version.limits:
+        if (limit := _number(folder / name)) is not None:
+            yield limit
 
 
 def _hierarchies(proc: Path, root: Path) -> Iterator[tuple[_Version, tuple[Path, ...]]]:
