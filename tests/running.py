@@ -155,7 +155,7 @@ def close_all() -> None:
 def close(runtime: Runtime) -> None:
     """Close a runtime and check its books."""
     if runtime.backing.executor is not None:
-        arena = runtime.backing.executor.store.arena
+        arena = runtime.backing.executor.store.planes.arena
         runtime.setup.close()
         arena.check_books()
     elif runtime.backing.versions is not None:

@@ -55,7 +55,7 @@ class Run:
 
     @property
     def versions(self):
-        return executor_of(self.model).store.versions
+        return executor_of(self.model).store.disk
 
     def end(self, *, finish=True):
         """Close as a process that ends would."""

@@ -13,7 +13,7 @@ from outsize.checkpoint.store import Store
 from outsize.engine.runtime import runtime_of
 from outsize.errors import BudgetError, StorageError
 from outsize.store.snapshots import Snapshots
-from outsize.store.updates import UpdateJob
+from outsize.store.update_job import UpdateJob
 from outsize.tier import DiskTier
 from tests.checkpoint.runs import Run, batches, check_store, manifests
 from tests.promises.test_device import with_twin

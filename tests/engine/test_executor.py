@@ -120,10 +120,10 @@ def test_touch_brings_a_block_up_to_date_and_resumes(tmp_path):
         optimizer.zero_grad()
         if subject is model:
             executor = executor_of(model)
-            assert executor.store["L01"].pending is not None
+            assert executor.store["L01"].update.pending is not None
             model.model.layers[1].mlp.up_proj.weight.detach().clone()
-            assert executor.store["L01"].pending is None
-            assert executor.store["L02"].pending is not None
+            assert executor.store["L01"].update.pending is None
+            assert executor.store["L02"].update.pending is not None
         train(subject, [BATCH], optimizer)
     assert_same_weights(model, plain)
 
@@ -132,9 +132,9 @@ def test_settling_applies_everything_that_is_pending(tmp_path):
     model = llama(tmp_path)
     train(model, [BATCH])
     executor = executor_of(model)
-    assert all(state.pending is not None for state in executor.store)
+    assert all(state.update.pending is not None for state in executor.store)
     executor.settle_updates()
-    assert all(state.pending is None for state in executor.store)
+    assert all(state.update.pending is None for state in executor.store)
 
 
 def test_no_gradient_slot_is_held_between_steps(tmp_path):
@@ -142,11 +142,11 @@ def test_no_gradient_slot_is_held_between_steps(tmp_path):
     optimizer = adamw(model)
     for _ in range(2):
         train(model, [BATCH], optimizer)
-        assert all(state.gradient_slot is None for state in executor_of(model).store)
+        assert all(state.planes.gradient_slot is None for state in executor_of(model).store)
     model(**BATCH)  # claims slots for a backward that never comes
     with torch.no_grad():
         model(**BATCH)
-    assert all(state.gradient_slot is None for state in executor_of(model).store)
+    assert all(state.planes.gradient_slot is None for state in executor_of(model).store)
 
 
 def test_what_is_held_is_not_read_again(tmp_path):

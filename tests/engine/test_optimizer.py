@@ -18,7 +18,7 @@ def test_a_step_changes_no_weight_until_a_visit(tmp_path):
     before = outsize.report(model).bytes_written
     optimizer.step()
     store = executor_of(model).store
-    assert all(state.pending is not None for state in store)
+    assert all(state.update.pending is not None for state in store)
     assert outsize.report(model).bytes_written == before
     train(model, [batch], optimizer)
     assert outsize.report(model).bytes_written > before

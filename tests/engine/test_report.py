@@ -43,7 +43,7 @@ def test_rows_are_the_bytes_of_the_model(home, dtype, tmp_path):
     assert report.state_bytes == sum(figures.values()) and len(figures) == 3
     in_arena = sum(n for (tier, _), n in figures.items() if tier == "host")
     buffers = next(row.num_bytes for row in report.rows if row.what == "slots and buffers")
-    assert in_arena + buffers == executor_of(model).store.arena.in_use_bytes
+    assert in_arena + buffers == executor_of(model).store.planes.arena.in_use_bytes
     assert max(resident) <= report.host_peak_bytes <= memory.peak_bytes()
     assert report.host_budget_bytes == runtime_of(model).budget.limit_bytes > max(resident)
     text = str(report)

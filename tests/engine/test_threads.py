@@ -9,7 +9,7 @@ import outsize
 from outsize.engine.runtime import runtime_of
 from outsize.errors import ConfigError
 from outsize.hardware import machine
-from outsize.store import updates
+from outsize.store import optimizer_worker
 from outsize.tier import IO_THREADS
 from tests.running import close, executor_of, opened, values_of
 from tests.zoo import ZOO
@@ -25,8 +25,8 @@ def profile(**threads):
 def trained(monkeypatch, disk, threads, *, store=None):
     limits = []
     with monkeypatch.context() as patch:
-        plain = updates.limit_threads
-        patch.setattr(updates, "limit_threads", lambda count: (limits.append(count), plain(count)))
+        plain = optimizer_worker.limit_threads
+        patch.setattr(optimizer_worker, "limit_threads", lambda count: (limits.append(count), plain(count)))
         known = profile(**threads) if threads is not None else None
         model = opened(ZOO["llama"].build().train(), disk=disk, home="disk", dtype="float32", profile=known)
         optimizer = outsize.AdamW(model, lr=1e-3)

@@ -201,7 +201,7 @@ def test_host_memory_that_copies_use_is_pinned(tmp_path, monkeypatch):
     outsize.AdamW(model)
     model(**ZOO["llama"].batch()).loss.backward()
     kinds = {name.partition("[")[0] for name in twins[0].pinned.values()}
-    assert kinds >= {"chunk", "relay", "staging"}
+    assert kinds >= {"chunk", "bounce", "staging"}
     close(runtime_of(model))  # while chunks are small
     assert not twins[0].pinned
 
@@ -244,7 +244,7 @@ def test_what_a_slot_remembers_does_not_grow(home, tmp_path, monkeypatch):
         model(**ZOO["llama"].batch(seed=seed)).loss.backward()
         optimizer.step()
     store = executor_of(model).store
-    slots = [slot for pool in (*store._weight_pools, *store._gradient_pools) for slot in pool._slots]
+    slots = [slot for pool in store.planes._all_pools() for slot in pool._slots]
     assert slots and all(len(slot.after) <= 2 for slot in slots)
     close(runtime_of(model))
 
@@ -298,10 +298,11 @@ def test_no_copy_overtakes_computing(home, dtype, slots, tmp_path, monkeypatch):
         if executor.executed and isinstance(executor.executed[-1], Forward | Backward):
             op = executor.executed[-1]
             state = executor.store[op.block]
-            if state.slot is not None:
-                device.computed(executor.store.weights(state))
-            if state.gradient_slot is not None and isinstance(op, Backward):
-                device.computed(executor.store.gradients._sum(state))
+            if state.planes.weight_slot is not None:
+                device.computed(state.planes.weights())
+            if state.planes.gradient_slot is not None and isinstance(op, Backward):
+                slot, num_elements = state.planes.gradient_slot, state.record.num_trainable
+                device.computed(slot.tensor(torch.float32, num_elements))
         proceed(executor)
 
     monkeypatch.setattr(Executor, "_proceed", note)
@@ -327,7 +328,7 @@ def test_gradients_go_down_while_the_next_block_computes(tmp_path, monkeypatch):
     loss = model(**ZOO["llama"].batch()).loss
     loss.backward()
     store = executor_of(model).store
-    under_way = [state.name for state in store if any(not t.is_done() for t in state.gradient_transfers)]
+    under_way = [state.name for state in store if any(not t.is_done() for t in state.gradient.transfers)]
     assert under_way
     close(runtime_of(model))
 

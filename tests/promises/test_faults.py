@@ -90,7 +90,7 @@ def test_after_a_failure_everything_can_be_given_back(plane, verb, tmp_path, mon
         with pytest.raises(StorageError):
             train(model, batches())
             executor_of(model).store.flush()
-        arena, runtime = executor_of(model).store.arena, runtime_of(model)
+        arena, runtime = executor_of(model).store.planes.arena, runtime_of(model)
         try:
             with contextlib.suppress(StorageError):  # it may be said again
                 runtime.setup.close()
@@ -112,15 +112,15 @@ def test_everything_is_given_back_whatever_step_of_closing_fails(tmp_path, monke
         raise ZeroDivisionError("a step of closing")
 
     for owner, name in (
-        (store.carrier, "close"),
-        (store.weight_reader.reader, "shutdown"),
-        (store.worker, "close"),
+        (store.path, "close"),
+        (store.weight_reader.thread, "shutdown"),
+        (store.updates.worker, "close"),
     ):
         real = getattr(owner, name)
         monkeypatch.setattr(owner, name, lambda real=real: (real(), fail()))
     with pytest.raises(ZeroDivisionError):
         runtime.setup.close()
-    store.arena.check_books()
+    store.planes.arena.check_books()
     assert not list((tmp_path / "scratch").iterdir())
     with pytest.raises(UsageError):
         store.disk.start_read(0, memoryview(mmap.mmap(-1, 4096)), "closed")
@@ -140,7 +140,7 @@ def test_a_commit_that_fails_to_finish_leaves_nothing_open(tmp_path, monkeypatch
     monkeypatch.setattr(store.snapshots, "finish", fail)
     with pytest.raises(ZeroDivisionError):
         runtime.setup.close()
-    store.arena.check_books()
+    store.planes.arena.check_books()
     again = llama(tmp_path / "scratch")
     outsize.checkpoint.resume(again, adamw(again), tmp_path / "store")  # the lock was given back
 
@@ -214,9 +214,9 @@ def test_bits_that_flip_on_the_disk_are_found(tmp_path, monkeypatch):
     executor_of(model).store.flush()
     state = executor_of(model).store["L01"]
     with Path(f"/proc/self/fd/{executor_of(model).store.disk._file.fd}").open("r+b") as file:
-        file.seek(state.disk_offset + 64)
+        file.seek(state.planes.disk_offset + 64)
         byte = file.read(1)
-        file.seek(state.disk_offset + 64)
+        file.seek(state.planes.disk_offset + 64)
         file.write(bytes([byte[0] ^ 1]))
     with pytest.raises(CorruptionError, match=r"L01\.weight"):
         train(model, batches(2), optimizer)
@@ -466,7 +466,7 @@ def test_an_error_inside_a_block_leaves_a_session_that_goes_on(where, block, tmp
 
     with around_forward(layer.mlp, after=fail), pytest.raises(Trouble):
         train(model, batches(1), optimizer)
-    assert not executor_of(model).store.states[block].gradient_slot
+    assert not executor_of(model).store.states[block].planes.gradient_slot
     optimizer.zero_grad()
     train(model, batches()[2:], optimizer)
     train(plain, batches())

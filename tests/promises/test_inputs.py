@@ -519,7 +519,7 @@ def test_blocks_are_closed_though_inputs_cannot_be(tmp_path, monkeypatch):
     model = llama(tmp_path)
     model(**ZOO["llama"].batch()).loss.backward()
     runtime = runtime_of(model)
-    keeper, arena = runtime.backing.keeper, runtime.backing.executor.store.arena
+    keeper, arena = runtime.backing.keeper, runtime.backing.executor.store.planes.arena
     with monkeypatch.context() as patch:
         patch.setattr(offload.ActivationOffload, "close", fail)
         with pytest.raises(StorageError):

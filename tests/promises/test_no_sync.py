@@ -113,7 +113,7 @@ def test_a_step_reads_no_value_of_the_device(name, home, pins, paper, tmp_path, 
     copies = paper[0].copies
     if home == "device":
         return
-    moving = [state.name for state in executor_of(model).store if not state.resident]
+    moving = [state.name for state in executor_of(model).store if not state.planes.resident]
     # With one slot, a layer is streamed twice per step, for forward and for backward. Its gradients go down once.
     layers = [block for block in moving if block.startswith("L")]
     ups = {copies[Way.UP, f"{block}.weight"] - first[Way.UP, f"{block}.weight"] for block in layers}

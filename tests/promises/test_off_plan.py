@@ -273,7 +273,7 @@ def test_reading_a_parameter_inside_a_forward_of_another_block_is_refused(tmp_pa
 def test_a_closed_session_gives_everything_back(tmp_path):
     model = opened(ZOO["llama"].build().train(), disk=tmp_path, home="disk")
     train(model, [ZOO["llama"].batch()])
-    arena = executor_of(model).store.arena
+    arena = executor_of(model).store.planes.arena
     close(runtime_of(model))
     assert arena.in_use_bytes == 0
     assert not list(tmp_path.iterdir())

@@ -56,12 +56,12 @@ def test_memory_is_what_the_plan_says(name, weight_slots, tmp_path, monkeypatch)
     train(model, [[ZOO[name].batch(seed=2 * i + part) for part in range(2)] for i in range(3)])
     placement, store = runtime_of(model).budget.placement, executor_of(model).store
     assert placement is not None
-    weights, gradients = store.slot_high_water
+    weights, gradients = store.planes.slot_high_water
     assert weights == tuple(map(max, *(peak.weight_slots for peak in peaks)))
     assert gradients == tuple(map(max, *(peak.gradient_slots for peak in peaks)))
     assert weights == tuple(group.count for group in placement.weight_classes)
-    assert store.arena.in_use_bytes == store.arena.high_water_bytes == placement.arena_bytes
-    assert store.arena.limit_bytes == placement.arena_bytes
+    assert store.planes.arena.in_use_bytes == store.planes.arena.high_water_bytes == placement.arena_bytes
+    assert store.planes.arena.limit_bytes == placement.arena_bytes
     assert max(peak.num_bytes for peak in peaks) <= placement.slots_bytes
 
 

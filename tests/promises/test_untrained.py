@@ -79,7 +79,11 @@ def test_memory_that_calls_leave_unused_holds_weights_until_a_call_needs_it(name
             assert all(torch.equal(one, other) for one, other in zip(again, expected, strict=True))
             assert bool(store.placement.pieces) is (limit_bytes == limit)
             assert runtime.budget.placement == store.placement
-            assert store.arena.in_use_bytes == store.arena.limit_bytes == store.placement.arena_bytes
+            assert (
+                store.planes.arena.in_use_bytes
+                == store.planes.arena.limit_bytes
+                == store.placement.arena_bytes
+            )
     assert read[1] < read[3] // 4, "but for rows of embeddings nothing is read"
     runtime.setup.close()
 

@@ -30,8 +30,8 @@ def test_a_master_begins_with_every_bit_of_the_source(from_files, tmp_path):
     executor.store.flush()
     seen = 0
     for state in executor.store:
-        weight = executor.store.weights(state)
-        remainder = executor.store.resident_plane(state, Plane.REMAINDER)
+        weight = state.planes.weights()
+        remainder = state.planes.resident_plane(Plane.REMAINDER)
         for entry in state.record.entries:
             piece = entry.piece
             expected = plain.get_parameter(piece.parameter).detach()
@@ -66,7 +66,7 @@ def test_planes_live_where_the_placement_says(tmp_path):
         for plane in (Plane.WEIGHT, Plane.GRADIENT, *state.record.state):
             is_resident = placement.is_resident(state.name, plane)
             kinds.add(is_resident)
-            assert (plane in state.resident) is is_resident
+            assert (plane in state.planes.resident) is is_resident
     assert kinds == {True, False}
 
 

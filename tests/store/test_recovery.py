@@ -10,10 +10,10 @@ from outsize import Pins
 from outsize.engine.runtime import runtime_of
 from outsize.errors import StateLostError
 from outsize.plan import Op
-from outsize.store.blocks import BlockStore
 from outsize.store.gradients import Gradients
+from outsize.store.optimizer_worker import OptimizerWorker
 from outsize.store.recovery import undone_by
-from outsize.store.updates import OptimizerWorker
+from outsize.store.weights import Weights
 from tests.running import adamw, close, executor_of, opened, train, values_of
 from tests.zoo import ZOO
 
@@ -50,7 +50,7 @@ def interrupting(monkeypatch, owner, name, **options):
 def interrupting_op(monkeypatch, model, text, **options):
     """The operation `text` of plans raises once."""
     op = Op.parse(text)
-    runners, key = executor_of(model)._runners, (type(op), getattr(op, "plane", None))
+    runners, key = executor_of(model).store.runners, (type(op), getattr(op, "plane", None))
     real = runners[key]
     interrupted = raising(real, **options)
     monkeypatch.setitem(runners, key, lambda state: (interrupted if state.name == op.block else real)(state))
@@ -105,7 +105,7 @@ def test_an_interrupted_operation_can_be_repeated(op, home, after, tmp_path, mon
 @pytest.mark.parametrize(
     ("home", "owner", "name", "at", "after"),
     [
-        ("disk", BlockStore, "_fill_weights", 2, False),
+        ("disk", Weights, "_fill", 2, False),
         ("disk", OptimizerWorker, "submit", 1, False),
         ("host", OptimizerWorker, "submit", 1, False),
         ("host", OptimizerWorker, "submit", 2, True),

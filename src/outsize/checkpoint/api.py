@@ -242,7 +242,7 @@ def _updated_on_device(runtime: Runtime) -> list[str]:
     if runtime.backing.executor is None:
         return []
     store = runtime.backing.executor.store
-    return [state.name for state in store if store.updates_in_place(state)]
+    return [state.name for state in store if store.planes.updates_in_place(state.planes)]
 
 
 def _random_state() -> dict[str, Any]:

@@ -35,8 +35,8 @@ from outsize.model import (
 from outsize.native import native_compute_type
 from outsize.plan.profile import Profile
 from outsize.store import memory
+from outsize.store.planes import DTYPES
 from outsize.store.scratch import packed_places
-from outsize.store.state import DTYPES
 from outsize.tier import CudaDevice, Device, HostDevice
 
 

@@ -23,12 +23,10 @@ from outsize.plan import (
     Direction,
     Forward,
     Free,
-    Held,
     Occupancy,
     Op,
     Plan,
     Read,
-    Update,
     Visit,
     Wait,
     Write,
@@ -38,7 +36,7 @@ from outsize.plan import (
 )
 from outsize.store.blocks import BlockStore
 from outsize.store.recorder import Recorder
-from outsize.store.recovery import recover, undone_by
+from outsize.store.recovery import undone_by
 from outsize.store.state import BlockState
 
 Runner = Callable[[Op], None]
@@ -64,19 +62,6 @@ class Executor:
         """Whether an operation has begun and has not ended: nothing else is known of the books then."""
         self._unfinished: Callable[[], object] | None = None
         """A change of several parts that has begun; doing it again ends it."""
-        weight, gradient = Plane.WEIGHT, Plane.GRADIENT
-        self._runners: dict[tuple[type[Op], Plane | None], Callable[[BlockState], None]] = {
-            (Held, weight): lambda state: None,
-            (Read, weight): store.read_weights,
-            (Wait, weight): store.wait_weights,
-            (Free, weight): store.free_weights,
-            (Update, None): store.start_update,
-            (Claim, gradient): store.gradients.claim,
-            (Read, gradient): store.gradients.read,
-            (Wait, gradient): store.gradients.wait,
-            (Write, gradient): store.gradients.write,
-            (Free, gradient): store.gradients.free,
-        }
 
     def begin(self, visits: Sequence[Visit]) -> None:
         """Start a call that is expected to make `visits`. Raises StateLostError where the model cannot go on."""
@@ -100,13 +85,13 @@ class Executor:
         if unfinished is not None:
             unfinished()
             self._unfinished = None
-        self.store.check()
+        self.store.updates.check()
         return unfinished is not None
 
     def _recover(self) -> None:
         self._expected, self.plan, self._index = [], Plan(()), 0
         self._held, self._summing, self._is_stale = [], [], False
-        recover(self.store)
+        self.store.recover()
         self._is_disturbed = False
 
     def complete(self, change: Callable[[], object]) -> None:
@@ -185,7 +170,9 @@ class Executor:
         staying = [
             state
             for state in self.store
-            if self.store.updates_in_place(state) and state.name not in self._visiting and may_leave(state)
+            if self.store.planes.updates_in_place(state.planes)
+            and state.name not in self._visiting
+            and may_leave(state)
         ]
         if not staying:
             return None
@@ -205,7 +192,7 @@ class Executor:
         """Apply what is pending now instead of at the next visit."""
         self.enter()
         for state in self.store:
-            if state.pending is not None:
+            if state.update.pending is not None:
                 with self.touch(state.name):
                     pass
 
@@ -213,11 +200,11 @@ class Executor:
         """Finish what is under way and give everything back, then raise what went wrong, if anything did."""
         with ExitStack() as stack:
             stack.callback(self.store.close)
-            if self._is_disturbed or self.store.is_lost:
-                stack.callback(recover, self.store)
+            if self._is_disturbed or self.store.updates.is_lost:
+                stack.callback(self.store.recover)
                 return
             for block in self._held:
-                stack.callback(self.store.free_weights, self.store[block])
+                stack.callback(self.store.weights.free, self.store[block])
             stack.callback(self.store.flush)
             stack.callback(self._release_gradients)
             self._held = []
@@ -246,8 +233,8 @@ class Executor:
     def _make_plan(self, visits: list[Visit]) -> None:
         occupancy = Occupancy(
             held=tuple(self._held),
-            pending=frozenset(state.name for state in self.store if state.pending is not None),
-            accumulated=frozenset(state.name for state in self.store if state.has_gradient),
+            pending=frozenset(state.name for state in self.store if state.update.pending is not None),
+            accumulated=frozenset(state.name for state in self.store if state.gradient.exists),
         )
         records = self.store.records
         self.plan = build(visits, records, self.store.placement, occupancy)
@@ -273,12 +260,12 @@ class Executor:
         began = recorder.moment() if recorder is not None else None
         start = time.perf_counter()
         try:
-            self._runners[type(op), plane](state)
+            self.store.runners[type(op), plane](state)
         finally:
             if isinstance(op, Wait | Free):
                 self.wait_s[f"{op.verb} {plane}"] += time.perf_counter() - start
         if recorder is not None and began is not None:
-            recorder.ran(op, began, in_place=self.store.updates_in_place(state))
+            recorder.ran(op, began, in_place=self.store.planes.updates_in_place(state.planes))
         match op:
             case Read(block, Plane.WEIGHT):
                 self._held.append(block)

@@ -17,7 +17,7 @@ from outsize.engine.parameters import take_parameters
 from outsize.engine.values import Values
 from outsize.model import Cut
 from outsize.plan import Direction, Visit
-from outsize.store.state import DTYPES
+from outsize.store.planes import DTYPES
 from outsize.tier import Device
 
 

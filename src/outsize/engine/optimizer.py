@@ -21,7 +21,7 @@ from outsize.engine.runtime import Runtime, runtime_of
 from outsize.errors import ConfigError, UsageError
 from outsize.optim import Hyper, Kernel, Rule, gpu_kernel, start_compile
 from outsize.store.state import BlockState
-from outsize.store.updates import Pending
+from outsize.store.update_job import Pending
 
 Params = Iterable[torch.Tensor] | Iterable[dict[str, Any]] | None
 """Parameters, groups of them, or None for all that require grad."""
@@ -132,9 +132,8 @@ class Optimizer(torch.optim.Optimizer, ABC):
         if executor is None or executor.enter():
             return loss
         for state in executor.store:
-            for index in state.summing:
-                state.check_gradient(index)
-        if not any(state.has_gradient for state in executor.store):
+            executor.store.gradients.check(state)
+        if not any(state.gradient.exists for state in executor.store):
             return loss
         executor.settle_updates()
         scale = self._clip_factor()
@@ -148,7 +147,7 @@ class Optimizer(torch.optim.Optimizer, ABC):
             entries = range(len(state.record.entries))
             pending = Pending(tuple(hypers.get((state.name, index)) for index in entries))
             if any(hyper is not None for hyper in pending.hypers):
-                frozen.append((state, pending, state.num_steps + 1))
+                frozen.append((state, pending, state.update.num_steps + 1))
         executor.complete(partial(self._take_step, frozen, num_steps, self.num_updates + 1))
         return loss
 
@@ -162,7 +161,7 @@ class Optimizer(torch.optim.Optimizer, ABC):
         self.num_updates = num_updates
         self._num_steps.update(num_steps)
         for state, pending, count in frozen:
-            state.pending, state.num_steps = pending, count
+            state.update.freeze(pending, count)
 
     def _freeze(
         self,
@@ -175,7 +174,7 @@ class Optimizer(torch.optim.Optimizer, ABC):
         assert self._runtime.backing.executor is not None
         store = self._runtime.backing.executor.store
         places = self._runtime.model.locations[name]
-        gradients = [store[place.block].gradients[place.index] for place in places]
+        gradients = [store[place.block].gradient.entries[place.index] for place in places]
         if not any(gradient.present for gradient in gradients):
             return
         step = num_steps[name] = self._num_steps.get(name, 0) + 1
@@ -189,7 +188,7 @@ class Optimizer(torch.optim.Optimizer, ABC):
         store = self._runtime.backing.executor.store
         for place in self._runtime.model.locations[name]:
             state = store[place.block]
-            gradient = state.gradients[place.index]
+            gradient = state.gradient.entries[place.index]
             if gradient.present:
                 for part in store.gradients.parts(state, place.index):
                     yield part.double() * gradient.scale
@@ -210,7 +209,7 @@ class Optimizer(torch.optim.Optimizer, ABC):
             sum(
                 gradient.sum_of_squares * gradient.scale**2
                 for state in store
-                for index, gradient in enumerate(state.gradients)
+                for index, gradient in enumerate(state.gradient.entries)
                 if gradient.present and (state.name, index) in ours
             )
         )

@@ -37,8 +37,8 @@ from outsize.plan.planner import Choice
 from outsize.plan.profile import Profile
 from outsize.plan.workload import BatchShape, Workload
 from outsize.store import memory
+from outsize.store.planes import DTYPES
 from outsize.store.scratch import disk_bytes
-from outsize.store.state import DTYPES
 from outsize.tier import PaperDevice
 
 Call = tuple[Workload, BatchShape]
@@ -292,9 +292,9 @@ def _slots(placement: Placement) -> tuple[str, ...]:
         lines.append(f"{len(placement.kept)} blocks keep their activations, and compute them once")
     if placement.chunk_buffers:
         lines.append(f"{placement.chunk_buffers} chunk buffers of {format_bytes(placement.chunk_bytes)}")
-    if placement.relay_buffers:
+    if placement.bounce_buffers:
         lines.append(
-            f"{placement.relay_buffers} buffers of {format_bytes(placement.relay_bytes)} between disk and device"
+            f"{placement.bounce_buffers} buffers of {format_bytes(placement.bounce_bytes)} between disk and device"
         )
     if placement.staging_buffers:
         lines.append(

@@ -67,8 +67,8 @@ def _tell(executor: Executor, keeper: ActivationOffload | None, recorder: Record
     store.device.listen(listener)
     if store.disk is not None:
         store.disk.listen(listener)
-    if store.worker is not None:
-        store.worker.recorder = recorder
+    if store.updates.worker is not None:
+        store.updates.worker.recorder = recorder
     if keeper is not None:
         keeper.tell(recorder)
     executor.recorder = recorder

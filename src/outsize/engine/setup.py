@@ -30,8 +30,9 @@ from outsize.store.blocks import BlockStore, close_workers
 from outsize.store.commit_store import CommitStore, Layout
 from outsize.store.finalizers import when_dropped
 from outsize.store.offload import ActivationOffload
+from outsize.store.planes import DTYPES
 from outsize.store.scratch import disk_bytes, open_scratch
-from outsize.store.state import DTYPES, BlockState
+from outsize.store.state import BlockState
 from outsize.store.weight_reader import reading_bytes
 from outsize.tier import IO_THREADS, Tier
 
@@ -76,7 +77,7 @@ class Setup:
         """
         executor = self._backing.executor
         if executor is not None:
-            if self.rule is not None or any(state.has_gradient for state in executor.store):
+            if self.rule is not None or any(state.gradient.exists for state in executor.store):
                 raise UsageError(
                     "the model has an optimizer or gradients already",
                     hint="create the optimizer once, before the first backward()",
@@ -170,7 +171,7 @@ class Setup:
         store, restored = self._open_store(records, placement)
         backing = self._backing
         backing.executor = Executor(store)
-        memory.register(store.host_arena, type(self._model.module).__name__)
+        memory.register(store.planes.host_arena, type(self._model.module).__name__)
         self._finalizer = when_dropped(self, close_workers, *store.workers())
         self._model.locations.locate({r.name: [entry.piece for entry in r.entries] for r in records})
         try:
@@ -178,8 +179,7 @@ class Setup:
                 is_disk = placement.inputs is Home.DISK
                 inputs = self._open_scratch("inputs", placement.inputs_bytes) if is_disk else None
                 backing.keeper = ActivationOffload(self._model.device, placement.inputs_bytes, inputs)
-            if store.snapshots is not None:
-                store.snapshots.restore(restored)
+            store.restore(restored)
             self._forget_committed()
             self._load_resident(store, records)
         except BaseException:
@@ -224,7 +224,7 @@ class Setup:
                 kernel=self.kernel,
                 device=self._model.device,
                 device_kernel=self._device_kernel,
-                bases=bases,
+                disk_offsets=bases,
                 update_threads=self.profile.update_threads if self.profile is not None else None,
             )
         except BaseException:
@@ -237,7 +237,11 @@ class Setup:
         """Start reading weights that stay in memory; read all of them, if their source takes memory that should go."""
         source = self._backing.source
         if isinstance(source, EncodingSource):
-            stay = {state.name for state in store if {*state.resident, *state.hosted} & {Plane.WEIGHT}}
+            stay = {
+                state.name
+                for state in store
+                if {*state.planes.resident, *state.planes.hosted} & {Plane.WEIGHT}
+            }
             blocks = self._model.cut.blocks
             if any(block.name not in stay and source.encodes(block) for block in blocks):
                 source.pack()
@@ -248,7 +252,7 @@ class Setup:
             self._backing.source = None
         else:
             for state in store:
-                store.load_resident(state)
+                store.weights.load(state)
 
     def _touch(self, state: BlockState) -> None:
         with self._backing.running.touch(state.name):
@@ -269,7 +273,7 @@ class Setup:
         store = self._backing.store
         placement = self._budget.with_what_is_left([state.record for state in store], needed_bytes)
         if placement is not None:
-            store.keep_pieces(placement)
+            store.weights.keep_pieces(placement)
 
     def _forget_committed(self) -> None:
         committed, self._backing.committed = self._backing.committed, None
@@ -286,7 +290,9 @@ class Setup:
                 stack.callback(versions.close)
             if executor is not None:
                 self._finalizer.detach()
-                self.is_closed = backing.source is None or any(state.is_stored for state in executor.store)
+                self.is_closed = backing.source is None or any(
+                    state.update.is_stored for state in executor.store
+                )
                 stack.callback(executor.close)
             if keeper is not None:
                 stack.callback(keeper.close)

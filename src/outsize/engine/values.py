@@ -42,14 +42,14 @@ class Values:
             and source.gives_rows(parameter)
             and not (
                 self._backing.executor is not None
-                and any(state.is_stored for state in self._backing.executor.store)
+                and any(state.update.is_stored for state in self._backing.executor.store)
             )
         )
 
     def take_rows(self, block: str, parameter: str, rows: torch.Tensor, target: torch.Tensor) -> None:
         """Fill `target` with sorted rows, counted from the first of `block`, of a table that `gives_rows`."""
         index = next(at.index for at in self._locations[parameter] if at.block == block)
-        self._backing.store.weight_reader.take_rows(self._backing.store[block], index, rows, target)
+        self._backing.store.weights.take_rows(self._backing.store[block], index, rows, target)
 
     @outside_inference_mode()
     def value(self, parameter: str) -> torch.Tensor:
@@ -69,7 +69,7 @@ class Values:
             value = exact if is_whole else split(exact.view(-1))[0].view(piece.shape)
             return value.to(self._device)
         with self._backing.executor.touch(at.block) as state:
-            return self._backing.store.pieces(state)[at.index].clone()
+            return state.planes.pieces()[at.index].clone()
 
     @outside_inference_mode()
     def block_values(self, block: Block) -> list[torch.Tensor]:
@@ -81,10 +81,7 @@ class Values:
                 for piece in block.pieces
             ]
         with self._backing.executor.touch(block.name) as state:
-            views = {
-                e.piece: v
-                for e, v in zip(state.record.entries, self._backing.store.pieces(state), strict=True)
-            }
+            views = {e.piece: v for e, v in zip(state.record.entries, state.planes.pieces(), strict=True)}
             return [views[piece].clone() for piece in block.pieces]
 
     def _read_stored(self, block: Block) -> dict[Piece, torch.Tensor]:
@@ -122,9 +119,7 @@ class Values:
         """Forget the parameter's gradient."""
         if self._backing.executor is not None:
             for at in self._locations[parameter]:
-                state = self._backing.store[at.block]
-                state.gradients[at.index].present, state.gradients[at.index].scale = False, 1.0
-                state.summing.discard(at.index)
+                self._backing.store.gradients.drop(self._backing.store[at.block], at.index)
 
     def zero_gradient(self, parameter: str) -> None:
         """Make the gradient zero where there is one, which moves no bytes: what is stored gets the factor 0.
@@ -141,7 +136,7 @@ class Values:
         self._scale_gradient(parameter, 0.0)
 
     def _gradients(self, parameter: str) -> list[Any]:
-        return [self._backing.store[at.block].gradients[at.index] for at in self._locations[parameter]]
+        return [self._backing.store[at.block].gradient.entries[at.index] for at in self._locations[parameter]]
 
     def _gradient_norm(self, parameter: str) -> float:
         self._backing.store.gradients.settle_norms()
@@ -157,6 +152,6 @@ class Values:
         for at in self._locations[parameter]:
             state = self._backing.store[at.block]
             parts.append(
-                self._backing.store.gradients.value(state, at.index) * state.gradients[at.index].scale
+                self._backing.store.gradients.value(state, at.index) * state.gradient.entries[at.index].scale
             )
         return parts[0] if len(parts) == 1 else torch.cat(parts)

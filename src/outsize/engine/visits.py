@@ -76,7 +76,7 @@ class Visits:
 
     def num_steps(self, blocks: Sequence[str]) -> tuple[int, ...]:
         """The number of updates of each block so far."""
-        return tuple(self.backing.store[name].num_steps for name in blocks)
+        return tuple(self.backing.store[name].update.num_steps for name in blocks)
 
     def add_gradient(self, parameter: str, gradient: torch.Tensor) -> None:
         """Add to the gradient of a whole parameter whose block is visited backward."""
@@ -90,12 +90,7 @@ class Visits:
         state, gradients = self.backing.store[block], self.backing.store.gradients
         for index, entry in enumerate(state.record.entries):
             if entry.piece.parameter == parameter and self._collects(entry):
-                total = gradients.sum_of(state, index)
-                gradients.is_changing(state, index)
-                if index not in state.summed:
-                    total.zero_()
-                    state.summed.add(index)
-                return total
+                return gradients.open_sum(state, index)
         return None
 
     def keeps_graphs(self, blocks: Sequence[str]) -> bool:
@@ -113,7 +108,7 @@ class Visits:
     # -- helpers -------------------------------------------------------------------------------------------------
 
     def _values(self, state: BlockState) -> dict[str, torch.Tensor]:
-        views = self.backing.store.pieces(state)
+        views = state.planes.pieces()
         return {e.piece.parameter: view for e, view in zip(state.record.entries, views, strict=True)}
 
     def _leaves(self, state: BlockState) -> dict[str, torch.Tensor]:
@@ -144,13 +139,13 @@ class Visits:
         chosen = executor.evict(
             lambda state: (
                 state.name not in budget.always_resident
-                and budget.has_room_for(sum(each.num_bytes for each in state.resident.values()))
+                and budget.has_room_for(sum(each.num_bytes for each in state.planes.resident.values()))
             )
         )
         if chosen is None:
             return False
         budget.placement = executor.store.placement
         self.stepdown.keeps_graphs = False  # a graph's weights stay where they are
-        num_bytes = sum(region.num_bytes for region in chosen.hosted.values())
+        num_bytes = sum(region.num_bytes for region in chosen.planes.hosted.values())
         self.stepdown.note(f"{chosen.name} stays in the host's memory, {format_bytes(num_bytes)}")
         return True

@@ -26,7 +26,7 @@ WANTED_WEIGHT_SLOTS_TO_READ = 2
 """Where nothing trains: one is filled while another computes."""
 WANTED_GRADIENT_SLOTS = 2
 CHUNK_BUFFERS = 4
-RELAY_BUFFERS = 8
+BOUNCE_BUFFERS = 8
 """Four for each way: the disk fills two while the link empties two."""
 STAGING_BUFFERS = 2
 _ABSENT = 0
@@ -55,7 +55,7 @@ class Placement:
 
     `resident` holds `(block, plane)`, for WEIGHT, GRADIENT and, standing for all state planes, MOMENT1, of what stays
     where blocks compute. Where that is a device with memory of its own, `hosted` holds what stays in the host's memory
-    instead, and everything that moves passes through pinned buffers: chunks, `relay_buffers` between disk and device,
+    instead, and everything that moves passes through pinned buffers: chunks, `bounce_buffers` between disk and device,
     and `staging_buffers` for whole weight planes that come from a checkpoint. `kept` holds layers whose activations wait
     for the backward, which then does not compute them again; their weights are resident. `inputs` is where the inputs of
     blocks wait, at most `inputs_bytes` there; None where they stay where blocks compute. `pieces` holds `(block, index)` of
@@ -72,8 +72,8 @@ class Placement:
     disk_bytes: int
     hosted: frozenset[tuple[str, Plane]] = frozenset()
     hosted_bytes: int = 0
-    relay_buffers: int = 0
-    relay_bytes: int = 0
+    bounce_buffers: int = 0
+    bounce_bytes: int = 0
     staging_buffers: int = 0
     staging_bytes: int = 0
     kept: frozenset[str] = frozenset()
@@ -103,8 +103,8 @@ class Placement:
     def passage_bytes(self) -> int:
         """Memory of the buffers that planes pass through on their way to a slot."""
         chunks = self.chunk_buffers * self.chunk_bytes
-        relays = self.relay_buffers * self.relay_bytes
-        return chunks + relays + self.staging_buffers * self.staging_bytes
+        bounce = self.bounce_buffers * self.bounce_bytes
+        return chunks + bounce + self.staging_buffers * self.staging_bytes
 
     @property
     def compute_bytes(self) -> int:
@@ -283,7 +283,7 @@ def place_apart(
     block moves nothing and is updated there. They are spread evenly over the model, so that what still moves has time
     beside them (in the manner of the k-th block of Deep Optimizer States, https://arxiv.org/abs/2410.21316). The host's
     memory holds weights first, then gradients, then state, as far as it goes; the disk holds the rest. `home` pins all
-    three: DEVICE, HOST or DISK. Where there are `commits`, what lives on the device passes through relays to the disk.
+    three: DEVICE, HOST or DISK. With `commits`, what lives on the device passes through bounce buffers to the disk.
     Raises BudgetError, naming what is short, where nothing fits.
     """
     groups = _ordered(records)
@@ -480,7 +480,7 @@ def _placed(
             for group in (Plane.WEIGHT, Plane.GRADIENT)
         )
     ]
-    is_relayed = bool(from_disk) or (commits and is_apart and bool(resident))
+    is_bounced = bool(from_disk) or (commits and is_apart and bool(resident))
     staged = max(
         (r.plane_bytes(Plane.WEIGHT) for r in from_disk if (r.name, Plane.WEIGHT) not in homes), default=0
     )
@@ -500,8 +500,8 @@ def _placed(
         else 0,
         hosted=hosted or frozenset(),
         hosted_bytes=sum(group_bytes(by_name[name], group) for name, group in hosted or ()),
-        relay_buffers=RELAY_BUFFERS if is_relayed else 0,
-        relay_bytes=CHUNK * GRADIENT_SUM_BYTES if is_relayed else 0,
+        bounce_buffers=BOUNCE_BUFFERS if is_bounced else 0,
+        bounce_bytes=CHUNK * GRADIENT_SUM_BYTES if is_bounced else 0,
         staging_buffers=STAGING_BUFFERS if staged else 0,
         staging_bytes=staged,
     )

@@ -1,65 +1,65 @@
-"""The gradients of blocks: summed in fp32 where they are computed, rounded once, and kept where their home is."""
+"""The gradients of blocks: summed in fp32 where blocks compute, rounded once, and moved to their home."""
 
 from __future__ import annotations
 
 import mmap
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import torch
 
-from outsize.block import CHUNK, Plane
+from outsize.block import CHUNK, Plane, Record
+from outsize.errors import StateLostError
 from outsize.plan import sums_in_place
-from outsize.store.state import BlockState, GradientState
-from outsize.tier import Transfer
-
-if TYPE_CHECKING:
-    from outsize.store.blocks import BlockStore
+from outsize.store.path import Path
+from outsize.store.planes import BlockPlanes, Planes, weight_dtype
+from outsize.store.recovery import failed
+from outsize.store.state import BlockState, EntryGradient
+from outsize.tier import Tier, Transfer, follow_all, wait_all
 
 _CHUNKS_ROUNDED = 16
 """Chunks that a device rounds at once, beside the slot."""
 
 
 class Gradients:
-    """Those of all blocks of `store`: the operations of a plan on them, and what is known of their norms."""
+    """The operations of a plan on gradients, and their norms."""
 
-    def __init__(self, store: BlockStore) -> None:
-        self._store = store
-        self._norms: list[tuple[GradientState, torch.Tensor]] = []
+    def __init__(self, planes: Planes, path: Path, disk: Tier | None) -> None:
+        self._planes = planes
+        self._path = path
+        self._disk = disk
+        self._norms: list[tuple[EntryGradient, torch.Tensor]] = []
 
-    def _sum(self, state: BlockState) -> torch.Tensor:
-        """The fp32 sum of the block's gradient, `[num_trainable]`."""
-        home = state.gradient_slot or state.resident[Plane.GRADIENT]
-        return home.tensor(torch.float32, state.record.num_trainable)
+    # -- sums ----------------------------------------------------------------------------------------------------
 
     def add(self, state: BlockState, index: int, gradient: torch.Tensor) -> None:
         """Add `gradient`, in the shape of the piece of entry `index`, to the sum."""
-        total = self.sum_of(state, index)
-        self.is_changing(state, index)
-        if index in state.summed:
+        total = _changing_sum(state, index)
+        if index in state.gradient.summed:
             total.add_(gradient)
         else:
             total.copy_(gradient)
-            state.summed.add(index)
+            state.gradient.summed.add(index)
 
-    def is_changing(self, state: BlockState, index: int) -> None:
-        """Note that the sum of entry `index` is about to be changed, where it is the stored gradient itself."""
-        if state.gradient_slot is None:
-            state.summing.add(index)
+    def open_sum(self, state: BlockState, index: int) -> torch.Tensor:
+        """The sum of entry `index`, in the shape of its piece, for the caller to add to; zero at first."""
+        total = _changing_sum(state, index)
+        if index not in state.gradient.summed:
+            total.zero_()
+            state.gradient.summed.add(index)
+        return total
 
-    def sum_of(self, state: BlockState, index: int) -> torch.Tensor:
-        """The sum of entry `index`, in the shape of its piece; holds anything until something was added."""
-        entry = state.record.entries[index]
-        return self._sum(state)[entry.start : entry.stop].view(entry.piece.shape)
+    # -- stored gradients ----------------------------------------------------------------------------------------
+
+    def check(self, state: BlockState) -> None:
+        """Raise StateLostError where the gradient of any entry is only partly summed."""
+        for index in state.gradient.summing:
+            _check(state, index)
 
     def value(self, state: BlockState, index: int) -> torch.Tensor:
         """A copy of entry `index` of the stored gradient, in the shape of its piece."""
         piece = state.record.entries[index].piece
-        value = torch.empty(
-            piece.num_elements,
-            dtype=self._store.gradient_dtype(state),
-            device=self._store.device.torch_device,
-        )
+        dtype, device = state.planes.dtypes[Plane.GRADIENT], self._planes.device.torch_device
+        value = torch.empty(piece.num_elements, dtype=dtype, device=device)
         filled = 0
         for values in self.parts(state, index):
             value[filled : filled + values.numel()] = values
@@ -68,139 +68,194 @@ class Gradients:
 
     def parts(self, state: BlockState, index: int) -> Iterator[torch.Tensor]:
         """Entry `index` of the stored gradient, 1-D and cut at chunks; valid until the next part is asked for."""
-        record = state.record
-        entry, dtype = record.entries[index], self._store.gradient_dtype(state)
-        state.check_gradient(index)
-        state.finish_gradient()
-        stored = self._store.resident_plane(state, Plane.GRADIENT)
+        planes, entry = state.planes, state.record.entries[index]
+        _check(state, index)
+        self.finish(state)
+        stored = planes.resident_plane(Plane.GRADIENT)
         if stored is None:
-            stored = self._store.hosted_plane(state, Plane.GRADIENT)
+            stored = planes.hosted_plane(Plane.GRADIENT)
+        dtype = planes.dtypes[Plane.GRADIENT]
         scratch: memoryview | None = None
-        for start, stop in record.chunks():
+        for start, stop in planes.record.chunks():
             first, last = max(entry.start, start), min(entry.stop, stop)
             if first >= last:
                 continue
             if stored is not None:
                 yield stored[first:last]
                 continue
-            assert self._store.disk is not None, f"{state.name}.gradient has no home on disk"
-            extent = record.chunk_extent(Plane.GRADIENT, start, stop)
             if scratch is None:
-                scratch = memoryview(mmap.mmap(-1, record.chunk_extent(Plane.GRADIENT, 0, CHUNK).num_bytes))
-            buffer = scratch[: extent.num_bytes]
-            label = f"{record.name}.gradient[{start // CHUNK}]"
-            self._store.disk.start_read(state.disk_offset + extent.offset, buffer, label).wait()
-            size = dtype.itemsize
-            inside = bytearray(buffer[(first - start) * size : (last - start) * size])
-            yield torch.frombuffer(inside, dtype=dtype)
+                num_bytes = planes.record.chunk_extent(Plane.GRADIENT, 0, CHUNK).num_bytes
+                scratch = memoryview(mmap.mmap(-1, num_bytes))
+            planes.chunk(Plane.GRADIENT, start, stop).start_read(self._disk, scratch).wait()
+            inside = scratch[(first - start) * dtype.itemsize : (last - start) * dtype.itemsize]
+            yield torch.frombuffer(bytearray(inside), dtype=dtype)
+
+    def drop(self, state: BlockState, index: int) -> None:
+        """Forget the gradient of entry `index`."""
+        entry = state.gradient.entries[index]
+        entry.present, entry.scale = False, 1.0
+        state.gradient.summing.discard(index)
+
+    # -- the operations of a plan --------------------------------------------------------------------------------
 
     def claim(self, state: BlockState) -> None:
-        """Claim a slot to sum the block's gradient in."""
-        pool = self._store.gradient_pool(state)
-        state.gradient_slot = pool.take(state.name)
-        for transfer in state.gradient_slot.after:
+        """Take a slot to sum the block's gradient in."""
+        slot = self._planes.take_slot(state.planes, Plane.GRADIENT)
+        for transfer in slot.after:
             transfer.follow()
-        state.gradient_slot.after = (
-            self._store.device.mark(),
-        )  # which comes after all of them: they would add up
+        slot.after = (self._planes.device.mark(),)  # which comes after all of them: they would add up
 
     def read(self, state: BlockState) -> None:
-        """Claim a slot and start bringing what was summed so far into it."""
+        """Take a slot and start bringing what was summed so far into it."""
         self.claim(state)
-        assert state.gradient_slot is not None
-        if self._store.resident_plane(state, Plane.GRADIENT) is None:
-            offset = self._narrow_offset(state)
-            parcel = self._store.parcel(state, Plane.GRADIENT, state.gradient_slot, offset)
-            state.gradient_transfers = self._store.carrier.fill(parcel, tuple(state.gradient_transfers))
+        if Plane.GRADIENT not in state.planes.resident:
+            route = state.planes.route(Plane.GRADIENT, _narrow_offset(state.planes))
+            state.gradient.transfers = self._path.fill(route, tuple(state.gradient.transfers))
 
     def wait(self, state: BlockState) -> None:
         """Wait for `read`, and widen what was read to the fp32 sum."""
-        state.follow_gradient()
-        if self._sums_as_stored(state):
+        self._follow(state)
+        planes = state.planes
+        if _sums_as_stored(planes.record):
             return
-        slot = state.gradient_slot
+        slot = planes.gradient_slot
         assert slot is not None
-        stored = self._store.resident_plane(state, Plane.GRADIENT)
+        stored = planes.resident_plane(Plane.GRADIENT)
         if stored is None:
             # The narrow plane lies at the end of the slot; widening it front to back never overtakes it.
-            dtype = self._store.plane_dtype(state.record, Plane.GRADIENT)
-            stored = slot.tensor(dtype, state.record.num_trainable, self._narrow_offset(state))
-        total = self._sum(state)
-        for start, stop in state.record.chunks():
+            dtype, num_elements = weight_dtype(planes.record), planes.record.num_trainable
+            stored = slot.tensor(dtype, num_elements, _narrow_offset(planes))
+        total = _sum(planes)
+        for start, stop in planes.record.chunks():
             total[start:stop] = stored[start:stop].float()
 
     def begin(self, state: BlockState) -> None:
         """Prepare the sum for a backward visit: apply the factor that clipping left on what is there already."""
-        for index in state.summing:
-            state.check_gradient(index)
-        state.follow_gradient()
-        state.summed = {index for index, gradient in enumerate(state.gradients) if gradient.present}
-        for index in state.summed:
-            if state.gradients[index].scale != 1.0:
-                self.is_changing(state, index)
-                self.sum_of(state, index).mul_(state.gradients[index].scale)
-                if state.gradient_slot is None:  # else what is stored is as it was until the sum is written
-                    state.gradients[index].scale = 1.0
+        self.check(state)
+        self._follow(state)
+        gradient = state.gradient
+        gradient.summed = {index for index, entry in enumerate(gradient.entries) if entry.present}
+        for index in gradient.summed:
+            entry = gradient.entries[index]
+            if entry.scale != 1.0:
+                _changing_sum(state, index).mul_(entry.scale)
+                if (
+                    state.planes.gradient_slot is None
+                ):  # else what is stored is as it was until the sum is written
+                    entry.scale = 1.0
 
     def write(self, state: BlockState) -> None:
         """Round the sum to the gradient type, take its norm, and start moving it home."""
-        state.summing |= state.summed
-        total = self._sum(state)
-        rounded = total
-        resident = self._store.resident_plane(state, Plane.GRADIENT)
-        if not self._sums_as_stored(state):
-            dtype = self._store.plane_dtype(state.record, Plane.GRADIENT)
-            rounded = resident if resident is not None else self._narrow_view(state, dtype)
-            stride = CHUNK if self._store.device.is_host else _CHUNKS_ROUNDED * CHUNK
-            for start in range(0, state.record.num_trainable, stride):
-                stop = min(start + stride, state.record.num_trainable)
-                rounded[start:stop] = total[start:stop].to(dtype)
-        for index in state.summed:
-            entry, gradient = state.record.entries[index], state.gradients[index]
-            norm = torch.linalg.vector_norm(
-                rounded[entry.start : entry.stop].to(self._store.plane_dtype(state.record, Plane.GRADIENT)),
-                dtype=torch.float32,
-            )
-            gradient.present, gradient.scale = True, 1.0
-            self._norms.append((gradient, norm))
-        if self._store.device.is_host:
+        planes, gradient = state.planes, state.gradient
+        gradient.summing |= gradient.summed
+        rounded = self._rounded(planes)
+        for index in gradient.summed:
+            place, entry = planes.record.entries[index], gradient.entries[index]
+            values = rounded[place.start : place.stop].to(weight_dtype(planes.record))
+            norm = torch.linalg.vector_norm(values, dtype=torch.float32)
+            entry.present, entry.scale = True, 1.0
+            self._norms.append((entry, norm))
+        if self._planes.device.is_host:
             self.settle_norms()
-        if resident is None and state.gradient_slot is not None:
-            parcel = self._store.parcel(state, Plane.GRADIENT, state.gradient_slot)
-            state.gradient_transfers = self._store.carrier.drain(parcel)
-            state.is_draining = True
-        state.summing.clear()
+        if Plane.GRADIENT not in planes.resident and planes.gradient_slot is not None:
+            gradient.transfers = self._path.drain(planes.route(Plane.GRADIENT))
+            gradient.is_draining = True
+        gradient.summing.clear()
+
+    def _rounded(self, planes: BlockPlanes) -> torch.Tensor:
+        """The sum as it will be stored: rounded where it is wider, into its home or the front of its slot."""
+        total = _sum(planes)
+        if _sums_as_stored(planes.record):
+            return total
+        dtype = weight_dtype(planes.record)
+        rounded = planes.resident_plane(Plane.GRADIENT)
+        if rounded is None:
+            assert planes.gradient_slot is not None
+            rounded = planes.gradient_slot.tensor(dtype, planes.record.num_trainable)
+        stride = CHUNK if self._planes.device.is_host else _CHUNKS_ROUNDED * CHUNK
+        for start in range(0, planes.record.num_trainable, stride):
+            stop = min(start + stride, planes.record.num_trainable)
+            rounded[start:stop] = total[start:stop].to(dtype)
+        return rounded
 
     def settle_norms(self) -> None:
-        """Bring the norms of gradients that were written since into the books: on a device, one wait for all."""
+        """Compute the sums of squares of gradients written since the last call: on a device, one wait for all."""
         if self._norms:
             norms = torch.stack([norm for _, norm in self._norms]).tolist()
-            for (gradient, _), norm in zip(self._norms, norms, strict=True):
-                gradient.sum_of_squares = norm**2
+            for (entry, _), norm in zip(self._norms, norms, strict=True):
+                entry.sum_of_squares = norm**2
             self._norms = []
 
     def free(self, state: BlockState) -> None:
-        """Give the gradient slot back; whoever claims it next comes after what is written from it and computed before."""
-        assert state.gradient_slot is not None, f"{state.name} holds no gradient slot"
-        slot = state.gradient_slot
+        """Give the slot back; its next owner comes after what is written from it and what was computed with it."""
+        slot = state.planes.gradient_slot
+        assert slot is not None, f"{state.name} holds no gradient slot"
         after: tuple[Transfer, ...] = ()
-        if self._store.device.is_host:
-            state.finish_gradient()
+        if self._planes.device.is_host:
+            self.finish(state)
         else:
             after = slot.after
-        state.gradient_slot = None
-        self._store.gradient_pool(state).give(slot, after)
+        self._planes.free_slot(state.planes, Plane.GRADIENT, after)
 
-    def _sums_as_stored(self, state: BlockState) -> bool:
-        return sums_in_place(state.record, gradient_is_resident=True)
+    # -- transfers -----------------------------------------------------------------------------------------------
 
-    def _narrow_view(self, state: BlockState, dtype: torch.dtype) -> torch.Tensor:
-        assert state.gradient_slot is not None
-        return state.gradient_slot.tensor(dtype, state.record.num_trainable)
+    def finish(self, state: BlockState) -> None:
+        """Wait for the gradient's transfers."""
+        wait_all(state.gradient.transfers)
+        self.hand_over(state)
 
-    def _narrow_offset(self, state: BlockState) -> int:
-        """Where a stored gradient is put into a gradient slot: at its end, where it has to be widened."""
-        if self._sums_as_stored(state):
-            return 0
-        assert state.gradient_slot is not None
-        return state.gradient_slot.num_bytes - state.record.plane_bytes(Plane.GRADIENT)
+    def _follow(self, state: BlockState) -> None:
+        """Let computing come after the gradient's transfers."""
+        follow_all(state.gradient.transfers)
+        self.hand_over(state)
+
+    def hand_over(self, state: BlockState) -> None:
+        """Forget the gradient's transfers, which are over or which an update waits for."""
+        state.gradient.transfers, state.gradient.is_draining = (), False
+
+    def recover(self, state: BlockState) -> None:
+        """Take a gradient that did not arrive at its home for partly summed; see [Note: interruption]."""
+        gradient = state.gradient
+        if gradient.is_draining and any(failed(transfer) for transfer in gradient.transfers):
+            gradient.summing |= {index for index, entry in enumerate(gradient.entries) if entry.present}
+        self.hand_over(state)
+
+
+def _sum(planes: BlockPlanes) -> torch.Tensor:
+    """The fp32 sum of the block's gradient, `[num_trainable]`."""
+    home = planes.gradient_slot or planes.resident[Plane.GRADIENT]
+    return home.tensor(torch.float32, planes.record.num_trainable)
+
+
+def _changing_sum(state: BlockState, index: int) -> torch.Tensor:
+    """The sum of entry `index`, in the shape of its piece, which is about to change; undefined until something was added.
+
+    Where it is the stored gradient itself, that is only partly summed until it is written.
+    """
+    entry = state.record.entries[index]
+    total = _sum(state.planes)[entry.start : entry.stop].view(entry.piece.shape)
+    if state.planes.gradient_slot is None:
+        state.gradient.summing.add(index)
+    return total
+
+
+def _check(state: BlockState, index: int) -> None:
+    """Raise StateLostError where the gradient of entry `index` is only partly summed."""
+    if index in state.gradient.summing:
+        raise StateLostError(
+            f"the gradient of {state.record.entries[index].piece.parameter} is only partly summed: "
+            "a backward() was interrupted while it added to it",
+            hint="drop the gradients with optimizer.zero_grad() and repeat the step",
+        )
+
+
+def _sums_as_stored(record: Record) -> bool:
+    return sums_in_place(record, gradient_is_resident=True)
+
+
+def _narrow_offset(planes: BlockPlanes) -> int:
+    """Where a stored gradient is put into its slot: at the end, where it has to be widened."""
+    if _sums_as_stored(planes.record):
+        return 0
+    assert planes.gradient_slot is not None
+    return planes.gradient_slot.num_bytes - planes.record.plane_bytes(Plane.GRADIENT)

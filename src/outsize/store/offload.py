@@ -1,12 +1,12 @@
-"""Inputs of blocks that wait in a slower tier for their backward.
+"""Activation offload: the inputs of blocks wait in a slower tier for their backward.
 
-A block's backward needs nothing of its forward but its inputs. Where there is no room for those of all blocks, each is
-sent away as soon as its block is through, and brought back one block ahead of its backward, beside computing: from a
-device to the host's memory, or from either to the disk. A few blocks' inputs are then where blocks compute, whatever the
-depth of the model. What many blocks share (masks, position embeddings) stays: it takes no gradient.
+The backward of a block needs only its inputs from the forward. Where memory cannot hold those of all blocks, each input is
+sent away as soon as its block is done, and brought back one block ahead of its backward, beside computing: from a device
+to host memory, or from either to the disk. So the inputs of a few blocks take memory where blocks compute, however deep
+the model is. Tensors that many blocks share (masks, position embeddings) stay: they take no gradient.
 
-Nothing that is on its way is let go before what computes comes after the copy, so that memory is bounded whatever the
-order in which streams get on.
+A tensor on its way is released only once computing comes after the copy, which bounds memory in whatever order streams
+progress.
 
 Source: activation offloading as in ZeRO-Infinity (Rajbhandari et al., 2021), https://arxiv.org/abs/2104.07857.
 """
@@ -27,29 +27,29 @@ from outsize.config import format_bytes
 from outsize.errors import BudgetError, StorageError, UsageError
 from outsize.plan.profile import Resource
 from outsize.store.finalizers import when_dropped
-from outsize.store.path import Carrier, Parcel, Part, StagedCarrier
+from outsize.store.path import BufferedPath, Chunk, Path, Route
 from outsize.store.recorder import ENDS_A_FREE, ENDS_A_WAIT, Recorder
 from outsize.tier import Device, DoneTransfer, HostArena, Tier, TierStats, Transfer, wait_over
 
 LEAST_BYTES = 1 << 20
-"""Smaller tensors stay where they are."""
+"""Smaller tensors stay where blocks compute."""
 
 COPIES = 4
-"""Visits whose inputs are where blocks compute at once: in use, just made, and those on their way down or up."""
+"""Visits whose inputs take memory where blocks compute at once: in use, just made, and on their way down or up."""
 
 PART_BYTES = 4 << 20
 BUFFERS = 8
-"""Parts that are between memory and the disk at once, half of them each way."""
+"""Parts of inputs on their way to and from the disk at once, half of them each way."""
 
 BUFFERS_BYTES = BUFFERS * PART_BYTES
-"""Memory that inputs pass through on their way to the disk and back."""
+"""Host memory that inputs pass through on their way to and from the disk."""
 
 _LEAVING = 2
-"""Of the copies, visits whose inputs may still be needed on their way down."""
+"""Of the copies, visits whose inputs may still be on their way down."""
 
 
 class ActivationOffload:
-    """Keeps inputs in at most `num_bytes` of the host's memory or, with a `disk`, there; places are used again."""
+    """Keeps inputs in at most `num_bytes` of host memory or, if given, of `disk`; their places are reused."""
 
     def __init__(self, device: Device, num_bytes: int, disk: Tier | None = None) -> None:
         num_bytes = align(num_bytes)
@@ -65,37 +65,37 @@ class ActivationOffload:
             self.arena.allocate(PART_BYTES, f"inputs[{index}]")
             for index in range(BUFFERS if disk is not None else 0)
         ]
-        self._carrier: Carrier = StagedCarrier(device, disk, self._buffers)
+        self._path: Path = BufferedPath(device, disk, self._buffers)
         self._visits: _Visits = []
         self._known: dict[int, tuple[weakref.ref[torch.Tensor], weakref.ref[_Kept]]] = {}
         self._leaving: deque[list[tuple[torch.Tensor, _Input, Transfer]]] = deque()
         self._dropped: deque[_Input] = deque()
         self._is_closed = False
-        self._finalizer = when_dropped(self, _close_workers, self._carrier, device, disk)
+        self._finalizer = when_dropped(self, _close_workers, self._path, device, disk)
 
     @property
     def in_use_bytes(self) -> int:
-        """Bytes of the inputs that some graph still needs."""
+        """Bytes of the inputs that a graph still needs."""
         self._take_back()
         return self._places.in_use_bytes
 
     @property
     def high_water_bytes(self) -> int:
-        """The most bytes that were ever in use at once."""
+        """The most bytes ever in use at once."""
         return self._places.high_water_bytes
 
     def stats(self) -> TierStats:
-        """What was moved to the disk and back."""
+        """Traffic to and from the disk."""
         return self._disk.stats() if self._disk is not None else TierStats()
 
     def tell(self, recorder: Recorder | None) -> None:
-        """Let `recorder` know what is moved to the disk and back, and what is waited for; None: nobody."""
+        """Report traffic and waits to `recorder`; None: to nobody."""
         self._recorder = recorder
         if self._disk is not None:
             self._disk.listen(recorder.moved if recorder is not None else None)
 
     def begin(self) -> None:
-        """A call begins: what earlier ones kept belongs to their graphs."""
+        """Begin a call; inputs of earlier ones stay for as long as their graphs need them."""
         self._let_go(0)
         self._visits = []
         self._known.clear()
@@ -122,7 +122,7 @@ class ActivationOffload:
         return torch.autograd.graph.saved_tensors_hooks(pack, self._unpack)
 
     def close(self) -> None:
-        """Give everything back, what graphs that are still alive need too. Closing twice is allowed."""
+        """Give all memory back, also of inputs that a graph still needs. Closing twice is allowed."""
         if self._is_closed:
             return
         self._is_closed = True
@@ -133,7 +133,7 @@ class ActivationOffload:
                 stack.callback(region.free)
             for waiting in (self._leaving, self._dropped, self._visits, self._known):
                 stack.callback(waiting.clear)
-            stack.callback(_close_workers, self._carrier, self._device, self._disk)
+            stack.callback(_close_workers, self._path, self._device, self._disk)
 
     # -- down ------------------------------------------------------------------------------------------------------
 
@@ -152,13 +152,13 @@ class ActivationOffload:
         weakref.finalize(
             kept, self._dropped.append, each
         )  # at any time, on any thread: the rest is done later
-        (each.last,) = self._carrier.drain(self._parcel(each, sent.view(-1)))
+        (each.last,) = self._path.drain(self._route(each, sent.view(-1)))
         self._leaving[-1].append((sent, each, each.last))
         self._known[id(tensor)] = weakref.ref(tensor), weakref.ref(kept)
         return kept
 
     def _let_go(self, num_visits: int) -> None:
-        """Let go of inputs that are on their way, but for those of the last `num_visits`; raise the first error met."""
+        """Release inputs on their way, except those of the last `num_visits`; raise the first error met."""
         error: Exception | None = None
         while len(self._leaving) > num_visits:
             for tensor, each, down in self._leaving.popleft():
@@ -174,7 +174,7 @@ class ActivationOffload:
             raise error
 
     def _take_back(self) -> None:
-        """Take the places back of inputs that no graph needs any more, and let go of those that came back in vain."""
+        """Take back the places of inputs that no graph needs, and release tensors that came back in vain."""
         while self._dropped:
             each = self._dropped.popleft()
             if each.on_way is not None:
@@ -186,7 +186,7 @@ class ActivationOffload:
     # -- up --------------------------------------------------------------------------------------------------------
 
     def _unpack(self, saved: torch.Tensor | _Saved) -> torch.Tensor:
-        """The input where blocks compute; those of the visit whose backward comes next are started on their way."""
+        """The input where blocks compute; starts bringing those of the visit whose backward comes next."""
         if isinstance(saved, torch.Tensor):
             return saved
         kept = saved.kept
@@ -207,7 +207,7 @@ class ActivationOffload:
         return target
 
     def _bring(self, each: _Input) -> tuple[torch.Tensor, Transfer]:
-        """The tensor itself where it is still there, else a new one and what fills it."""
+        """The tensor if it still exists, else a new one, and the transfer that fills it."""
         if self._is_closed:
             raise UsageError(
                 "backward() of a call whose model was closed",
@@ -227,14 +227,14 @@ class ActivationOffload:
             raise StorageError(f"{each.label} could not be stored", hint="an earlier error says why")
         target = torch.empty(each.shape, dtype=each.dtype, device=self._device.torch_device)
         # It is where it waits: while it was on its way, it was here.
-        (up,) = self._carrier.fill(self._parcel(each, target.view(-1)))
+        (up,) = self._path.fill(self._route(each, target.view(-1)))
         each.last = each.arrived = up
         each.here = weakref.ref(target)
         return target, up
 
     @contextmanager
     def _waiting(self, what: str, each: _Input, ended_by: Sequence[Resource]) -> Iterator[None]:
-        """In the body, computing waits for an input."""
+        """Account for the body as computing waiting for an input."""
         recorder, start_s = self._recorder, time.perf_counter()
         began = recorder.moment() if recorder is not None else None
         try:
@@ -244,25 +244,25 @@ class ActivationOffload:
         if recorder is not None and began is not None:
             recorder.waited(each.label.partition(".")[0], ended_by, began)
 
-    def _parcel(self, each: _Input, place: torch.Tensor) -> Parcel:
+    def _route(self, each: _Input, place: torch.Tensor) -> Route:
         """An input between `place`, `[num_elements]`, and where it waits."""
         offset, size = each.extent.offset, place.element_size()
         home = self._home.tensor(each.dtype, place.numel(), offset) if self._home is not None else None
         step = PART_BYTES // size
-        parts = tuple(
-            Part(start, stop, Extent(offset + start * size, align((stop - start) * size)))
-            for start in range(0, place.numel(), step)
-            for stop in [min(start + step, place.numel())]
-        )
-        return Parcel(each.label, parts, home, None, place)
+        chunks = []
+        for index, start in enumerate(range(0, place.numel(), step)):
+            stop = min(start + step, place.numel())
+            extent = Extent(offset + start * size, align((stop - start) * size))
+            chunks.append(Chunk(start, stop, extent, f"{each.label}[{index}]"))
+        return Route(each.label, tuple(chunks), home, None, place)
 
 
 @dataclass(eq=False)
 class _Input:
-    """One tensor that was sent away: where it waits, and what last used that place.
+    """A tensor that was sent away: where it waits, and the last use of that place.
 
-    `here` is the tensor where blocks compute, as long as somebody has it: the one that was sent, at `version`, or the one
-    that came back, which `arrived` says. `on_way` is where it is being brought to ahead of its use.
+    `here` is the tensor where blocks compute, as long as anything refers to it: the one that was sent, at `version`, or the
+    one that came back, which `arrived` fills. `on_way` is the one that is being filled ahead of its use.
     """
 
     label: str
@@ -275,12 +275,12 @@ class _Input:
     arrived: Transfer | None = None
     on_way: tuple[torch.Tensor, Transfer] | None = None
     was_changed: bool = False
-    """In place, after it was sent: nobody knows which values arrived."""
+    """In place, after it was sent: the values that arrived are undefined."""
     is_lost: bool = False
-    """It never arrived where it was to wait."""
+    """Whether storing it failed."""
 
     def forget(self) -> None:
-        """Forget a transfer that failed: its error knows the frames it passed, and they what holds this."""
+        """Forget a transfer that failed: the frames of its error refer to what holds this."""
         self.last = self.arrived = DoneTransfer()
         self.here = _nowhere
 
@@ -291,13 +291,13 @@ def _nowhere() -> None:
 
 @dataclass(eq=False)
 class _Kept:
-    """What autograd saves: its place is taken back when the last graph has let go of it."""
+    """What autograd saves: the place of its input is taken back when the last graph has released it."""
 
     input: _Input
 
 
 _Visits = list[list[weakref.ref[_Kept]]]
-"""What each visit of one call sent away."""
+"""The inputs that each visit of one call sent away."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -310,7 +310,7 @@ class _Saved:
 
 
 class Places:
-    """`num_bytes` of a tier, given out in whole pages; a place of the same length is used again before others."""
+    """`num_bytes` of a tier, handed out in whole pages; a place of the same length is reused before others."""
 
     def __init__(self, num_bytes: int) -> None:
         self.num_bytes = num_bytes
@@ -321,11 +321,11 @@ class Places:
 
     @property
     def in_use_bytes(self) -> int:
-        """Bytes given out."""
+        """Bytes handed out."""
         return sum(extent.num_bytes for extent in self._in_use)
 
     def take(self, num_bytes: int, name: str) -> Extent:
-        """A place; what computes from here on comes after what last used it. Raises BudgetError where there is no room."""
+        """Hand a place out, and order computing after its last use. Raises BudgetError where there is no room."""
         size = align(num_bytes)
         extent = self._again(size) or self._cut(size)
         if extent is None:
@@ -342,7 +342,7 @@ class Places:
         return extent
 
     def give(self, extent: Extent, last: Transfer) -> None:
-        """Take a place back that is used until `last` is over."""
+        """Take back a place that is in use until `last` is over."""
         self._in_use.remove(extent)
         self._idle.setdefault(extent.num_bytes, []).append((extent, last))
 
@@ -362,7 +362,7 @@ class Places:
         return None
 
     def _merge(self) -> None:
-        """Make all that is idle one with what lies beside it."""
+        """Merge all idle places and the gaps beside them."""
         for idle in self._idle.values():
             for _, last in idle:
                 wait_over([last])
@@ -374,10 +374,10 @@ class Places:
         self._gaps.append(Extent(start, self.num_bytes - start))
 
 
-def _close_workers(carrier: Carrier, device: Device, disk: Tier | None) -> None:
+def _close_workers(path: Path, device: Device, disk: Tier | None) -> None:
     """Close each, whatever goes wrong with the others."""
     with ExitStack() as stack:
         if disk is not None:
             stack.callback(disk.close)
         stack.callback(device.finish)
-        stack.callback(carrier.close)
+        stack.callback(path.close)

@@ -1,9 +1,9 @@
-"""Carriers: how a plane gets from its home to where blocks compute, and back.
+"""How a tensor gets from its home to where blocks compute, and back.
 
-`DirectCarrier` serves where the device is the host: the disk reads straight into a slot. `StagedCarrier` serves a device
-with memory of its own: a plane whose home is the host is one copy; one whose home is the disk passes, chunk by chunk,
-through pinned buffers, the disk and the link both busy. Both answer with transfers, which nobody has to wait for before
-the bytes are needed; order between them is kept by `after`.
+`DirectPath` serves a device that is the host: the disk reads straight into a slot. `BufferedPath` serves a device with
+memory of its own: from a home in host memory it makes one copy; from a home on disk the bytes pass, chunk by chunk,
+through pinned bounce buffers, which keeps the disk and the link busy at once. Both return transfers, which need not be
+waited for before the bytes are needed; `after` keeps them in order.
 """
 
 from __future__ import annotations
@@ -23,32 +23,43 @@ from outsize.tier import Device, Region, Slot, Tier, Transfer, Way, follow_all, 
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
-    """Elements `[start, stop)` of a parcel, and where they are on the disk; at most what a relay's buffer holds."""
+class Chunk:
+    """Elements `[start, stop)` of a tensor and where they are on disk; `label` names them, as in `L07.weight[3]`."""
 
     start: int
     stop: int
     extent: Extent
+    label: str
+
+    def start_read(self, disk: Tier | None, buffer: memoryview) -> Transfer:
+        """Start reading the chunk into the first bytes of `buffer`."""
+        assert disk is not None, f"{self.label} has no home on disk"
+        return disk.start_read(self.extent.offset, buffer[: self.extent.num_bytes], self.label)
+
+    def start_write(self, disk: Tier | None, buffer: memoryview) -> Transfer:
+        """Start writing the chunk from the first bytes of `buffer`."""
+        assert disk is not None, f"{self.label} has no home on disk"
+        return disk.start_write(self.extent.offset, buffer[: self.extent.num_bytes], self.label)
 
 
 @dataclass(eq=False)
-class Parcel:
-    """A plane of a record on its way, or an input of a block; `label` names it in the plan's words.
+class Route:
+    """The two ends of a move: the home of a plane, or of a block's input, and the place where it is computed with.
 
-    `home` is its memory in the host, where it has any; otherwise it is on the disk, in `parts`. `place` is where it is
-    computed with, `[num_elements]`: the first `place.nbytes` bytes from `byte_offset` of `slot`, or new memory.
+    `home` is its host memory; None where its home is on disk, in `chunks`, each of which fits into a bounce buffer.
+    `place` is `[num_elements]`: the first `place.nbytes` bytes from `byte_offset` of `slot`, or newly allocated memory.
     """
 
     label: str
-    parts: tuple[Part, ...]
+    chunks: tuple[Chunk, ...]
     home: torch.Tensor | None
     slot: Slot | None
     place: torch.Tensor
     byte_offset: int = 0
 
 
-class Job:
-    """A task of a worker thread, as a transfer."""
+class TaskTransfer:
+    """The task of a worker thread as a transfer."""
 
     def __init__(self, future: Future[None]) -> None:
         self._future = future
@@ -66,121 +77,115 @@ class Job:
         return self._future.done()
 
 
-class Carrier(ABC):
-    """Moves planes; every transfer can be waited for and, by computing, followed."""
+class Path(ABC):
+    """Moves tensors between their homes and where blocks compute."""
 
     @abstractmethod
-    def fill(self, parcel: Parcel, ready: Sequence[Transfer] = ()) -> list[Transfer]:
-        """Start bringing a plane from its home, which holds it once `ready` is over, into its place.
+    def fill(self, route: Route, ready: Sequence[Transfer] = ()) -> list[Transfer]:
+        """Start moving a tensor to its place; its home holds it once `ready` is over.
 
-        On a `DirectCarrier` one transfer per chunk.
+        A `DirectPath` returns one transfer per chunk.
         """
 
     @abstractmethod
-    def drain(self, parcel: Parcel) -> list[Transfer]:
-        """Start sending a plane from its place to its home; over when it is there, and its slot's `after` is set."""
+    def drain(self, route: Route) -> list[Transfer]:
+        """Start moving a tensor from its place to its home, and set `after` of its slot."""
 
     @abstractmethod
     def finish(self) -> None:
-        """Wait until every transfer is on its way to its last leg: what remains is the disk's and the device's."""
+        """Wait until the last leg of every move has started: only the disk and the device may still be busy."""
 
     @abstractmethod
     def close(self) -> None:
         """Finish what was started."""
 
 
-class DirectCarrier(Carrier):
-    """Between the disk and slots in the host's memory, which are the device's."""
+class DirectPath(Path):
+    """Between the disk and slots in host memory, where blocks compute."""
 
     def __init__(self, disk: Tier | None) -> None:
         self._disk = disk
 
-    def fill(self, parcel: Parcel, ready: Sequence[Transfer] = ()) -> list[Transfer]:
+    def fill(self, route: Route, ready: Sequence[Transfer] = ()) -> list[Transfer]:
         """Read into the slot."""
         for transfer in ready:
             transfer.wait()
-        return self._chunks(parcel, write=False)
+        return [chunk.start_read(self._disk, buffer) for chunk, buffer in self._buffers(route)]
 
-    def drain(self, parcel: Parcel) -> list[Transfer]:
-        """Write from the slot, which is used until then."""
-        transfers = self._chunks(parcel, write=True)
-        assert parcel.slot is not None
-        parcel.slot.after = tuple(transfers)
+    def drain(self, route: Route) -> list[Transfer]:
+        """Write from the slot, which stays in use until the transfers are over."""
+        assert route.slot is not None, route.label
+        transfers = [chunk.start_write(self._disk, buffer) for chunk, buffer in self._buffers(route)]
+        route.slot.after = tuple(transfers)
         return transfers
 
     def finish(self) -> None:
-        """Nothing to do: transfers are the disk's."""
+        """Return at once: all transfers are the disk's."""
 
     def close(self) -> None:
-        """Nothing to do: transfers are the disk's."""
+        """Return at once: all transfers are the disk's."""
 
-    def _chunks(self, parcel: Parcel, *, write: bool) -> list[Transfer]:
-        assert self._disk is not None and parcel.slot is not None, f"{parcel.label} has no home on disk"
-        start = self._disk.start_write if write else self._disk.start_read
-        transfers = []
-        for index, part in enumerate(parcel.parts):
-            offset = parcel.byte_offset + part.extent.offset - parcel.parts[0].extent.offset
-            buffer = parcel.slot.buffer[offset : offset + part.extent.num_bytes]
-            transfers.append(start(part.extent.offset, buffer, f"{parcel.label}[{index}]"))
-        return transfers
+    @staticmethod
+    def _buffers(route: Route) -> list[tuple[Chunk, memoryview]]:
+        assert route.slot is not None, route.label
+        begin = route.chunks[0].extent.offset - route.byte_offset
+        return [(chunk, route.slot.buffer[chunk.extent.offset - begin :]) for chunk in route.chunks]
 
 
-class StagedCarrier(Carrier):
-    """Between the host's memory, or the disk by way of it, and a device, or memory of the host that the disk cannot reach.
+class BufferedPath(Path):
+    """Between host memory, or the disk by way of it, and a device, or host memory that the disk cannot address.
 
-    `buffers` are pinned, at least two for each way, each of the largest part.
+    `buffers` are pinned, each as large as the largest chunk, at least two for each way.
     """
 
     def __init__(self, device: Device, disk: Tier | None, buffers: Sequence[Region]) -> None:
         self._device = device
         half = len(buffers) // 2
-        self._relays = (
+        self._bouncers = (
             {
-                Way.UP: _Relay(device, disk, Way.UP, buffers[:half]),
-                Way.DOWN: _Relay(device, disk, Way.DOWN, buffers[half:]),
+                Way.UP: _Bouncer(device, disk, Way.UP, buffers[:half]),
+                Way.DOWN: _Bouncer(device, disk, Way.DOWN, buffers[half:]),
             }
             if disk is not None and buffers
             else {}
         )
 
-    def fill(self, parcel: Parcel, ready: Sequence[Transfer] = ()) -> list[Transfer]:
-        """One copy, or a relay from the disk; neither before the slot's last use is over.
+    def fill(self, route: Route, ready: Sequence[Transfer] = ()) -> list[Transfer]:
+        """Copy from host memory, or bounce from the disk, after the last use of the slot.
 
-        New memory may have been given back by what is still to be computed.
+        Without a slot the place was just allocated, and its memory may still be used by what was computed before.
         """
-        after = parcel.slot.after if parcel.slot is not None else (self._device.mark(),)
-        if parcel.home is not None:
+        after = route.slot.after if route.slot is not None else (self._device.mark(),)
+        if route.home is not None:
             return [
                 self._device.start_copy(
-                    Way.UP, parcel.place, parcel.home, after=(*ready, *after), label=parcel.label
+                    Way.UP, route.place, route.home, after=(*ready, *after), label=route.label
                 )
             ]
-        return [self._relays[Way.UP].start(parcel, after, ready)]
+        return [self._bouncers[Way.UP].start(route, after, ready)]
 
-    def drain(self, parcel: Parcel) -> list[Transfer]:
-        """One copy, or a relay to the disk, of what was computed so far."""
+    def drain(self, route: Route) -> list[Transfer]:
+        """Copy to host memory, or bounce to the disk, what was computed so far."""
         after = (self._device.mark(),)
-        if parcel.home is not None:
-            copy = self._device.start_copy(
-                Way.DOWN, parcel.home, parcel.place, after=after, label=parcel.label
-            )
+        if route.home is not None:
+            copy = self._device.start_copy(Way.DOWN, route.home, route.place, after=after, label=route.label)
             left: Transfer = copy
         else:
-            relayed = self._relays[Way.DOWN].start(parcel, after)
-            copy, left = relayed, relayed.left
-        if parcel.slot is not None:
-            parcel.slot.after = (left,)
+            bounced = self._bouncers[Way.DOWN].start(route, after)
+            copy, left = bounced, bounced.left
+        if route.slot is not None:
+            route.slot.after = (left,)
         return [copy]
 
     def finish(self) -> None:
-        """Wait until the relays' threads are idle."""
-        for relay in self._relays.values():
-            relay.finish()
+        """Wait until the threads that fill and empty bounce buffers are idle."""
+        for bouncer in self._bouncers.values():
+            bouncer.finish()
 
     def close(self) -> None:
-        """End the relays' threads."""
-        for relay in self._relays.values():
-            relay.close()
+        """End the threads that fill and empty bounce buffers."""
+        for bouncer in self._bouncers.values():
+            bouncer.close()
 
 
 @dataclass(eq=False)
@@ -213,8 +218,8 @@ class _Legs:
 
 
 @dataclass(eq=False)
-class _Relayed(_Legs):
-    """A relay: over when its last leg is; `left` when the bytes have left where they were."""
+class _Bounced(_Legs):
+    """A move through bounce buffers: over when its last leg is; `left` when the bytes have left where they were."""
 
     left: _Legs = field(default_factory=_Legs)
 
@@ -225,21 +230,21 @@ class _Relayed(_Legs):
         self.started.set()
 
 
-class _Relay:
-    """A thread that moves planes one way, chunk by chunk, each over two legs with a buffer between them."""
+class _Bouncer:
+    """A thread that moves tensors one way, chunk by chunk, each over two legs with a bounce buffer between them."""
 
     def __init__(self, device: Device, disk: Tier | None, way: Way, buffers: Sequence[Region]) -> None:
         self._device = device
         self._disk = disk
         self._way = way
         self._buffers: deque[tuple[Region, Transfer | None]] = deque((buffer, None) for buffer in buffers)
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"outsize-relay-{way}")
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"outsize-bounce-{way}")
 
-    def start(self, parcel: Parcel, after: Sequence[Transfer], ready: Sequence[Transfer] = ()) -> _Relayed:
-        """Move a plane; the leg on the device's side comes after `after`, everything after `ready`."""
-        relayed = _Relayed()
-        self._thread.submit(self._run, parcel, tuple(after), tuple(ready), relayed)
-        return relayed
+    def start(self, route: Route, after: Sequence[Transfer], ready: Sequence[Transfer] = ()) -> _Bounced:
+        """Move a tensor; the leg on the device's side comes after `after`, everything after `ready`."""
+        bounced = _Bounced()
+        self._thread.submit(self._run, route, tuple(after), tuple(ready), bounced)
+        return bounced
 
     def finish(self) -> None:
         """Wait until what was started has started its last leg."""
@@ -250,83 +255,71 @@ class _Relay:
         self._thread.shutdown()
 
     def _run(
-        self,
-        parcel: Parcel,
-        after: tuple[Transfer, ...],
-        ready: tuple[Transfer, ...],
-        relayed: _Relayed,
+        self, route: Route, after: tuple[Transfer, ...], ready: tuple[Transfer, ...], bounced: _Bounced
     ) -> None:
         error: BaseException | None = None
-        under_way: deque[tuple[Region, int, Transfer]] = deque()
+        under_way: deque[tuple[Region, Chunk, Transfer]] = deque()
         try:
             for transfer in ready:
                 transfer.wait()
-            for index in range(len(parcel.parts)):
+            for chunk in route.chunks:
                 if not self._buffers:
-                    self._second_leg(parcel, after, relayed, *under_way.popleft())
+                    self._second_leg(route, after, bounced, *under_way.popleft())
                 buffer, busy = self._buffers.popleft()
                 try:
                     if busy is not None:
-                        wait_over([busy])  # its own parcel raises what went wrong
-                    first = self._first_leg(parcel, after, buffer, index)
+                        wait_over([busy])  # its own move raises what went wrong
+                    first = self._first_leg(route, after, buffer, chunk)
                 except BaseException:
                     self._buffers.append((buffer, None))
                     raise
-                relayed.left.transfers.append(first)
-                under_way.append((buffer, index, first))
+                bounced.left.transfers.append(first)
+                under_way.append((buffer, chunk, first))
             while under_way:
-                self._second_leg(parcel, after, relayed, *under_way.popleft())
+                self._second_leg(route, after, bounced, *under_way.popleft())
         except BaseException as failure:
             error = failure
         for buffer, _, first in under_way:
             self._buffers.append((buffer, first))
-        relayed.finish(error)
+        bounced.finish(error)
 
-    def _first_leg(self, parcel: Parcel, after: tuple[Transfer, ...], buffer: Region, index: int) -> Transfer:
+    def _first_leg(self, route: Route, after: tuple[Transfer, ...], buffer: Region, chunk: Chunk) -> Transfer:
         if self._way is Way.DOWN:
-            source, target = self._both(parcel, buffer, index)
-            return self._device.start_copy(
-                Way.DOWN, target, source, after=after, label=f"{parcel.label}[{index}]"
-            )
-        return self._disk_leg(parcel, buffer, index)
+            return self._device_leg(route, after, buffer, chunk)
+        return chunk.start_read(self._disk, buffer.buffer)
 
     def _second_leg(
         self,
-        parcel: Parcel,
+        route: Route,
         after: tuple[Transfer, ...],
-        relayed: _Relayed,
+        bounced: _Bounced,
         buffer: Region,
-        index: int,
+        chunk: Chunk,
         first: Transfer,
     ) -> None:
         busy: Transfer | None = None  # after an error too the first leg is over
         try:
             first.wait()
             if self._way is Way.DOWN:
-                busy = self._disk_leg(parcel, buffer, index)
+                busy = chunk.start_write(self._disk, buffer.buffer)
             else:
-                target, source = self._both(parcel, buffer, index)
-                label = f"{parcel.label}[{index}]"
-                busy = self._device.start_copy(Way.UP, target, source, after=after, label=label)
-            relayed.transfers.append(busy)
+                busy = self._device_leg(route, after, buffer, chunk)
+            bounced.transfers.append(busy)
         finally:
             self._buffers.append((buffer, busy))
 
-    @staticmethod
-    def _both(parcel: Parcel, buffer: Region, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """A part where it is computed with, and in the buffer."""
-        part = parcel.place[parcel.parts[index].start : parcel.parts[index].stop]
-        return part, buffer.tensor(part.dtype, part.numel())
-
-    def _disk_leg(self, parcel: Parcel, buffer: Region, index: int) -> Transfer:
-        assert self._disk is not None, f"{parcel.label} has no home"
-        extent = parcel.parts[index].extent
-        start = self._disk.start_write if self._way is Way.DOWN else self._disk.start_read
-        return start(extent.offset, buffer.buffer[: extent.num_bytes], f"{parcel.label}[{index}]")
+    def _device_leg(
+        self, route: Route, after: tuple[Transfer, ...], buffer: Region, chunk: Chunk
+    ) -> Transfer:
+        """Copy a chunk between where it is computed with and the buffer."""
+        place = route.place[chunk.start : chunk.stop]
+        bounce = buffer.tensor(place.dtype, place.numel())
+        target, source = (place, bounce) if self._way is Way.UP else (bounce, place)
+        return self._device.start_copy(self._way, target, source, after=after, label=chunk.label)
 
 
 class Staging:
-    """Whole planes of host memory for weights that come from a checkpoint and have no home in memory."""
+    """Buffers in host memory for whole weight planes on their way from the source to a device."""
 
     def __init__(self, regions: Sequence[Region]) -> None:
         self._regions = tuple(regions)
@@ -334,17 +327,17 @@ class Staging:
         self.reset()
 
     def reset(self) -> None:
-        """Take all regions back; nothing may use one."""
+        """Take all buffers back; none may be in use."""
         self._idle = SimpleQueue()
         for region in self._regions:
             self._idle.put((region, ()))
 
     def take(self) -> Region:
-        """A region that nothing reads any more; blocks until there is one."""
+        """A buffer that is no longer in use; blocks until there is one."""
         region, transfers = self._idle.get()
         wait_over(transfers)  # what needed those bytes raises what went wrong
         return region
 
     def give(self, region: Region, after: Sequence[Transfer]) -> None:
-        """Take a region back that is used until `after` is done."""
+        """Take back a buffer that is in use until `after` is over."""
         self._idle.put((region, after))

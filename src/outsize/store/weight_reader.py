@@ -1,4 +1,4 @@
-"""Where weights come from until an update stored them: the source of the model, read by one thread."""
+"""Reads weights from the model's source until an update has stored them, on a thread of its own."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from threading import Lock
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -16,130 +15,115 @@ from outsize.block import Block, Entry, Piece, Plane, Record
 from outsize.model import READ_BUFFERS_BYTES, Source
 from outsize.optim import split
 from outsize.store import memory
-from outsize.store.path import Job, Staging
-from outsize.store.state import BlockState, weight_dtype
-from outsize.store.updates import UpdateJob
-from outsize.tier import Transfer, Way, follow_all, sent
-
-if TYPE_CHECKING:
-    from outsize.store.blocks import BlockStore
-
+from outsize.store.path import Staging, TaskTransfer
+from outsize.store.planes import BlockPlanes, Planes, weight_dtype
+from outsize.store.update_job import UpdateJob
+from outsize.tier import Transfer, Way
 
 SPLIT_ELEMENTS = 1 << 18
 """Elements whose fp32 values are split into weight and remainder at once."""
 
 SPLIT_BYTES = 18
-"""What splitting takes of memory per element."""
+"""Memory that splitting takes, per element."""
 
 SENT_ELEMENTS = 1 << 23
-"""Elements that are read at once on their way to a device that keeps them."""
+"""Elements that are read at once on their way to a device where they stay."""
 
 
 class WeightReader:
-    """Brings weights of `store` from `source`: to a device by way of their home in the host's memory, or of `staging`."""
+    """Reads weights from `source`: into host memory, or through it to a device."""
 
-    def __init__(self, store: BlockStore, source: Source, staging: Staging) -> None:
-        self._store = store
+    def __init__(self, planes: Planes, source: Source) -> None:
         self.source: Source | None = source
-        self.reader = ThreadPoolExecutor(1, thread_name_prefix="outsize-source")
-        self._staging = staging
+        self.thread = ThreadPoolExecutor(1, thread_name_prefix="outsize-source")
+        self._planes = planes
+        self._staging = Staging(planes.staging_buffers)
         self._splitting = Lock()
         self._converted: tuple[Entry, torch.Tensor] | None = None
         """The entry whose chunks are being updated for the first time, and its remainder, where that comes as a whole."""
-        self._pieces: dict[tuple[str, int], torch.Tensor] = {}
         self._filled: set[tuple[str, int]] = set()
-        """Those of `pieces` that hold their weights."""
+        """Single entries in memory (`Planes.pieces`) that hold their weights."""
 
-    def keep_piece(self, block: str, index: int, memory: torch.Tensor) -> None:
-        """Keep an entry of a streamed block in `memory`, 1-D, so that it is read from the source only once more."""
-        self._pieces[block, index] = memory
+    def start_read(self, block: BlockPlanes, plane: torch.Tensor) -> Transfer:
+        """Start reading weights into `plane`, in host memory."""
+        return TaskTransfer(self.thread.submit(self._fill, block.record, plane))
 
-    def drop_pieces(self, keys: Sequence[tuple[str, int]]) -> None:
-        """Let go of the memory of single entries, when what is being read is read: it may be freed then."""
-        self.reader.submit(self.forget_pieces, keys).result()
+    def start_send(self, block: BlockPlanes, loading: Transfer | None) -> Transfer:
+        """Start copying weights to the device; where their home is host memory, `loading` reads them into it."""
+        after = block.weight_slot.after if block.weight_slot is not None else ()
+        return TaskTransfer(self.thread.submit(self._send, block, block.weights(), loading, after))
 
-    def forget_pieces(self, keys: Sequence[tuple[str, int]]) -> None:
-        """The same, where nothing is being read."""
-        for key in keys:
-            self._pieces.pop(key, None)
-            self._filled.discard(key)
+    def start_stage(self, job: UpdateJob) -> Transfer:
+        """Start reading weights into a staging buffer, for their first update."""
+        return TaskTransfer(self.thread.submit(self._stage, job))
 
-    def take_rows(self, state: BlockState, index: int, rows: torch.Tensor, target: torch.Tensor) -> None:
-        """Fill `target` with sorted `rows` of entry `index`, of a block that was never stored: from memory, where it stays
-        there, else from the source. Raises StorageError."""
-        if not rows.numel():
-            return
-        entry = state.record.entries[index]
-        plane = self._store.resident_plane(state, Plane.WEIGHT)
-        if plane is not None:
-            follow_all(state.weight_reads)
-        elif (
-            plane := self._store.hosted_plane(state, Plane.WEIGHT)
-        ) is not None and state.loading is not None:
-            state.loading.wait()
-        if plane is not None:
-            table = plane[entry.start : entry.stop].view(entry.piece.shape)
-            target.copy_(sent(table.index_select(0, sent(rows, table.device)), target.device))
-            return
-        assert self.source is not None, f"{state.name}: the source is gone"
-        dtype = self._store.plane_dtype(state.record, Plane.WEIGHT)
-        piece, is_rounded = entry.piece, _is_rounded(self.source, entry.piece, dtype)
-        found = torch.empty(target.shape, dtype=torch.float32 if is_rounded else dtype, device="cpu")
+    def free_pieces(self, keys: Sequence[tuple[str, int]]) -> None:
+        """Free the memory of single entries, when what is being read is read."""
+        self.thread.submit(self._free_pieces, keys).result()
+
+    def _free_pieces(self, keys: Sequence[tuple[str, int]]) -> None:
+        self._filled.difference_update(keys)
+        self._planes.free_pieces(keys)
+
+    def reset(self) -> None:
+        """Take all staging buffers back; nothing may be using one."""
+        self._staging.reset()
+
+    def read_rows(self, block: BlockPlanes, index: int, rows: torch.Tensor) -> torch.Tensor:
+        """Sorted `rows` of entry `index` from the source, in host memory. Raises StorageError."""
+        source, dtype = self._open_source(block.record), block.dtypes[Plane.WEIGHT]
+        piece = block.record.entries[index].piece
+        is_rounded = _is_rounded(source, piece, dtype)
+        shape = (rows.numel(), *piece.shape[1:])
+        found = torch.empty(shape, dtype=torch.float32 if is_rounded else dtype, device="cpu")
         cuts = [0, *(torch.nonzero(rows.diff() != 1)[:, 0] + 1).tolist(), rows.numel()]
         runs, parts = [], []
         for first, last in pairwise(cuts):
             start = (piece.row_start or 0) + int(rows[first])
-            shape = (last - first, *piece.shape[1:])
-            runs.append(Piece(piece.parameter, shape, start, start + last - first))
+            runs.append(Piece(piece.parameter, (last - first, *piece.shape[1:]), start, start + last - first))
             parts.append(found[first:last])
-        self.source.read(Block(state.name, tuple(runs)), parts)
-        rounded = split(found.view(-1))[0].view(found.shape) if is_rounded else found
-        target.copy_(sent(rounded, target.device))
+        source.read(Block(block.name, tuple(runs)), parts)
+        return split(found.view(-1))[0].view(found.shape) if is_rounded else found
 
-    def read(self, state: BlockState) -> None:
-        """Start bringing weights that were never stored to where the block computes."""
-        place = self._store.weights(state)
-        if self._store.device.is_host:
-            state.weight_reads = [Job(self.reader.submit(self._fill, state.record, place))]
-            return
-        after = state.slot.after if state.slot is not None else ()
-        if Plane.WEIGHT in state.hosted:
-            self.load_hosted(state)
-        state.weight_reads = [Job(self.reader.submit(self._send, state, place, after))]
-        state.home_reads = state.weight_reads
+    def _open_source(self, record: Record) -> Source:
+        assert self.source is not None, f"{record.name}: the source is gone"
+        return self.source
 
-    def load_hosted(self, state: BlockState) -> None:
-        """Start reading weights to their home in the memory of a host that does not compute, once."""
-        plane = self._store.hosted_plane(state, Plane.WEIGHT)
-        if not state.is_loaded and plane is not None:
-            state.loading = Job(self.reader.submit(self._fill, state.record, plane))
-            state.is_loaded = True
-
-    def _send(self, state: BlockState, place: torch.Tensor, after: Sequence[Transfer]) -> None:
-        """Copy weights from the source to the device, by way of their home in the host's memory or of staging."""
-        label = f"{state.name}.weight"
-        hosted = self._store.hosted_plane(state, Plane.WEIGHT)
+    def _send(
+        self, block: BlockPlanes, place: torch.Tensor, loading: Transfer | None, after: Sequence[Transfer]
+    ) -> None:
+        """Copy weights to the device, through their home in host memory or a staging buffer."""
+        start_copy, label = self._planes.device.start_copy, f"{block.name}.weight"
+        hosted = block.hosted_plane(Plane.WEIGHT)
         if hosted is not None:
-            assert state.loading is not None, state.name
-            state.loading.wait()  # a task of this thread, over by now; raises what went wrong
-            self._store.device.start_copy(Way.UP, place, hosted, after=after, label=label).wait()
+            assert loading is not None, block.name
+            loading.wait()  # a task of this thread, over by now; raises what went wrong
+            start_copy(Way.UP, place, hosted, after=after, label=label).wait()
             return
-        if Plane.WEIGHT in state.resident:
-            self._fill_in_parts(state.record, place)
+        if Plane.WEIGHT in block.resident:
+            self._fill_in_parts(block.record, place)
             return
         region = self._staging.take()
         try:
             plane = region.tensor(place.dtype, place.numel())
-            self._fill(state.record, plane)
-            self._store.device.start_copy(Way.UP, place, plane, after=after, label=label).wait()
+            self._fill(block.record, plane)
+            start_copy(Way.UP, place, plane, after=after, label=label).wait()
         finally:
             self._staging.give(region, ())
 
+    def _stage(self, job: UpdateJob) -> None:
+        region = self._staging.take()
+        job.done = partial(self._staging.give, region)
+        record = job.planes.record
+        job.weight = region.tensor(weight_dtype(record), record.num_elements)
+        job.weight_buffer = region.buffer
+        self._fill(record, job.weight)
+
     def _fill_in_parts(self, record: Record, plane: torch.Tensor) -> None:
-        """Fill a weight plane of a device, by way of a small part of the host's memory."""
-        assert self.source is not None, f"{record.name}: the source is gone"
+        """Fill a weight plane of a device, through a small part of host memory."""
+        source = self._open_source(record)
         for entry in record.entries:
-            for piece, first in _parts(self.source, entry.piece, SENT_ELEMENTS):
+            for piece, first in _parts(source, entry.piece, SENT_ELEMENTS):
                 scratch = torch.empty(piece.num_elements, dtype=plane.dtype, device="cpu")
                 part = replace(entry, piece=piece, start=0, stop=piece.num_elements)
                 self._read_entries(record, [part], scratch)
@@ -148,53 +132,50 @@ class WeightReader:
 
     def _fill(self, record: Record, plane: torch.Tensor) -> None:
         """Fill a weight plane: entries that are in memory from there, the others from the source."""
+        pieces, dtype = self._planes.pieces, weight_dtype(record)
         kept = [
-            (entry, (record.name, index))
+            (entry, key, pieces[key].tensor(dtype, entry.piece.num_elements))
             for index, entry in enumerate(record.entries)
-            if (record.name, index) in self._pieces
+            if (key := (record.name, index)) in pieces
         ]
-        filled = [(entry, key) for entry, key in kept if key in self._filled]
-        for entry, key in filled:
-            plane[entry.start : entry.stop] = self._pieces[key]
-        known = [entry for entry, _ in filled]
+        known = [entry for entry, key, _ in kept if key in self._filled]
+        for entry, _, values in kept:
+            if entry in known:
+                plane[entry.start : entry.stop] = values
         self._read_entries(record, [entry for entry in record.entries if entry not in known], plane)
-        for entry, key in kept:
-            if key not in self._filled:
-                self._pieces[key].copy_(plane[entry.start : entry.stop])
+        for entry, key, values in kept:
+            if entry not in known:
+                values.copy_(plane[entry.start : entry.stop])
                 self._filled.add(key)
 
     def _read_entries(self, record: Record, entries: Sequence[Entry], plane: torch.Tensor) -> None:
-        assert self.source is not None, f"{record.name}: the source is gone"
+        source = self._open_source(record)
         as_read: list[tuple[Piece, torch.Tensor]] = []
         is_converted = False
         for entry in entries:
             view = plane[entry.start : entry.stop].view(entry.piece.shape)
-            is_converted |= self.source.stored_dtype(entry.piece) is not plane.dtype
-            if _is_rounded(self.source, entry.piece, plane.dtype):
+            is_converted |= source.stored_dtype(entry.piece) is not plane.dtype
+            if _is_rounded(source, entry.piece, plane.dtype):
                 self._split(record, entry, 0, entry.piece.num_elements, weight=view.view(-1))
             else:
                 as_read.append((entry.piece, view))
         pieces = tuple(piece for piece, _ in as_read)
-        self.source.read(Block(record.name, pieces), [view for _, view in as_read])
+        source.read(Block(record.name, pieces), [view for _, view in as_read])
         if is_converted:
-            memory.give_back()  # nobody asks soon for what casts and conversions took
+            memory.give_back()  # what casts and conversions took is not needed again soon
 
     def fill_remainder(self, record: Record, start: int, stop: int, remainder: torch.Tensor) -> None:
         """Fill `remainder` with elements `[start, stop)` of the remainder plane of a block that was never stored.
 
         It is zero, and nothing is read, where the source holds weights in the compute type.
         """
-        assert self.source is not None, f"{record.name}: the source is gone"
+        source, dtype = self._open_source(record), weight_dtype(record)
         remainder.zero_()
         for entry in record.entries:
             first, last = max(entry.start, start), min(entry.stop, stop)
-            if (
-                entry.trainable
-                and first < last
-                and _is_rounded(self.source, entry.piece, weight_dtype(record))
-            ):
+            if entry.trainable and first < last and _is_rounded(source, entry.piece, dtype):
                 part = remainder[first - start : last - start]
-                if self.source.gives_rows(entry.piece.parameter):
+                if source.gives_rows(entry.piece.parameter):
                     self._split(record, entry, first - entry.start, last - entry.start, remainder=part)
                 else:
                     part.copy_(self._whole_remainder(record, entry)[first - entry.start : last - entry.start])
@@ -205,7 +186,7 @@ class WeightReader:
     def _whole_remainder(self, record: Record, entry: Entry) -> torch.Tensor:
         """The remainder of an entry that the source converts as a whole: once, not for each of its chunks."""
         if self._converted is None or self._converted[0] is not entry:
-            dtype = self._store.plane_dtype(record, Plane.REMAINDER)
+            dtype = self._planes[record.name].dtypes[Plane.REMAINDER]
             rest = torch.empty(entry.piece.num_elements, dtype=dtype, device="cpu")
             self._split(record, entry, 0, rest.numel(), remainder=rest)
             self._converted = entry, rest
@@ -222,11 +203,11 @@ class WeightReader:
         remainder: torch.Tensor | None = None,
     ) -> None:
         """Split the fp32 values of elements `[start, stop)` of an entry into weights and remainders, part by part."""
-        assert self.source is not None, f"{record.name}: the source is gone"
+        source = self._open_source(record)
         with self._splitting:  # one at a time: what it takes is counted once
-            for piece, first in _parts(self.source, entry.piece, SPLIT_ELEMENTS, start, stop):
+            for piece, first in _parts(source, entry.piece, SPLIT_ELEMENTS, start, stop):
                 exact = torch.empty(piece.shape, dtype=torch.float32, device="cpu")
-                self.source.read(Block(record.name, (piece,)), [exact])
+                source.read(Block(record.name, (piece,)), [exact])
                 values = exact.view(-1)
                 low, high = max(start, first), min(stop, first + values.numel())
                 for at in range(low, high, SPLIT_ELEMENTS):
@@ -237,19 +218,6 @@ class WeightReader:
                     if remainder is not None:
                         remainder[at - start : until - start] = rest
                 del exact, values
-
-    def give_staging_back(self) -> None:
-        """Take every region of staging back; nothing may use one."""
-        self._staging.reset()
-
-    def stage(self, job: UpdateJob) -> None:
-        """Read weights that were never stored into staging, for their first update."""
-        region = self._staging.take()
-        job.done = partial(self._staging.give, region)
-        dtype = self._store.plane_dtype(job.record, Plane.WEIGHT)
-        job.weight = region.tensor(dtype, job.record.num_elements)
-        job.weight_buffer = region.buffer
-        self._fill(job.record, job.weight)
 
 
 def reading_bytes(source: Source, records: Sequence[Record], *, is_host: bool = True) -> int:

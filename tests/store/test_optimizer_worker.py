@@ -9,7 +9,9 @@ from outsize.block import CHUNK, Block, Piece, Plane, Record
 from outsize.config import ComputeType
 from outsize.errors import StorageError
 from outsize.optim import ADAMW, AdamWHyper, compile_rule
-from outsize.store.updates import OptimizerWorker, Pending, UpdateJob, runs
+from outsize.store.optimizer_worker import OptimizerWorker
+from outsize.store.planes import BlockPlanes
+from outsize.store.update_job import Pending, UpdateJob, runs
 from outsize.tier import Fault, FaultKind, FaultyTier, HostArena, NullTier, Verb
 
 TYPE = ComputeType.FLOAT32
@@ -29,16 +31,12 @@ def make_record(sizes=SIZES, trainable=(True, True, True)):
 def make_job(record, hypers, after=None, weight=None, planes=None, gradient=None):
     n = record.num_trainable
     return UpdateJob(
-        record=record,
+        planes=BlockPlanes(record, 0, ADAMW.dtypes(TYPE)),
         pending=Pending(tuple(hypers)),
-        disk_offset=0,
         weight=torch.ones(record.num_elements) if weight is None else weight,
-        weight_buffer=None,
-        weight_reads=[],
         state_planes=planes or [torch.zeros(n), torch.zeros(n)],
         gradient=torch.full((n,), 0.5) if gradient is None else gradient,
         is_first=False,
-        fill_remainder=lambda record, start, stop, target: None,
         after=after,
     )
 
@@ -52,7 +50,7 @@ def make_lane(kernel, disk=None, num_buffers=2):
         buffers,
         disk,
         kernel if callable(kernel) and not hasattr(kernel, "rule") else lambda kind: kernel,
-        ADAMW,
+        lambda record, start, stop, target: None,
     )
 
 

@@ -1,0 +1,352 @@
+"""The address book of a model's blocks: where each plane of each record is.
+
+A plane has one home: memory where blocks compute (resident), memory of a host that does not compute (hosted), or the disk.
+What streams passes through slots. `Planes` owns all memory of a run but that of activation offload.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from outsize.block import CHUNK, Extent, Plane, Record
+from outsize.config import ComputeType
+from outsize.optim import Rule
+from outsize.plan import Placement, SlotClass, slot_class_of
+from outsize.store.path import Chunk, Route
+from outsize.tier import (
+    Device,
+    DeviceArena,
+    DeviceRegion,
+    HostArena,
+    Region,
+    Slot,
+    SlotPool,
+    Transfer,
+    Way,
+)
+
+DTYPES = {ComputeType.FLOAT32: torch.float32, ComputeType.BFLOAT16: torch.bfloat16}
+
+
+def weight_dtype(record: Record) -> torch.dtype:
+    """The type of a record's weights, and of its gradient when its update reads it."""
+    return DTYPES[record.compute_type]
+
+
+@dataclass(eq=False)
+class BlockPlanes:
+    """Where the planes of one block are; changed by `Planes` alone.
+
+    `dtypes` are the types in which planes are stored, `resident` and `hosted` the memory of planes whose home it is, and
+    `slots` the slots that the block holds now, by plane.
+    """
+
+    record: Record
+    disk_offset: int
+    dtypes: Mapping[Plane, torch.dtype]
+    resident: dict[Plane, Region | DeviceRegion] = field(default_factory=dict)
+    hosted: dict[Plane, Region] = field(default_factory=dict)
+    slots: dict[Plane, Slot] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """The block's name."""
+        return self.record.name
+
+    @property
+    def weight_slot(self) -> Slot | None:
+        """The slot that holds the weights, if they stream and are in memory."""
+        return self.slots.get(Plane.WEIGHT)
+
+    @property
+    def gradient_slot(self) -> Slot | None:
+        """The slot that the gradient is summed in, if it has one."""
+        return self.slots.get(Plane.GRADIENT)
+
+    # -- in memory -----------------------------------------------------------------------------------------------
+
+    def weights(self) -> torch.Tensor:
+        """The weight plane where blocks compute, `[num_elements]`; it must be resident or in a slot."""
+        home = self.resident.get(Plane.WEIGHT) or self.weight_slot
+        assert home is not None, f"the weights of {self.name} are not in memory"
+        return home.tensor(self.dtypes[Plane.WEIGHT], self.record.num_elements)
+
+    def pieces(self) -> list[torch.Tensor]:
+        """The weights as one view per entry, in the shape of its piece."""
+        plane = self.weights()
+        return [plane[e.start : e.stop].view(e.piece.shape) for e in self.record.entries]
+
+    def resident_plane(self, plane: Plane) -> torch.Tensor | None:
+        """The plane where blocks compute, if that is its home."""
+        return self._tensor(plane, self.resident.get(plane))
+
+    def hosted_plane(self, plane: Plane) -> torch.Tensor | None:
+        """The plane in the memory of a host that does not compute, if that is its home."""
+        return self._tensor(plane, self.hosted.get(plane))
+
+    def host_region(self, plane: Plane) -> Region | None:
+        """The plane's home in host memory, if it has one, whether blocks compute there or not."""
+        region = self.hosted.get(plane) or self.resident.get(plane)
+        return region if isinstance(region, Region) else None
+
+    def host_plane(self, plane: Plane) -> torch.Tensor | None:
+        """The plane in host memory, if that is its home, whether blocks compute there or not."""
+        return self._tensor(plane, self.host_region(plane))
+
+    def _tensor(self, plane: Plane, region: Region | DeviceRegion | None) -> torch.Tensor | None:
+        if region is None:
+            return None
+        num_bytes = self.record.plane_elements(plane) * self.record.element_bytes[plane]
+        return region.tensor(self.dtypes[plane], int(num_bytes) // self.dtypes[plane].itemsize)
+
+    # -- on disk -------------------------------------------------------------------------------------------------
+
+    def chunk(self, plane: Plane, start: int, stop: int) -> Chunk:
+        """Elements `[start, stop)` of the weights or the gradient on disk; `start` begins a chunk."""
+        return self._chunk(plane, start, stop, self.record.chunk_extent(plane, start, stop))
+
+    def state_chunk(self, start: int, stop: int) -> Chunk:
+        """All state of elements `[start, stop)` on disk, as one run; `start` begins a chunk."""
+        return self._chunk("state", start, stop, self.record.state_extent(start, stop))
+
+    def _chunk(self, what: str, start: int, stop: int, extent: Extent) -> Chunk:
+        place = Extent(self.disk_offset + extent.offset, extent.num_bytes)
+        return Chunk(start, stop, place, f"{self.name}.{what}[{start // CHUNK}]")
+
+    @property
+    def kept_extent(self) -> Extent:
+        """What a commit keeps of the record, on disk."""
+        return Extent(self.disk_offset, self.record.kept_bytes)
+
+    # -- moves ---------------------------------------------------------------------------------------------------
+
+    def route(self, plane: Plane, byte_offset: int = 0) -> Route:
+        """The weights or the gradient between their home and the block's slot, from `byte_offset` of the slot."""
+        slot = self.slots.get(plane)
+        assert slot is not None, f"{self.name}.{plane} has no slot"
+        place = slot.tensor(self.dtypes[plane], self.record.plane_elements(plane), byte_offset)
+        return self._route(plane, self.hosted_plane(plane), slot, place, byte_offset)
+
+    def routes_from_memory(self) -> list[Route]:
+        """Weights and state whose home is memory, to and from their places on disk.
+
+        `home` is None where that memory is a device's.
+        """
+        routes = []
+        for plane in (Plane.WEIGHT, *self.record.state):
+            in_host = self.host_plane(plane)
+            place = in_host if in_host is not None else self.resident_plane(plane)
+            if place is not None and place.numel():
+                routes.append(self._route(plane, in_host, None, place))
+        return routes
+
+    def _route(
+        self,
+        plane: Plane,
+        home: torch.Tensor | None,
+        slot: Slot | None,
+        place: torch.Tensor,
+        byte_offset: int = 0,
+    ) -> Route:
+        size = self.record.element_bytes[plane]
+        chunks = [
+            replace(
+                self._chunk(plane, start, stop, extent),
+                start=int(start * size) // place.itemsize,
+                stop=int(stop * size) // place.itemsize,
+            )
+            for start, stop, extent in self.record.plane_parts(plane)
+        ]
+        return Route(f"{self.name}.{plane}", tuple(chunks), home, slot, place, byte_offset)
+
+
+class Planes:
+    """All planes of all blocks, by block name, and the memory they are in.
+
+    `disk_offsets` says where each record begins on disk; None: those that have planes on disk follow one another.
+    """
+
+    def __init__(
+        self,
+        records: Sequence[Record],
+        placement: Placement,
+        device: Device,
+        rule: Rule | None,
+        disk_offsets: Mapping[str, int] | None = None,
+    ) -> None:
+        self.placement = placement
+        self.device = device
+        self.arena: HostArena | DeviceArena
+        if device.is_host:
+            self.arena = self.host_arena = HostArena(placement.arena_bytes)
+        else:
+            self.arena = DeviceArena(device, placement.compute_bytes)
+            self.host_arena = HostArena(placement.home_bytes, pinner=device)
+        self._blocks: dict[str, BlockPlanes] = {}
+        offset = 0
+        for record in records:
+            place = offset if disk_offsets is None else disk_offsets[record.name]
+            block = self._blocks[record.name] = BlockPlanes(record, place, _stored_dtypes(record, rule))
+            if not self._allocate_homes(block):
+                offset += record.num_bytes
+        self._pools = {
+            Plane.WEIGHT: self._slot_pools(Plane.WEIGHT, placement.weight_classes),
+            Plane.GRADIENT: self._slot_pools(Plane.GRADIENT, placement.gradient_classes),
+        }
+        self.chunk_buffers = self._buffers("chunk", placement.chunk_buffers, placement.chunk_bytes)
+        self.bounce_buffers = self._buffers("bounce", placement.bounce_buffers, placement.bounce_bytes)
+        self.staging_buffers = self._buffers("staging", placement.staging_buffers, placement.staging_bytes)
+        self.pieces: dict[tuple[str, int], Region] = {}
+        """Memory of single entries of streamed blocks, by block and index, from which slots are filled."""
+        self._allocate_pieces()
+
+    def _allocate_homes(self, block: BlockPlanes) -> bool:
+        """Allocate the planes whose home is memory; whether that is the home of all."""
+        record = block.record
+        planes = [p for p in (Plane.WEIGHT, Plane.GRADIENT, *record.state) if record.plane_elements(p)]
+        for plane in planes:
+            name, num_bytes = f"{record.name}.{plane}", record.plane_bytes(plane)
+            if self.placement.is_resident(record.name, plane):
+                block.resident[plane] = self.arena.allocate(num_bytes, name)
+            if self.placement.is_hosted(record.name, plane):
+                block.hosted[plane] = self.host_arena.allocate(num_bytes, name)
+        return len(block.resident) + len(block.hosted) == len(planes)
+
+    def _slot_pools(self, plane: Plane, classes: Sequence[SlotClass], first: int = 0) -> list[SlotPool]:
+        return [
+            SlotPool(self.arena, f"{plane}s{index}", each.slot_bytes, each.count)
+            for index, each in enumerate(classes[first:], first)
+        ]
+
+    def _buffers(self, name: str, count: int, num_bytes: int) -> list[Region]:
+        return [self.host_arena.allocate(num_bytes, f"{name}[{index}]") for index in range(count)]
+
+    def _allocate_pieces(self) -> None:
+        for name, index in sorted(self.placement.pieces - self.pieces.keys()):
+            record = self[name].record
+            num_bytes = record.entries[index].piece.num_elements * weight_dtype(record).itemsize
+            self.pieces[name, index] = self.host_arena.allocate(num_bytes, f"{name}.weight[{index}]")
+
+    def __getitem__(self, block: str) -> BlockPlanes:
+        return self._blocks[block]
+
+    def __iter__(self) -> Iterator[BlockPlanes]:
+        return iter(self._blocks.values())
+
+    @property
+    def slot_high_water(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The most weight and gradient slots ever taken, per class."""
+        weights, gradients = (tuple(pool.high_water for pool in pools) for pools in self._pools.values())
+        return weights, gradients
+
+    # -- slots ---------------------------------------------------------------------------------------------------
+
+    def take_slot(self, block: BlockPlanes, plane: Plane) -> Slot:
+        """Take a slot for the weights or the gradient of `block`, until `free_slot`."""
+        slot = block.slots[plane] = self._pool(block, plane).take(block.name)
+        return slot
+
+    def free_slot(self, block: BlockPlanes, plane: Plane, after: Sequence[Transfer]) -> None:
+        """Give the slot of `block` back, in use until `after` is over."""
+        self._pool(block, plane).give(block.slots.pop(plane), after)
+
+    def _pool(self, block: BlockPlanes, plane: Plane) -> SlotPool:
+        is_weight = plane is Plane.WEIGHT
+        classes = self.placement.weight_classes if is_weight else self.placement.gradient_classes
+        index = slot_class_of(classes, block.name)
+        assert index is not None, f"{block.name} passes through no slot"
+        return self._pools[plane][index]
+
+    def free_all_slots(self) -> None:
+        """Take every slot back, whatever it holds; nothing may move."""
+        for block in self:
+            block.slots.clear()
+        computed = self.device.mark()  # what was computed with a slot may be under way still
+        for pool in self._all_pools():
+            pool.reset((computed,))
+
+    def _all_pools(self) -> list[SlotPool]:
+        return [pool for pools in self._pools.values() for pool in pools]
+
+    # -- changes of the placement --------------------------------------------------------------------------------
+
+    def updates_in_place(self, block: BlockPlanes) -> bool:
+        """Whether the whole block is on a device, which updates it there."""
+        return not self.device.is_host and Plane.WEIGHT in block.resident
+
+    def free_pieces(self, keys: Sequence[tuple[str, int]]) -> None:
+        """Free the memory of single entries, which nothing may be using."""
+        for key in keys:
+            self.pieces.pop(key).free()
+
+    def keep_pieces(self, placement: Placement) -> None:
+        """Allocate the single entries of streamed blocks that `placement` has; others must have been freed."""
+        self.arena.limit_bytes += placement.pieces_bytes - self.placement.pieces_bytes
+        self.placement = placement
+        self._allocate_pieces()
+
+    def evict(self, block: BlockPlanes, placement: Placement) -> None:
+        """Move a block from the device to host memory, where `placement` has it, and wait until it is there.
+
+        The block must hold no slot, and nothing may move it. Raises BudgetError, having changed nothing, where the system
+        has no such memory.
+        """
+        assert not self.device.is_host and not block.slots, block.name
+        limit_bytes = self.host_arena.limit_bytes
+        self.host_arena.limit_bytes += sum(region.num_bytes for region in block.resident.values())
+        try:
+            for plane, region in block.resident.items():
+                block.hosted[plane] = self.host_arena.allocate(region.num_bytes, f"{block.name}.{plane}")
+                self._copy_to_host(block, plane)
+        except BaseException:
+            for home in block.hosted.values():
+                home.free()
+            block.hosted.clear()
+            self.host_arena.limit_bytes = limit_bytes
+            raise
+        for region in block.resident.values():
+            region.free()
+        block.resident.clear()
+        for plane, classes in (
+            (Plane.WEIGHT, placement.weight_classes),
+            (Plane.GRADIENT, placement.gradient_classes),
+        ):
+            self._pools[plane] += self._slot_pools(plane, classes, len(self._pools[plane]))
+        self.placement = placement
+
+    def _copy_to_host(self, block: BlockPlanes, plane: Plane) -> None:
+        """Copy a plane from the device to its new home in host memory; no view of it outlives this."""
+        home, place = block.hosted_plane(plane), block.resident_plane(plane)
+        assert home is not None and place is not None, f"{block.name}.{plane}"
+        after, label = (self.device.mark(),), f"{block.name}.{plane}"
+        self.device.start_copy(Way.DOWN, home, place, after=after, label=label).wait()
+
+    def free(self) -> None:
+        """Give all memory back, whatever goes wrong on the way; nothing may move."""
+        self.free_all_slots()
+        with ExitStack() as stack:
+            stack.callback(self.host_arena.check_books)
+            stack.callback(self.arena.check_books)
+            buffers = (*self.chunk_buffers, *self.bounce_buffers, *self.staging_buffers)
+            for region in (*buffers, *self.pieces.values()):
+                stack.callback(region.free)
+            stack.callback(self.pieces.clear)
+            for pool in self._all_pools():
+                stack.callback(pool.free)
+            for block in self:
+                for home in (*block.resident.values(), *block.hosted.values()):
+                    stack.callback(home.free)
+                block.resident.clear()
+                block.hosted.clear()
+
+
+def _stored_dtypes(record: Record, rule: Rule | None) -> dict[Plane, torch.dtype]:
+    """The types in which the planes of a record are stored; a gradient that is summed over visits stays in fp32."""
+    dtypes = {} if rule is None else rule.dtypes(record.compute_type)
+    is_summed = record.element_bytes[Plane.GRADIENT] == 4
+    gradient = torch.float32 if is_summed else torch.bfloat16
+    return {**dtypes, Plane.WEIGHT: weight_dtype(record), Plane.GRADIENT: gradient}

@@ -1,0 +1,136 @@
+"""The weights of blocks: read into slots, waited for, and freed again."""
+
+from __future__ import annotations
+
+import torch
+
+from outsize.block import Plane
+from outsize.plan import Placement
+from outsize.store.path import Path
+from outsize.store.planes import Planes
+from outsize.store.recovery import failed
+from outsize.store.state import BlockState
+from outsize.store.weight_reader import WeightReader
+from outsize.tier import DoneTransfer, Transfer, follow_all, sent, wait_all
+
+
+class Weights:
+    """The operations of a plan on weights, which come from their home or, before the first update, from `reader`."""
+
+    def __init__(self, planes: Planes, path: Path, reader: WeightReader) -> None:
+        self._planes = planes
+        self._path = path
+        self._reader = reader
+
+    def load(self, state: BlockState) -> None:
+        """Start reading weights whose home is memory from the source, once."""
+        if state.weights.is_loaded or state.update.is_stored:
+            return
+        if Plane.WEIGHT in state.planes.resident:
+            self._read_source(state)
+            state.weights.is_loaded = True
+        elif Plane.WEIGHT in state.planes.hosted:
+            self._load_hosted(state)
+
+    def read(self, state: BlockState) -> None:
+        """Take a slot and start filling it.
+
+        On a device, a pending update fills it: it sends the weights on as it updates them in host memory.
+        """
+        self._planes.take_slot(state.planes, Plane.WEIGHT)
+        if state.update.pending is None or self._planes.device.is_host:
+            self._fill(state)
+
+    def _fill(self, state: BlockState) -> None:
+        if not state.update.is_stored:
+            self._read_source(state)
+            return
+        ready: tuple[Transfer, ...] = ()
+        job = state.update.job
+        if job is not None and not self._planes.device.is_host:
+            if Plane.WEIGHT in state.planes.hosted:
+                job.wait_applied()
+            else:
+                ready = (job,)
+        state.weights.reads = self._path.fill(state.planes.route(Plane.WEIGHT), ready)
+        state.weights.home_reads = state.weights.reads
+
+    def _read_source(self, state: BlockState) -> None:
+        planes = state.planes
+        if self._planes.device.is_host:
+            state.weights.reads = [self._reader.start_read(planes, planes.weights())]
+            return
+        self._load_hosted(state)
+        state.weights.reads = [self._reader.start_send(planes, state.weights.loading)]
+        state.weights.home_reads = state.weights.reads
+
+    def _load_hosted(self, state: BlockState) -> None:
+        plane = state.planes.hosted_plane(Plane.WEIGHT)
+        if plane is not None and not state.weights.is_loaded:
+            state.weights.loading = self._reader.start_read(state.planes, plane)
+            state.weights.is_loaded = True
+
+    def follow(self, state: BlockState) -> None:
+        """Let computing come after what fills the weights; raise what went wrong."""
+        follow_all(state.weights.reads)
+        state.weights.reads = ()
+
+    def wait(self, state: BlockState) -> None:
+        """Let computing wait until the weights in memory are current; raise what went wrong."""
+        self.load(state)
+        self.follow(state)
+        if state.update.job is not None:
+            state.update.job.follow_applied()
+
+    def free(self, state: BlockState) -> None:
+        """Give the slot back once nothing is read into or written from it."""
+        assert state.planes.weight_slot is not None, f"{state.name} holds no slot"
+        wait_all(state.weights.reads)
+        if state.update.job is not None:
+            state.update.job.wait_slot_free()
+        state.weights.reads = ()
+        self._planes.free_slot(state.planes, Plane.WEIGHT, [self._planes.device.mark()])
+
+    def take_rows(self, state: BlockState, index: int, rows: torch.Tensor, target: torch.Tensor) -> None:
+        """Fill `target` with sorted `rows` of entry `index` of a block that was never stored. Raises StorageError.
+
+        They come from memory, if that is the home of the weights, else from the source.
+        """
+        if not rows.numel():
+            return
+        plane = state.planes.resident_plane(Plane.WEIGHT)
+        if plane is not None:
+            follow_all(state.weights.reads)
+        elif (plane := state.planes.hosted_plane(Plane.WEIGHT)) is not None and state.weights.loading:
+            state.weights.loading.wait()
+        if plane is None:
+            target.copy_(sent(self._reader.read_rows(state.planes, index, rows), target.device))
+            return
+        entry = state.record.entries[index]
+        table = plane[entry.start : entry.stop].view(entry.piece.shape)
+        target.copy_(sent(table.index_select(0, sent(rows, table.device)), target.device))
+
+    def keep_pieces(self, placement: Placement) -> None:
+        """Keep the single entries of streamed blocks in memory that `placement` has, and no others."""
+        dropped = sorted(self._planes.pieces.keys() - placement.pieces)
+        if dropped:
+            self._reader.free_pieces(dropped)
+        self._planes.keep_pieces(placement)
+
+    def restored(self, state: BlockState) -> None:
+        """Note that the disk has the weights, from an earlier process."""
+        state.weights.is_loaded = True
+
+    def evicted(self, state: BlockState) -> None:
+        """Note that weights moved from the device to host memory."""
+        state.weights.reads = ()
+        state.weights.loading = DoneTransfer() if state.weights.is_loaded else None
+
+    def recover(self, state: BlockState) -> None:
+        """Read weights again that did not arrive at their home in memory; see [Note: interruption]."""
+        weights = state.weights
+        reads = [*weights.reads, *([] if weights.loading is None else [weights.loading])]
+        is_at_home = Plane.WEIGHT in state.planes.resident or Plane.WEIGHT in state.planes.hosted
+        if not state.update.is_stored and is_at_home and any(failed(read) for read in reads):
+            weights.is_loaded, weights.loading = False, None
+        weights.reads = weights.home_reads = ()
