@@ -28,9 +28,9 @@ import transformers
 
 import outsize
 from outsize import Pins
-from outsize.engine.runtime import runtime_of
 from outsize.errors import OutsizeError, StateLostError
-from tests.running import abandon, adamw, close, opened
+from tests.running import adamw, opened
+from tests.seams import abandon, close, close_unchecked
 from tests.zoo import ZOO
 
 ROOT = str(Path(outsize.__file__).parent)
@@ -254,7 +254,7 @@ class Subject:
             else:
                 program.step(index)
         self.expected = program.losses
-        runtime_of(program.model).setup.close()
+        close_unchecked(program.model)
         wanted = [line for line in {**self.tracer.seen, **early} if line.is_worker == workers]
         self.steady = [line for line in wanted if line in self.tracer.seen]
         self.early = [line for line in wanted if line not in self.tracer.seen]
@@ -318,7 +318,7 @@ class Subject:
         """End the program that goes on: its weights must be those of a run without exceptions, and its books balance."""
         program, self._program = self._program, None
         if program is not None:
-            close(runtime_of(program.model))
+            close(program.model)
 
     def _judge(self, failure: BaseException) -> Outcome:
         if isinstance(failure, Hang):
@@ -356,7 +356,7 @@ class Subject:
             return Outcome.WRONG
         try:
             with deadline(DEADLINE_S):
-                runtime_of(program.model).setup.close()
+                close_unchecked(program.model)
         except StateLostError:
             pass
         except Hang:

@@ -8,8 +8,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from pathlib import Path
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -18,8 +17,7 @@ import transformers
 from torch import nn
 
 import outsize
-from outsize.engine.executor import Executor
-from outsize.engine.runtime import Runtime, _runtimes, runtime_of
+from tests.seams import close_all, is_open
 
 Batch = Mapping[str, torch.Tensor]
 LEARNING_RATE = 1e-3
@@ -32,17 +30,10 @@ def opened(plain: nn.Module, **options: Any) -> nn.Module:
     return outsize.wrap(copy.deepcopy(plain), **options)
 
 
-def executor_of(model: nn.Module) -> Executor:
-    """The executor of a model that was called."""
-    executor = runtime_of(model).backing.executor
-    assert executor is not None
-    return executor
-
-
 def adamw(model: nn.Module, params: Any = None, **options: Any) -> torch.optim.Optimizer:
     """AdamW of Outsize or of torch, whichever `model` needs."""
     options = {"lr": LEARNING_RATE, "eps": EPS, **options}
-    if model in _runtimes:
+    if is_open(model):
         return outsize.AdamW(model, params, **options)
     options.pop("max_grad_norm", None)
     return torch.optim.AdamW(
@@ -136,62 +127,9 @@ def assert_same_losses(losses: Sequence[float], expected: Sequence[float], relat
 
 @pytest.fixture(autouse=True)
 def settled() -> Iterator[None]:
-    """One thread, no chatter, and after the test: every runtime closes and its books balance."""
+    """One thread, no chatter, and after the test: every model closes and its memory's books balance."""
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(1)
     yield
     close_all()
-
-
-def close_all() -> None:
-    """Close every runtime that is open, and check that each arena's books balance."""
-    for runtime in [reference() for reference in list(_runtimes.values())]:
-        if runtime is None:
-            continue
-        close(runtime)
-
-
-def close(runtime: Runtime) -> None:
-    """Close a runtime and check its books."""
-    if runtime.backing.executor is not None:
-        arena = runtime.backing.executor.store.planes.arena
-        runtime.setup.close()
-        arena.check_books()
-    elif runtime.backing.versions is not None:
-        runtime.setup.close()
-
-
-def abandon(model: nn.Module) -> None:
-    """Let go of a model whose runtime cannot be closed any more, as far as that is possible."""
-    runtime = _runtimes.pop(model)()
-    assert runtime is not None
-    executor = runtime.backing.executor
-    for close_it in (runtime.setup.close, *([executor.store.close] if executor is not None else [])):
-        with suppress(BaseException):
-            close_it()
-
-
-def needing(monkeypatch: Any, needs_at: Callable[..., Any]) -> None:
-    """From now on activations take what `needs_at(workload, shape, tile_rows, inputs, kept)` says."""
-    from outsize.engine import budget, needs
-
-    for module in (budget, needs):
-        monkeypatch.setattr(module, "needs_at", needs_at)
-
-
-@contextmanager
-def wrapped_disk(monkeypatch: Any, wrap: Callable[[Any], Any]) -> Iterator[list[Any]]:
-    """Inside, sessions open their disk through `wrap(DiskTier(...))`; yields what was opened."""
-    from outsize.store import scratch
-    from outsize.tier import DiskTier
-
-    tiers: list[Any] = []
-
-    def open_tier(folder: Path, num_bytes: int, **options: Any) -> Any:
-        tiers.append(wrap(DiskTier(folder, num_bytes, **options)))
-        return tiers[-1]
-
-    with monkeypatch.context() as patch:
-        patch.setattr(scratch, "DiskTier", open_tier)
-        yield tiers

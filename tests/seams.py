@@ -10,68 +10,141 @@ part themselves and do not come here.
 
 from __future__ import annotations
 
+import gc
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import torch
 from torch import nn
 
 from outsize.block import Plane, Record
-from outsize.engine import api, budget, keep, memory, needs, scratch
+from outsize.config import Pins
+from outsize.engine import api, budget, needs, signature
+from outsize.engine import executor as executor_module
+from outsize.engine.dry_run import DryRun
+from outsize.engine.dry_runner import DryRunner, batch_shape
 from outsize.engine.executor import Executor
-from outsize.engine.session import Session, _sessions, session_of
-from outsize.plan import Op, Placement, Plan, is_stored, place_apart
-from outsize.tier import DiskTier, TwinDevice
+from outsize.engine.runtime import Runtime, _runtimes, runtime_of
+from outsize.engine.setup import Setup
+from outsize.plan import (
+    Backward,
+    Direction,
+    Forward,
+    Op,
+    Placement,
+    Plan,
+    Visit,
+    check,
+    is_stored,
+    place_apart,
+)
+from outsize.store import memory, offload, scratch
+from outsize.tier import Device, DiskTier, TwinDevice
 
 # -- models ------------------------------------------------------------------------------------------------------
 
 
 def is_open(model: nn.Module) -> bool:
     """Whether `model` was loaded or wrapped."""
-    return model in _sessions
+    return model in _runtimes
 
 
 def has_memory(model: nn.Module) -> bool:
     """Whether memory was allocated for `model`, which its first call does."""
-    return session_of(model).executor is not None
+    return runtime_of(model).backing.executor is not None
 
 
 def close(model: nn.Module) -> None:
     """Close a model, and check that every region of its memory was given back."""
-    _close(session_of(model))
+    _close(runtime_of(model))
 
 
 def close_unchecked(model: nn.Module) -> None:
     """Close a model whose memory may not be in order."""
-    session_of(model).close()
+    runtime_of(model).setup.close()
 
 
 def close_all() -> None:
     """Close every model that is open."""
-    for session in [reference() for reference in list(_sessions.values())]:
-        if session is not None:
-            _close(session)
+    for runtime in [reference() for reference in list(_runtimes.values())]:
+        if runtime is not None:
+            _close(runtime)
 
 
 def abandon(model: nn.Module) -> None:
     """Let go of a model that cannot be closed any more, as far as that is possible."""
-    session = _sessions.pop(model)()
-    assert session is not None
-    executor = session.executor
-    for close_it in (session.close, *([executor.store.close] if executor is not None else [])):
+    runtime = _runtimes.pop(model)()
+    assert runtime is not None
+    executor = runtime.backing.executor
+    for close_it in (runtime.setup.close, *([executor.store.close] if executor is not None else [])):
         with suppress(BaseException):
             close_it()
 
 
-def _close(session: Session) -> None:
-    if session.executor is not None:
-        arena = session.executor.store.arena
-        session.close()
+def compute_dtype(model: nn.Module) -> torch.dtype:
+    """What the blocks of `model` compute in."""
+    return runtime_of(model).model.dtype
+
+
+def computes_on_host(model: nn.Module) -> bool:
+    """Whether blocks compute in the host's memory."""
+    return runtime_of(model).model.device.is_host
+
+
+def device_of(model: nn.Module) -> Device:
+    """Where blocks compute."""
+    return runtime_of(model).model.device
+
+
+def source_of(model: nn.Module) -> Any:
+    """Where weights come from that were never updated; None where none do any more."""
+    backing = runtime_of(model).backing
+    return backing.source if backing.executor is None else backing.store.weight_reader.source
+
+
+def set_pins(model: nn.Module, pins: Pins) -> None:
+    """Let what is decided from now on be decided by `pins`."""
+    runtime = runtime_of(model)
+    runtime.budget.change_settings(replace(runtime.setup.settings, pins=pins))
+
+
+def num_commits_kept(model: nn.Module) -> int:
+    """How many commits the store of `model` keeps."""
+    return runtime_of(model).setup.settings.commits
+
+
+def model_of(point: Any) -> nn.Module:
+    """The model that a layer, an embedding or a head under Outsize belongs to."""
+    module: nn.Module = point.visits.model.module
+    return module
+
+
+def points_of(model: nn.Module) -> Iterable[Any]:
+    """What computes the layers, the embeddings and the head of `model`."""
+    return runtime_of(model).points.values()
+
+
+def steps_of_closing(model: nn.Module) -> list[tuple[Any, str]]:
+    """`(owner, method)` of what closing a model does to its blocks, one after the other."""
+    store = _executor(model).store
+    return [
+        (store.path, "close"),
+        (store.weight_reader.thread, "shutdown"),
+        (store.updates.worker, "close"),
+    ]
+
+
+def _close(runtime: Runtime) -> None:
+    if runtime.backing.executor is not None:
+        arena = runtime.backing.store.planes.arena
+        runtime.setup.close()
         arena.check_books()
-    elif session.versions is not None:
-        session.close()
+    elif runtime.backing.versions is not None:
+        runtime.setup.close()
 
 
 # -- plans -------------------------------------------------------------------------------------------------------
@@ -92,12 +165,91 @@ def visits_off_plan(model: nn.Module) -> Mapping[str, int]:
     return _executor(model).off_plan
 
 
+def watch_plans(monkeypatch: Any) -> list[Any]:
+    """What each plan that is made from now on takes at most, as its check found; a list that grows."""
+    peaks: list[Any] = []
+
+    def watched(*args: Any) -> Any:
+        peaks.append(check(*args))
+        return peaks[-1]
+
+    monkeypatch.setattr(executor_module, "check", watched)
+    return peaks
+
+
+def watch_visits(monkeypatch: Any, model: nn.Module, note: Callable[[Visit], object]) -> None:
+    """Call `note` with each visit when it comes, planned or not."""
+    executor = _executor(model)
+    reach = executor._reach
+    monkeypatch.setattr(executor, "_reach", lambda visit: (note(visit), reach(visit)))
+
+
+def watch_slots_of_visits(monkeypatch: Any, note: Callable[[torch.Tensor], object]) -> None:
+    """Call `note` at the end of each visit with the weights, and after a backward the gradients, that are in slots."""
+    proceed = Executor._proceed
+
+    def watched(executor: Executor) -> None:
+        if executor.executed and isinstance(executor.executed[-1], Forward | Backward):
+            op = executor.executed[-1]
+            state = executor.store[op.block]
+            if state.planes.weight_slot is not None:
+                note(state.planes.weights())
+            if state.planes.gradient_slot is not None and isinstance(op, Backward):
+                slot, num_elements = state.planes.gradient_slot, state.record.num_trainable
+                note(slot.tensor(torch.float32, num_elements))
+        proceed(executor)
+
+    monkeypatch.setattr(Executor, "_proceed", watched)
+
+
+def visit_block(model: nn.Module, block: str) -> AbstractContextManager[Any]:
+    """A visit forward to `block`, which is off plan."""
+    return _executor(model).visit([Visit(block, Direction.FORWARD)])
+
+
+def blocks_expected(model: nn.Module) -> list[str]:
+    """The blocks whose visits are still to come, in their order."""
+    return [visit.block for visit in _executor(model)._expected]
+
+
+def interrupt_op(
+    monkeypatch: Any, model: nn.Module, text: str, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]
+) -> None:
+    """Let `wrap(run)` run the operation whose text is `text` from now on."""
+    op = Op.parse(text)
+    runners, key = _executor(model).store.runners, (type(op), getattr(op, "plane", None))
+    real = runners[key]
+    wrapped = wrap(real)
+    monkeypatch.setitem(runners, key, lambda state: (wrapped if state.name == op.block else real)(state))
+
+
+def unfinished_change(model: nn.Module) -> Any:
+    """The change of several parts that an exception interrupted, which the next use of `model` makes again."""
+    return _executor(model)._unfinished
+
+
+def set_unfinished_change(model: nn.Module, change: Callable[[], object]) -> None:
+    """Let the next use of `model` make this change."""
+    _executor(model)._unfinished = change
+
+
+def call_plan_step(monkeypatch: Any, around: Callable[[Op], AbstractContextManager[Any]]) -> None:
+    """Run each operation of a plan but visits inside `around(op)`."""
+    run_next = Executor._run_next
+
+    def watched(executor: Executor) -> None:
+        with around(executor.plan.ops[executor._index]):
+            run_next(executor)
+
+    monkeypatch.setattr(Executor, "_run_next", watched)
+
+
 # -- where planes live -------------------------------------------------------------------------------------------
 
 
 def placement_of(model: nn.Module) -> Placement | None:
     """Where every plane lives, as it was decided; None before the first call."""
-    return session_of(model).budget.placement
+    return runtime_of(model).budget.placement
 
 
 def records_of(model: nn.Module) -> Mapping[str, Record]:
@@ -110,9 +262,9 @@ def homes(model: nn.Module) -> dict[tuple[str, str], str]:
 
     The device is what computes, and so the host where there is none.
     """
-    session, placement = session_of(model), placement_of(model)
+    placement = placement_of(model)
     assert placement is not None
-    computes_in = "host" if session.device.is_host else "device"
+    computes_in = "host" if computes_on_host(model) else "device"
     records = list(records_of(model).values())
     away = "disk" if is_stored(records) else "file"
     found = {}
@@ -136,7 +288,7 @@ def placement_lines(model: nn.Module) -> list[str]:
             lines.append(f"slots {name} {each.count} x {each.slot_bytes}: {' '.join(sorted(each.blocks))}")
     lines += [f"entry {block}[{index}] host" for block, index in sorted(placement.pieces)]
     lines.append(f"buffers chunk {placement.chunk_buffers} x {placement.chunk_bytes}")
-    lines.append(f"buffers relay {placement.relay_buffers} x {placement.relay_bytes}")
+    lines.append(f"buffers bounce {placement.bounce_buffers} x {placement.bounce_bytes}")
     lines.append(f"buffers staging {placement.staging_buffers} x {placement.staging_bytes}")
     lines.append(f"no-recompute {' '.join(sorted(placement.kept))}")
     lines.append(f"inputs {placement.inputs} {placement.inputs_bytes}")
@@ -144,9 +296,110 @@ def placement_lines(model: nn.Module) -> list[str]:
     return lines
 
 
-def tile_rows(model: nn.Module) -> int | None:
+def current_call(model: nn.Module) -> Any:
+    """The call under way, or the last one: `workload`, `shape`, `tile_rows`, `visit_bytes`."""
+    return runtime_of(model).visits.call.running
+
+
+def last_training_call(model: nn.Module) -> Any:
+    """The last call that had a backward; None before one was made."""
+    return runtime_of(model).visits.call.last_training
+
+
+def call_state(model: nn.Module) -> Any:
+    """What points ask about the running call; `tiles(module, tensors)` says how a batch is cut for a layer."""
+    return runtime_of(model).visits.call
+
+
+def settle_for(model: nn.Module, arguments: dict[str, Any]) -> None:
+    """Allocate memory for calls with these arguments, without computing."""
+    runtime_of(model).calls.settle_for(arguments)
+
+
+def dry_run(model: nn.Module, arguments: dict[str, Any]) -> Any:
+    """What a call with these arguments would visit and take: it is computed on a part of the batch."""
+    workload, _ = runtime_of(model).calls.dry_run(arguments, with_labels=True)
+    return workload
+
+
+def count_dry_runs(monkeypatch: Any) -> list[int]:
+    """A list that grows with each dry run."""
+    counts, run = [], DryRunner.workload
+    monkeypatch.setattr(DryRunner, "workload", lambda *args: (counts.append(1), run(*args))[1])
+    return counts
+
+
+def count_dry_passes(monkeypatch: Any) -> list[int]:
+    """A list that grows with each pass of a dry run: one for each number of rows that it tries."""
+    counts, run = [], DryRunner._run
+
+    def counted(*args: Any, **options: Any) -> Any:
+        counts.append(1)
+        return run(*args, **options)
+
+    monkeypatch.setattr(DryRunner, "_run", counted)
+    return counts
+
+
+def dry_runs_alive() -> list[Any]:
+    """What dry runs left behind."""
+    return [each for each in gc.get_objects() if type(each) is DryRun]
+
+
+def set_merging_of_rows(monkeypatch: Any, merges: Callable[[nn.Module], bool]) -> None:
+    """Let models of which `merges(module)` is true count as ones whose attention makes one row of several."""
+    monkeypatch.setattr(signature, "merges_rows", merges)
+
+
+def dry_runs_of(model: nn.Module) -> list[Any]:
+    """What dry runs found so far, one for each kind of call."""
+    return list(runtime_of(model).calls._workloads.values())
+
+
+def is_in_dry_run(model: nn.Module) -> bool:
+    """Whether a dry run is under way."""
+    return runtime_of(model).calls._switch.dry_run is not None
+
+
+def foresee_costs(model: nn.Module, workload: Any, arguments: dict[str, Any], tile_rows: int) -> Any:
+    """What computing is measured to cost in tiles of `tile_rows` rows."""
+    shape = batch_shape(model, (), arguments)
+    return runtime_of(model).setup.foresight(cast(Any, None), workload, shape, ()).costs(tile_rows)
+
+
+def loss_tile(model: nn.Module) -> int | None:
+    """Elements of a tile of logits."""
+    return runtime_of(model).loss_tile_elements
+
+
+def set_loss_tile(model: nn.Module, num_elements: int) -> None:
+    """Compute the loss in tiles of `num_elements` logits."""
+    runtime_of(model).loss_tile_elements = num_elements
+
+
+def parameter_value(model: nn.Module, name: str) -> torch.Tensor:
+    """The value of a parameter, read from wherever it is."""
+    return runtime_of(model).model.values.value(name)
+
+
+def row_blocks(model: nn.Module, parameter: str) -> Any:
+    """`(block, first row, end)` of the blocks that hold rows of a parameter."""
+    return runtime_of(model).model.locations.row_blocks(parameter)
+
+
+def parameter_locations(model: nn.Module, parameter: str) -> Any:
+    """The entries of blocks that hold a parameter."""
+    return runtime_of(model).model.locations[parameter]
+
+
+def arguments_of(model: nn.Module) -> Any:
+    """What moves arguments of calls to where blocks compute."""
+    return runtime_of(model).model.arguments
+
+
+def tile_rows_of(model: nn.Module) -> int | None:
     """Rows of a tile in the last call with a backward."""
-    call = session_of(model).calls.last_training
+    call = runtime_of(model).visits.call.last_training
     return call.tile_rows if call is not None else None
 
 
@@ -155,17 +408,98 @@ def tile_rows(model: nn.Module) -> int | None:
 
 def slots_taken(model: nn.Module) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The most weight slots and the most gradient slots that were ever taken at once, by class."""
-    return _executor(model).store.slot_high_water
+    return _executor(model).store.planes.slot_high_water
 
 
 def arena_of(model: nn.Module) -> Any:
     """The memory that blocks compute in: `limit_bytes`, `in_use_bytes`, `high_water_bytes`, `check_books()`."""
-    return _executor(model).store.arena
+    return _executor(model).store.planes.arena
+
+
+def slots_of(model: nn.Module) -> list[Any]:
+    """All slots of weights and gradients; `after` of each: the transfers that its next owner has to follow."""
+    planes = _executor(model).store.planes
+    return [slot for pool in planes._all_pools() for slot in pool._slots]
+
+
+def store_of(model: nn.Module) -> Any:
+    """What moves, updates and commits the blocks of `model`."""
+    return _executor(model).store
+
+
+def weights_in_slots(model: nn.Module) -> set[str]:
+    """The blocks whose weights are in a slot."""
+    return {state.name for state in _executor(model).store if state.planes.weight_slot is not None}
+
+
+def gradients_in_slots(model: nn.Module) -> set[str]:
+    """The blocks whose gradients are in a slot."""
+    return {state.name for state in _executor(model).store if state.planes.gradient_slot is not None}
+
+
+def gradients_on_their_way(model: nn.Module) -> set[str]:
+    """The blocks whose gradients are being moved."""
+    return {
+        state.name
+        for state in _executor(model).store
+        if any(not transfer.is_done() for transfer in state.gradient.transfers)
+    }
+
+
+def updates_pending(model: nn.Module) -> set[str]:
+    """The blocks whose update was frozen by `optimizer.step()` and not applied yet."""
+    return {state.name for state in _executor(model).store if state.update.pending is not None}
+
+
+def blocks_that_move(model: nn.Module) -> list[str]:
+    """The blocks of which nothing stays where blocks compute."""
+    return [state.name for state in _executor(model).store if not state.planes.resident]
+
+
+def disk_of(model: nn.Module) -> Any:
+    """The tier that holds what is on the disk; None where nothing is."""
+    return _executor(model).store.disk
+
+
+def place_on_disk(model: nn.Module, block: str) -> tuple[Path, int]:
+    """A file that can be opened, and the byte of it where the weights of `block` begin."""
+    store = _executor(model).store
+    return Path(f"/proc/self/fd/{disk_of(model)._file.fd}"), store[block].planes.disk_offset
+
+
+def file_of_inputs(model: nn.Module) -> Path:
+    """A file that can be opened: what holds inputs of blocks that wait on the disk."""
+    return Path(f"/proc/self/fd/{activation_offload(model)._disk._file.fd}")
+
+
+def activation_offload(model: nn.Module) -> Any:
+    """What moves inputs of blocks away and back: `in_use_bytes`, `high_water_bytes`, `stats()`; None where nothing does."""
+    return runtime_of(model).backing.keeper
+
+
+def snapshots_of(model: nn.Module) -> Any:
+    """What takes blocks into commits; None without a store."""
+    return _executor(model).store.snapshots
+
+
+def commit_store_of(model: nn.Module) -> Any:
+    """The tier of a model that commits, which never writes over what a commit holds."""
+    return _executor(model).store.disk
+
+
+def recorder_of(model: nn.Module) -> Any:
+    """What records the run; None where nothing does."""
+    return _executor(model).recorder
+
+
+def budget_of(model: nn.Module) -> Any:
+    """What divides a limit: `limit_bytes`, `host_bytes()`, `device_bytes()`, `activation_bytes`, `room_bytes`."""
+    return runtime_of(model).budget
 
 
 def planned_bytes(model: nn.Module) -> dict[str, int]:
     """What was planned: bytes of the host and of the device, activations, and what the process is expected to have."""
-    own = session_of(model).budget
+    own = runtime_of(model).budget
     return {
         "host": own.host_bytes(),
         "device": own.device_bytes(),
@@ -194,6 +528,22 @@ def set_process_memory(monkeypatch: Any, num_bytes: int, available_bytes: int) -
     monkeypatch.setattr(memory, "available_bytes", lambda: available_bytes)
 
 
+def before_allocating(monkeypatch: Any, act: Callable[[], object]) -> None:
+    """Call `act()` when a first call has been planned, before memory is allocated for it."""
+    settle = Setup.settle
+
+    def watched(setup: Setup, *args: Any) -> None:
+        act()
+        settle(setup, *args)
+
+    monkeypatch.setattr(Setup, "settle", watched)
+
+
+def set_cost_measuring(monkeypatch: Any, measure: Callable[..., Any]) -> None:
+    """Let `measure` stand for what times blocks."""
+    monkeypatch.setattr("outsize.engine.setup.measure_costs", measure)
+
+
 def set_chunk(monkeypatch: Any, num_elements: int) -> None:
     """Change the size of a chunk of an update in every module that has it."""
     modules = [module for name, module in sys.modules.items() if name.startswith("outsize.")]
@@ -205,14 +555,14 @@ def set_chunk(monkeypatch: Any, num_elements: int) -> None:
 
 def move_small_inputs(monkeypatch: Any, least_bytes: int = 1, part_bytes: int | None = None) -> None:
     """Let inputs of blocks of `least_bytes` or more wait away from where blocks compute, and move in such parts."""
-    monkeypatch.setattr(keep, "LEAST_BYTES", least_bytes)
+    monkeypatch.setattr(offload, "LEAST_BYTES", least_bytes)
     if part_bytes is not None:
-        monkeypatch.setattr(keep, "PART_BYTES", part_bytes)
-        monkeypatch.setattr(keep, "BUFFERS_BYTES", keep.BUFFERS * part_bytes)
+        monkeypatch.setattr(offload, "PART_BYTES", part_bytes)
+        monkeypatch.setattr(offload, "BUFFERS_BYTES", offload.BUFFERS * part_bytes)
 
 
 def set_activations(monkeypatch: Any, needs_at: Callable[..., Any]) -> None:
-    """From now on activations take what `needs_at(rehearsal, shape, tile_rows, inputs, kept)` says."""
+    """From now on activations take what `needs_at(workload, shape, tile_rows, inputs, kept)` says."""
     for module in (budget, needs):
         monkeypatch.setattr(module, "needs_at", needs_at)
 
@@ -259,6 +609,6 @@ def wrapped_disk(monkeypatch: Any, wrap: Callable[[Any], Any]) -> Iterator[list[
 
 
 def _executor(model: nn.Module) -> Executor:
-    executor = session_of(model).executor
+    executor = runtime_of(model).backing.executor
     assert executor is not None, "the model was not called yet"
     return executor

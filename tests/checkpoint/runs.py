@@ -8,8 +8,8 @@ from pathlib import Path
 
 import outsize
 from outsize.checkpoint.files import commit_paths, read_header, read_manifest
-from outsize.engine.runtime import runtime_of
-from tests.running import adamw, executor_of, loss_of, opened
+from tests.running import adamw, loss_of, opened
+from tests.seams import close_unchecked, commit_store_of
 from tests.zoo import ZOO
 
 
@@ -55,13 +55,13 @@ class Run:
 
     @property
     def versions(self):
-        return executor_of(self.model).store.disk
+        return commit_store_of(self.model)
 
     def end(self, *, finish=True):
         """Close as a process that ends would."""
         if finish:
             self.finish()
-        runtime_of(self.model).setup.close()
+        close_unchecked(self.model)
 
 
 def manifests(store):

@@ -10,14 +10,13 @@ import torch
 import outsize
 from outsize.checkpoint.catalogue import contents, verify
 from outsize.checkpoint.store import Store
-from outsize.engine.runtime import runtime_of
 from outsize.errors import BudgetError, StorageError
 from outsize.store.snapshots import Snapshots
 from outsize.store.update_job import UpdateJob
 from outsize.tier import DiskTier
 from tests.checkpoint.runs import Run, batches, check_store, manifests
-from tests.promises.test_device import with_twin
-from tests.running import abandon, close_all, values_of
+from tests.running import values_of
+from tests.seams import abandon, close_all, num_commits_kept, with_twin
 
 
 def quiet(block, done, total):
@@ -253,6 +252,6 @@ def test_a_resume_that_is_refused_leaves_the_model_as_it_was(tmp_path):
     with pytest.raises(outsize.OutsizeError):
         Run(tmp_path, optimizer=lambda model: outsize.SGD(model, lr=0.1))
     again = Run(tmp_path)
-    assert runtime_of(again.model).setup.settings.commits == 1
+    assert num_commits_kept(again.model) == 1
     assert values_of(again.model)
     assert Store.claim(tmp_path / "other", 1).resume() is None

@@ -14,7 +14,7 @@ from outsize.checkpoint.catalogue import contents, verify
 from outsize.checkpoint.store import remove_commit
 from outsize.errors import CorruptionError, OutsizeError, StorageError, StorageFullError
 from tests.checkpoint.runs import Run, batches, check_store, manifests
-from tests.running import abandon
+from tests.seams import abandon
 
 KINDS = {
     "eio": ("pwritev", "preadv", "write", "rename", "unlink", "open"),

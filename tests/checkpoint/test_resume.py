@@ -13,8 +13,8 @@ from outsize.checkpoint.files import commit_path
 from outsize.checkpoint.store import Store
 from outsize.errors import StorageError, UsageError
 from tests.checkpoint.runs import Run, batches, check_store, manifests
-from tests.promises.test_device import with_twin
-from tests.running import adamw, executor_of, values_of
+from tests.running import adamw, values_of
+from tests.seams import records_of, tile_rows_of, with_twin
 
 PLACES = {
     "disk": {"home": "disk"},
@@ -291,9 +291,7 @@ def test_so_many_commits_are_kept_and_the_space_is_that_of_so_many(keep, tmp_pat
     run.finish()
     assert [manifest.step for manifest in manifests(run.path)] == list(range(7 - keep, 7))
     each = manifests(run.path)[0].num_bytes
-    gradients = sum(
-        record.gradient_extent.num_bytes for record in executor_of(run.model).store.records.values()
-    )
+    gradients = sum(record.gradient_extent.num_bytes for record in records_of(run.model).values())
     assert (run.path / "data").stat().st_size == (1 + keep) * each + gradients
     run.versions.check_books()
     check_store(run.path)
@@ -336,9 +334,8 @@ def test_a_tile_is_kept_unless_a_pin_says_otherwise(tmp_path):
     second = Run(tmp_path)
     second.go(batches(1, first=3))
     assert manifests(first.path)[-1].run["tile_rows"] == 1
-    from outsize.engine.runtime import runtime_of
 
-    assert runtime_of(second.model).visits.call.last_training.tile_rows == 1
+    assert tile_rows_of(second.model) == 1
     second.end()
     with pytest.warns(RuntimeWarning, match="rows at once"):
         third = Run(tmp_path, pins=Pins(tile_rows=2))

@@ -21,7 +21,7 @@ from outsize.cli.main import main
 from outsize.errors import ConfigError, CorruptionError, OutsizeError, StorageError
 from outsize.tier import Slab
 from tests.checkpoint.runs import Run, batches, check_store, manifests
-from tests.running import abandon
+from tests.seams import abandon
 
 
 def quiet(block, done, total):

@@ -8,9 +8,9 @@ import transformers
 
 import outsize
 from outsize.engine import api
-from outsize.engine.runtime import runtime_of
 from outsize.errors import ConfigError, ModelError, OutsizeError, UsageError, WeightsError
 from tests.running import adamw, opened, train
+from tests.seams import compute_dtype
 from tests.zoo import ZOO, plain_batch, plain_stack
 
 
@@ -60,10 +60,10 @@ def test_wrapping_twice_is_refused_and_harmless():
 
 
 def test_the_type_follows_the_module():
-    assert runtime_of(opened(plain_stack())).model.dtype is torch.float32
-    assert runtime_of(opened(ZOO["llama"].build(dtype=torch.bfloat16))).model.dtype is torch.bfloat16
-    assert runtime_of(outsize.wrap(plain_stack(), dtype="bfloat16")).model.dtype is torch.bfloat16
-    assert runtime_of(outsize.wrap(plain_stack(), dtype=torch.bfloat16)).model.dtype is torch.bfloat16
+    assert compute_dtype(opened(plain_stack())) is torch.float32
+    assert compute_dtype(opened(ZOO["llama"].build(dtype=torch.bfloat16))) is torch.bfloat16
+    assert compute_dtype(outsize.wrap(plain_stack(), dtype="bfloat16")) is torch.bfloat16
+    assert compute_dtype(outsize.wrap(plain_stack(), dtype=torch.bfloat16)) is torch.bfloat16
 
 
 def test_signatures_of_forwards_are_kept():
@@ -76,9 +76,9 @@ def test_signatures_of_forwards_are_kept():
 
 def test_a_session_belongs_to_its_model_alone():
     model = opened(plain_stack())
-    assert runtime_of(model).model.module is model
+    assert outsize.report(model).num_parameters > 0
     with pytest.raises(UsageError, match="not a model of Outsize"):
-        runtime_of(model.layers)
+        outsize.report(model.layers)
 
 
 def test_native_types_follow_the_processor(monkeypatch, tmp_path):

@@ -18,13 +18,13 @@ from outsize.cli.options import pins_of
 from outsize.config import Home, parse_bytes
 from outsize.engine.budget import SLACK_BYTES, Budget
 from outsize.engine.predict import pins_text
-from outsize.engine.runtime import runtime_of
 from outsize.errors import BudgetError
 from outsize.hardware import machine
 from outsize.plan import Backward, Forward
 from outsize.store import memory
 from tests.plan.test_simulate import HOST
-from tests.running import assert_same_losses, assert_same_weights, executor_of, opened, train
+from tests.running import assert_same_losses, assert_same_weights, opened, train
+from tests.seams import budget_of, computes_on_host, current_call, plan_executed, settle_for
 from tests.zoo import ZOO, seeded
 
 
@@ -41,11 +41,11 @@ def batches(count, rows=4):
 def test_under_pressure_every_visit_gives_freed_memory_back_first_and_nothing_changes(tmp_path):
     plain, model = llama(tmp_path)
     losses = train(model, batches(1))
-    budget = runtime_of(model).budget
+    budget = budget_of(model)
     assert budget.num_times_given_back == 0
     budget._ceiling.limit_bytes = 0
     losses += train_more(model, batches(3)[1:])
-    visits = sum(isinstance(op, Forward | Backward) for op in executor_of(model).executed)
+    visits = sum(isinstance(op, Forward | Backward) for op in plan_executed(model))
     assert budget.num_times_given_back >= 2 * visits - 2 > 0
     assert_same_losses(losses, train(plain, batches(1)) + train_more(plain, batches(3)[1:]))
     assert_same_weights(model, plain)
@@ -63,7 +63,7 @@ def test_a_call_that_is_refused_keeps_nothing_of_its_arguments(tmp_path):
     gc.disable()
     try:
         try:
-            runtime_of(model).calls.settle_for(arguments)
+            settle_for(model, arguments)
         except BudgetError:
             is_refused = True
         arguments.clear()
@@ -89,8 +89,8 @@ def test_a_call_without_a_graph_makes_no_less_room_for_the_backward_of_an_earlie
     asked.clear()
     loss.backward()
     assert set(asked) == forward and len(forward) == 1
-    if runtime_of(model).model.device.is_host:
-        assert asked[0] > runtime_of(model).budget.visit_bytes > 0
+    if computes_on_host(model):
+        assert asked[0] > budget_of(model).visit_bytes > 0
 
 
 def train_more(model, more):
@@ -107,8 +107,7 @@ def train_more(model, more):
 def test_tiles_become_smaller_before_a_batch_is_refused(tmp_path):
     _, model = llama(tmp_path)
     train(model, batches(1, rows=8))
-    runtime = runtime_of(model)
-    budget, call = runtime.budget, runtime.visits.call.running
+    budget, call = budget_of(model), current_call(model)
     sizes = []
     room = budget.room_bytes
     for left in (1 << 40, *range(1 << 20, 0, -(1 << 12))):
@@ -125,14 +124,11 @@ def test_tiles_become_smaller_before_a_batch_is_refused(tmp_path):
 def test_a_pinned_tile_is_never_made_smaller(tmp_path):
     _, model = llama(tmp_path, pins=Pins(tile_rows=2))
     train(model, batches(1, rows=8))
-    runtime = runtime_of(model)
-    assert (
-        runtime.budget.begin_call(runtime.visits.call.running.workload, runtime.visits.call.running.shape)
-        == 2
-    )
-    runtime.budget.room_bytes = runtime.budget.placement.arena_bytes + 1
+    budget, call = budget_of(model), current_call(model)
+    assert budget.begin_call(call.workload, call.shape) == 2
+    budget.room_bytes = budget.placement.arena_bytes + 1
     with pytest.raises(BudgetError, match="of activations"):
-        runtime.budget.begin_call(runtime.visits.call.running.workload, runtime.visits.call.running.shape)
+        budget.begin_call(call.workload, call.shape)
 
 
 @pytest.mark.skipif(

@@ -11,10 +11,9 @@ from torch.utils._pytree import tree_flatten
 
 import outsize
 from outsize import Pins
-from outsize.engine.dry_runner import DryRunner
-from outsize.engine.runtime import runtime_of
 from outsize.errors import UsageError
 from tests.running import opened
+from tests.seams import count_dry_runs, dry_run, foresee_costs, has_memory, set_cost_measuring
 from tests.zoo import ZOO
 
 ROWS, LENGTH = 5, 12
@@ -159,7 +158,7 @@ def test_an_object_that_a_recomputation_would_change_again_is_refused():
     model, recorder = opened(Recorded(), pins=Pins(tile_rows=2)), Recorder()
     with pytest.raises(UsageError, match=r"layers\.0 changes an object"):
         model(torch.randn(ROWS, 8), recorder)
-    assert not recorder.seen and runtime_of(model).backing.executor is None
+    assert not recorder.seen and not has_memory(model)
 
 
 @pytest.mark.parametrize("notes", [list, dict])
@@ -167,7 +166,7 @@ def test_a_change_of_a_list_or_dict_is_refused(notes):
     given, model = notes(), opened(Recorded())
     with torch.no_grad(), pytest.raises(UsageError, match=r"layers\.0 changes a list or dict"):
         model(torch.randn(ROWS, 8), given)
-    assert not given and runtime_of(model).backing.executor is None
+    assert not given and not has_memory(model)
 
 
 def test_an_object_that_cannot_be_copied_is_refused():
@@ -188,12 +187,6 @@ def test_generation_of_several_rows_is_that_of_transformers(tmp_path):
     ids = copy.copy(batch_of("llama")["input_ids"])
     options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 4, "do_sample": False}
     assert torch.equal(model.generate(ids, **options), plain.generate(ids, **options))
-
-
-def counted_dry_runs(monkeypatch):
-    counts, run = [], DryRunner.workload
-    monkeypatch.setattr(DryRunner, "workload", lambda *args: (counts.append(1), run(*args))[1])
-    return counts
 
 
 def changed(name, place, value):
@@ -224,7 +217,7 @@ def test_calls_are_told_apart_by_what_models_branch_on(change, expected, monkeyp
         def forward(self, token_type_ids=None, **kwargs):
             return self.inner(**kwargs)
 
-    model, counts = opened(Typed()), counted_dry_runs(monkeypatch)
+    model, counts = opened(Typed()), count_dry_runs(monkeypatch)
     for number in range(2):
         batch = {**ZOO["llama"].batch(rows=ROWS), "num_items_in_batch": 17, "output_hidden_states": False}
         batch["token_type_ids"] = torch.ones_like(batch["input_ids"])
@@ -235,7 +228,7 @@ def test_calls_are_told_apart_by_what_models_branch_on(change, expected, monkeyp
 
 
 def test_an_object_of_another_identity_is_no_other_kind_of_call(monkeypatch):
-    model, counts = opened(Recorded()), counted_dry_runs(monkeypatch)
+    model, counts = opened(Recorded()), count_dry_runs(monkeypatch)
     with torch.no_grad():
         for _ in range(3):
             model(torch.randn(ROWS, 8), Recorder())
@@ -245,12 +238,12 @@ def test_an_object_of_another_identity_is_no_other_kind_of_call(monkeypatch):
 def test_costs_belong_to_the_rehearsal_they_were_measured_with(monkeypatch):
     """One that is gone gives its id to another, whose costs are other ones."""
     model = opened(ZOO["llama"].build())
-    runtime, batch = runtime_of(model), ZOO["llama"].batch(rows=ROWS)
+    batch = ZOO["llama"].batch(rows=ROWS)
     measured = []
-    monkeypatch.setattr("outsize.engine.setup.measure_costs", lambda *args: measured.append(1))
-    workload, shape = runtime.calls.dry_run(batch, with_labels=True)
+    set_cost_measuring(monkeypatch, lambda *args: measured.append(1))
+    workload = dry_run(model, batch)
     for _ in range(100):
-        runtime.setup.foresight(None, replace(workload), shape, ()).costs(1)
+        foresee_costs(model, replace(workload), batch, 1)
     assert len(measured) == 100
 
 
@@ -289,7 +282,7 @@ def test_pinned_tiles_that_cannot_be_are_refused():
         UsageError, match="tile_rows=1 is pinned, and the model cannot compute 3 of its 4 rows"
     ):
         model(torch.randn(4, 8))
-    assert runtime_of(model).backing.executor is None
+    assert not has_memory(model)
 
 
 @pytest.mark.parametrize("error", [OSError, MemoryError, UsageError])

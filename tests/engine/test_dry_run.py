@@ -8,19 +8,27 @@ from torch import nn
 
 import outsize
 from outsize.engine import head
-from outsize.engine.dry_run import DryRun
-from outsize.engine.dry_runner import DryRunner, batch_shape
-from outsize.engine.runtime import runtime_of
-from outsize.engine.setup import Setup
+from outsize.engine.dry_runner import batch_shape
 from outsize.plan import Direction
 from outsize.plan.workload import Linear
-from tests.running import executor_of, opened, train
+from tests.running import opened, train
+from tests.seams import (
+    before_allocating,
+    count_dry_passes,
+    current_call,
+    dry_run,
+    dry_runs_alive,
+    has_memory,
+    is_in_dry_run,
+    source_of,
+    watch_visits,
+)
 from tests.zoo import ZOO, plain_batch, plain_stack
 
 
 def workload_of(model, batch):
     model(**batch)
-    call = runtime_of(model).visits.call.running
+    call = current_call(model)
     assert call is not None
     return call.workload
 
@@ -30,9 +38,7 @@ def test_the_visits_are_those_that_come(name, tmp_path, monkeypatch):
     model = opened(ZOO[name].build().train(), disk=tmp_path, home="disk")
     seen = []
     model(**ZOO[name].batch()).loss.backward()
-    executor = executor_of(model)
-    reach = executor._reach
-    monkeypatch.setattr(executor, "_reach", lambda visit: (seen.append(visit), reach(visit)))
+    watch_visits(monkeypatch, model, seen.append)
     expected = workload_of(model, ZOO[name].batch()).visits
     seen.clear()
     model(**ZOO[name].batch(seed=1)).loss.backward()
@@ -72,9 +78,7 @@ def test_a_rehearsal_leaves_buffers_and_random_numbers_alone():
 
 
 def test_a_call_is_rehearsed_once_and_again_when_rows_grow(monkeypatch):
-    counts = []
-    run = DryRunner._run
-    monkeypatch.setattr(DryRunner, "_run", lambda *args: (counts.append(1), run(*args))[1])
+    counts = count_dry_passes(monkeypatch)
     model = opened(ZOO["llama"].build().train())
     for length, expected in ((10, 2), (10, 2), (8, 2), (14, 4), (9, 4)):
         model(**ZOO["llama"].batch(rows=3, length=length))
@@ -90,13 +94,7 @@ def test_a_call_is_rehearsed_once_and_again_when_rows_grow(monkeypatch):
 def test_nothing_of_a_rehearsal_is_left_when_memory_is_planned(name, monkeypatch):
     """Its tensors, which are as large as those of a few rows of the call, would be missing in the plan."""
     left = []
-    settle = Setup.settle
-
-    def watched(self, *args):
-        left.append([each for each in gc.get_objects() if type(each) is DryRun])
-        return settle(self, *args)
-
-    monkeypatch.setattr(Setup, "settle", watched)
+    before_allocating(monkeypatch, lambda: left.append(dry_runs_alive()))
     model = opened(ZOO[name].build().train())
     gc.disable()
     try:
@@ -151,15 +149,14 @@ def test_the_shape_of_a_batch(kwargs, rows, tokens):
 def test_a_rehearsal_reads_no_weights(monkeypatch, tmp_path):
     ZOO["llama"].build().save_pretrained(tmp_path / "model")
     model = outsize.load(tmp_path / "model", dtype="float32").train()
-    runtime = runtime_of(model)
 
     def refuse(*args):
         raise AssertionError("read")
 
-    monkeypatch.setattr(runtime.backing.source, "read", refuse)
+    monkeypatch.setattr(source_of(model), "read", refuse)
     kwargs = ZOO["llama"].batch()
-    workload, _ = runtime.calls.dry_run(kwargs, with_labels=True)
-    assert len(workload.visits) > 8 and runtime.backing.executor is None
+    workload = dry_run(model, kwargs)
+    assert len(workload.visits) > 8 and not is_in_dry_run(model) and not has_memory(model)
 
 
 def test_batch_statistics_are_of_the_whole_batch(tmp_path):

@@ -6,7 +6,8 @@ from torch import nn
 
 import outsize
 from outsize import Pins
-from tests.running import adamw, assert_same_weights, executor_of, opened, train
+from tests.running import adamw, assert_same_weights, opened, train
+from tests.seams import plan_executed
 from tests.zoo import ZOO
 
 
@@ -79,7 +80,7 @@ def test_backward_of_a_table_reads_no_weights(tmp_path):
     optimizer = adamw(model)
     train(model, [ZOO["llama"].batch()], optimizer)
     model(**ZOO["llama"].batch()).loss.backward()
-    reads = [str(op) for op in executor_of(model).executed if op.verb == "read"]
+    reads = [str(op) for op in plan_executed(model) if op.verb == "read"]
     assert sum(read.startswith("read E00.weight") for read in reads) == 1
     assert sum(read.startswith("read L00.weight") for read in reads) >= 1
 

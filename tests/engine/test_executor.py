@@ -11,16 +11,17 @@ import torch
 import outsize
 from outsize import Pins
 from outsize.block import Plane
-from outsize.engine.runtime import runtime_of
-from outsize.plan import Direction, Read, Update, Visit, Wait
-from tests.running import (
-    adamw,
-    assert_same_weights,
+from outsize.plan import Read, Update, Wait
+from tests.running import adamw, assert_same_weights, opened, train, values_of
+from tests.seams import (
     close,
-    executor_of,
-    opened,
-    train,
-    values_of,
+    gradients_in_slots,
+    placement_of,
+    plan_executed,
+    records_of,
+    settle_updates,
+    updates_pending,
+    visit_block,
     wrapped_disk,
 )
 from tests.zoo import ZOO
@@ -35,10 +36,9 @@ def llama(tmp_path, **pins):
 def test_reads_are_started_before_the_block_is_reached(tmp_path):
     model = llama(tmp_path, weight_slots=3)
     train(model, [BATCH])
-    executor = executor_of(model)
     ahead = []
     model.model.layers[0].register_forward_pre_hook(
-        lambda *_: ahead.append([op.block for op in executor.executed if isinstance(op, Read)])
+        lambda *_: ahead.append([op.block for op in plan_executed(model) if isinstance(op, Read)])
     )
     model(**BATCH)
     assert {"L01", "L02"} & set(ahead[0])
@@ -47,10 +47,9 @@ def test_reads_are_started_before_the_block_is_reached(tmp_path):
 def test_updates_are_started_before_the_block_is_reached(tmp_path):
     model = llama(tmp_path, weight_slots=3)
     train(model, [BATCH])
-    executor = executor_of(model)
     ahead = []
     model.model.layers[0].register_forward_pre_hook(
-        lambda *_: ahead.append([op.block for op in executor.executed if isinstance(op, Update)])
+        lambda *_: ahead.append([op.block for op in plan_executed(model) if isinstance(op, Update)])
     )
     model(**BATCH)
     assert "L01" in ahead[0]
@@ -104,7 +103,7 @@ def test_waits_are_measured(tmp_path, monkeypatch):
     train(model, [BATCH], optimizer)
     before = dict(outsize.report(model).wait_s)
     train(model, [BATCH], optimizer)
-    waits = Counter(f"wait {op.plane}" for op in executor_of(model).executed if isinstance(op, Wait))
+    waits = Counter(f"wait {op.plane}" for op in plan_executed(model) if isinstance(op, Wait))
     after = outsize.report(model).wait_s
     assert waits["wait weight"] >= 6
     for what, count in waits.items():
@@ -119,11 +118,10 @@ def test_touch_brings_a_block_up_to_date_and_resumes(tmp_path):
         optimizer.step()
         optimizer.zero_grad()
         if subject is model:
-            executor = executor_of(model)
-            assert executor.store["L01"].update.pending is not None
+            assert "L01" in updates_pending(model)
             model.model.layers[1].mlp.up_proj.weight.detach().clone()
-            assert executor.store["L01"].update.pending is None
-            assert executor.store["L02"].update.pending is not None
+            assert "L01" not in updates_pending(model)
+            assert "L02" in updates_pending(model)
         train(subject, [BATCH], optimizer)
     assert_same_weights(model, plain)
 
@@ -131,10 +129,9 @@ def test_touch_brings_a_block_up_to_date_and_resumes(tmp_path):
 def test_settling_applies_everything_that_is_pending(tmp_path):
     model = llama(tmp_path)
     train(model, [BATCH])
-    executor = executor_of(model)
-    assert all(state.update.pending is not None for state in executor.store)
-    executor.settle_updates()
-    assert all(state.update.pending is None for state in executor.store)
+    assert updates_pending(model) == set(records_of(model))
+    settle_updates(model)
+    assert not updates_pending(model)
 
 
 def test_no_gradient_slot_is_held_between_steps(tmp_path):
@@ -142,11 +139,11 @@ def test_no_gradient_slot_is_held_between_steps(tmp_path):
     optimizer = adamw(model)
     for _ in range(2):
         train(model, [BATCH], optimizer)
-        assert all(state.planes.gradient_slot is None for state in executor_of(model).store)
+        assert not gradients_in_slots(model)
     model(**BATCH)  # claims slots for a backward that never comes
     with torch.no_grad():
         model(**BATCH)
-    assert all(state.planes.gradient_slot is None for state in executor_of(model).store)
+    assert not gradients_in_slots(model)
 
 
 def test_what_is_held_is_not_read_again(tmp_path):
@@ -155,11 +152,10 @@ def test_what_is_held_is_not_read_again(tmp_path):
     with torch.no_grad():
         for _ in range(3):
             model(**BATCH)
-    executor = executor_of(model)
-    reads = [op.block for op in executor.executed if isinstance(op, Read)]
-    held = [op.block for op in executor.executed if op.verb == "held"]
+    reads = [op.block for op in plan_executed(model) if isinstance(op, Read)]
+    held = [op.block for op in plan_executed(model) if op.verb == "held"]
     assert held and not set(held[:1]) & set(reads[:1])
-    assert len(reads) < len(executor.store.states)
+    assert len(reads) < len(records_of(model))
 
 
 def test_threads_end_with_the_session(tmp_path):
@@ -168,18 +164,17 @@ def test_threads_end_with_the_session(tmp_path):
     train(model, [BATCH])
     names = {thread.name.rstrip("_0123456789") for thread in set(threading.enumerate()) - before}
     assert {"outsize-feed", "outsize-apply", "outsize-source", "outsize-disk"} <= names
-    close(runtime_of(model))
+    close(model)
     assert not [thread for thread in set(threading.enumerate()) - before if thread.name.startswith("outsize")]
 
 
 def test_a_visit_needs_its_place_to_be_free(tmp_path):
     model = llama(tmp_path)
     train(model, [BATCH])
-    executor = executor_of(model)
     with (
         pytest.raises(AssertionError, match="visited inside another visit"),
-        executor.visit([Visit("L00", Direction.FORWARD)]),
-        executor.visit([Visit("L01", Direction.FORWARD)]),
+        visit_block(model, "L00"),
+        visit_block(model, "L01"),
     ):
         pass
     train_again = values_of(model)
@@ -193,9 +188,9 @@ def test_gradients_wait_where_they_were_put(tmp_path):
         model = opened(ZOO["llama"].build().train(), disk=tmp_path, home=home, dtype="bfloat16")
         for _ in range(2):
             model(**BATCH).loss.backward()
-        placement = runtime_of(model).budget.placement
+        placement = placement_of(model)
         assert placement is not None and placement.is_resident("L00", Plane.GRADIENT) is (home == "host")
         grads.append({n: p.grad.clone() for n, p in model.named_parameters()})
-        close(runtime_of(model))
+        close(model)
     assert all(torch.equal(grads[0][name], grads[1][name]) for name in grads[0])
     assert {grad.dtype for grad in grads[0].values()} == {torch.bfloat16}

@@ -7,8 +7,8 @@ from torch.nn import functional as F
 import outsize
 from outsize.engine import head as head_module
 from outsize.engine.head import Logits, _add_to_logsumexp, _token_tiles
-from outsize.engine.runtime import runtime_of
 from tests.running import adamw, assert_same_weights, opened, train
+from tests.seams import row_blocks
 from tests.zoo import CAUSAL, VOCABULARY, ZOO
 
 
@@ -54,8 +54,8 @@ def test_small_tiles_give_the_same_training(monkeypatch, tmp_path):
 
 def test_a_table_is_cut_in_rows():
     model = opened(ZOO["llama"].build(vocab_size=4000))
-    assert len(runtime_of(model).model.locations.row_blocks("lm_head.weight")) > 2
-    assert runtime_of(model).model.locations.row_blocks("lm_head.weight")[-1][2] == 4000
+    assert len(row_blocks(model, "lm_head.weight")) > 2
+    assert row_blocks(model, "lm_head.weight")[-1][2] == 4000
 
 
 @pytest.mark.parametrize("tied", [False, True])

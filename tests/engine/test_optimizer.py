@@ -4,9 +4,9 @@ import pytest
 import torch
 
 import outsize
-from outsize.engine.runtime import runtime_of
 from outsize.errors import UsageError
-from tests.running import adamw, assert_same_weights, executor_of, opened, train, values_of
+from tests.running import adamw, assert_same_weights, opened, train, values_of
+from tests.seams import close_unchecked, records_of, updates_pending
 from tests.zoo import ZOO, plain_batch, plain_stack
 
 
@@ -17,8 +17,7 @@ def test_a_step_changes_no_weight_until_a_visit(tmp_path):
     model(**batch).loss.backward()
     before = outsize.report(model).bytes_written
     optimizer.step()
-    store = executor_of(model).store
-    assert all(state.update.pending is not None for state in store)
+    assert updates_pending(model) == set(records_of(model))
     assert outsize.report(model).bytes_written == before
     train(model, [batch], optimizer)
     assert outsize.report(model).bytes_written > before
@@ -116,7 +115,7 @@ def test_evaluating_without_an_optimizer_writes_nothing(tmp_path):
             expected = ZOO["llama"].build()(**ZOO["llama"].batch()).loss
         assert torch.allclose(loss, expected, rtol=1e-6)
         assert outsize.report(model).bytes_written == 0
-        runtime_of(model).setup.close()
+        close_unchecked(model)
 
 
 def test_state_dicts_hold_groups_and_counts_and_no_tensor(tmp_path):

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 import outsize
-from outsize.engine.runtime import runtime_of
 from outsize.errors import ConfigError, UsageError
 from outsize.optim import split
 from tests.plain_optimizers import (
@@ -18,8 +17,8 @@ from tests.plain_optimizers import (
     assert_mostly_close,
     g_snr,
 )
-from tests.promises.test_placement import set_chunk
-from tests.running import executor_of, opened, train, values_of
+from tests.running import opened, train, values_of
+from tests.seams import parameter_locations, records_of, set_chunk
 from tests.zoo import ZOO, plain_batch, plain_stack
 
 STEPS = 5
@@ -79,7 +78,7 @@ def test_an_optimizer_is_its_plain_one(name, tmp_path):
     model = opened(plain, disk=tmp_path, home="disk")
     before = values_of(plain)
     train_beside(model, name, plain, "model.layers.1.mlp.up_proj.weight")
-    assert len(runtime_of(model).model.locations["model.embed_tokens.weight"]) > 1
+    assert len(parameter_locations(model, "model.embed_tokens.weight")) > 1
     for parameter, value in values_of(model).items():
         expected = plain.get_parameter(parameter).detach()
         assert not torch.equal(expected, before[parameter])
@@ -211,5 +210,5 @@ def test_more_state_planes_stream_too(tmp_path):
     """Four moments on disk: chunk buffers and records are laid out for them."""
     model = opened(plain_stack(), disk=tmp_path, home="disk")
     train(model, [plain_batch()], made(model, "Adan"))
-    records = [state.record for state in executor_of(model).store]
+    records = list(records_of(model).values())
     assert all(len(record.state) == 4 for record in records)

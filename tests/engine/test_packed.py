@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from outsize import Pins
-from outsize.engine.runtime import runtime_of
 from tests.running import assert_same_losses, assert_same_weights, opened, train
+from tests.seams import call_state
 from tests.zoo import ZOO, seeded
 
 
@@ -43,14 +43,14 @@ def test_packed_documents_are_tiled_like_any_batch(tmp_path, monkeypatch):
     with seeded(0):
         plain = ZOO["llama"].build().train()
     model = opened(plain, disk=tmp_path, home="disk", pins=Pins(tile_rows=1))
-    runtime, counts = runtime_of(model), set()
-    tiles = runtime.visits.call.tiles
+    call, counts = call_state(model), set()
+    tiles = call.tiles
 
     def counted(module, tensors):
         dims, parts = tiles(module, tensors)
         counts.add(len(parts))
         return dims, parts
 
-    monkeypatch.setattr(runtime.visits.call, "tiles", counted)
+    monkeypatch.setattr(call, "tiles", counted)
     train(model, [packed(lengths, seed) for seed, lengths in enumerate(BATCHES)])
     assert counts == {3}, "a mask that the dry run did not see makes a batch one tile"

@@ -16,11 +16,11 @@ from outsize.config import ComputeType
 from outsize.engine import timing
 from outsize.engine.counting import estimated_s
 from outsize.engine.predict import pins_text
-from outsize.engine.runtime import runtime_of
 from outsize.plan import Direction
 from outsize.plan.profile import Resource
 from outsize.store import offload
 from tests.plan.test_simulate import HOST
+from tests.seams import budget_of
 from tests.zoo import ZOO
 
 SLOW = dataclasses.replace(HOST, name="a slow disk", disk_read=2e6, disk_write=2e6)
@@ -221,7 +221,7 @@ def trained_with_choices(tmp_path):
     outsize.AdamW(model)
     ids = torch.zeros(1, 16, dtype=torch.long)
     model(input_ids=ids, labels=ids).loss.backward()
-    return model, runtime_of(model).budget
+    return model, budget_of(model)
 
 
 def test_a_model_opened_with_a_profile_runs_the_fastest_plan(tmp_path):

@@ -9,7 +9,6 @@ from contextlib import contextmanager, nullcontext
 import pytest
 
 import outsize
-from outsize.engine.executor import Executor
 from outsize.errors import UsageError
 from outsize.plan import Backward, Forward, Free, Wait
 from outsize.plan.profile import Resource
@@ -19,8 +18,18 @@ from outsize.store import offload
 from outsize.store.recorder import ENDS_A_FREE, ENDS_A_WAIT, SHORTEST_STALL_S, causes
 from outsize.tier import Verb
 from outsize.tier.transfer import PieceTransfer
-from tests.promises.test_device import with_twin
-from tests.running import adamw, executor_of, loss_of, opened, wrapped_disk
+from tests.running import adamw, loss_of, opened
+from tests.seams import (
+    call_plan_step,
+    device_of,
+    flush,
+    move_small_inputs,
+    plan_executed,
+    recorder_of,
+    records_of,
+    with_twin,
+    wrapped_disk,
+)
 from tests.zoo import ZOO
 
 COMPUTE, UPDATE, READ, WRITE, UP, DOWN = Resource
@@ -34,19 +43,17 @@ class Waits:
         self.is_open = True
         self._current = None
         self._changed = threading.Condition()
-        run_next, waiting = Executor._run_next, offload.ActivationOffload._waiting
-
-        def watched_run_next(executor):
-            op = executor.plan.ops[executor._index]
-            with self.of(f"{op.block}.{op.plane}" if isinstance(op, Wait | Free) else None):
-                run_next(executor)
+        waiting = offload.ActivationOffload._waiting
 
         @contextmanager
         def watched_waiting(keeper, what, each, ended_by):
             with self.of(each.label), waiting(keeper, what, each, ended_by):
                 yield
 
-        monkeypatch.setattr(Executor, "_run_next", watched_run_next)
+        call_plan_step(
+            monkeypatch,
+            lambda op: self.of(f"{op.block}.{op.plane}" if isinstance(op, Wait | Free) else None),
+        )
         monkeypatch.setattr(offload.ActivationOffload, "_waiting", watched_waiting)
 
     def _set(self, **values):
@@ -112,9 +119,7 @@ class LateTier:
 
 def small_inputs(monkeypatch):
     """Inputs of tiny models move."""
-    monkeypatch.setattr(offload, "LEAST_BYTES", 1)
-    monkeypatch.setattr(offload, "PART_BYTES", 4096)
-    monkeypatch.setattr(offload, "BUFFERS_BYTES", offload.BUFFERS * 4096)
+    move_small_inputs(monkeypatch, part_bytes=4096)
 
 
 def opened_on_disk(tmp_path, name="llama_tied", **options):
@@ -129,22 +134,21 @@ def step(model, optimizer, seed, name="llama_tied"):
     optimizer.zero_grad()
 
 
-def settle(store):
-    store.flush()
-    store.device.finish()
+def settle(model):
+    flush(model)
+    device_of(model).finish()
 
 
 def recorded(model, optimizer, steps=4, during=nullcontext):
     """The last of some steps; nothing of it, or of the one before, is under way at its ends."""
     for seed in range(steps - 1):
         step(model, optimizer, seed)
-    store = executor_of(model).store
-    settle(store)
+    settle(model)
     before = outsize.report(model)
     with outsize.record(model) as recording:
         with during():
             step(model, optimizer, steps)
-        settle(store)
+        settle(model)
     return recording.timeline, before, outsize.report(model)
 
 
@@ -165,7 +169,7 @@ def num_stalls(timeline, cause):
 
 def test_every_visit_is_there_once(tmp_path):
     timeline, _, _ = recorded(*(opened := opened_on_disk(tmp_path)))
-    visits = Counter(str(op) for op in executor_of(opened[0]).executed if isinstance(op, Forward | Backward))
+    visits = Counter(str(op) for op in plan_executed(opened[0]) if isinstance(op, Forward | Backward))
     assert len(visits) > 6
     seen = Counter(
         span.label
@@ -219,7 +223,7 @@ def test_every_block_is_updated_and_memory_is_sampled_at_every_visit(tmp_path):
     model, optimizer = opened_on_disk(tmp_path)
     timeline, _, _ = recorded(model, optimizer)
     updated = {span.label for span in timeline.spans if span.resource is UPDATE}
-    assert updated == {f"update {state.name}" for state in executor_of(model).store}
+    assert updated == {f"update {block}" for block in records_of(model)}
     visits = [s for s in timeline.spans if s.label.split()[0] in ("forward", "backward")]
     assert list(timeline.memory) == ["host"] and len(timeline.memory["host"]) == len(visits) + 2
     times = [time_s for time_s, _ in timeline.memory["host"]]
@@ -230,10 +234,10 @@ def test_nothing_is_recorded_before_or_after(tmp_path):
     model, optimizer = opened_on_disk(tmp_path)
     timeline, _, _ = recorded(model, optimizer)
     with outsize.record(model):
-        recorder = executor_of(model).recorder
+        recorder = recorder_of(model)
     told = len(recorder._spans), len(recorder._waits), len(recorder._memory)
     step(model, optimizer, 9)
-    settle(executor_of(model).store)
+    settle(model)
     assert (len(recorder._spans), len(recorder._waits), len(recorder._memory)) == told
     again, _, _ = recorded(model, optimizer, steps=1)
     assert Counter(s.label for s in again.spans) == Counter(s.label for s in timeline.spans)
@@ -280,7 +284,7 @@ def test_what_is_slow_is_what_is_waited_for(tmp_path, monkeypatch, verb, plane, 
     model, optimizer = opened_on_disk(tmp_path, pins=pins)
 
     def is_late(given, label):
-        goes_back = any(isinstance(op, Backward) for op in executor_of(model).executed)
+        goes_back = any(isinstance(op, Backward) for op in plan_executed(model))
         return goes_back and given is verb and plane in label
 
     with wrapped_disk(monkeypatch, lambda tier: LateTier(tier, waits, is_late)) as tiers:
@@ -316,7 +320,7 @@ def test_what_cannot_be_recorded_is_refused(tmp_path):
     assert recording.timeline.step_s > 0
     with pytest.raises(ZeroDivisionError), outsize.record(model) as recording:
         raise ZeroDivisionError
-    assert executor_of(model).recorder is None
+    assert recorder_of(model) is None
     with pytest.raises(UsageError):
         _ = recording.timeline
 

@@ -7,10 +7,10 @@ import torch
 
 import outsize
 from outsize import Pins
-from outsize.engine.runtime import runtime_of
 from outsize.errors import ConfigError, ModelError
 from outsize.store import memory
-from tests.running import adamw, executor_of, opened, train
+from tests.running import adamw, opened, train
+from tests.seams import arena_of, budget_of, placement_of, records_of
 from tests.zoo import ZOO
 
 
@@ -43,9 +43,9 @@ def test_rows_are_the_bytes_of_the_model(home, dtype, tmp_path):
     assert report.state_bytes == sum(figures.values()) and len(figures) == 3
     in_arena = sum(n for (tier, _), n in figures.items() if tier == "host")
     buffers = next(row.num_bytes for row in report.rows if row.what == "slots and buffers")
-    assert in_arena + buffers == executor_of(model).store.planes.arena.in_use_bytes
+    assert in_arena + buffers == arena_of(model).in_use_bytes
     assert max(resident) <= report.host_peak_bytes <= memory.peak_bytes()
-    assert report.host_budget_bytes == runtime_of(model).budget.limit_bytes > max(resident)
+    assert report.host_budget_bytes == budget_of(model).limit_bytes > max(resident)
     text = str(report)
     assert re.search(rf"{home} +weights +[\d.]+ KiB", text) and "training state" in text
 
@@ -80,8 +80,8 @@ def test_a_preview_is_what_the_run_will_be(home, folder):
     names = ("weights", "gradients", "optimizer state", "slots and buffers")
     assert tiers(preview.rows, *names) == tiers(report.rows, *names)
     assert preview.num_parameters == report.num_parameters
-    assert preview.num_blocks == len(executor_of(model).store.states)
-    placement = runtime_of(model).budget.placement
+    assert preview.num_blocks == len(records_of(model))
+    placement = placement_of(model)
     assert placement is not None
     assert bool(preview.disk_bytes) is (home == "disk")
     assert len(preview.slots) == (

@@ -6,8 +6,8 @@ import transformers
 
 import outsize
 from outsize import Pins
-from outsize.engine.runtime import runtime_of
-from tests.running import executor_of, opened
+from tests.running import opened
+from tests.seams import dry_runs_of, placement_of, row_blocks
 
 VOCABULARY = 3000
 
@@ -59,13 +59,9 @@ def test_bits_are_those_of_a_visit(folder, tmp_path, dtype, home):
     expected = logits_of(visited)  # whose parameters may train
     model = outsize.load(folder, **options).requires_grad_(False)
     assert torch.equal(logits_of(model), expected)
-    tables = [
-        block for block, _, _ in runtime_of(model).model.locations.row_blocks("model.embed_tokens.weight")
-    ]
+    tables = [block for block, _, _ in row_blocks(model, "model.embed_tokens.weight")]
     assert len(tables) > 2
-    seen = {
-        visit.block for workload in runtime_of(model).calls._workloads.values() for visit in workload.visits
-    }
+    seen = {visit.block for workload in dry_runs_of(model) for visit in workload.visits}
     assert seen.isdisjoint(tables) is not model.config.tie_word_embeddings
     assert not outsize.report(model).off_plan
 
@@ -94,10 +90,8 @@ def test_tables_stay_last(folder, tmp_path):
         folder, dtype="float32", disk=tmp_path, pins=Pins(resident_bytes=200_000)
     ).requires_grad_(False)
     logits_of(model)
-    placement = executor_of(model).store.placement
-    tables = {
-        block for block, _, _ in runtime_of(model).model.locations.row_blocks("model.embed_tokens.weight")
-    }
+    placement = placement_of(model)
+    tables = {block for block, _, _ in row_blocks(model, "model.embed_tokens.weight")}
     stay = {block for block, _ in placement.resident}
     assert stay and (model.config.tie_word_embeddings or stay.isdisjoint(tables))
 

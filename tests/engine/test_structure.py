@@ -8,7 +8,8 @@ from torch import nn
 
 import outsize
 from outsize.errors import UsageError
-from tests.running import adamw, opened, runtime_of
+from tests.running import adamw, opened
+from tests.seams import is_open
 from tests.zoo import ZOO
 
 
@@ -127,4 +128,4 @@ def test_a_module_around_an_opened_model_is_named(tmp_path):
     model = opened(ZOO["llama"].build(), disk=tmp_path)
     with pytest.raises(UsageError, match=r"Sequential was put around a LlamaForCausalLM[\s\S]*outsize.wrap"):
         outsize.AdamW(nn.Sequential(model), lr=1e-3)
-    assert runtime_of(model) is not None
+    assert is_open(model)

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 import outsize
-from outsize.engine.runtime import runtime_of
 from outsize.errors import ConfigError
 from outsize.hardware import machine
 from outsize.store import optimizer_worker
 from outsize.tier import IO_THREADS
-from tests.running import close, executor_of, opened, values_of
+from tests.running import opened, values_of
+from tests.seams import close, disk_of
 from tests.zoo import ZOO
 
 
@@ -37,10 +37,10 @@ def trained(monkeypatch, disk, threads, *, store=None):
             optimizer.step()
             optimizer.zero_grad()
         values = values_of(model)
-    tier = executor_of(model).store.disk
+    tier = disk_of(model)
     tier = tier if store is None else tier._inner
     num_io_threads = tier._threads._max_workers
-    close(runtime_of(model))
+    close(model)
     return values, limits, num_io_threads
 
 

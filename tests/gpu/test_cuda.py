@@ -14,13 +14,13 @@ import outsize
 from outsize import Pins
 from outsize.config import ComputeType
 from outsize.engine.budget import DEVICE_SLACK_BYTES
-from outsize.engine.runtime import runtime_of
 from outsize.errors import BudgetError, ConfigError
 from outsize.optim import RULES, gpu_kernel
 from outsize.plan.profile import Resource
-from outsize.store import memory, offload
+from outsize.store import memory
 from outsize.tier import CudaDevice, Way
-from tests.running import adamw, assert_same_losses, assert_same_weights, close, executor_of, opened, train
+from tests.running import adamw, assert_same_losses, assert_same_weights, opened, train
+from tests.seams import budget_of, close, flush, move_small_inputs, placement_of, visits_off_plan
 from tests.zoo import ZOO
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -63,7 +63,7 @@ def trained(name="llama_tied", dtype="bfloat16", **options):
         optimizer.step()
         optimizer.zero_grad()
     values = {key: parameter.detach().clone() for key, parameter in model.named_parameters()}
-    close(runtime_of(model))
+    close(model)
     return [loss.item() for loss in losses], values
 
 
@@ -84,7 +84,7 @@ def test_training_is_that_of_plain_pytorch(name, home, tmp_path):
 @pytest.mark.parametrize("options", [{"weight_slots": 1}, {"weight_slots": 3}, {"inputs": "host"}])
 @pytest.mark.parametrize("home", ["host", "disk"])
 def test_placement_changes_no_bit(dtype, options, home, tmp_path, monkeypatch):
-    monkeypatch.setattr(offload, "LEAST_BYTES", 1)
+    move_small_inputs(monkeypatch)
     expected = trained(dtype=dtype, home="host", pins=Pins(weight_slots=2))
     losses, values = trained(dtype=dtype, disk=tmp_path, home=home, pins=Pins(**options))
     assert losses == expected[0]
@@ -95,7 +95,7 @@ def test_placement_changes_no_bit(dtype, options, home, tmp_path, monkeypatch):
 @pytest.mark.parametrize("part", ["weight", "gradient", "input"])
 @pytest.mark.parametrize("way", list(Way))
 def test_late_copies_are_waited_for(way, part, home, tmp_path, monkeypatch):
-    monkeypatch.setattr(offload, "LEAST_BYTES", 1)
+    move_small_inputs(monkeypatch)
     pins = Pins(weight_slots=2, gradient_slots=1, inputs="host")
     expected = trained(home="host", pins=pins)
     slowed(monkeypatch, way, part)
@@ -151,7 +151,7 @@ def test_a_step_is_recorded_on_the_clock_of_the_device(home, tmp_path):
     before = outsize.report(model)
     with outsize.record(model) as recording:
         step(3)
-        executor_of(model).store.flush()
+        flush(model)
         torch.cuda.synchronize()
     timeline, after = recording.timeline, outsize.report(model)
     computing = [span for span in timeline.spans if span.resource is Resource.COMPUTE]
@@ -194,7 +194,7 @@ def test_memory_of_the_device_stays_within_its_budget(tmp_path, monkeypatch):
     model(**ZOO["llama"].batch()).loss.backward()
     report = outsize.report(model)
     assert report.device_peak_bytes <= limit
-    planned = runtime_of(model).budget.device_bytes()
+    planned = budget_of(model).device_bytes()
     assert report.device_peak_bytes <= planned + DEVICE_SLACK_BYTES
 
 
@@ -213,7 +213,7 @@ def test_memory_of_the_device_is_what_the_plan_says(home, tmp_path):
         model(input_ids=ids, labels=ids).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    budget = runtime_of(model).budget
+    budget = budget_of(model)
     peak = torch.cuda.max_memory_allocated() - budget.device_taken_bytes
     planned = budget.device_bytes() - budget.device_taken_bytes
     assert (0.9 * planned if is_emulated else 0) < peak <= planned + slack
@@ -234,7 +234,7 @@ def test_a_tight_limit_makes_torch_give_nothing_back(tmp_path):
         model(input_ids=ids, labels=ids).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    budget = runtime_of(model).budget
+    budget = budget_of(model)
     assert budget.placement is not None and budget.placement.resident
     assert budget.device_bytes() > 0.65 * limit
     assert torch.cuda.memory_stats()["num_alloc_retries"] == before
@@ -288,7 +288,7 @@ def test_running_out_of_the_devices_memory_is_named(tmp_path):
     ):
         model(**batch)
     model(**batch).loss.backward()
-    assert executor_of(model).off_plan is not None
+    assert visits_off_plan(model) is not None
 
 
 def test_a_first_call_that_the_device_has_no_room_to_try_is_named():
@@ -324,10 +324,10 @@ def test_a_block_leaves_the_device_where_a_row_alone_is_too_much():
         on_device_full="retry",
     )
     optimizer = outsize.AdamW(model, lr=3e-3, max_grad_norm=0.1)
-    runtime, losses = runtime_of(model), []
+    losses = []
 
     def greedy(module, args):
-        if losses and len({block for block, _ in runtime.budget.placement.resident}) > 3:
+        if losses and len({block for block, _ in placement_of(model).resident}) > 3:
             torch.empty(1 << 44, dtype=torch.uint8, device="cuda")
 
     handle = model.model.layers[1].mlp.register_forward_pre_hook(greedy)
@@ -342,7 +342,7 @@ def test_a_block_leaves_the_device_where_a_row_alone_is_too_much():
     handle.remove()
     assert losses == pytest.approx(expected[0], rel=2e-2)
     assert outsize.report(model).stepped_down and outsize.report(model).bytes_down > 0
-    close(runtime)
+    close(model)
 
 
 @pytest.mark.parametrize("attention", ["flash_attention_2", "flash_attention_3"])
@@ -367,7 +367,7 @@ def test_flash_attention_gives_the_same_bits_in_every_placement(attention, tmp_p
             losses.append(loss.item())
             optimizer.step()
             optimizer.zero_grad()
-        close(runtime_of(model))
+        close(model)
         return losses
 
     losses = run(attention, "host")
@@ -421,7 +421,7 @@ def test_what_the_device_had_no_memory_for_is_computed_in_smaller_tiles(directio
         optimizer.zero_grad()
     undo.close()
     assert losses == pytest.approx(expected[0], rel=2e-2) and outsize.report(model).stepped_down
-    close(runtime_of(model))
+    close(model)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

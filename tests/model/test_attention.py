@@ -9,12 +9,11 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask
 
 import outsize
-from outsize.engine import signature
-from outsize.engine.runtime import runtime_of
 from outsize.errors import ConfigError, UsageError
 from outsize.model import attention as attention_module
 from outsize.model import attention_of, open_skeleton
-from tests.running import close, opened, settled  # noqa: F401
+from tests.running import opened, settled  # noqa: F401
+from tests.seams import close, last_training_call, set_merging_of_rows
 from tests.zoo import ZOO
 
 
@@ -30,7 +29,7 @@ def test_torchs_own_is_the_default_and_is_named(folder):
     with torch.no_grad():
         model(**ZOO["llama"].batch())
     assert "attention: sdpa" in str(outsize.report(model))
-    close(runtime_of(model))
+    close(model)
 
 
 def test_what_is_asked_for_comes_before_the_config(folder):
@@ -98,7 +97,7 @@ def of_one_row(module, query, key, value, attention_mask, **options):
 @pytest.fixture
 def flash(monkeypatch):
     name = "of_one_row"
-    monkeypatch.setattr(signature, "merges_rows", lambda module: attention_of(module) == name)
+    set_merging_of_rows(monkeypatch, lambda module: attention_of(module) == name)
     transformers.AttentionInterface.register(name, of_one_row)
     AttentionMaskInterface.register(name, flash_attention_mask)
     return name
@@ -118,8 +117,8 @@ def test_packed_documents_are_kept_apart_with_flash_attention_too(flash):
         loss = model(**batch).loss
         loss.backward()
         gradient = model.model.layers[0].mlp.up_proj.weight.grad.clone()
-        call = runtime_of(model).visits.call.last_training
-        close(runtime_of(model))
+        call = last_training_call(model)
+        close(model)
         return loss.detach(), gradient, call.tile_rows
 
     batch = packed(3)
@@ -140,4 +139,4 @@ def test_packed_documents_that_cannot_be_cut_into_rows_are_refused(flash):
         with pytest.raises(UsageError, match="one row"):
             model(**{key: value for key, value in packed(3).items() if key != "labels"}, use_cache=True)
         model(**{key: value for key, value in packed(1).items() if key != "labels"}, use_cache=True)
-    close(runtime_of(model))
+    close(model)

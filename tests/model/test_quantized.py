@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 import outsize
 from outsize import Pins
 from outsize.config import Weights
-from outsize.engine.runtime import runtime_of
 from outsize.errors import ConfigError, ModelError, UsageError, WeightsError
 from outsize.quant import FORMATS, QuantizedLinear, quantize
+from tests.seams import compute_dtype, parameter_value
 
 _DECODER = {
     "hidden_size": 128,
@@ -266,10 +266,10 @@ def test_codes_of_any_bytes_survive(folder, tmp_path):
     save_file(tensors, tmp_path / "int4" / "model.safetensors", metadata={"format": "pt"})
 
     model = outsize.load(tmp_path / "int4", disk=tmp_path, home="disk", pins=Pins(weight_slots=1))
-    values = [runtime_of(model).model.values.value(name)]
+    values = [parameter_value(model, name)]
     outsize.save(model, tmp_path / "before")
     logits_of(model)
-    values.append(runtime_of(model).model.values.value(name))
+    values.append(parameter_value(model, name))
     outsize.save(model, tmp_path / "after")
     values += [load_file(tmp_path / when / "model.safetensors")[name] for when in ("before", "after")]
     assert all(torch.equal(value.view(torch.uint16).int(), codes.int()) for value in values)
@@ -311,4 +311,4 @@ def test_a_plan_for_training_is_refused(folder, tmp_path):
         outsize.preview(each, train=False, batch_size=1, seq_len=16) for each in (tmp_path / "int4", folder)
     )
     assert small.num_parameters < large.num_parameters
-    assert runtime_of(outsize.load(tmp_path / "int4")).model.dtype is torch.bfloat16
+    assert compute_dtype(outsize.load(tmp_path / "int4")) is torch.bfloat16

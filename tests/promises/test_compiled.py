@@ -16,10 +16,9 @@ import outsize
 from outsize import Pins
 from outsize.engine import compiled
 from outsize.engine.layer import Layer
-from outsize.engine.runtime import runtime_of
 from outsize.errors import ConfigError, ModelError
-from tests.promises.test_device import with_twin
-from tests.running import close, opened, values_of
+from tests.running import opened, values_of
+from tests.seams import close, last_training_call, with_twin
 from tests.zoo import ZOO
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
@@ -63,7 +62,7 @@ def trained(name="llama", *, compile=True, steps=3, changes=None, tile_rows=None
         optimizer.step()
         optimizer.zero_grad()
     result = losses, values_of(model), outsize.report(model)
-    close(runtime_of(model))
+    close(model)
     return result
 
 
@@ -184,7 +183,7 @@ def test_calls_with_a_cache_are_not_compiled(no_inductor):
         before = num_graphs()
         model.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0)
     assert before >= 1 and num_graphs() == before
-    close(runtime_of(model))
+    close(model)
 
 
 def test_what_hooks_record_inside_a_layer_is_recorded(no_inductor):
@@ -198,8 +197,8 @@ def test_gradients_that_come_at_once_are_planned_for(no_inductor):
     for compile in (False, True):
         model = opened(ZOO["llama"].build().train(), compile=compile)
         model(**ZOO["llama"].batch()).loss.backward()
-        most.append(runtime_of(model).visits.call.last_training.workload.tile_bytes.fixed)
-        close(runtime_of(model))
+        most.append(last_training_call(model).workload.tile_bytes.fixed)
+        close(model)
     layer = ZOO["llama"].build().model.layers[0]
     assert most[1] - most[0] >= 4 * sum(parameter.numel() for parameter in layer.parameters())
 

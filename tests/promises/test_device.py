@@ -18,36 +18,34 @@ import outsize
 from outsize import Pins
 from outsize.block import Plane
 from outsize.engine import api, budget
-from outsize.engine.executor import Executor
 from outsize.engine.needs import Needs
-from outsize.engine.runtime import runtime_of
 from outsize.errors import BudgetError, DeviceError, UsageError, WeightsError
-from outsize.plan import Backward, Forward, place_apart
-from outsize.store import finalizers, offload
-from outsize.store.weight_reader import WeightReader
+from outsize.plan import place_apart
+from outsize.store import finalizers
 from outsize.tier import SlowTier, TwinDevice, Way
 from outsize.tier.transfer import DoneTransfer
 from tests.promises.test_placement import RUNS, Run, assert_same_bits, small_chunks, trained
-from tests.running import abandon, around_forward, close, executor_of, needing, opened, wrapped_disk
+from tests.running import around_forward, opened
+from tests.seams import (
+    abandon,
+    activation_offload,
+    close,
+    compute_on,
+    device_of,
+    gradients_on_their_way,
+    has_memory,
+    move_small_inputs,
+    placement_of,
+    set_activations,
+    slots_of,
+    source_of,
+    watch_slots_of_visits,
+    with_twin,
+    wrapped_disk,
+)
 from tests.zoo import ZOO
 
 __all__ = ["small_chunks"]  # a fixture for all tests here
-
-
-def with_twin(monkeypatch, delay_s=lambda way, label: 0.0, limit_bytes=None, host_bytes=None):
-    """Let models be opened on twins; `host_bytes` is what the host's memory may hold. Returns the twins."""
-    twins = []
-
-    def open_device(settings):
-        twins.append(TwinDevice(limit_bytes, delay_s))
-        return twins[-1]
-
-    def place(records, **options):
-        return place_apart(records, **({**options, "host_bytes": host_bytes} if host_bytes else options))
-
-    monkeypatch.setattr(api, "open_device", open_device)
-    monkeypatch.setattr(budget, "place_apart", place)
-    return twins
 
 
 LIMIT = 50_000_000
@@ -167,7 +165,7 @@ def test_chunks_and_blocks_in_which_nothing_trains(dtype, tmp_path, monkeypatch)
             optimizer.step()
             optimizer.zero_grad()
         results.append({name: value.detach().clone() for name, value in model.named_parameters()})
-        close(runtime_of(model))
+        close(model)
     for result in results[1:]:
         assert all(torch.equal(results[0][name], result[name]) for name in result)
 
@@ -188,7 +186,7 @@ def test_a_whole_block_that_stays_on_the_device_moves_nothing(tmp_path, monkeypa
         model(**ZOO["llama"].batch(seed=seed)).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    placement = executor_of(model).store.placement
+    placement = placement_of(model)
     stay = {block for block, plane in placement.resident if plane is Plane.MOMENT1}
     assert stay and not {label.partition(".")[0] for label in labels} & stay
     rows = {(row.tier, row.what) for row in outsize.report(model).rows}
@@ -202,20 +200,20 @@ def test_host_memory_that_copies_use_is_pinned(tmp_path, monkeypatch):
     model(**ZOO["llama"].batch()).loss.backward()
     kinds = {name.partition("[")[0] for name in twins[0].pinned.values()}
     assert kinds >= {"chunk", "bounce", "staging"}
-    close(runtime_of(model))  # while chunks are small
+    close(model)  # while chunks are small
     assert not twins[0].pinned
 
 
 def test_a_model_that_is_dropped_unpins_its_memory(tmp_path, monkeypatch):
     """Pages that are unmapped while CUDA has them registered cannot be registered again at their address."""
     twins = with_twin(monkeypatch)
-    monkeypatch.setattr(offload, "LEAST_BYTES", 1)
+    move_small_inputs(monkeypatch)
     model = opened(ZOO["llama"].build().train(), disk=tmp_path, home="disk", pins=Pins(inputs="host"))
     outsize.AdamW(model)
     model(**ZOO["llama"].batch()).loss.backward()
     assert any(name.startswith("input") for name in twins[0].pinned.values())
     del model
-    for _ in range(2):  # first the runtime, whose threads are ended, then what those held
+    for _ in range(2):  # first the session, whose threads are ended, then what those held
         gc.collect()
         finalizers.finish()
     assert not twins[0].pinned
@@ -226,10 +224,10 @@ def test_weights_that_cannot_be_read_are_not_computed_with(tmp_path, monkeypatch
     ZOO["llama"].build().save_pretrained(tmp_path)
     model = outsize.load(tmp_path, home="host", dtype="float32")
 
-    def fail(store, record, plane):
+    def fail(block, targets):
         raise WeightsError("the file is gone")
 
-    monkeypatch.setattr(WeightReader, "_fill", fail)
+    monkeypatch.setattr(source_of(model), "read", fail)
     with pytest.raises(WeightsError), torch.no_grad():
         model(**ZOO["llama"].batch())
     abandon(model)
@@ -243,10 +241,9 @@ def test_what_a_slot_remembers_does_not_grow(home, tmp_path, monkeypatch):
     for seed in range(4):
         model(**ZOO["llama"].batch(seed=seed)).loss.backward()
         optimizer.step()
-    store = executor_of(model).store
-    slots = [slot for pool in store.planes._all_pools() for slot in pool._slots]
-    assert slots and all(len(slot.after) <= 2 for slot in slots)
-    close(runtime_of(model))
+    remembered = [len(slot.after) for slot in slots_of(model)]
+    assert remembered and max(remembered) <= 2
+    close(model)
 
 
 class _Mark(DoneTransfer):
@@ -289,23 +286,10 @@ class LateDevice(TwinDevice):
 @pytest.mark.parametrize("slots", [1, 3])
 def test_no_copy_overtakes_computing(home, dtype, slots, tmp_path, monkeypatch):
     device = LateDevice()
-    monkeypatch.setattr(api, "open_device", lambda settings: device)
-    monkeypatch.setattr(offload, "LEAST_BYTES", 1)
-    proceed = Executor._proceed
+    compute_on(monkeypatch, lambda: device)
+    move_small_inputs(monkeypatch)
 
-    def note(executor):
-        """What a visit that ends here computed with: the slots of its block."""
-        if executor.executed and isinstance(executor.executed[-1], Forward | Backward):
-            op = executor.executed[-1]
-            state = executor.store[op.block]
-            if state.planes.weight_slot is not None:
-                device.computed(state.planes.weights())
-            if state.planes.gradient_slot is not None and isinstance(op, Backward):
-                slot, num_elements = state.planes.gradient_slot, state.record.num_trainable
-                device.computed(slot.tensor(torch.float32, num_elements))
-        proceed(executor)
-
-    monkeypatch.setattr(Executor, "_proceed", note)
+    watch_slots_of_visits(monkeypatch, device.computed)
     pins = Pins(weight_slots=slots, gradient_slots=min(slots, 2), inputs="host")
     model = opened(ZOO["llama_tied"].build().train(), disk=tmp_path, home=home, dtype=dtype, pins=pins)
     optimizer = outsize.AdamW(model, lr=1e-3)
@@ -317,7 +301,7 @@ def test_no_copy_overtakes_computing(home, dtype, slots, tmp_path, monkeypatch):
         optimizer.step()
         optimizer.zero_grad()
     assert device.tick > 0 and sorted(set(device.too_early)) == []
-    close(runtime_of(model))
+    close(model)
 
 
 def test_gradients_go_down_while_the_next_block_computes(tmp_path, monkeypatch):
@@ -327,10 +311,8 @@ def test_gradients_go_down_while_the_next_block_computes(tmp_path, monkeypatch):
     outsize.AdamW(model)
     loss = model(**ZOO["llama"].batch()).loss
     loss.backward()
-    store = executor_of(model).store
-    under_way = [state.name for state in store if any(not t.is_done() for t in state.gradient.transfers)]
-    assert under_way
-    close(runtime_of(model))
+    assert gradients_on_their_way(model)
+    close(model)
 
 
 def test_a_device_that_is_too_small_names_one_that_works(tmp_path, monkeypatch):
@@ -348,7 +330,7 @@ def test_a_device_that_is_too_small_names_one_that_works(tmp_path, monkeypatch):
     hint = str(caught.value.hint)
     assert "of the device" in caught.value.message and 'device="' in hint
     named = {part.split("=")[0]: part.split('"')[1] for part in hint.split() if '="' in part}
-    close(runtime_of(run(device=named["device"], host=named["host"])))
+    close(run(device=named["device"], host=named["host"]))
 
 
 def test_a_failed_pin_is_named_and_nothing_is_kept(tmp_path, monkeypatch):
@@ -362,7 +344,7 @@ def test_a_failed_pin_is_named_and_nothing_is_kept(tmp_path, monkeypatch):
     outsize.AdamW(model)
     with pytest.raises(DeviceError, match="cannot be pinned"):
         model(**ZOO["llama"].batch())
-    assert runtime_of(model).backing.executor is None and len(twins) == 1
+    assert not has_memory(model) and len(twins) == 1
 
 
 @pytest.mark.parametrize("way", list(Way))
@@ -392,7 +374,7 @@ def test_inputs_that_wait_in_the_hosts_memory_are_the_same(name, tile_rows, tmp_
         return 0.004 if label.endswith(".input") else 0.0
 
     with_twin(monkeypatch, delay)
-    monkeypatch.setattr(offload, "LEAST_BYTES", 1)
+    move_small_inputs(monkeypatch)
     run = Run(name, "float32", accumulation=2, tile_rows=tile_rows)
     pins = Pins(tile_rows=tile_rows, inputs="host")
     losses, values, report = trained(run, home="host", pins=pins)
@@ -407,16 +389,15 @@ def test_inputs_that_wait_in_the_hosts_memory_are_the_same(name, tile_rows, tmp_
 def test_inputs_are_brought_up_one_block_ahead(tmp_path, monkeypatch):
     order = []
     with_twin(monkeypatch, lambda way, label: order.append((way, label)) or 0.0)
-    monkeypatch.setattr(offload, "LEAST_BYTES", 1)
+    move_small_inputs(monkeypatch)
     model = opened(ZOO["llama"].build().train(), home="host", pins=Pins(inputs="host"))
     outsize.AdamW(model)
     loss = model(**ZOO["llama"].batch()).loss
-    runtime = runtime_of(model)
-    runtime.model.device.finish()
+    device_of(model).finish()
     kept = [label for way, label in order if way is Way.DOWN and label.endswith(".input")]
     order.clear()
     loss.backward()
-    runtime.model.device.finish()
+    device_of(model).finish()
     ups = [label for way, label in order if way is Way.UP]
     brought = [label for label in ups if label.endswith(".input")]
     assert brought == ["L01.input", "L00.input"] and kept == [
@@ -427,12 +408,12 @@ def test_inputs_are_brought_up_one_block_ahead(tmp_path, monkeypatch):
     ]
     # The next block's input is asked for before this block's gradient is there.
     assert order.index((Way.UP, "L00.input")) < order.index((Way.DOWN, "L01.gradient"))
-    close(runtime)
+    close(model)
 
 
 def test_a_graph_may_be_gone_back_twice_and_dropped(tmp_path, monkeypatch):
     with_twin(monkeypatch, lambda way, label: 0.001)
-    monkeypatch.setattr(offload, "LEAST_BYTES", 1)
+    move_small_inputs(monkeypatch)
     model = opened(ZOO["llama"].build().train(), home="host", pins=Pins(inputs="host"))
     outsize.AdamW(model)
     batch = ZOO["llama"].batch()
@@ -441,7 +422,7 @@ def test_a_graph_may_be_gone_back_twice_and_dropped(tmp_path, monkeypatch):
     once = model.model.layers[0].mlp.up_proj.weight.grad.clone()
     loss.backward()
     assert torch.equal(model.model.layers[0].mlp.up_proj.weight.grad, 2 * once)
-    keeper = runtime_of(model).backing.keeper
+    keeper = activation_offload(model)
     model(**batch)
     del loss
     model(**batch)
@@ -450,15 +431,15 @@ def test_a_graph_may_be_gone_back_twice_and_dropped(tmp_path, monkeypatch):
     model(**batch).loss.backward()
     assert keeper.high_water_bytes == before, "and are used again"
     late = model(**batch).loss
-    close(runtime_of(model))
+    close(model)
     with pytest.raises(UsageError):
         late.backward()
 
 
 def test_a_long_sequence_moves_inputs_where_the_device_is_too_small(tmp_path, monkeypatch):
-    monkeypatch.setattr(offload, "LEAST_BYTES", 1)
+    move_small_inputs(monkeypatch)
     monkeypatch.setattr(budget, "DEVICE_SLACK_BYTES", 0)
-    needing(
+    set_activations(
         monkeypatch,
         lambda workload, shape, tile_rows, inputs=None, kept=frozenset(): Needs(
             *((100, 50, 900, inputs) if inputs else (1000, 50))
@@ -471,8 +452,8 @@ def test_a_long_sequence_moves_inputs_where_the_device_is_too_small(tmp_path, mo
         monkeypatch.setattr(budget, "place_apart", _first_fits(spare))
         with torch.no_grad():
             model(**ZOO["llama"].batch())
-        assert (runtime_of(model).backing.keeper is not None) is moves, spare
-        close(runtime_of(model))
+        assert (activation_offload(model) is not None) is moves, spare
+        close(model)
 
 
 def _first_fits(spare):
@@ -488,7 +469,7 @@ def _first_fits(spare):
 
 @pytest.mark.parametrize("pins", [Pins(), Pins(inputs="host")])
 def test_budgets_that_are_named_hold_the_inputs_that_wait(pins, tmp_path, monkeypatch):
-    needing(
+    set_activations(
         monkeypatch,
         lambda workload, shape, tile_rows, inputs=None, kept=frozenset(): Needs(
             *((1 << 20, 1 << 20, 300 << 20, inputs) if inputs else (80 << 30, 1 << 20))
@@ -508,11 +489,11 @@ def test_budgets_that_are_named_hold_the_inputs_that_wait(pins, tmp_path, monkey
     hint = str(caught.value.hint)
     named = {part.split("=")[0]: part.split('"')[1] for part in hint.split() if '="' in part}
     with_twin(monkeypatch, limit_bytes=1 << 30)
-    close(runtime_of(run(device=named["device"], host=named["host"])))
+    close(run(device=named["device"], host=named["host"]))
 
 
 def test_smaller_tiles_do_where_the_host_has_no_room_for_inputs(tmp_path, monkeypatch):
-    needing(
+    set_activations(
         monkeypatch,
         lambda workload, shape, tile_rows, inputs=None, kept=frozenset(): Needs(
             *((0, 0, 1 << 50, inputs) if inputs else (0, tile_rows << 36 if tile_rows > 1 else 0))
@@ -522,8 +503,8 @@ def test_smaller_tiles_do_where_the_host_has_no_room_for_inputs(tmp_path, monkey
     model = opened(ZOO["llama"].build().train(), home="host", dtype="float32")
     outsize.AdamW(model)
     model(**ZOO["llama"].batch(rows=4)).loss.backward()
-    assert runtime_of(model).backing.keeper is None
-    close(runtime_of(model))
+    assert activation_offload(model) is None
+    close(model)
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
@@ -548,4 +529,4 @@ def test_running_out_of_the_devices_memory_is_named(direction, tmp_path, monkeyp
         model(**batch).loss.backward()
     assert "tile_rows" in str(caught.value.hint)
     model(**batch).loss.backward()
-    close(runtime_of(model))
+    close(model)

@@ -17,12 +17,20 @@ import outsize
 from outsize import Pins
 from outsize.engine import budget, head
 from outsize.engine.layer import Layer
-from outsize.engine.runtime import runtime_of
 from outsize.engine.stepdown import StepDown
 from outsize.errors import BudgetError, ConfigError
-from outsize.store import offload
-from tests.promises.test_device import with_twin
-from tests.running import around_forward, close, executor_of, opened, values_of
+from tests.running import around_forward, opened, values_of
+from tests.seams import (
+    close,
+    loss_tile,
+    model_of,
+    move_small_inputs,
+    placement_of,
+    set_loss_tile,
+    tile_rows_of,
+    visits_off_plan,
+    with_twin,
+)
 from tests.zoo import ZOO, plain_batch, plain_stack, seeded
 
 STEPS = 3
@@ -73,7 +81,7 @@ def trained(name="llama", *, tile_rows=None, retry=True, kept_blocks=None, dtype
         optimizer.step()
         optimizer.zero_grad()
     result = losses, gradients, values_of(model), outsize.report(model)
-    close(runtime_of(model))
+    close(model)
     return result
 
 
@@ -184,7 +192,7 @@ def test_activations_that_were_kept_go_first_and_change_no_bit(monkeypatch):
 
 
 def resident_of(model):
-    return {block for block, _ in runtime_of(model).budget.placement.resident}
+    return {block for block, _ in placement_of(model).resident}
 
 
 def holds_blocks(count, monkeypatch, *, from_call=0):
@@ -194,7 +202,7 @@ def holds_blocks(count, monkeypatch, *, from_call=0):
     def limited(layer, call, tensors, tile):
         calls.append(layer)
         graph = run(layer, call, tensors, tile)
-        if len(calls) > from_call and len(resident_of(layer.visits.model.module)) > count:
+        if len(calls) > from_call and len(resident_of(model_of(layer))) > count:
             full()
         return graph
 
@@ -302,7 +310,7 @@ def in_short_memory(monkeypatch, at):
 @pytest.mark.parametrize(("name", "kept_blocks"), [("llama_tied", None), ("llama", 2), ("mixtral", None)])
 def test_wherever_memory_runs_out_nothing_is_lost_or_counted_twice(name, kept_blocks, monkeypatch):
     with_twin(monkeypatch)
-    monkeypatch.setattr(offload, "LEAST_BYTES", 1)
+    move_small_inputs(monkeypatch)
     monkeypatch.setattr(head, "TILE_ELEMENTS_ON_DEVICE", 2000)
     monkeypatch.setattr(head, "TILE_ELEMENTS", 2000)
 
@@ -371,7 +379,7 @@ def test_each_of_several_additions_to_one_gradient_counts_once(full_at, monkeypa
         expected = plain.get_parameter(name).grad
         assert torch.allclose(parameter.grad.clone(), expected, rtol=1e-4, atol=1e-7), name
     assert len(parts) > (full_at or 1)
-    close(runtime_of(model))
+    close(model)
 
 
 def test_generating_with_a_cache_is_not_repeated(monkeypatch):
@@ -385,7 +393,7 @@ def test_generating_with_a_cache_is_not_repeated(monkeypatch):
     with pytest.raises(BudgetError), torch.no_grad():
         model(input_ids=ids[:, :1], past_key_values=first.past_key_values)
     handle.remove()
-    close(runtime_of(model))
+    close(model)
 
 
 def test_a_forward_without_gradients_goes_on_too(monkeypatch):
@@ -405,8 +413,8 @@ def test_a_forward_without_gradients_goes_on_too(monkeypatch):
         ):
             loss = model(**batch).loss
     assert torch.allclose(loss, expected, rtol=1e-6)
-    assert executor_of(model).off_plan == {}
-    close(runtime_of(model))
+    assert visits_off_plan(model) == {}
+    close(model)
 
 
 def test_smaller_tiles_outlive_the_process(tmp_path, monkeypatch):
@@ -432,11 +440,10 @@ def test_smaller_tiles_outlive_the_process(tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.warns(RuntimeWarning):
         holds_tiles_of(1, patch)
         step(model, optimizer)
-    runtime_of(model).loss_tile_elements = 398
+    set_loss_tile(model, 398)
     step(model, optimizer)
     outsize.checkpoint.close(model)
     model, optimizer = start()
     step(model, optimizer)
-    runtime = runtime_of(model)
-    assert runtime.visits.call.last_training.tile_rows == 1 and runtime.loss_tile_elements == 398
+    assert tile_rows_of(model) == 1 and loss_tile(model) == 398
     outsize.checkpoint.close(model)

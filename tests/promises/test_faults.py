@@ -17,7 +17,6 @@ import torch
 
 import outsize
 from outsize import Pins
-from outsize.engine.runtime import runtime_of
 from outsize.errors import (
     BudgetError,
     ConfigError,
@@ -28,16 +27,23 @@ from outsize.errors import (
     UsageError,
 )
 from outsize.tier import Fault, FaultKind, FaultyTier, Verb
-from tests.running import (
+from tests.running import adamw, around_forward, assert_same_weights, opened, train, values_of
+from tests.seams import (
     abandon,
-    adamw,
-    around_forward,
-    assert_same_weights,
+    arena_of,
+    budget_of,
     close,
-    executor_of,
-    opened,
-    train,
-    values_of,
+    close_unchecked,
+    disk_of,
+    flush,
+    gradients_in_slots,
+    has_memory,
+    is_in_dry_run,
+    place_on_disk,
+    placement_of,
+    settle_updates,
+    snapshots_of,
+    steps_of_closing,
     wrapped_disk,
 )
 from tests.zoo import ZOO, plain_batch, plain_stack
@@ -71,7 +77,7 @@ def test_a_failing_transfer_is_named_and_nothing_hangs(kind, verb, plane, tmp_pa
         model = llama(tmp_path)
         with pytest.raises(ERRORS[kind], match=rf"L01\.{plane}"):
             train(model, batches())
-            executor_of(model).store.flush()
+            flush(model)
         assert tiers[0].num_faults == 1
         abandon(model)
 
@@ -89,12 +95,12 @@ def test_after_a_failure_everything_can_be_given_back(plane, verb, tmp_path, mon
         model = llama(tmp_path)
         with pytest.raises(StorageError):
             train(model, batches())
-            executor_of(model).store.flush()
-        arena, runtime = executor_of(model).store.planes.arena, runtime_of(model)
+            flush(model)
+        arena = arena_of(model)
         try:
             with contextlib.suppress(StorageError):  # it may be said again
-                runtime.setup.close()
-            assert runtime.backing.executor is None
+                close_unchecked(model)
+            assert not has_memory(model)
             assert arena.in_use_bytes == 0
             assert not list(tmp_path.iterdir())
         finally:
@@ -106,24 +112,20 @@ def test_everything_is_given_back_whatever_step_of_closing_fails(tmp_path, monke
     model = llama(tmp_path / "scratch")
     optimizer = adamw(model)
     train(model, batches(1), optimizer)
-    store, runtime = executor_of(model).store, runtime_of(model)
+    arena, disk = arena_of(model), disk_of(model)
 
     def fail(*args, **kwargs):
         raise ZeroDivisionError("a step of closing")
 
-    for owner, name in (
-        (store.path, "close"),
-        (store.weight_reader.thread, "shutdown"),
-        (store.updates.worker, "close"),
-    ):
+    for owner, name in steps_of_closing(model):
         real = getattr(owner, name)
         monkeypatch.setattr(owner, name, lambda real=real: (real(), fail()))
     with pytest.raises(ZeroDivisionError):
-        runtime.setup.close()
-    store.planes.arena.check_books()
+        close_unchecked(model)
+    arena.check_books()
     assert not list((tmp_path / "scratch").iterdir())
     with pytest.raises(UsageError):
-        store.disk.start_read(0, memoryview(mmap.mmap(-1, 4096)), "closed")
+        disk.start_read(0, memoryview(mmap.mmap(-1, 4096)), "closed")
 
 
 def test_a_commit_that_fails_to_finish_leaves_nothing_open(tmp_path, monkeypatch):
@@ -132,15 +134,15 @@ def test_a_commit_that_fails_to_finish_leaves_nothing_open(tmp_path, monkeypatch
     optimizer = adamw(model)
     outsize.checkpoint.resume(model, optimizer, tmp_path / "store")
     train(model, batches(1), optimizer)
-    store, runtime = executor_of(model).store, runtime_of(model)
+    arena = arena_of(model)
 
     def fail():
         raise ZeroDivisionError
 
-    monkeypatch.setattr(store.snapshots, "finish", fail)
+    monkeypatch.setattr(snapshots_of(model), "finish", fail)
     with pytest.raises(ZeroDivisionError):
-        runtime.setup.close()
-    store.planes.arena.check_books()
+        close_unchecked(model)
+    arena.check_books()
     again = llama(tmp_path / "scratch")
     outsize.checkpoint.resume(again, adamw(again), tmp_path / "store")  # the lock was given back
 
@@ -210,13 +212,13 @@ def test_bits_that_flip_on_the_disk_are_found(tmp_path, monkeypatch):
     model = llama(tmp_path)
     optimizer = adamw(model)
     train(model, batches(2), optimizer)
-    executor_of(model).settle_updates()
-    executor_of(model).store.flush()
-    state = executor_of(model).store["L01"]
-    with Path(f"/proc/self/fd/{executor_of(model).store.disk._file.fd}").open("r+b") as file:
-        file.seek(state.planes.disk_offset + 64)
+    settle_updates(model)
+    flush(model)
+    path, offset = place_on_disk(model, "L01")
+    with path.open("r+b") as file:
+        file.seek(offset + 64)
         byte = file.read(1)
-        file.seek(state.planes.disk_offset + 64)
+        file.seek(offset + 64)
         file.write(bytes([byte[0] ^ 1]))
     with pytest.raises(CorruptionError, match=r"L01\.weight"):
         train(model, batches(2), optimizer)
@@ -315,7 +317,7 @@ def test_a_source_is_not_needed_after_every_block_was_updated(tmp_path):
     ).train()
     optimizer = adamw(model)
     train(model, batches(1), optimizer)
-    executor_of(model).settle_updates()
+    settle_updates(model)
     shutil.rmtree(folder)
     train(model, batches()[1:], optimizer)
     plain = ZOO["llama"].build().train()
@@ -378,8 +380,7 @@ def test_the_least_memory_that_is_named_really_works(name, home, tmp_path):
 def test_a_batch_that_outgrows_the_budget_is_refused_with_a_hint(tmp_path):
     model = llama(tmp_path, pins=Pins(tile_rows=1))
     train(model, batches(1))
-    runtime = runtime_of(model)
-    runtime.budget.room_bytes = runtime.budget.placement.arena_bytes + 1
+    budget_of(model).room_bytes = placement_of(model).arena_bytes + 1
     with pytest.raises(BudgetError, match="of activations") as refusal:
         model(**ZOO["llama"].batch(rows=8, length=60))
     assert "fewer rows" in refusal.value.hint
@@ -466,7 +467,7 @@ def test_an_error_inside_a_block_leaves_a_session_that_goes_on(where, block, tmp
 
     with around_forward(layer.mlp, after=fail), pytest.raises(Trouble):
         train(model, batches(1), optimizer)
-    assert not executor_of(model).store.states[block].planes.gradient_slot
+    assert block not in gradients_in_slots(model)
     optimizer.zero_grad()
     train(model, batches()[2:], optimizer)
     train(plain, batches())
@@ -495,6 +496,7 @@ def test_an_error_at_the_very_first_call_leaves_a_model_that_can_be_called(tmp_p
     with pytest.raises(Trouble):
         model(**batches()[0])
     handle.remove()
+    assert not is_in_dry_run(model)
     train(model, batches(), optimizer)
     train(plain, batches())
     assert_same_weights(model, plain)
@@ -538,16 +540,15 @@ def test_labels_out_of_the_vocabulary_are_an_error(token, tmp_path):
 
 def test_closing_is_refused_nothing_and_may_be_repeated(tmp_path):
     model = llama(tmp_path)
-    runtime = runtime_of(model)
-    runtime.setup.close()
+    close_unchecked(model)
     train(model, batches(1))
-    close(runtime)
-    runtime.setup.close()
+    close(model)
+    close_unchecked(model)
 
 
 def test_a_model_whose_weights_are_gone_says_so(tmp_path):
     model = llama(tmp_path)
     train(model, batches(1))
-    close(runtime_of(model))
+    close(model)
     with pytest.raises((UsageError, AssertionError), match=r"gone|closed"):
         train(model, batches(1))

@@ -3,7 +3,6 @@
 import gc
 import os
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +12,6 @@ import outsize
 from outsize import Pins
 from outsize.engine import budget
 from outsize.engine.needs import Needs, needs_at
-from outsize.engine.runtime import runtime_of
 from outsize.errors import BudgetError, ConfigError, CorruptionError, StorageError, UsageError
 from outsize.store import offload
 from outsize.tier import (
@@ -28,15 +26,22 @@ from outsize.tier import (
     Verb,
 )
 from tests.promises.test_placement import Run, assert_same_bits, small_chunks, trained
-from tests.running import (
+from tests.running import adamw, assert_same_losses, assert_same_weights, opened, train
+from tests.seams import (
     abandon,
-    adamw,
-    assert_same_losses,
-    assert_same_weights,
+    activation_offload,
+    arena_of,
+    budget_of,
     close,
-    needing,
-    opened,
-    train,
+    close_unchecked,
+    computes_on_host,
+    current_call,
+    file_of_inputs,
+    has_memory,
+    move_small_inputs,
+    placement_of,
+    planned_bytes,
+    set_activations,
     wrapped_disk,
 )
 from tests.zoo import ZOO
@@ -49,9 +54,7 @@ ON_DISK = Pins(inputs="disk", weight_slots=1, gradient_slots=1)
 @pytest.fixture(autouse=True)
 def small_inputs(monkeypatch):
     """Inputs of tiny models move, in several parts."""
-    monkeypatch.setattr(offload, "LEAST_BYTES", 1)
-    monkeypatch.setattr(offload, "PART_BYTES", 4096)
-    monkeypatch.setattr(offload, "BUFFERS_BYTES", offload.BUFFERS * 4096)
+    move_small_inputs(monkeypatch, part_bytes=4096)
 
 
 def llama(tmp_path, **options):
@@ -104,7 +107,7 @@ def test_one_slow_input_is_waited_for(verb, block, tmp_path, monkeypatch):
 
 
 def moved(model):
-    stats = runtime_of(model).backing.keeper.stats()
+    stats = activation_offload(model).stats()
     return stats.bytes_written, stats.bytes_read
 
 
@@ -120,7 +123,7 @@ def test_each_input_goes_to_the_disk_once_and_comes_back_once(tmp_path, monkeypa
         model = llama(tmp_path)
         batch = ZOO["llama"].batch(rows=8, length=16)
         model(**batch).loss.backward()
-        runtime_of(model).backing.keeper.begin()  # all is written
+        activation_offload(model).begin()  # all is written
     each = 8 * 16 * 32 * 4
     parts = each // 4096
     inputs = ["L00", "L01", "L02", "norm"]
@@ -165,21 +168,15 @@ def test_memory_for_inputs_does_not_grow_with_depth(tmp_path):
             ZOO["llama"].build(num_hidden_layers=depth).train(), disk=tmp_path, home="host", pins=ON_DISK
         )
         model(**ZOO["llama"].batch(rows=16, length=16)).loss.backward()
-        runtime = runtime_of(model)
-        call = runtime.visits.call.running
-        inputs = needs_at(call.workload, call.shape, 16, runtime.budget.placement.inputs)
+        call, placement, keeper = current_call(model), placement_of(model), activation_offload(model)
+        inputs = needs_at(call.workload, call.shape, 16, placement.inputs)
         stay = needs_at(call.workload, call.shape, 16)
-        needs.append((inputs.boundary_bytes, stay.boundary_bytes, runtime.backing.keeper.high_water_bytes))
-        placement = runtime.budget.placement
+        needs.append((inputs.boundary_bytes, stay.boundary_bytes, keeper.high_water_bytes))
         each = 16 * 16 * 32 * 4
-        assert runtime.backing.keeper.high_water_bytes == (depth + 1) * each
-        assert runtime.backing.keeper.high_water_bytes <= placement.inputs_bytes
-        assert (
-            runtime.backing.keeper.arena.in_use_bytes
-            == runtime.budget.host_inputs_bytes
-            == offload.BUFFERS_BYTES
-        )
-        close(runtime)
+        assert keeper.high_water_bytes == (depth + 1) * each
+        assert keeper.high_water_bytes <= placement.inputs_bytes
+        assert keeper.arena.in_use_bytes == planned_bytes(model)["inputs"] == offload.BUFFERS_BYTES
+        close(model)
     assert needs[1][1] - needs[0][1] == 8 * each and needs[1][0] == needs[0][0] < needs[1][1]
 
 
@@ -206,7 +203,7 @@ def test_a_graph_that_is_dropped_gives_its_places_back(tmp_path):
     model = llama(tmp_path, home="host")
     batch = ZOO["llama"].batch()
     loss = model(**batch).loss
-    keeper = runtime_of(model).backing.keeper
+    keeper = activation_offload(model)
     full = keeper.in_use_bytes
     assert full > 0
     del loss
@@ -236,7 +233,7 @@ def test_of_two_graphs_at_once_each_brings_its_own_inputs_back(tmp_path):
     model(**ZOO["llama"].batch(rows=8, length=16)).loss.backward()  # room for both
     batch = ZOO["llama"].batch(rows=4, length=16)
     graphs = [model(**batch).loss for _ in range(2)]
-    runtime_of(model).backing.keeper._let_go(0)  # all is written, and gone from memory
+    activation_offload(model)._let_go(0)  # all is written, and gone from memory
     each = 4 * 16 * 32 * 4
     for loss in graphs:
         before = moved(model)[1]
@@ -256,7 +253,7 @@ def test_going_back_twice_reads_again(tmp_path):
     assert torch.equal(weight.grad, 2 * once)
     optimizer.zero_grad()
     late = model(**ZOO["llama"].batch()).loss
-    close(runtime_of(model))
+    close(model)
     with pytest.raises(UsageError):
         late.backward()
 
@@ -276,7 +273,7 @@ def test_an_input_that_cannot_be_read_is_a_named_error(kind, tmp_path, monkeypat
         gc.collect()
         optimizer.zero_grad()
         model(**ZOO["llama"].batch()).loss.backward()  # the disk is well again, and so is everything else
-        assert runtime_of(model).backing.keeper.in_use_bytes == 0
+        assert activation_offload(model).in_use_bytes == 0
 
 
 def test_an_input_that_cannot_be_written_is_a_named_error(tmp_path, monkeypatch):
@@ -293,8 +290,8 @@ def test_an_input_that_cannot_be_written_is_a_named_error(tmp_path, monkeypatch)
 def test_bits_that_flip_on_the_disk_are_found(tmp_path):
     model = llama(tmp_path, home="host")
     loss = model(**ZOO["llama"].batch()).loss
-    runtime_of(model).backing.keeper.begin()  # all are written
-    with Path(f"/proc/self/fd/{runtime_of(model).backing.keeper._disk._file.fd}").open("r+b") as file:
+    activation_offload(model).begin()  # all are written
+    with file_of_inputs(model).open("r+b") as file:
         byte = file.read(1)
         file.seek(0)
         file.write(bytes([byte[0] ^ 1]))
@@ -388,7 +385,7 @@ def test_a_disk_that_is_full_is_named_and_nothing_is_kept(tmp_path, monkeypatch)
         patch.setattr(os, "posix_fallocate", full)
         with pytest.raises(StorageError, match="the store needs"):
             model(**ZOO["llama"].batch())
-    assert runtime_of(model).backing.executor is None and runtime_of(model).backing.keeper is None
+    assert not has_memory(model) and activation_offload(model) is None
 
 
 def attempts_of(model, room, monkeypatch, **options):
@@ -401,10 +398,10 @@ def attempts_of(model, room, monkeypatch, **options):
         return Needs(boundary + short, visit, own.moved_bytes if inputs else 0, inputs)
 
     with monkeypatch.context() as patch:
-        needing(patch, limited)
+        set_activations(patch, limited)
         patch.setattr(budget.Budget, "begin_call", lambda self, workload, shape: self._fit.tile_rows)
         model(**ZOO["llama"].batch(rows=8, length=options.get("length", 12)))
-    own = runtime_of(model).budget
+    own = budget_of(model)
     return own.placement.inputs, own._fit.tile_rows
 
 
@@ -422,26 +419,26 @@ def attempts_of(model, room, monkeypatch, **options):
 def test_inputs_go_to_the_disk_before_tiles_become_too_small(room, fewest, expected, tmp_path, monkeypatch):
     monkeypatch.setattr(budget, "FEWEST_TILE_TOKENS", fewest)
     model = opened(ZOO["llama"].build().train(), disk=tmp_path, home="host")
-    if not runtime_of(model).model.device.is_host:
+    if not computes_on_host(model):
         pytest.skip("a device tries the host's memory first")
     assert attempts_of(model, room, monkeypatch) == expected
-    close(runtime_of(model))
+    close(model)
 
 
 def test_without_a_disk_tiles_become_as_small_as_they_must(monkeypatch):
     monkeypatch.setattr(budget, "FEWEST_TILE_TOKENS", 24)
     model = opened(ZOO["llama"].build().train(), home="host")
-    if not runtime_of(model).model.device.is_host:
+    if not computes_on_host(model):
         pytest.skip("a device tries the host's memory first")
     assert attempts_of(model, 1150, monkeypatch) == (None, 1)
-    close(runtime_of(model))
+    close(model)
 
 
 def test_inputs_that_are_too_small_to_move_stay(tmp_path, monkeypatch):
     monkeypatch.setattr(offload, "LEAST_BYTES", 1 << 20)
     model = llama(tmp_path, home="host")
     model(**ZOO["llama"].batch()).loss.backward()
-    assert runtime_of(model).backing.keeper is None and runtime_of(model).budget.placement.inputs is None
+    assert activation_offload(model) is None and placement_of(model).inputs is None
 
 
 @pytest.mark.parametrize("device", [HostDevice(), TwinDevice(delay_s=lambda way, label: 0.002)])
@@ -518,12 +515,11 @@ def test_blocks_are_closed_though_inputs_cannot_be(tmp_path, monkeypatch):
 
     model = llama(tmp_path)
     model(**ZOO["llama"].batch()).loss.backward()
-    runtime = runtime_of(model)
-    keeper, arena = runtime.backing.keeper, runtime.backing.executor.store.planes.arena
+    keeper, arena = activation_offload(model), arena_of(model)
     with monkeypatch.context() as patch:
         patch.setattr(offload.ActivationOffload, "close", fail)
         with pytest.raises(StorageError):
-            runtime.setup.close()
+            close_unchecked(model)
     assert arena.in_use_bytes == 0
     keeper.close()
 
@@ -538,8 +534,8 @@ def test_buffers_of_inputs_are_taken_from_what_is_left_for_arenas(tmp_path, monk
 
     monkeypatch.setattr(budget, "place", note)
     model = llama(tmp_path, home="host")
-    own = runtime_of(model).budget
-    if not runtime_of(model).model.device.is_host:
+    own = budget_of(model)
+    if not computes_on_host(model):
         pytest.skip("a device has a budget of its own")
     model(**ZOO["llama"].batch())
     assert own.room_bytes - own.activation_bytes - own.host_inputs_bytes in rooms

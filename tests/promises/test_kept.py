@@ -16,7 +16,6 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from outsize import Pins
 from outsize.block import Plane
 from outsize.engine.layer import Layer
-from outsize.engine.runtime import runtime_of
 from outsize.errors import BudgetError, ConfigError, UsageError
 from tests.promises.test_placement import Run, assert_same_bits, small_chunks, trained
 from tests.running import (
@@ -28,6 +27,7 @@ from tests.running import (
     train,
     values_of,
 )
+from tests.seams import computes_on_host, current_call, placement_of
 from tests.zoo import ZOO, plain_batch, plain_stack, seeded
 
 __all__ = ["small_chunks"]  # a fixture for all tests here
@@ -106,7 +106,7 @@ def test_the_last_layers_run_once(count, expected, tmp_path):
     model = llama(tmp_path, count)
     train(model, [ZOO["llama"].batch()])
     assert forwards_of(model, ZOO["llama"].batch()) == expected
-    placement = runtime_of(model).budget.placement
+    placement = placement_of(model)
     assert placement.kept == {f"L{index:02}" for index in range(3) if expected[index] == 1}
     assert all(placement.is_resident(block, Plane.WEIGHT) for block in placement.kept)
     with torch.no_grad():
@@ -306,12 +306,13 @@ def test_a_budget_that_is_too_small_for_them_names_one_that_works(tmp_path, monk
     def run(host):
         model = llama(tmp_path, ALL, host=host)
         model(**ZOO["llama"].batch()).loss.backward()
-        return runtime_of(model)
+        return model
 
-    runtime = run(None)
-    if not runtime.model.device.is_host:
+    model = run(None)
+    if not computes_on_host(model):
         pytest.skip("a device has a budget of its own")
-    workload, shape = runtime.visits.call.running.workload, runtime.visits.call.running.shape
+    call = current_call(model)
+    workload, shape = call.workload, call.shape
     per_layer = [layer.bytes_at(shape.rows, shape.rows) for layer in workload.activations]
     assert len(per_layer) == 3 and min(per_layer) > 3 * 12 * 32 * 4
     with pytest.raises(BudgetError) as caught:
@@ -325,7 +326,7 @@ import torch, outsize
 from transformers import LlamaConfig, LlamaForCausalLM
 from outsize.store import memory
 from outsize.engine.needs import kept_bytes
-from outsize.engine.runtime import runtime_of
+from tests.seams import budget_of, close_unchecked, current_call, placement_of
 torch.set_num_threads(1)
 figures = []
 config = LlamaConfig(vocab_size=500, hidden_size=384, intermediate_size=1024, num_hidden_layers=3,
@@ -340,12 +341,11 @@ for count in (0, 2):
     before = memory.resident_bytes()
     loss = model(input_ids=ids, labels=ids).loss
     memory.give_back()
-    runtime, tile_rows = runtime_of(model), int(sys.argv[1])
-    call = runtime.visits.call.running
-    counted = kept_bytes(call.workload, call.shape, tile_rows, runtime.budget.placement.kept)
-    figures.append((memory.resident_bytes() - before, counted, runtime.budget.activation_bytes))
+    call, tile_rows = current_call(model), int(sys.argv[1])
+    counted = kept_bytes(call.workload, call.shape, tile_rows, placement_of(model).kept)
+    figures.append((memory.resident_bytes() - before, counted, budget_of(model).activation_bytes))
     loss.backward()
-    runtime_of(model).setup.close()
+    close_unchecked(model)
 print(json.dumps(figures))
 """
 

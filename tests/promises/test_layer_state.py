@@ -8,9 +8,9 @@ from torch import nn
 
 import outsize
 from outsize import Pins
-from outsize.engine.runtime import runtime_of
 from outsize.errors import UsageError
 from tests.running import adamw, assert_same_losses, assert_same_weights, opened
+from tests.seams import current_call, has_memory
 
 WIDTH, ROWS = 8, 6
 
@@ -236,7 +236,7 @@ def test_a_loss_that_a_layer_keeps_beside_its_output_is_refused():
     model = opened(made(Remembering))
     with pytest.raises(UsageError, match=r"layers\.0 keeps a tensor with a gradient in penalty"):
         model(batches()[0])
-    assert runtime_of(model).backing.executor is None and "penalty" not in vars(model.layers[0])
+    assert not has_memory(model) and "penalty" not in vars(model.layers[0])
     with torch.no_grad():
         model(batches()[0])
 
@@ -257,5 +257,5 @@ class Lazy(nn.Module):
 def test_what_is_made_once_does_not_keep_a_layer_from_being_cut():
     model = outsize.wrap(made(Lazy), pins=Pins(tile_rows=2))
     model(batches()[0]).backward()
-    call = runtime_of(model).visits.call.running
+    call = current_call(model)
     assert not call.workload.changing and all(call.workload.dims.values())

@@ -15,14 +15,14 @@ import outsize
 from outsize import Pins
 from outsize.config import ComputeType
 from outsize.engine import api, layer
-from outsize.engine.runtime import runtime_of
 from outsize.optim import Kernel, gpu_kernel
 from outsize.optim.rules import RULES
 from outsize.store import offload
 from outsize.store.gradients import Gradients
 from outsize.tier import Device, LinkStats, Way
 from outsize.tier.transfer import DoneTransfer
-from tests.running import executor_of, opened
+from tests.running import opened
+from tests.seams import arguments_of, blocks_that_move, flush
 from tests.zoo import ZOO
 
 
@@ -109,11 +109,11 @@ def test_a_step_reads_no_value_of_the_device(name, home, pins, paper, tmp_path, 
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    executor_of(model).store.flush()
+    flush(model)
     copies = paper[0].copies
     if home == "device":
         return
-    moving = [state.name for state in executor_of(model).store if not state.planes.resident]
+    moving = blocks_that_move(model)
     # With one slot, a layer is streamed twice per step, for forward and for backward. Its gradients go down once.
     layers = [block for block in moving if block.startswith("L")]
     ups = {copies[Way.UP, f"{block}.weight"] - first[Way.UP, f"{block}.weight"] for block in layers}
@@ -124,12 +124,12 @@ def test_a_step_reads_no_value_of_the_device(name, home, pins, paper, tmp_path, 
 
 
 def test_an_argument_that_the_model_changed_is_not_taken_from_the_host(paper, tmp_path):
-    runtime = runtime_of(opened(ZOO["llama"].build().train(), home="host"))
+    arguments = arguments_of(opened(ZOO["llama"].build().train(), home="host"))
     ids = torch.zeros(2, 3, dtype=torch.long)
-    (moved,), _ = runtime.model.arguments.moved((ids,), {})
-    assert runtime.model.arguments.known_on_host(moved.view(3, 2)).shape == (3, 2)
+    (moved,), _ = arguments.moved((ids,), {})
+    assert arguments.known_on_host(moved.view(3, 2)).shape == (3, 2)
     moved[:, 0] = 1
-    assert runtime.model.arguments.known_on_host(moved) is None
+    assert arguments.known_on_host(moved) is None
 
 
 def test_a_rule_is_tried_on_the_device_as_it_is_called(monkeypatch):

@@ -11,20 +11,10 @@ from transformers import DynamicCache
 
 import outsize
 from outsize import Pins
-from outsize.engine.runtime import runtime_of
 from outsize.errors import UsageError
 from outsize.tier import SlowTier
-from tests.running import (
-    adamw,
-    assert_same_weights,
-    close,
-    executor_of,
-    loss_of,
-    opened,
-    train,
-    values_of,
-    wrapped_disk,
-)
+from tests.running import adamw, assert_same_weights, loss_of, opened, train, values_of
+from tests.seams import arena_of, close, wrapped_disk
 from tests.zoo import ZOO, plain_batch, plain_stack, seeded
 
 
@@ -273,8 +263,8 @@ def test_reading_a_parameter_inside_a_forward_of_another_block_is_refused(tmp_pa
 def test_a_closed_session_gives_everything_back(tmp_path):
     model = opened(ZOO["llama"].build().train(), disk=tmp_path, home="disk")
     train(model, [ZOO["llama"].batch()])
-    arena = executor_of(model).store.planes.arena
-    close(runtime_of(model))
+    arena = arena_of(model)
+    close(model)
     assert arena.in_use_bytes == 0
     assert not list(tmp_path.iterdir())
 

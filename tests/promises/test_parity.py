@@ -16,17 +16,9 @@ from transformers.pytorch_utils import Conv1D
 import outsize
 from outsize import Pins
 from outsize.engine.layer import Layer
-from outsize.engine.runtime import runtime_of
 from outsize.errors import UsageError
-from tests.running import (
-    adamw,
-    assert_same_losses,
-    assert_same_weights,
-    executor_of,
-    opened,
-    train,
-    values_of,
-)
+from tests.running import adamw, assert_same_losses, assert_same_weights, opened, train, values_of
+from tests.seams import points_of, source_of
 from tests.zoo import ZOO, plain_batch, plain_stack, seeded
 
 STEPS = 5
@@ -76,7 +68,7 @@ def noting_rows(forward, seen):
 def rows_seen(model, batch):
     """How many rows (or multiples of one) the linear layers inside of layers are given at once."""
     seen = set()
-    for point in runtime_of(model).points.values():
+    for point in points_of(model):
         if isinstance(point, Layer):
             for child in point.module.modules():
                 if isinstance(child, nn.Linear | nn.Conv1d | Conv1D) and child is not point.module:
@@ -793,4 +785,4 @@ def test_the_original_module_is_not_needed(tmp_path):
     train(model, batches("llama", count=2))
     train(twin, batches("llama", count=2))
     assert_same_weights(model, twin)
-    assert executor_of(model).store.weight_reader.source is None
+    assert source_of(model) is None

@@ -5,7 +5,6 @@ transfers are begun late: a missing wait reads old bytes, and shows.
 """
 
 import random
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,9 +16,9 @@ from hypothesis import strategies as st
 
 import outsize
 from outsize import Pins
-from outsize.engine.runtime import runtime_of
 from outsize.tier import SlowTier
-from tests.running import close, executor_of, opened, values_of, wrapped_disk
+from tests.running import opened, values_of
+from tests.seams import close, set_chunk, store_of, wrapped_disk
 from tests.zoo import ZOO
 
 STEPS = 5
@@ -37,15 +36,6 @@ class Run:
     max_grad_norm: float | None = None
     tile_rows: int | None = None
     keeps_gradients: bool = False
-
-
-def set_chunk(monkeypatch, num_elements):
-    """Change the size of a chunk in every module that has it."""
-    modules = [module for name, module in sys.modules.items() if name.startswith("outsize.")]
-    having = [module for module in modules if "CHUNK" in vars(module)]
-    assert len(having) >= 4
-    for module in having:
-        monkeypatch.setattr(module, "CHUNK", num_elements)
 
 
 @pytest.fixture(autouse=True)
@@ -71,7 +61,7 @@ def trained(run, **options):
                 losses.append(model(**ZOO[run.name].batch(seed=99)).loss)
     values = values_of(model)
     report = outsize.report(model)
-    close(runtime_of(model))
+    close(model)
     return losses, values, report
 
 
@@ -182,7 +172,7 @@ def test_updates_of_one_block_follow_each_other(dtype, tmp_path, monkeypatch):
             for _ in range(4):
                 optimizer.step()
             results.append(values_of(model))
-            close(runtime_of(model))
+            close(model)
     assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
 
 
@@ -240,5 +230,5 @@ def test_small_chunks_are_in_force(tmp_path):
     model = opened(ZOO["llama"].build(), disk=tmp_path, home="disk")
     outsize.AdamW(model)
     model(**ZOO["llama"].batch()).loss.backward()
-    record = executor_of(model).store["L00"].record
+    record = store_of(model)["L00"].record
     assert len(list(record.chunks())) >= 3

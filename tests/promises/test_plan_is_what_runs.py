@@ -6,22 +6,30 @@ import torch
 import outsize
 from outsize import Pins
 from outsize.block import Plane
-from outsize.engine import executor as executor_module
-from outsize.engine.runtime import runtime_of
-from outsize.plan import Backward, Forward, Plan, Read, Update, check
-from tests.running import adamw, executor_of, opened, train
+from outsize.plan import Backward, Forward, Plan, Read, Update
+from tests.running import adamw, opened, train
+from tests.seams import (
+    arena_of,
+    flush,
+    placement_of,
+    plan_ahead,
+    plan_executed,
+    records_of,
+    slots_taken,
+    watch_plans,
+)
 from tests.zoo import ZOO
 
 
 def planned(model, batch):
     """Run one call and its backward; the plan as it was printed when the call began, and what was executed."""
     printed = []
-    handle = model.register_forward_pre_hook(lambda *_: printed.append(str(executor_of(model).plan)))
+    handle = model.register_forward_pre_hook(lambda *_: printed.append(str(plan_ahead(model))))
     loss = model(**batch).loss
     loss.backward()
     handle.remove()
     (text,) = printed
-    return Plan.parse(text), executor_of(model).executed
+    return Plan.parse(text), plan_executed(model)
 
 
 @pytest.mark.parametrize("home", ["disk", "host"])
@@ -35,7 +43,7 @@ def test_what_runs_is_the_printed_plan_op_for_op(name, home, tmp_path):
     assert [str(op) for op in executed] == [str(op) for op in plan]
     computed = [op for op in executed if isinstance(op, Forward | Backward)]
     assert len(computed) > 5
-    trainable = {state.name for state in executor_of(model).store if state.record.num_trainable}
+    trainable = {name for name, record in records_of(model).items() if record.num_trainable}
     assert {op.block for op in executed if isinstance(op, Update)} == trainable
     assert any(isinstance(op, Read) and op.plane is Plane.WEIGHT for op in executed) is (home == "disk")
     assert outsize.report(model).off_plan == ()
@@ -44,24 +52,18 @@ def test_what_runs_is_the_printed_plan_op_for_op(name, home, tmp_path):
 @pytest.mark.parametrize("weight_slots", [1, 3])
 @pytest.mark.parametrize("name", ["llama_tied", "mixtral", "t5", "albert", "llava"])
 def test_memory_is_what_the_plan_says(name, weight_slots, tmp_path, monkeypatch):
-    peaks = []
-
-    def watched(*args):
-        peaks.append(check(*args))
-        return peaks[-1]
-
-    monkeypatch.setattr(executor_module, "check", watched)
+    peaks = watch_plans(monkeypatch)
     pins = Pins(weight_slots=weight_slots, gradient_slots=2)
     model = opened(ZOO[name].build().train(), disk=tmp_path, home="disk", pins=pins)
     train(model, [[ZOO[name].batch(seed=2 * i + part) for part in range(2)] for i in range(3)])
-    placement, store = runtime_of(model).budget.placement, executor_of(model).store
+    placement, arena = placement_of(model), arena_of(model)
     assert placement is not None
-    weights, gradients = store.planes.slot_high_water
+    weights, gradients = slots_taken(model)
     assert weights == tuple(map(max, *(peak.weight_slots for peak in peaks)))
     assert gradients == tuple(map(max, *(peak.gradient_slots for peak in peaks)))
     assert weights == tuple(group.count for group in placement.weight_classes)
-    assert store.planes.arena.in_use_bytes == store.planes.arena.high_water_bytes == placement.arena_bytes
-    assert store.planes.arena.limit_bytes == placement.arena_bytes
+    assert arena.in_use_bytes == arena.high_water_bytes == placement.arena_bytes
+    assert arena.limit_bytes == placement.arena_bytes
     assert max(peak.num_bytes for peak in peaks) <= placement.slots_bytes
 
 
@@ -73,9 +75,9 @@ def test_bytes_moved_are_the_plans_bytes(tmp_path):
     train(model, [ZOO[name].batch(seed=i) for i in range(2)], optimizer)
     before = outsize.report(model)
     plan, _ = planned(model, ZOO[name].batch(seed=2))
-    executor_of(model).store.flush()
+    flush(model)
     after = outsize.report(model)
-    records = executor_of(model).store.records.values()
+    records = records_of(model).values()
     state = sum(sum(record.plane_bytes(plane) for plane in record.state) for record in records)
     weights = sum(record.plane_bytes(Plane.WEIGHT) for record in records)
     gradients = sum(record.plane_bytes(Plane.GRADIENT) for record in records)
@@ -89,7 +91,7 @@ def test_evaluation_streams_weights_once_and_nothing_else(tmp_path):
     train(model, [ZOO["llama"].batch()])
     with torch.no_grad():
         model(**ZOO["llama"].batch())  # applies what is pending
-        executor_of(model).store.flush()
+        flush(model)
         before = outsize.report(model)
         plan, executed = planned_forward(model, ZOO["llama"].batch())
     after = outsize.report(model)
@@ -102,4 +104,4 @@ def test_evaluation_streams_weights_once_and_nothing_else(tmp_path):
 def planned_forward(model, batch):
     """As `planned`, without a backward."""
     model(**batch)
-    return executor_of(model).plan, executor_of(model).executed
+    return plan_ahead(model), plan_executed(model)

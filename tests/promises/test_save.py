@@ -12,18 +12,10 @@ from torch import nn
 
 import outsize
 from outsize import Pins
-from outsize.engine.runtime import runtime_of
 from outsize.errors import ModelError, UsageError, WeightsError
 from tests.model.helpers import stored
-from tests.running import (
-    abandon,
-    adamw,
-    assert_same_losses,
-    assert_same_weights,
-    opened,
-    train,
-    values_of,
-)
+from tests.running import adamw, assert_same_losses, assert_same_weights, opened, train, values_of
+from tests.seams import abandon, has_memory, source_of
 from tests.zoo import ZOO, plain_batch, plain_stack, seeded
 
 NAMES = ("llama", "llama_tied", "gpt2", "mixtral", "t5", "vit", "albert", "llava")
@@ -225,7 +217,7 @@ def test_a_first_call_that_fails_keeps_nothing(tmp_path):
     with pytest.raises(ModelError, match="no initial value to scale"):
         model(**plain_batch())
     try:
-        assert runtime_of(model).backing.executor is None
+        assert not has_memory(model)
         assert not list(tmp_path.iterdir())
     finally:
         abandon(model)
@@ -240,7 +232,7 @@ def test_tensors_that_were_taken_over_are_let_go(tmp_path):
     module = plain_stack()
     module.inlet.weight = nn.Parameter(module.inlet.weight.detach().as_subclass(Watched))
     model = outsize.wrap(module, disk=tmp_path, home="disk")
-    reference = weakref.ref(runtime_of(model).backing.source._tensors["inlet.weight"])
+    reference = weakref.ref(source_of(model)._tensors["inlet.weight"])
     train(model, [plain_batch()])
     gc.collect()
     assert reference() is None

@@ -1,7 +1,6 @@
 """Where nothing trains, nothing is written: weights are read from the model's own files at each pass."""
 
 import re
-from dataclasses import replace
 
 import pytest
 import torch
@@ -9,11 +8,17 @@ from safetensors.torch import load_file, save_file
 
 import outsize
 from outsize import Pins
-from outsize.engine.runtime import runtime_of
 from outsize.errors import BudgetError
 from outsize.store import weight_reader
-from tests.promises.test_device import with_twin
-from tests.running import executor_of
+from tests.seams import (
+    arena_of,
+    budget_of,
+    close_unchecked,
+    disk_of,
+    placement_of,
+    set_pins,
+    with_twin,
+)
 from tests.zoo import ZOO
 
 STREAMED = Pins(resident_bytes=0)
@@ -43,8 +48,7 @@ def test_it_streams_without_a_disk_of_its_own(name, tmp_path):
     streamed, found = logits(folder, name, pins=STREAMED)
     _, expected = logits(folder, name, home="host")
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
-    store = executor_of(streamed).store
-    assert store.disk is None and not store.placement.resident
+    assert disk_of(streamed) is None and not placement_of(streamed).resident
     assert "disk  weights, in their files" in str(outsize.report(streamed))
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -55,7 +59,7 @@ def test_single_entries_in_memory_are_read_once_and_change_nothing(name, tmp_pat
     whole, _ = logits(folder, name, pins=STREAMED)
     model, found = logits(folder, name, pins=Pins(resident_bytes=33_000))
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
-    placement = executor_of(model).store.placement
+    placement = placement_of(model)
     assert placement.resident_bytes + placement.pieces_bytes <= 33_000
     if name == "llama":
         assert placement.pieces
@@ -66,32 +70,28 @@ def test_memory_that_calls_leave_unused_holds_weights_until_a_call_needs_it(name
     folder = saved(tmp_path / "model", name)
     _, expected = logits(folder, name, home="host")
     model, _ = logits(folder, name, pins=STREAMED)
-    store, runtime = executor_of(model).store, runtime_of(model)
-    assert not store.placement.pieces
-    runtime.budget.change_settings(replace(runtime.setup.settings, pins=Pins()))
-    limit, read = runtime.budget.limit_bytes, []
+    assert not placement_of(model).pieces
+    set_pins(model, Pins())
+    budget, arena, read = budget_of(model), arena_of(model), []
+    limit = budget.limit_bytes
     with torch.no_grad():
         for limit_bytes in (limit, limit, 1, 1, limit):
-            runtime.budget.limit_bytes = limit_bytes
+            budget.limit_bytes = limit_bytes
             before = outsize.report(model).bytes_read
             again = [model(**ZOO[name].batch(seed=seed)).logits for seed in (1, 2)]
             read.append(outsize.report(model).bytes_read - before)
             assert all(torch.equal(one, other) for one, other in zip(again, expected, strict=True))
-            assert bool(store.placement.pieces) is (limit_bytes == limit)
-            assert runtime.budget.placement == store.placement
-            assert (
-                store.planes.arena.in_use_bytes
-                == store.planes.arena.limit_bytes
-                == store.placement.arena_bytes
-            )
+            placement = placement_of(model)
+            assert bool(placement.pieces) is (limit_bytes == limit)
+            assert arena.in_use_bytes == arena.limit_bytes == placement.arena_bytes
     assert read[1] < read[3] // 4, "but for rows of embeddings nothing is read"
-    runtime.setup.close()
+    close_unchecked(model)
 
 
 def test_a_disk_that_could_not_hold_it_is_enough(tmp_path):
     folder = saved(tmp_path / "model", "llama")
     model, _ = logits(folder, "llama", disk=f"{tmp_path}:4KiB", home="disk")
-    assert executor_of(model).store.disk is None
+    assert disk_of(model) is None
 
 
 def test_a_device_is_fed_from_the_files(name, tmp_path, monkeypatch):
@@ -100,7 +100,7 @@ def test_a_device_is_fed_from_the_files(name, tmp_path, monkeypatch):
     with_twin(monkeypatch, lambda way, label: 0.0)
     model, found = logits(folder, name, home="disk", disk=str(tmp_path))
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
-    assert executor_of(model).store.disk is None
+    assert disk_of(model) is None
 
 
 def test_weights_that_are_there_in_the_compute_type_are_not_converted(name, tmp_path, monkeypatch):
@@ -131,4 +131,4 @@ def test_the_memory_that_is_named_is_what_streaming_takes(tmp_path):
     assert "SSD" not in caught.value.hint
     found = re.search(r'host="(\d+MiB)"', caught.value.hint)
     model, _ = logits(folder, "llama", host=found[1], pins=STREAMED)
-    assert not executor_of(model).store.placement.resident
+    assert not placement_of(model).resident

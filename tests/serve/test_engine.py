@@ -13,7 +13,8 @@ from outsize.errors import BudgetError, ConfigError, ModelError, RequestError
 from outsize.serve import Engine, Finish, Request, Sampling, Stream, open_engine
 from outsize.serve.schedule import Sample
 from outsize.serve.speculate import LONG_MATCH, Guesser, _Record
-from tests.running import executor_of, opened
+from tests.running import opened
+from tests.seams import blocks_expected, weights_in_slots
 from tests.serve.families import FAMILIES, lively, prompts_of
 from tests.zoo import plain_stack
 
@@ -399,7 +400,5 @@ def test_what_the_next_pass_needs_first_is_read_beside_choosing_tokens(model, tm
     engine = Engine(streamed)
     engine.submit(Request(prompts_of((20,))[0], DRAWN, 4))
     engine.step()
-    executor = executor_of(streamed)
-    first = executor._expected[0].block
-    assert executor.store[first].slot is not None and first in executor._held
+    assert blocks_expected(streamed)[0] in weights_in_slots(streamed)
     assert not outsize.report(streamed).off_plan

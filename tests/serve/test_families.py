@@ -8,10 +8,10 @@ import torch
 
 import outsize
 from outsize import Pins
-from outsize.engine.runtime import runtime_of
 from outsize.serve import Engine, Request, open_engine
 from outsize.serve.single import SingleEngine
 from tests.running import opened
+from tests.seams import source_of
 from tests.serve.families import PAGED, SINGLE, assert_greedy, lively, prompts_of, reference
 
 LENGTHS = (5, 21, 1, 33)
@@ -72,7 +72,7 @@ def test_streamed(name, tmp_path, monkeypatch):
     plain, prompts = lively(name), prompts_of(LENGTHS)
     model = opened(plain, disk=tmp_path, home="disk", pins=Pins(weight_slots=1))
     model.requires_grad_(False)
-    engine, source, fetched = Engine(model, pass_tokens=16), runtime_of(model).backing.source, Counter()
+    engine, source, fetched = Engine(model, pass_tokens=16), source_of(model), Counter()
 
     def count(block, targets, read=source.read):
         fetched[block.name] += 1

@@ -3,11 +3,11 @@
 import pytest
 
 import outsize
-from outsize.engine.runtime import runtime_of
 from outsize.errors import BudgetError
 from outsize.serve import Workload, open_engine
 from outsize.serve.runner import Runner
 from outsize.store import memory
+from tests.seams import budget_of
 from tests.zoo import ZOO, seeded
 
 BASE = 300 << 20
@@ -26,7 +26,7 @@ def folder(tmp_path):
 
 def engine_of(folder, host, workload):
     model = outsize.load(folder, dtype="float32", host=host).requires_grad_(False)
-    return runtime_of(model), open_engine(model, workload=workload)
+    return model, open_engine(model, workload=workload)
 
 
 @pytest.mark.parametrize(("sequences", "tokens"), [(1, 20), (3, 200)])
@@ -36,10 +36,12 @@ def test_a_plan_for_generating_is_what_an_engine_takes(sequences, tokens, folder
     options = {"batch_size": sequences, "seq_len": tokens, "dtype": "float32", "train": False}
     summary = outsize.preview(folder, host=host, **options)
     assert summary.fits, summary.reason
-    runtime, engine = engine_of(folder, host, Workload(sequences, tokens))
-    assert summary.host_bytes == runtime.budget.host_bytes()
-    assert engine.runner.kv.num_bytes == runtime.budget.reserved_bytes
-    assert ("KV cache", runtime.budget.reserved_bytes) in [(row.what, row.num_bytes) for row in summary.rows]
+    model, engine = engine_of(folder, host, Workload(sequences, tokens))
+    assert summary.host_bytes == budget_of(model).host_bytes()
+    assert engine.runner.kv.num_bytes == budget_of(model).reserved_bytes
+    assert ("KV cache", budget_of(model).reserved_bytes) in [
+        (row.what, row.num_bytes) for row in summary.rows
+    ]
 
 
 def test_what_a_plan_refuses_an_engine_refuses(folder, monkeypatch):
@@ -54,10 +56,10 @@ def test_what_a_plan_refuses_an_engine_refuses(folder, monkeypatch):
 
 def test_only_rows_that_are_wanted_have_logits(folder):
     """Of a short prompt one row and its guesses, not as many as a pass may have tokens."""
-    runtime, _ = engine_of(folder, None, Workload(1, 20))
-    few = runtime.budget.activation_bytes
-    runtime, _ = engine_of(folder, None, Workload(8, 200))
-    assert few < 17 * 20_000 * 4 * 2 < runtime.budget.activation_bytes
+    model, _ = engine_of(folder, None, Workload(1, 20))
+    few = budget_of(model).activation_bytes
+    model, _ = engine_of(folder, None, Workload(8, 200))
+    assert few < 17 * 20_000 * 4 * 2 < budget_of(model).activation_bytes
 
 
 def test_one_sequence_longer_than_the_share_is_served(folder):

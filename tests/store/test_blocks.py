@@ -7,10 +7,10 @@ from torch import nn
 import outsize
 from outsize import Pins
 from outsize.block import Plane
-from outsize.engine.runtime import runtime_of
 from outsize.optim import join
 from outsize.store import memory
-from tests.running import adamw, assert_same_weights, executor_of, opened, train
+from tests.running import adamw, assert_same_weights, opened, train
+from tests.seams import flush, placement_of, settle_updates, store_of
 from tests.zoo import ZOO, plain_batch, seeded
 
 
@@ -25,11 +25,11 @@ def test_a_master_begins_with_every_bit_of_the_source(from_files, tmp_path):
         model = opened(plain, home="host", dtype="bfloat16")
     optimizer = adamw(model, lr=0.0, weight_decay=0.0)
     train(model, [ZOO["llama_tied"].batch()], optimizer)
-    executor = executor_of(model)
-    executor.settle_updates()
-    executor.store.flush()
+    settle_updates(model)
+    flush(model)
+    store = store_of(model)
     seen = 0
-    for state in executor.store:
+    for state in store:
         weight = state.planes.weights()
         remainder = state.planes.resident_plane(Plane.REMAINDER)
         for entry in state.record.entries:
@@ -60,9 +60,9 @@ def test_planes_live_where_the_placement_says(tmp_path):
     pins = Pins(resident_bytes=100_000)
     model = opened(ZOO["llama"].build().train(), disk=tmp_path, pins=pins)
     train(model, [ZOO["llama"].batch()])
-    placement = runtime_of(model).budget.placement
+    placement = placement_of(model)
     kinds = set()
-    for state in executor_of(model).store:
+    for state in store_of(model):
         for plane in (Plane.WEIGHT, Plane.GRADIENT, *state.record.state):
             is_resident = placement.is_resident(state.name, plane)
             kinds.add(is_resident)

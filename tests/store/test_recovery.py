@@ -7,14 +7,13 @@ import torch
 
 import outsize
 from outsize import Pins
-from outsize.engine.runtime import runtime_of
 from outsize.errors import StateLostError
-from outsize.plan import Op
 from outsize.store.gradients import Gradients
 from outsize.store.optimizer_worker import OptimizerWorker
 from outsize.store.recovery import undone_by
 from outsize.store.weights import Weights
-from tests.running import adamw, close, executor_of, opened, train, values_of
+from tests.running import adamw, opened, train, values_of
+from tests.seams import close, interrupt_op, set_unfinished_change, unfinished_change
 from tests.zoo import ZOO
 
 BATCHES = [ZOO["llama"].batch(seed=seed) for seed in range(3)]
@@ -49,18 +48,14 @@ def interrupting(monkeypatch, owner, name, **options):
 
 def interrupting_op(monkeypatch, model, text, **options):
     """The operation `text` of plans raises once."""
-    op = Op.parse(text)
-    runners, key = executor_of(model).store.runners, (type(op), getattr(op, "plane", None))
-    real = runners[key]
-    interrupted = raising(real, **options)
-    monkeypatch.setitem(runners, key, lambda state: (interrupted if state.name == op.block else real)(state))
+    interrupt_op(monkeypatch, model, text, lambda run: raising(run, **options))
 
 
 def expected(tmp_path, home="disk"):
     model, optimizer = llama(tmp_path, home)
     losses = train(model, BATCHES, optimizer)
     values = values_of(model)
-    close(runtime_of(model))
+    close(model)
     return losses, values
 
 
@@ -76,7 +71,7 @@ def assert_the_interrupted_step_can_be_repeated(home, tmp_path, monkeypatch, int
     assert train(model, BATCHES[1:], optimizer) == losses[1:]
     again = values_of(model)
     assert all(torch.equal(again[key], value) for key, value in values.items())
-    close(runtime_of(model))
+    close(model)
 
 
 @pytest.mark.parametrize("after", [False, True])
@@ -138,8 +133,8 @@ def test_a_step_that_is_interrupted_on_the_way_is_ended_by_the_next_call(repeats
             optimizer.step()
         monkeypatch.undo()
     # What `complete` does again is the interrupted change itself.
-    unfinished = executor_of(model)._unfinished
-    executor_of(model)._unfinished = partial(take, optimizer, *unfinished.args)
+    unfinished = unfinished_change(model)
+    set_unfinished_change(model, partial(take, optimizer, *unfinished.args))
     if repeats_step:
         optimizer.step()
     optimizer.zero_grad()
@@ -147,7 +142,7 @@ def test_a_step_that_is_interrupted_on_the_way_is_ended_by_the_next_call(repeats
     assert optimizer.num_updates == len(BATCHES)
     again = values_of(model)
     assert all(torch.equal(again[key], value) for key, value in values.items())
-    close(runtime_of(model))
+    close(model)
 
 
 def test_a_gradient_that_is_partly_summed_is_refused_until_it_is_dropped(tmp_path, monkeypatch):
@@ -172,7 +167,7 @@ def test_a_gradient_that_is_partly_summed_is_refused_until_it_is_dropped(tmp_pat
     model(**BATCHES[0]).loss.backward()
     assert torch.equal(weight.grad.clone(), before)
     optimizer.step()
-    close(runtime_of(model))
+    close(model)
 
 
 def test_an_update_that_stops_half_way_is_refused_and_the_last_commit_loads(tmp_path, monkeypatch):
@@ -199,7 +194,7 @@ def test_an_update_that_stops_half_way_is_refused_and_the_last_commit_loads(tmp_
             with pytest.raises(StateLostError, match=r"update of block .* \(no memory\)") as refusal:
                 refused()
             assert "outsize.checkpoint.resume" in refusal.value.hint
-    close(runtime_of(model))
+    close(model)
     model, optimizer = llama(tmp_path / "scratch")
     assert outsize.checkpoint.resume(model, optimizer, tmp_path / "store") is not None
     again = values_of(model)
@@ -218,7 +213,7 @@ def test_an_update_that_failed_before_it_began_is_applied_later(tmp_path, monkey
     assert train(model, BATCHES[2:], optimizer) == losses[2:]
     again = values_of(model)
     assert all(torch.equal(again[key], value) for key, value in values.items())
-    close(runtime_of(model))
+    close(model)
 
 
 def test_undoing_that_is_interrupted_is_done_again():

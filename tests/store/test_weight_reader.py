@@ -12,7 +12,8 @@ from outsize.store import weight_reader
 from outsize.store.live_bytes import LiveBytes
 from outsize.store.weight_reader import SPLIT_BYTES, reading_bytes
 from tests.promises.test_untrained import saved
-from tests.running import adamw, executor_of, train
+from tests.running import adamw, train
+from tests.seams import source_of, store_of
 from tests.zoo import ZOO
 
 
@@ -44,7 +45,7 @@ def test_the_first_update_from_a_bf16_file_reads_nothing_again(home, folders, tm
     monkeypatch.setattr(weight_reader, "SPLIT_ELEMENTS", 256)
     model, losses = trained(folders[0], tmp_path, home=home)
     assert not splits
-    source = executor_of(model).store.weight_reader.source
+    source = source_of(model)
     num_bytes = 2 * sum(parameter.numel() for parameter in model.parameters())
     visits = 1 if home == "host" else 2  # forward and backward, before the first update
     assert source.bytes_read <= visits * num_bytes
@@ -58,7 +59,7 @@ def test_a_remainder_takes_what_is_counted(folders, tmp_path, monkeypatch):
     model = outsize.load(folders[1], dtype="bfloat16", disk=tmp_path, pins=Pins(resident_bytes=0)).train()
     adamw(model)
     model(**ZOO["llama"].batch(seed=1)).loss.backward()
-    store = executor_of(model).store
+    store = store_of(model)
     records = list(store.records.values())
     planned = reading_bytes(store.weight_reader.source, records) - READ_BUFFERS_BYTES
     wide = max(entry.piece.shape[-1] for record in records for entry in record.entries)
@@ -79,7 +80,7 @@ def test_what_comes_as_a_whole_is_converted_once(folders, tmp_path, monkeypatch)
     model = outsize.load(folders[1], dtype="bfloat16", disk=tmp_path, pins=Pins(resident_bytes=0)).train()
     adamw(model)
     model(**ZOO["llama"].batch(seed=1)).loss.backward()
-    store = executor_of(model).store
+    store = store_of(model)
     record = max(store.records.values(), key=lambda record: record.num_trainable)
     expected = torch.empty(record.num_trainable, dtype=torch.int16)
     store.weight_reader.fill_remainder(record, 0, record.num_trainable, expected)

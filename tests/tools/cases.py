@@ -18,6 +18,7 @@ import tempfile
 import time
 import traceback
 import warnings
+import weakref
 from collections import Counter
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
@@ -232,7 +233,7 @@ class Notes:
                 told.state_bytes,
                 told.num_parameters,
             ],
-            "tile_rows": seams.tile_rows(model),
+            "tile_rows": seams.tile_rows_of(model),
         }
         self.found["moved"] = {
             "read": told.bytes_read,
@@ -262,6 +263,48 @@ def _bits(tensor: Any) -> str:
 
     plain = torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor).contiguous().flatten()
     return hashlib.sha256(plain.view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
+
+
+def live_tensors() -> Any:
+    """A context that counts the bytes of tensors that operations make in this thread; `most_bytes` were alive at once.
+
+    Where a process' memory differs from run to run, this is exact.
+    """
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves
+
+    class LiveTensors(TorchDispatchMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.most_bytes = 0
+            self._bytes = 0
+            self._known: dict[int, tuple[weakref.ref[Any], int]] = {}
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            for given in tree_leaves((args, kwargs)):
+                self._add(given, is_made=False)
+            result = func(*args, **(kwargs or {}))
+            for made in tree_leaves(result):
+                self._add(made, is_made=True)
+            return result
+
+        def _add(self, value: Any, *, is_made: bool) -> None:
+            if not isinstance(value, torch.Tensor):
+                return
+            storage = torch.Tensor.untyped_storage(value)
+            key, num_bytes = storage._cdata, storage.nbytes() if is_made else 0
+            if key in self._known:
+                return
+
+            def gone(_: object) -> None:
+                self._bytes -= self._known.pop(key)[1]
+
+            self._known[key] = weakref.ref(storage, gone), num_bytes
+            self._bytes += num_bytes
+            self.most_bytes = max(self.most_bytes, self._bytes)
+
+    return LiveTensors()
 
 
 def build(case: Case) -> Any:
@@ -512,7 +555,9 @@ def carry_out(case: Case, seams: ModuleType, folder: Path) -> dict[str, Any]:
             _reset_peak()
             before = _memory("VmRSS:")
             try:
-                RUNS[case.kind](case, folder, notes)
+                with live_tensors() as live:
+                    RUNS[case.kind](case, folder, notes)
+                notes.found["tensors"] = live.most_bytes
             except Exception as raised:
                 error = raised
                 notes.found["error"] = [type(raised).__name__, *numbers_in(str(raised))]

@@ -24,7 +24,8 @@ from outsize.train.loop import train
 from outsize.train.schedule import Shape
 from outsize.train.settings import Checkpointing, Evaluating, Learning, Length, Place
 from outsize.train.watch import Watcher
-from tests.running import close_all, settled  # noqa: F401
+from tests.running import settled  # noqa: F401
+from tests.seams import close_all
 from tests.train.test_loop import settings_for
 
 SOURCES = Path(__file__).parents[2] / "src"

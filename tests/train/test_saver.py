@@ -22,7 +22,8 @@ from outsize.train.room import Room
 from outsize.train.saver import weights_bytes
 from outsize.train.settings import Checkpointing, Evaluating, Length, Place
 from outsize.train.watch import Watcher
-from tests.running import close_all, settled  # noqa: F401
+from tests.running import settled  # noqa: F401
+from tests.seams import close_all
 from tests.train.standin import PlainApi
 from tests.train.test_loop import settings_for, weights
 
