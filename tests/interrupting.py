@@ -40,7 +40,9 @@ ERRORS: dict[str, Callable[[], BaseException]] = {
     "MemoryError": MemoryError,
 }
 DEADLINE_S = 30.0
-"""A run takes a fraction of a second; one that takes longer than this waits for something that never comes."""
+"""A run takes a fraction of a second. One whose main thread stands at the same place for so long, or that takes as many of
+these as PATIENCE, waits for something that never comes; on a busy machine a run that only takes long does not."""
+PATIENCE = 40
 
 
 class Outcome(StrEnum):
@@ -153,7 +155,7 @@ class Tracer:
 
 @contextmanager
 def deadline(seconds: float) -> Iterator[None]:
-    """Raise Hang in the main thread, out of any wait, unless the body ends in time."""
+    """Raise Hang in the main thread, out of any wait, where it makes no step for `seconds`, or is not over in PATIENCE times that."""
 
     def strike(number: int, frame: FrameType | None) -> None:
         raise Hang
@@ -162,8 +164,12 @@ def deadline(seconds: float) -> Iterator[None]:
     main, over = threading.get_ident(), threading.Event()
 
     def watch() -> None:
-        if not over.wait(seconds):
-            signal.pthread_kill(main, signal.SIGUSR2)
+        places = [_place(main)]
+        while not over.wait(seconds / 5):
+            places.append(_place(main))
+            if len(places) > 5 * PATIENCE or (len(places) > 5 and len(set(places[-6:])) == 1):
+                signal.pthread_kill(main, signal.SIGUSR2)
+                return
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
@@ -173,6 +179,15 @@ def deadline(seconds: float) -> Iterator[None]:
         over.set()
         thread.join()
         signal.signal(signal.SIGUSR2, before)
+
+
+def _place(thread: int) -> tuple[tuple[object, int], ...]:
+    """Where a thread stands, in all of its frames."""
+    frame, place = sys._current_frames().get(thread), []
+    while frame is not None:
+        place.append((frame.f_code, frame.f_lasti))
+        frame = frame.f_back
+    return tuple(place)
 
 
 @dataclass
