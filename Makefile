@@ -7,7 +7,7 @@
 # Tests run in so many processes, each on as many threads as torch takes.
 JOBS ?= 2
 
-LOWEST = jinja2==3.1.0 numpy==1.26.0 rich==13.7.0 safetensors==0.8.0 tokenizers==0.23.1 transformers==5.20.0 xxhash==3.5.0
+LOWEST = huggingface_hub==1.31.0 jinja2==3.1.0 numpy==1.26.0 rich==13.7.0 safetensors==0.8.0 tokenizers==0.23.1 transformers==5.20.0 xxhash==3.5.0
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin

@@ -1,5 +1,7 @@
 """A commit as a Hugging Face folder, and for torch.distributed.checkpoint."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
@@ -13,7 +15,7 @@ from outsize.checkpoint.catalogue import contents, verify
 from outsize.checkpoint.export import export
 from outsize.checkpoint.files import read_manifest
 from outsize.checkpoint.reading import CommitReader, CommitReplaced
-from outsize.errors import ConfigError, CorruptionError, StorageError
+from outsize.errors import ConfigError, CorruptionError, StorageError, StorageFullError
 from tests.checkpoint.runs import Run, batches, manifests
 from tests.running import adamw, values_of
 from tests.zoo import ZOO
@@ -136,6 +138,27 @@ def test_an_export_for_fsdp_holds_one_piece_at_a_time(tmp_path, monkeypatch):
     tables = [entry for key, entry in metadata.items() if "embed_tokens" in key and hasattr(entry, "chunks")]
     assert sum(len(entry.size) == 2 and len(entry.chunks) > 1 for entry in tables) == 3
     assert max(value.numel() for value in given) < max(entry.size.numel() for entry in tables)
+
+
+def test_an_export_for_fsdp_without_room_is_refused_before_it_begins(tmp_path, monkeypatch):
+    from outsize.checkpoint import dcp as own
+
+    run = Loaded(tmp_path, saved_model(tmp_path, "llama_tied"))
+    run.go(batches(1, "llama"))
+    run.finish()
+    (tmp_path / "out").mkdir()
+    # Masters, under both names of a tied weight, and two moments; room for all but the last element.
+    elements = sum(p.numel() for p in run.model.parameters())
+    tied = run.model.lm_head.weight.numel()
+    room = SimpleNamespace(f_bavail=4 * (3 * elements + tied) - 4, f_frsize=1, f_blocks=1 << 40)
+    monkeypatch.setattr(own.os, "statvfs", lambda path: room)
+    monkeypatch.setattr(own, "save", lambda *arguments, **options: pytest.fail("began to write"))
+    with pytest.raises(StorageFullError, match=r"are to be written, .* are free on its disk"):
+        own.export_dcp(run.path, tmp_path / "out" / "dcp")
+    assert list((tmp_path / "out").iterdir()) == []
+    room.f_bavail += 4 + 256  # the steps
+    with pytest.raises(pytest.fail.Exception, match="began to write"):
+        own.export_dcp(run.path, tmp_path / "out" / "dcp")
 
 
 def test_fsdp_users_can_read_an_exported_commit(tmp_path):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -37,7 +37,7 @@ from outsize.config import ComputeType
 from outsize.errors import ConfigError, OutsizeError
 from outsize.model import cut, open_skeleton, write_companions
 from outsize.model.names import persistent_buffers
-from outsize.model.writer import storage_errors
+from outsize.model.writer import check_room, storage_errors
 from outsize.optim import RULES
 from outsize.store import memory
 from outsize.store.commit_store import Layout
@@ -48,7 +48,11 @@ NAMES = {Plane.MOMENT1: "exp_avg", Plane.MOMENT2: "exp_avg_sq"}
 
 
 def export_dcp(folder: Path, out: Path, *, step: int | None = None, overwrite: bool = False) -> Manifest:
-    """Write the commit as the DCP folder `out`. Raises ConfigError where its optimizer has no counterpart in torch."""
+    """Write the commit as the DCP folder `out`.
+
+    Raises ConfigError where its optimizer has no counterpart in torch, StorageFullError, before anything is written, where
+    the disk has no room for it.
+    """
     if out.exists() and (not out.is_dir() or any(out.iterdir())) and not overwrite:
         raise ConfigError(f"{out} is not empty", hint="pass another folder, or --overwrite")
     return read_commit(folder, step, lambda reader: _export(reader, folder, out))
@@ -66,8 +70,10 @@ def _export(reader: CommitReader, folder: Path, out: Path) -> Manifest:
     try:
         with weights_of(reader, module) as weights, storage_errors(out), _own_errors():
             values = _Values(reader, module, weights)
+            state_dict = values.state_dict()
+            check_room(out, _num_bytes(state_dict))
             save(
-                values.state_dict(),
+                state_dict,
                 # One item after the other: none is asked for before the one before it is written.
                 storage_writer=FileSystemWriter(partial, thread_count=1, per_thread_copy_ahead=0),
                 planner=_Streaming(values),
@@ -79,6 +85,17 @@ def _export(reader: CommitReader, folder: Path, out: Path) -> Manifest:
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return reader.manifest
+
+
+def _num_bytes(state: Mapping[str, Any]) -> int:
+    """The bytes of all tensors in nested dictionaries."""
+    found = 0
+    for value in state.values():
+        if isinstance(value, torch.Tensor):
+            found += value.nbytes
+        elif isinstance(value, Mapping):
+            found += _num_bytes(value)
+    return found
 
 
 @contextmanager
