@@ -155,7 +155,7 @@ class Tracer:
 
 @contextmanager
 def deadline(seconds: float) -> Iterator[None]:
-    """Raise Hang in the main thread, out of any wait, where it stands still for `seconds` or takes PATIENCE times as long."""
+    """Raise Hang in the main thread where it stands still for `seconds`, or is not over in PATIENCE times that."""
 
     def strike(number: int, frame: FrameType | None) -> None:
         raise Hang
