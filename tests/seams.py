@@ -23,7 +23,7 @@ from torch import nn
 
 from outsize.block import Plane, Record
 from outsize.config import Pins
-from outsize.engine import api, budget, needs, signature
+from outsize.engine import api, budget, signature
 from outsize.engine import executor as executor_module
 from outsize.engine.dry_run import DryRun
 from outsize.engine.dry_runner import DryRunner, batch_shape
@@ -38,11 +38,13 @@ from outsize.plan import (
     Placement,
     Plan,
     Visit,
+    candidates,
     check,
     is_stored,
+    memory_estimate,
     place_apart,
 )
-from outsize.store import memory, offload, scratch
+from outsize.store import memory, scratch
 from outsize.tier import Device, DiskTier, TwinDevice
 
 # -- models ------------------------------------------------------------------------------------------------------
@@ -493,8 +495,22 @@ def recorder_of(model: nn.Module) -> Any:
 
 
 def budget_of(model: nn.Module) -> Any:
-    """What divides a limit: `limit_bytes`, `host_bytes()`, `device_bytes()`, `activation_bytes`, `room_bytes`."""
+    """What divides a limit: `limits`, `host_bytes()`, `device_bytes()`, `activation_bytes`, `inputs_bytes`."""
     return runtime_of(model).budget
+
+
+def set_room(model: nn.Module, num_bytes: int) -> None:
+    """Let planes and activations have had `num_bytes` of the host's memory when they were placed."""
+    own = runtime_of(model).budget
+    more = own.limits.host_room_bytes - num_bytes
+    own.limits = replace(own.limits, reading_bytes=own.limits.reading_bytes + more)
+
+
+def set_limit(model: nn.Module, num_bytes: int) -> None:
+    """Let the limit of the process be `num_bytes`, and the room for planes and activations stay."""
+    own, room = runtime_of(model).budget, runtime_of(model).budget.limits.host_room_bytes
+    own.limits = replace(own.limits, host_bytes=num_bytes)
+    set_room(model, room)
 
 
 def planned_bytes(model: nn.Module) -> dict[str, int]:
@@ -504,7 +520,7 @@ def planned_bytes(model: nn.Module) -> dict[str, int]:
         "host": own.host_bytes(),
         "device": own.device_bytes(),
         "activations": own.activation_bytes,
-        "inputs": own.host_inputs_bytes,
+        "inputs": own.inputs_bytes,
         "expected": own.expected_bytes(),
     }
 
@@ -555,16 +571,20 @@ def set_chunk(monkeypatch: Any, num_elements: int) -> None:
 
 def move_small_inputs(monkeypatch: Any, least_bytes: int = 1, part_bytes: int | None = None) -> None:
     """Let inputs of blocks of `least_bytes` or more wait away from where blocks compute, and move in such parts."""
-    monkeypatch.setattr(offload, "LEAST_BYTES", least_bytes)
+    monkeypatch.setattr(memory_estimate, "LEAST_INPUT_BYTES", least_bytes)
     if part_bytes is not None:
-        monkeypatch.setattr(offload, "PART_BYTES", part_bytes)
-        monkeypatch.setattr(offload, "BUFFERS_BYTES", offload.BUFFERS * part_bytes)
+        monkeypatch.setattr(memory_estimate, "INPUT_PART_BYTES", part_bytes)
 
 
-def set_activations(monkeypatch: Any, needs_at: Callable[..., Any]) -> None:
-    """From now on activations take what `needs_at(workload, shape, tile_rows, inputs, kept)` says."""
-    for module in (budget, needs):
-        monkeypatch.setattr(module, "needs_at", needs_at)
+def set_activations(monkeypatch: Any, estimate: Callable[..., Any]) -> None:
+    """From now on activations take what `estimate(workload, shape, tile_rows, inputs, kept)` says."""
+    for module in (budget, memory_estimate):
+        monkeypatch.setattr(module, "estimate", estimate)
+
+
+def set_placing(monkeypatch: Any, name: str, place: Callable[..., Placement]) -> None:
+    """Let `place` stand for `place`, or `place_apart`, wherever placements are made."""
+    monkeypatch.setattr(candidates, name, place)
 
 
 def compute_on(monkeypatch: Any, make_device: Callable[[], Any], host_bytes: int | None = None) -> None:
@@ -574,7 +594,7 @@ def compute_on(monkeypatch: Any, make_device: Callable[[], Any], host_bytes: int
         return place_apart(records, **({**options, "host_bytes": host_bytes} if host_bytes else options))
 
     monkeypatch.setattr(api, "open_device", lambda settings: make_device())
-    monkeypatch.setattr(budget, "place_apart", place)
+    set_placing(monkeypatch, "place_apart", place)
 
 
 def with_twin(

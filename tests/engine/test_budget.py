@@ -16,15 +16,17 @@ import outsize
 from outsize import Pins
 from outsize.cli.options import pins_of
 from outsize.config import Home, parse_bytes
-from outsize.engine.budget import SLACK_BYTES, Budget
+from outsize.engine.budget import Budget
 from outsize.engine.predict import pins_text
 from outsize.errors import BudgetError
 from outsize.hardware import machine
 from outsize.plan import Backward, Forward
+from outsize.plan.candidates import Planner
+from outsize.plan.limits import SLACK_BYTES
 from outsize.store import memory
 from tests.plan.test_simulate import HOST
 from tests.running import assert_same_losses, assert_same_weights, opened, train
-from tests.seams import budget_of, computes_on_host, current_call, plan_executed, settle_for
+from tests.seams import budget_of, computes_on_host, current_call, plan_executed, set_room, settle_for
 from tests.zoo import ZOO, seeded
 
 
@@ -109,15 +111,15 @@ def test_tiles_become_smaller_before_a_batch_is_refused(tmp_path):
     train(model, batches(1, rows=8))
     budget, call = budget_of(model), current_call(model)
     sizes = []
-    room = budget.room_bytes
+    room = budget.limits.host_room_bytes
     for left in (1 << 40, *range(1 << 20, 0, -(1 << 12))):
-        budget.room_bytes = budget.placement.arena_bytes + left
+        set_room(model, budget.placement.arena_bytes + left)
         try:
             sizes.append(budget.begin_call(call.workload, call.shape))
         except BudgetError as error:
             assert "fewer rows" in error.hint
             break
-    budget.room_bytes = room
+    set_room(model, room)
     assert sizes[0] == 8 and sizes == sorted(sizes, reverse=True)
 
 
@@ -126,7 +128,7 @@ def test_a_pinned_tile_is_never_made_smaller(tmp_path):
     train(model, batches(1, rows=8))
     budget, call = budget_of(model), current_call(model)
     assert budget.begin_call(call.workload, call.shape) == 2
-    budget.room_bytes = budget.placement.arena_bytes + 1
+    set_room(model, budget.placement.arena_bytes + 1)
     with pytest.raises(BudgetError, match="of activations"):
         budget.begin_call(call.workload, call.shape)
 
@@ -296,21 +298,21 @@ def test_generating_is_compared_by_the_token_and_fits_by_the_prompt(tmp_path):
 
 def test_on_a_device_plans_that_keep_inputs_there_are_compared_with_those_that_do_not(tmp_path, monkeypatch):
     compared = []
-    fastest = Budget._fastest
+    fastest = Planner.fastest
 
     def spied(self, fits, *args):
         compared.extend(fits)
         return fastest(self, fits, *args)
 
-    monkeypatch.setattr(Budget, "_fastest", spied)
+    monkeypatch.setattr(Planner, "fastest", spied)
     options = {"hardware": dataclasses.replace(DEVICE, up=1e8, down=1e8), "batch_size": 16, "seq_len": 256}
     for device in range(240, 700, 20):
         compared.clear()
         summary = outsize.preview(
             wide(tmp_path), device=f"{device}MiB", home="host", dtype="float32", **options
         )
-        if summary.fits and compared[0].attempt.inputs is Home.HOST:
+        if summary.fits and compared[0].variant.inputs is Home.HOST:
             cramped = [fit for fit in compared[1:] if fit.tile_rows == compared[0].tile_rows]
-            if any(fit.attempt.inputs is None for fit in cramped):
+            if any(fit.variant.inputs is None for fit in cramped):
                 return
     raise AssertionError("what has few slots and no traffic of inputs was not compared")

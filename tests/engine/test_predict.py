@@ -18,9 +18,8 @@ from outsize.engine.counting import estimated_s
 from outsize.engine.predict import pins_text
 from outsize.plan import Direction
 from outsize.plan.profile import Resource
-from outsize.store import offload
 from tests.plan.test_simulate import HOST
-from tests.seams import budget_of
+from tests.seams import budget_of, move_small_inputs
 from tests.zoo import ZOO
 
 SLOW = dataclasses.replace(HOST, name="a slow disk", disk_read=2e6, disk_write=2e6)
@@ -133,7 +132,7 @@ def test_inference_is_predicted_without_backward(tmp_path):
 
 @pytest.mark.parametrize("kept_blocks", [0, 3])
 def test_inputs_on_disk_move_as_many_bytes_as_predicted(kept_blocks, tmp_path, monkeypatch):
-    monkeypatch.setattr(offload, "LEAST_BYTES", 1)
+    move_small_inputs(monkeypatch)
     pins = Pins(inputs="disk", kept_blocks=kept_blocks)
     model = outsize.load(
         wide(tmp_path), from_scratch=True, disk=tmp_path, dtype="float32", home="host", pins=pins

@@ -45,7 +45,7 @@ def test_rows_are_the_bytes_of_the_model(home, dtype, tmp_path):
     buffers = next(row.num_bytes for row in report.rows if row.what == "slots and buffers")
     assert in_arena + buffers == arena_of(model).in_use_bytes
     assert max(resident) <= report.host_peak_bytes <= memory.peak_bytes()
-    assert report.host_budget_bytes == budget_of(model).limit_bytes > max(resident)
+    assert report.host_budget_bytes == budget_of(model).limits.host_bytes > max(resident)
     text = str(report)
     assert re.search(rf"{home} +weights +[\d.]+ KiB", text) and "training state" in text
 

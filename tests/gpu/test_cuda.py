@@ -13,9 +13,9 @@ import torch
 import outsize
 from outsize import Pins
 from outsize.config import ComputeType
-from outsize.engine.budget import DEVICE_SLACK_BYTES
 from outsize.errors import BudgetError, ConfigError
 from outsize.optim import RULES, gpu_kernel
+from outsize.plan.limits import DEVICE_SLACK_BYTES
 from outsize.plan.profile import Resource
 from outsize.store import memory
 from outsize.tier import CudaDevice, Way

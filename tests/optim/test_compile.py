@@ -1,6 +1,7 @@
 import fcntl
 import gc
 import logging
+import os
 import shutil
 import subprocess
 import sys
@@ -51,6 +52,21 @@ def test_a_compiler_that_fails_is_no_error(monkeypatch, caplog, tmp_path, fresh_
     failures = [record for record in caplog.records if "without a compiler" in record.getMessage()]
     assert kernel.backend is Backend.EAGER and len(failures) == 1, caplog.records
     assert not list(tmp_path.rglob("*.pt2"))
+
+
+@needs_compiler
+@pytest.mark.skipif(not os.environ.get("OUTSIZE_SOAK"), reason="compiles twice; OUTSIZE_SOAK=1 runs it")
+def test_a_compiler_that_knows_fewer_instructions_than_the_processor_serves(monkeypatch, tmp_path):
+    compiler = tmp_path / "older"
+    compiler.write_text(
+        f'#!/bin/sh\ncase "$*" in *avx512*|*amx*) exit 1;; esac\nexec {shutil.which("g++")} "$@"\n'
+    )
+    compiler.chmod(0o755)
+    monkeypatch.setenv("OUTSIZE_CACHE", str(tmp_path))
+    monkeypatch.setenv("CXX", str(compiler))
+    kernel = compile_rule(ADAMW, FLOAT32)
+    assert kernel.backend is Backend.COMPILED
+    torch.testing.assert_close(update_once(kernel), torch.full((5,), 0.5))
 
 
 @needs_compiler

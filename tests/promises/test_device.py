@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 import outsize
 from outsize import Pins
 from outsize.block import Plane
-from outsize.engine import api, budget
-from outsize.engine.needs import Needs
+from outsize.engine import api
 from outsize.errors import BudgetError, DeviceError, UsageError, WeightsError
-from outsize.plan import place_apart
+from outsize.plan import limits, place_apart
+from outsize.plan.memory_estimate import MemoryEstimate
 from outsize.store import finalizers
 from outsize.tier import SlowTier, TwinDevice, Way
 from outsize.tier.transfer import DoneTransfer
@@ -37,6 +37,7 @@ from tests.seams import (
     move_small_inputs,
     placement_of,
     set_activations,
+    set_placing,
     slots_of,
     source_of,
     watch_slots_of_visits,
@@ -438,10 +439,10 @@ def test_a_graph_may_be_gone_back_twice_and_dropped(tmp_path, monkeypatch):
 
 def test_a_long_sequence_moves_inputs_where_the_device_is_too_small(tmp_path, monkeypatch):
     move_small_inputs(monkeypatch)
-    monkeypatch.setattr(budget, "DEVICE_SLACK_BYTES", 0)
+    monkeypatch.setattr(limits, "DEVICE_SLACK_BYTES", 0)
     set_activations(
         monkeypatch,
-        lambda workload, shape, tile_rows, inputs=None, kept=frozenset(): Needs(
+        lambda workload, shape, tile_rows, inputs=None, kept=frozenset(): MemoryEstimate(
             *((100, 50, 900, inputs) if inputs else (1000, 50))
         ),
     )
@@ -449,7 +450,7 @@ def test_a_long_sequence_moves_inputs_where_the_device_is_too_small(tmp_path, mo
     for spare, moves in ((2000, False), (500, True)):
         model = opened(ZOO["llama"].build().train(), home="host", dtype="float32")
         outsize.AdamW(model)
-        monkeypatch.setattr(budget, "place_apart", _first_fits(spare))
+        set_placing(monkeypatch, "place_apart", _first_fits(spare))
         with torch.no_grad():
             model(**ZOO["llama"].batch())
         assert (activation_offload(model) is not None) is moves, spare
@@ -471,7 +472,7 @@ def _first_fits(spare):
 def test_budgets_that_are_named_hold_the_inputs_that_wait(pins, tmp_path, monkeypatch):
     set_activations(
         monkeypatch,
-        lambda workload, shape, tile_rows, inputs=None, kept=frozenset(): Needs(
+        lambda workload, shape, tile_rows, inputs=None, kept=frozenset(): MemoryEstimate(
             *((1 << 20, 1 << 20, 300 << 20, inputs) if inputs else (80 << 30, 1 << 20))
         ),
     )
@@ -495,7 +496,7 @@ def test_budgets_that_are_named_hold_the_inputs_that_wait(pins, tmp_path, monkey
 def test_smaller_tiles_do_where_the_host_has_no_room_for_inputs(tmp_path, monkeypatch):
     set_activations(
         monkeypatch,
-        lambda workload, shape, tile_rows, inputs=None, kept=frozenset(): Needs(
+        lambda workload, shape, tile_rows, inputs=None, kept=frozenset(): MemoryEstimate(
             *((0, 0, 1 << 50, inputs) if inputs else (0, tile_rows << 36 if tile_rows > 1 else 0))
         ),
     )

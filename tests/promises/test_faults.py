@@ -31,7 +31,6 @@ from tests.running import adamw, around_forward, assert_same_weights, opened, tr
 from tests.seams import (
     abandon,
     arena_of,
-    budget_of,
     close,
     close_unchecked,
     disk_of,
@@ -41,6 +40,7 @@ from tests.seams import (
     is_in_dry_run,
     place_on_disk,
     placement_of,
+    set_room,
     settle_updates,
     snapshots_of,
     steps_of_closing,
@@ -380,7 +380,7 @@ def test_the_least_memory_that_is_named_really_works(name, home, tmp_path):
 def test_a_batch_that_outgrows_the_budget_is_refused_with_a_hint(tmp_path):
     model = llama(tmp_path, pins=Pins(tile_rows=1))
     train(model, batches(1))
-    budget_of(model).room_bytes = placement_of(model).arena_bytes + 1
+    set_room(model, placement_of(model).arena_bytes + 1)
     with pytest.raises(BudgetError, match="of activations") as refusal:
         model(**ZOO["llama"].batch(rows=8, length=60))
     assert "fewer rows" in refusal.value.hint

@@ -11,8 +11,9 @@ from torch import nn
 import outsize
 from outsize import Pins
 from outsize.engine import budget
-from outsize.engine.needs import Needs, needs_at
 from outsize.errors import BudgetError, ConfigError, CorruptionError, StorageError, UsageError
+from outsize.plan import candidates, memory_estimate
+from outsize.plan.memory_estimate import MemoryEstimate, estimate
 from outsize.store import offload
 from outsize.tier import (
     DoneTransfer,
@@ -42,6 +43,7 @@ from tests.seams import (
     placement_of,
     planned_bytes,
     set_activations,
+    set_placing,
     wrapped_disk,
 )
 from tests.zoo import ZOO
@@ -146,8 +148,7 @@ def test_what_several_visits_share_is_stored_and_read_once(tmp_path, monkeypatch
         return 0.0
 
     with wrapped_disk(monkeypatch, lambda disk: SlowTier(disk, note)):
-        monkeypatch.setattr(offload, "PART_BYTES", 1 << 20)
-        monkeypatch.setattr(offload, "BUFFERS_BYTES", offload.BUFFERS << 20)
+        move_small_inputs(monkeypatch, part_bytes=1 << 20)
         plain = ZOO["t5"].build(num_layers=3).train()
         model = opened(plain, disk=tmp_path, home="host", pins=Pins(inputs="disk"))
         model(**ZOO["t5"].batch()).loss.backward()
@@ -169,13 +170,17 @@ def test_memory_for_inputs_does_not_grow_with_depth(tmp_path):
         )
         model(**ZOO["llama"].batch(rows=16, length=16)).loss.backward()
         call, placement, keeper = current_call(model), placement_of(model), activation_offload(model)
-        inputs = needs_at(call.workload, call.shape, 16, placement.inputs)
-        stay = needs_at(call.workload, call.shape, 16)
+        inputs = estimate(call.workload, call.shape, 16, placement.inputs)
+        stay = estimate(call.workload, call.shape, 16)
         needs.append((inputs.boundary_bytes, stay.boundary_bytes, keeper.high_water_bytes))
         each = 16 * 16 * 32 * 4
         assert keeper.high_water_bytes == (depth + 1) * each
         assert keeper.high_water_bytes <= placement.inputs_bytes
-        assert keeper.arena.in_use_bytes == planned_bytes(model)["inputs"] == offload.BUFFERS_BYTES
+        assert (
+            keeper.arena.in_use_bytes
+            == planned_bytes(model)["inputs"]
+            == memory_estimate.input_buffers_bytes()
+        )
         close(model)
     assert needs[1][1] - needs[0][1] == 8 * each and needs[1][0] == needs[0][0] < needs[1][1]
 
@@ -392,17 +397,17 @@ def attempts_of(model, room, monkeypatch, **options):
     """Where inputs wait, and rows of a tile, where blocks compute in `room` bytes beside the arenas."""
 
     def limited(workload, shape, tile_rows, inputs=None, kept=frozenset()):
-        own = needs_at(workload, shape, tile_rows, inputs, kept)
+        own = estimate(workload, shape, tile_rows, inputs, kept)
         boundary, visit = (1000, 100 * tile_rows) if inputs is None else (200, 100 * tile_rows)
         short = 1 << 50 if boundary + visit > room else 0
-        return Needs(boundary + short, visit, own.moved_bytes if inputs else 0, inputs)
+        return MemoryEstimate(boundary + short, visit, own.moved_bytes if inputs else 0, inputs)
 
     with monkeypatch.context() as patch:
         set_activations(patch, limited)
-        patch.setattr(budget.Budget, "begin_call", lambda self, workload, shape: self._fit.tile_rows)
+        patch.setattr(budget.Budget, "begin_call", lambda self, workload, shape: self._candidate.tile_rows)
         model(**ZOO["llama"].batch(rows=8, length=options.get("length", 12)))
     own = budget_of(model)
-    return own.placement.inputs, own._fit.tile_rows
+    return own.placement.inputs, own._candidate.tile_rows
 
 
 @pytest.mark.parametrize(
@@ -417,7 +422,7 @@ def attempts_of(model, room, monkeypatch, **options):
     ],
 )
 def test_inputs_go_to_the_disk_before_tiles_become_too_small(room, fewest, expected, tmp_path, monkeypatch):
-    monkeypatch.setattr(budget, "FEWEST_TILE_TOKENS", fewest)
+    monkeypatch.setattr(candidates, "FEWEST_TILE_TOKENS", fewest)
     model = opened(ZOO["llama"].build().train(), disk=tmp_path, home="host")
     if not computes_on_host(model):
         pytest.skip("a device tries the host's memory first")
@@ -426,7 +431,7 @@ def test_inputs_go_to_the_disk_before_tiles_become_too_small(room, fewest, expec
 
 
 def test_without_a_disk_tiles_become_as_small_as_they_must(monkeypatch):
-    monkeypatch.setattr(budget, "FEWEST_TILE_TOKENS", 24)
+    monkeypatch.setattr(candidates, "FEWEST_TILE_TOKENS", 24)
     model = opened(ZOO["llama"].build().train(), home="host")
     if not computes_on_host(model):
         pytest.skip("a device tries the host's memory first")
@@ -435,7 +440,7 @@ def test_without_a_disk_tiles_become_as_small_as_they_must(monkeypatch):
 
 
 def test_inputs_that_are_too_small_to_move_stay(tmp_path, monkeypatch):
-    monkeypatch.setattr(offload, "LEAST_BYTES", 1 << 20)
+    move_small_inputs(monkeypatch, 1 << 20)
     model = llama(tmp_path, home="host")
     model(**ZOO["llama"].batch()).loss.backward()
     assert activation_offload(model) is None and placement_of(model).inputs is None
@@ -526,20 +531,23 @@ def test_blocks_are_closed_though_inputs_cannot_be(tmp_path, monkeypatch):
 
 def test_buffers_of_inputs_are_taken_from_what_is_left_for_arenas(tmp_path, monkeypatch):
     rooms = []
-    place = budget.place
+    place = candidates.place
 
     def note(records, **options):
         rooms.append(options["arena_bytes"])
         return place(records, **options)
 
-    monkeypatch.setattr(budget, "place", note)
+    set_placing(monkeypatch, "place", note)
     model = llama(tmp_path, home="host")
     own = budget_of(model)
     if not computes_on_host(model):
         pytest.skip("a device has a budget of its own")
     model(**ZOO["llama"].batch())
-    assert own.room_bytes - own.activation_bytes - own.host_inputs_bytes in rooms
-    assert own.host_bytes() >= own.base_bytes + own.placement.arena_bytes + offload.BUFFERS_BYTES
+    assert own.limits.room_bytes - own.activation_bytes - own.inputs_bytes in rooms
+    assert (
+        own.host_bytes()
+        >= own.limits.base_bytes + own.placement.arena_bytes + memory_estimate.input_buffers_bytes()
+    )
 
 
 def test_places_are_used_again_and_merged():

@@ -325,7 +325,7 @@ import json, sys
 import torch, outsize
 from transformers import LlamaConfig, LlamaForCausalLM
 from outsize.store import memory
-from outsize.engine.needs import kept_bytes
+from outsize.plan.memory_estimate import saved_bytes
 from tests.seams import budget_of, close_unchecked, current_call, placement_of
 torch.set_num_threads(1)
 figures = []
@@ -342,7 +342,7 @@ for count in (0, 2):
     loss = model(input_ids=ids, labels=ids).loss
     memory.give_back()
     call, tile_rows = current_call(model), int(sys.argv[1])
-    counted = kept_bytes(call.workload, call.shape, tile_rows, placement_of(model).kept)
+    counted = saved_bytes(call.workload, call.shape, tile_rows, placement_of(model).kept)
     figures.append((memory.resident_bytes() - before, counted, budget_of(model).activation_bytes))
     loss.backward()
     close_unchecked(model)

@@ -17,12 +17,11 @@ from outsize.config import ComputeType
 from outsize.engine import api, layer
 from outsize.optim import Kernel, gpu_kernel
 from outsize.optim.rules import RULES
-from outsize.store import offload
 from outsize.store.gradients import Gradients
 from outsize.tier import Device, LinkStats, Way
 from outsize.tier.transfer import DoneTransfer
 from tests.running import opened
-from tests.seams import arguments_of, blocks_that_move, flush
+from tests.seams import arguments_of, blocks_that_move, flush, move_small_inputs
 from tests.zoo import ZOO
 
 
@@ -97,7 +96,7 @@ NAMES = ["llama", "llama_tied", "qwen3", "gpt2", "mixtral"]
     "pins", [Pins(), Pins(tile_rows=1, inputs="host", weight_slots=1)], ids=["whole", "tiled"]
 )
 def test_a_step_reads_no_value_of_the_device(name, home, pins, paper, tmp_path, monkeypatch):
-    monkeypatch.setattr(offload, "LEAST_BYTES", 1)
+    move_small_inputs(monkeypatch)
     model = opened(ZOO[name].build().train(), disk=tmp_path, home=home, dtype="bfloat16", pins=pins)
     optimizer = outsize.AdamW(model, max_grad_norm=1.0)
     for seed in range(3):

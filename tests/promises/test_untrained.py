@@ -16,6 +16,7 @@ from tests.seams import (
     close_unchecked,
     disk_of,
     placement_of,
+    set_limit,
     set_pins,
     with_twin,
 )
@@ -73,10 +74,10 @@ def test_memory_that_calls_leave_unused_holds_weights_until_a_call_needs_it(name
     assert not placement_of(model).pieces
     set_pins(model, Pins())
     budget, arena, read = budget_of(model), arena_of(model), []
-    limit = budget.limit_bytes
+    limit = budget.limits.host_bytes
     with torch.no_grad():
         for limit_bytes in (limit, limit, 1, 1, limit):
-            budget.limit_bytes = limit_bytes
+            set_limit(model, limit_bytes)
             before = outsize.report(model).bytes_read
             again = [model(**ZOO[name].batch(seed=seed)).logits for seed in (1, 2)]
             read.append(outsize.report(model).bytes_read - before)

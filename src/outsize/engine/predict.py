@@ -10,10 +10,10 @@ from torch import nn
 
 from outsize.block import Record
 from outsize.config import format_bytes
-from outsize.engine.budget import Fit, Foresight
 from outsize.engine.runtime import Runtime, runtime_of
 from outsize.errors import UsageError
 from outsize.plan import Placement
+from outsize.plan.candidates import Candidate, CostModel
 from outsize.plan.planner import Choice
 from outsize.plan.profile import WORDS, Profile, Resource
 from outsize.plan.simulate import Costs, Simulation, simulate
@@ -160,7 +160,7 @@ def predict(model: nn.Module, profile: Profile, *, commit_every: int = 0) -> Pre
     memory.give_back()  # what is timed takes a visit's memory, and leaves none behind
     try:
         with torch.enable_grad():
-            foresight = runtime.setup.foresight(profile, call.workload, call.shape, records)
+            cost_model = runtime.setup.cost_model(profile, call.workload, call.shape, records)
             return predict_call(
                 runtime,
                 call.workload,
@@ -168,7 +168,7 @@ def predict(model: nn.Module, profile: Profile, *, commit_every: int = 0) -> Pre
                 call.tile_rows,
                 records,
                 placement,
-                foresight,
+                cost_model,
                 commit_every,
             )
     finally:
@@ -182,12 +182,12 @@ def predict_call(
     tile_rows: int,
     records: Sequence[Record],
     placement: Placement,
-    foresight: Foresight,
+    cost_model: CostModel,
     commit_every: int = 0,
 ) -> Prediction:
     """Simulate steps of such calls, with blocks timed where they were not yet."""
-    profile = foresight.profile
-    costs = foresight.costs(tile_rows)
+    profile = cost_model.profile
+    costs = cost_model.costs(tile_rows)
     by_name = {record.name: record for record in records}
     plain = simulate(workload.visits, by_name, placement, profile, costs)
     committed = plain
@@ -202,8 +202,8 @@ def predict_call(
     remedies = _remedies(profile, costs, step_with)
     budget = runtime.budget
     if placement.disk_bytes and runtime.setup.settings.home is None:
-        more = max(1 << 30, budget.limit_bytes // 4)
-        larger = budget.choices_with(more, records, workload, foresight)
+        more = max(1 << 30, budget.limits.host_bytes // 4)
+        larger = budget.choices_with(more, cost_model)
         remedies[f"{format_bytes(more)} more memory"] = larger[0].step_s
     found = [Remedy(what, simulation.step_s / step_s) for what, step_s in remedies.items()]
     return Prediction(
@@ -251,7 +251,7 @@ def advise(model: nn.Module, profile: Profile, step_s: float, stalled_s: float) 
     busy_s = taken.simulation.busy_s.get(Resource.COMPUTE, 0.0)
     factor = (step_s - stalled_s) / busy_s if busy_s else 1.0
 
-    def simulated_s(choice: Choice[Fit], slower: float) -> float:
+    def simulated_s(choice: Choice[Candidate], slower: float) -> float:
         own = replace(
             profile,
             disk_read=profile.disk_read / slower,
@@ -270,7 +270,7 @@ def advise(model: nn.Module, profile: Profile, step_s: float, stalled_s: float) 
     return Advice(step_s, step_s * best_s / now_s, pins_text(best))
 
 
-def pins_text(choice: Choice[Fit]) -> str:
+def pins_text(choice: Choice[Candidate]) -> str:
     """The options of the command line that choose a plan."""
     pins = choice.pins
     values = {

@@ -12,7 +12,6 @@ import torch
 from outsize.block import Record
 from outsize.config import ComputeType, Disk, Pins, Settings, format_bytes
 from outsize.engine import api
-from outsize.engine.budget import Fit
 from outsize.engine.counting import on_paper
 from outsize.engine.predict import pins_text, predict_call
 from outsize.engine.report import placement_rows
@@ -33,6 +32,7 @@ from outsize.model import (
 )
 from outsize.optim import ADAMW
 from outsize.plan import Placement, SlotClass
+from outsize.plan.candidates import Candidate
 from outsize.plan.planner import Choice
 from outsize.plan.profile import Profile
 from outsize.plan.workload import BatchShape, Workload
@@ -150,7 +150,7 @@ def _summary(runtime: Runtime, batch_size: int, seq_len: int, passes: Passes | N
             slots=(),
             num_parameters=num_parameters,
             num_blocks=len(runtime.model.cut.blocks),
-            host_budget_bytes=budget.limit_bytes,
+            host_budget_bytes=budget.limits.host_bytes,
             host_bytes=0,
             disk_bytes=0,
             device_budget_bytes=budget.device_limit_bytes,
@@ -159,10 +159,10 @@ def _summary(runtime: Runtime, batch_size: int, seq_len: int, passes: Passes | N
     if profile is not None:
         tile_rows = budget.begin_call(workload, shape)
         timed = cached or (workload, shape)
-        foresight = runtime.setup.foresight(profile, *timed, records)
+        cost_model = runtime.setup.cost_model(profile, *timed, records)
         if cached is not None:
-            foresight = foresight.uncut(cached[1].rows or 1)
-        prediction = predict_call(runtime, *timed, tile_rows, records, placement, foresight)
+            cost_model = cost_model.uncut(cached[1].rows or 1)
+        prediction = predict_call(runtime, *timed, tile_rows, records, placement, cost_model)
     return PlanSummary(
         fits=True,
         reason="",
@@ -172,7 +172,7 @@ def _summary(runtime: Runtime, batch_size: int, seq_len: int, passes: Passes | N
         attention=attention_of(runtime.model.module),
         num_parameters=num_parameters,
         num_blocks=len(records),
-        host_budget_bytes=budget.limit_bytes,
+        host_budget_bytes=budget.limits.host_bytes,
         host_bytes=budget.host_bytes(),
         disk_bytes=num_disk_bytes,
         device_budget_bytes=budget.device_limit_bytes,
@@ -268,7 +268,7 @@ def _settings_elsewhere(
     return settings
 
 
-def _alternatives(choices: Sequence[Choice[Fit]]) -> tuple[Alternative, ...]:
+def _alternatives(choices: Sequence[Choice[Candidate]]) -> tuple[Alternative, ...]:
     """The next best, each slower than the one before by more than nothing."""
     found: list[Alternative] = []
     slowest = choices[0].step_s if choices else 0.0

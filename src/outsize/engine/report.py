@@ -91,7 +91,7 @@ def report(model: nn.Module) -> Report:
     num_parameters = sum(parameter.numel() for parameter in runtime.model.parameters.values())
     executor, placement, budget = runtime.backing.executor, runtime.budget.placement, runtime.budget
     if executor is None or placement is None:
-        return Report((), num_parameters, 0, budget.limit_bytes, memory.peak_bytes(), 0, 0)
+        return Report((), num_parameters, 0, budget.limits.host_bytes, memory.peak_bytes(), 0, 0)
     records = [state.record for state in executor.store]
     rows = placement_rows(runtime, records, placement)
     keeper, source = runtime.backing.keeper, executor.store.weight_reader.source
@@ -100,7 +100,7 @@ def report(model: nn.Module) -> Report:
         rows=rows,
         num_parameters=num_parameters,
         state_bytes=sum(num_bytes for record in records for num_bytes in _planes(record).values()),
-        host_budget_bytes=budget.limit_bytes,
+        host_budget_bytes=budget.limits.host_bytes,
         host_peak_bytes=memory.peak_bytes(),
         bytes_read=sum(each.bytes_read for each in stats) + (source.bytes_read if source is not None else 0),
         bytes_written=sum(each.bytes_written for each in stats),
@@ -146,11 +146,11 @@ def placement_rows(runtime: Runtime, records: Sequence[Record], placement: Place
     if placement.inputs is not None:
         rows.append(Row(str(placement.inputs), "inputs of blocks", placement.inputs_bytes))
         if placement.inputs is Home.DISK:
-            rows.append(Row("host", "buffers of inputs", runtime.budget.host_inputs_bytes))
+            rows.append(Row("host", "buffers of inputs", runtime.budget.inputs_bytes))
     rows.append(Row(computes_in, "activations (most)", runtime.budget.activation_bytes))
     if runtime.budget.reserved_bytes:
         rows.append(Row("host", "KV cache", runtime.budget.reserved_bytes))
-    rows.append(Row("host", "Python and libraries", runtime.budget.base_bytes))
+    rows.append(Row("host", "Python and libraries", runtime.budget.limits.base_bytes))
     return tuple(rows)
 
 

@@ -13,7 +13,7 @@ from typing import final
 from outsize.block import Plane, Record
 from outsize.config import ComputeType, Home, Settings
 from outsize.engine.backing import Backing
-from outsize.engine.budget import Budget, Foresight
+from outsize.engine.budget import Budget
 from outsize.engine.dry_run import AnyPoint
 from outsize.engine.executor import Executor
 from outsize.engine.model import Model
@@ -22,6 +22,7 @@ from outsize.errors import UsageError
 from outsize.model import EncodingSource, InitSource, TensorSource
 from outsize.optim import Kernel, Rule
 from outsize.plan import Direction, Placement, is_stored
+from outsize.plan.candidates import CostModel
 from outsize.plan.profile import Profile
 from outsize.plan.simulate import Costs
 from outsize.plan.workload import BatchShape, Workload
@@ -114,18 +115,18 @@ class Setup:
         records = self._lay_out(workload)
         cost_model = None
         if self.profile is not None and cached is not None:
-            cost_model = self.foresight(self.profile, *cached, records).uncut(cached[1].rows or 1)
+            cost_model = self.cost_model(self.profile, *cached, records).uncut(cached[1].rows or 1)
         elif self.profile is not None:
-            cost_model = self.foresight(self.profile, workload, shape, records)
+            cost_model = self.cost_model(self.profile, workload, shape, records)
         return records, self._budget.place(records, workload, shape, cost_model)
 
     def fits(self, workload: Workload, shape: BatchShape) -> bool:
         """Whether calls of this shape fit, with a margin; nothing is decided."""
         return self._budget.fits(self._lay_out(workload), workload, shape)
 
-    def foresight(
+    def cost_model(
         self, profile: Profile, workload: Workload, shape: BatchShape, records: Sequence[Record]
-    ) -> Foresight:
+    ) -> CostModel:
         """What plans for calls of this shape are compared with; blocks are timed once for each size of tile."""
 
         def costs(tile_rows: int) -> Costs:
@@ -136,7 +137,7 @@ class Setup:
                 )
             return self._costs[key]
 
-        return Foresight(profile, costs)
+        return CostModel(profile, costs)
 
     def forget_costs(self) -> None:
         """Time blocks again when plans are compared next."""

@@ -23,11 +23,11 @@ from outsize.engine.hooks import without_user_hooks
 from outsize.engine.model import Model
 from outsize.engine.modulestate import ModuleState
 from outsize.engine.surroundings import Randomness
-from outsize.plan import Direction
+from outsize.plan import Direction, memory_estimate
 from outsize.plan.profile import Profile
 from outsize.plan.simulate import Costs
 from outsize.plan.workload import BatchShape, Kind, Workload, tile_sizes
-from outsize.store import memory, offload
+from outsize.store import memory
 
 Meter = Callable[[Callable[[], object]], float]
 """Says how many seconds a piece of computing takes."""
@@ -126,7 +126,11 @@ def _input_bytes(workload: Workload, shape: BatchShape) -> dict[str, int]:
         block: num_bytes.at(shape.rows or workload.rows) // visits[block]
         for block, num_bytes in workload.sent_bytes.items()
     }
-    return {block: num_bytes for block, num_bytes in sent.items() if num_bytes >= offload.LEAST_BYTES}
+    return {
+        block: num_bytes
+        for block, num_bytes in sent.items()
+        if num_bytes >= memory_estimate.LEAST_INPUT_BYTES
+    }
 
 
 def _time_kind(kind: Kind, tile_rows: int, seconds_of: Meter) -> _Seconds:

@@ -34,6 +34,10 @@ _OPTIONS = {
     "realize_acc_reads_threshold": 1000,
 }
 
+_ASKED = "TORCHINDUCTOR_VEC_ISA_OK"
+"""Says whether the compiler knows the processor's vector instructions. Where it is not set torch tries them out one by one,
+which takes as long as compiling a rule: so it is taken for granted, and tried out only if compiling fails."""
+
 
 class _Module(torch.nn.Module):
     def __init__(self, function: Callable[..., None]) -> None:
@@ -65,7 +69,10 @@ def package(function: Callable[..., None], arguments: Sequence[Tensor], path: Pa
     shapes = {"arguments": (*({0: rows} for _ in arguments[:-1]), None)}
     with torch.no_grad():
         program = torch.export.export(_Module(function), tuple(arguments), dynamic_shapes=shapes)
-        torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=_OPTIONS)
+        taken = {} if _ASKED in os.environ else {"cpp.vec_isa_ok": True}
+        torch._inductor.aoti_compile_and_package(
+            program, package_path=str(path), inductor_configs=_OPTIONS | taken
+        )
 
 
 def build(rule: Rule, compute_type: ComputeType, path: Path) -> None:
@@ -85,7 +92,14 @@ def main(rule: str, compute_type: str, path: str | None = None) -> None:
     """Build, and print where the package is."""
     own, kind = RULES[rule], ComputeType(compute_type) if compute_type else native_compute_type()
     made = package_path(own, kind) if path is None else Path(path)
-    build(own, kind, made)
+    try:
+        build(own, kind, made)
+    except Exception:
+        if _ASKED in os.environ:
+            raise
+        # Once more, in a process that has not settled for instructions yet.
+        command = [sys.executable, "-W", "ignore", "-m", "outsize.optim.build", rule, kind, str(made)]
+        os.execve(sys.executable, command, {**os.environ, _ASKED: ""})
     print(made)
 
 

@@ -302,7 +302,7 @@ class Runner:
 def _check_beside(runtime: Runtime, num_bytes: int) -> None:
     """Raise BudgetError where pages do not fit beside a model that has its place already."""
     budget = runtime.budget
-    room = budget.limit_bytes - budget.expected_bytes()
+    room = budget.limits.host_bytes - budget.expected_bytes()
     if runtime.model.device.is_host and num_bytes > room:
         raise BudgetError(
             f"the KV cache takes {format_bytes(num_bytes)}, {format_bytes(max(0, room))} are left beside the model, which "

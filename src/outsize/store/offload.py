@@ -25,24 +25,12 @@ import torch
 from outsize.block import Extent, align
 from outsize.config import format_bytes
 from outsize.errors import BudgetError, StorageError, UsageError
+from outsize.plan import memory_estimate
 from outsize.plan.profile import Resource
 from outsize.store.finalizers import when_dropped
 from outsize.store.path import BufferedPath, Chunk, Path, Route
 from outsize.store.recorder import ENDS_A_FREE, ENDS_A_WAIT, Recorder
 from outsize.tier import Device, DoneTransfer, HostArena, Tier, TierStats, Transfer, wait_over
-
-LEAST_BYTES = 1 << 20
-"""Smaller tensors stay where blocks compute."""
-
-COPIES = 4
-"""Visits whose inputs take memory where blocks compute at once: in use, just made, and on their way down or up."""
-
-PART_BYTES = 4 << 20
-BUFFERS = 8
-"""Parts of inputs on their way to and from the disk at once, half of them each way."""
-
-BUFFERS_BYTES = BUFFERS * PART_BYTES
-"""Host memory that inputs pass through on their way to and from the disk."""
 
 _LEAVING = 2
 """Of the copies, visits whose inputs may still be on their way down."""
@@ -59,11 +47,11 @@ class ActivationOffload:
         self._device = device
         self._disk = disk
         pinner = None if device.is_host else device
-        self.arena = HostArena(num_bytes if disk is None else BUFFERS_BYTES, pinner)
+        self.arena = HostArena(num_bytes if disk is None else memory_estimate.input_buffers_bytes(), pinner)
         self._home = self.arena.allocate(num_bytes, "inputs") if disk is None else None
         self._buffers = [
-            self.arena.allocate(PART_BYTES, f"inputs[{index}]")
-            for index in range(BUFFERS if disk is not None else 0)
+            self.arena.allocate(memory_estimate.INPUT_PART_BYTES, f"inputs[{index}]")
+            for index in range(memory_estimate.INPUT_BUFFERS if disk is not None else 0)
         ]
         self._path: Path = BufferedPath(device, disk, self._buffers)
         self._visits: _Visits = []
@@ -138,7 +126,11 @@ class ActivationOffload:
     # -- down ------------------------------------------------------------------------------------------------------
 
     def _keep(self, tensor: torch.Tensor, owner: str) -> _Kept | None:
-        if not (tensor.requires_grad and tensor.is_contiguous() and tensor.nbytes >= LEAST_BYTES):
+        if not (
+            tensor.requires_grad
+            and tensor.is_contiguous()
+            and tensor.nbytes >= memory_estimate.LEAST_INPUT_BYTES
+        ):
             return None
         own, known = self._known.get(id(tensor), (None, None))
         same = known() if own is not None and known is not None and own() is tensor else None
@@ -248,7 +240,7 @@ class ActivationOffload:
         """An input between `place`, `[num_elements]`, and where it waits."""
         offset, size = each.extent.offset, place.element_size()
         home = self._home.tensor(each.dtype, place.numel(), offset) if self._home is not None else None
-        step = PART_BYTES // size
+        step = memory_estimate.INPUT_PART_BYTES // size
         chunks = []
         for index, start in enumerate(range(0, place.numel(), step)):
             stop = min(start + step, place.numel())

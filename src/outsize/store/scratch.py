@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from outsize.config import DiskBudget, Home, Settings, cache_folder, cache_limit, format_bytes
-from outsize.errors import BudgetError
 from outsize.plan import Placement
+from outsize.plan.candidates import DiskShortage
 from outsize.tier import DiskTier, StripedTier, Tier
 from outsize.tier.striped import part_bytes
 
@@ -51,10 +51,6 @@ def packed_places(settings: Settings) -> tuple[DiskBudget, ...]:
             DiskBudget(disk.folder / "outsize-packed", disk.num_bytes) for disk in settings.budgets.disks
         )
     return (DiskBudget(cache_folder() / "packed", cache_limit()),)
-
-
-class DiskShortage(BudgetError):
-    """The disk is what is short; the hint names a size of it that works."""
 
 
 def disk_bytes(placement: Placement, settings: Settings, versions_bytes: int | None = None) -> int:

@@ -1,0 +1,141 @@
+"""Plans within limits: a function of what it is given, and of nothing else."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import pytest
+
+from outsize.config import Budgets, ComputeType, Pins, Settings
+from outsize.errors import BudgetError
+from outsize.plan.candidates import CostModel, Planner
+from outsize.plan.limits import SLACK_BYTES, DeviceLimits, Limits
+from outsize.plan.workload import Activations, BatchDims, BatchShape, Linear, LossMemory, Workload
+from tests.plan.test_plan import call
+from tests.plan.test_simulate import HOST, blocks, costs
+
+MIB = 1 << 20
+NOTHING = Linear(0.0, 0.0)
+SHAPE = BatchShape(rows=8, row_elements=128, row_tokens=128)
+
+
+def workload_of(records, tile_bytes=4 * MIB):
+    names = list(records)
+    return Workload(
+        visits=tuple(call(names)),
+        row_elements=SHAPE.row_elements,
+        rows=2,
+        dims={name: BatchDims((0,), (0,)) for name in names},
+        boundary_bytes=Linear(0.0, len(names) * MIB),
+        movable_bytes=Linear(0.0, len(names) * MIB),
+        input_bytes=Linear(0.0, MIB),
+        sent_bytes={name: Linear(0.0, MIB) for name in names},
+        tile_bytes=Linear(0.0, tile_bytes),
+        loss_memory=LossMemory(NOTHING, NOTHING, 0, NOTHING),
+        kinds=(),
+        kind_of={},
+        activations=tuple(Activations((name,), True, Linear(0.0, 8 * MIB)) for name in names),
+    )
+
+
+def planner(records, limits, disk="/anywhere", pins=None, **workload):
+    settings = Settings(Budgets.parse(None, None, disk), None, ComputeType.FLOAT32, pins or Pins())
+    return Planner(
+        list(records.values()),
+        workload_of(records, **workload),
+        SHAPE,
+        limits,
+        settings,
+        lambda placement, own: placement.disk_bytes,
+    )
+
+
+def cost_model(records):
+    return CostModel(HOST, lambda tile_rows: costs(list(records), 0.1, 0.2))
+
+
+def vars_of(placement):
+    """The fields of a placement, sets in order."""
+    fields = {each.name: getattr(placement, each.name) for each in dataclasses.fields(placement)}
+    return {
+        name: sorted(map(str, value)) if isinstance(value, frozenset) else repr(value)
+        for name, value in fields.items()
+        if not name.endswith("classes")
+    }
+
+
+PROCESS = """
+import json, sys
+from tests.plan.test_candidates import blocks, cost_model, planner, vars_of
+from outsize.plan.limits import Limits
+ballast = bytearray(int(sys.argv[1]) << 20)
+ballast[::4096] = b"x" * len(ballast[::4096])
+records = blocks(6)
+candidate, choices = planner(records, Limits(2 << 30, 300 << 20)).plan(cost_model(records))
+placement = vars_of(candidate.placement)
+print(json.dumps([repr(candidate.variant), candidate.room, placement, [choice.step_s for choice in choices]]))
+"""
+
+
+def test_processes_under_different_pressure_make_the_same_plan():
+    """Ranks agree on limits and costs once; each of them then plans by itself."""
+    plans = [
+        subprocess.run(
+            [sys.executable, "-c", PROCESS, ballast], capture_output=True, text=True, check=True
+        ).stdout
+        for ballast in ("1", "400")
+    ]
+    assert plans[0] == plans[1] and len(json.loads(plans[0])[-1]) > 1
+
+
+def test_what_is_planned_fits():
+    records = blocks(6)
+    for host in (900 * MIB, 1500 * MIB, 4096 * MIB):
+        limits = Limits(host, base_bytes=300 * MIB)
+        for model in (None, cost_model(records)):
+            candidate, _ = planner(records, limits).plan(model)
+            taken = candidate.placement.arena_bytes + candidate.memory.num_bytes + candidate.memory.host_bytes
+            assert limits.base_bytes + taken + SLACK_BYTES <= host
+
+
+def test_the_fastest_choice_is_taken_and_its_pins_lead_to_it():
+    records = blocks(6)
+    limits = Limits(2048 * MIB, base_bytes=300 * MIB)
+    candidate, choices = planner(records, limits).plan(cost_model(records))
+    assert [choice.step_s for choice in choices] == sorted(choice.step_s for choice in choices)
+    again, _ = planner(records, limits, pins=choices[0].pins).plan()
+    assert dataclasses.replace(again.placement, chunk_buffers=0) == dataclasses.replace(
+        candidate.placement, chunk_buffers=0
+    )
+
+
+@pytest.mark.parametrize("has_device", [False, True])
+def test_the_budgets_of_the_hint_work(has_device):
+    records = blocks(6)
+    device = DeviceLimits(100 * MIB, 100 * MIB, 10 * MIB) if has_device else None
+    limits = Limits(420 * MIB, base_bytes=300 * MIB, reading_bytes=16 * MIB, device=device)
+    with pytest.raises(BudgetError, match="does not fit") as caught:
+        planner(records, limits).plan()
+    named = {
+        part.partition("=")[0]: int(part.split('"')[1].removesuffix("MiB")) * MIB
+        for part in str(caught.value.hint).split()
+        if '="' in part
+    }
+    if device is not None:
+        most = named["device"]
+        device = DeviceLimits(most, most, device.taken_bytes)
+    limits = dataclasses.replace(limits, host_bytes=named["host"], device=device)
+    planner(records, limits).plan()
+    smaller = dataclasses.replace(limits, host_bytes=limits.host_bytes - 64 * MIB)
+    with pytest.raises(BudgetError):
+        planner(records, smaller).plan()
+
+
+def test_more_memory_never_gives_smaller_tiles():
+    records = blocks(4)
+    rows = [
+        planner(records, Limits(host * MIB, 300 * MIB), tile_bytes=200 * MIB).plan()[0].tile_rows
+        for host in (1400, 1700, 2400, 4000)
+    ]
+    assert rows == sorted(rows) and rows[0] < rows[-1]
