@@ -276,6 +276,46 @@ def test_why_a_batch_is_not_cut_is_said(caplog):
     assert reason in str(outsize.report(model)) and caplog.text.count(reason) == 1
 
 
+class Counting(nn.Module):
+    """Layers that count their calls in a buffer, of which one has a part to hang hooks on."""
+
+    def __init__(self, counts):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(8, 8)) for _ in range(3))
+        for layer, does in zip(self.layers, counts, strict=True):
+            if does:
+                layer.append(nn.BatchNorm1d(8))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = x + layer(x)
+        return x.square().mean()
+
+
+@pytest.mark.parametrize(
+    ("counts", "hooked", "expected"),
+    [
+        ((False, False, False), (), ()),
+        ((False, True, True), (), ("layers.1 (and 1 more) changes its own state in its forward",)),
+        ((False, False, False), (2,), ("layers.2 has hooks inside",)),
+        (
+            (True, False, False),
+            (0, 1),
+            ("layers.0 changes its own state in its forward", "layers.0 (and 1 more) has hooks inside"),
+        ),
+    ],
+    ids=["neither", "state", "hooks", "both"],
+)
+def test_layers_that_are_not_cut_are_reported_with_the_reason(counts, hooked, expected):
+    model = opened(Counting(counts)).train()
+    for index in hooked:
+        model.layers[index][0].register_forward_hook(lambda *_: None)
+    model(torch.randn(4, 8)).backward()
+    told = outsize.report(model)
+    assert told.uncut == expected
+    assert all(f"layers compute the whole batch at once: {reason}" in str(told) for reason in expected)
+
+
 def test_pinned_tiles_that_cannot_be_are_refused():
     model = opened(Paired(), pins=Pins(tile_rows=1))
     with pytest.raises(

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from torch import nn
 
 from outsize.block import Plane, Record
 from outsize.config import Home, format_bytes
+from outsize.engine.hooks import has_user_hooks
+from outsize.engine.layer import Layer
 from outsize.engine.runtime import Runtime, runtime_of
 from outsize.model import attention_of
 from outsize.plan import Placement, is_stored
@@ -53,7 +55,7 @@ class Report:
     attention: str | None = None
     """What attention is computed with; None where the model has no choice."""
     uncut: tuple[str, ...] = ()
-    """Why calls were computed as a whole instead of in tiles, where a part of the batch could not be computed."""
+    """Why calls, or the layers that are named, were computed as a whole instead of in tiles."""
 
     def __str__(self) -> str:
         width = max((len(row.what) for row in self.rows), default=0)
@@ -113,8 +115,22 @@ def report(model: nn.Module) -> Report:
         stepped_down=tuple(runtime.visits.stepdown.notes),
         compiled=tuple(runtime.visits.compiler.compiled),
         attention=attention_of(runtime.model.module),
-        uncut=tuple(runtime.calls.uncut),
+        uncut=(*runtime.calls.uncut, *_uncut_layers(runtime)),
     )
+
+
+def _uncut_layers(runtime: Runtime) -> Iterator[str]:
+    """Why some layers compute the whole batch at once whatever the tiles of a call are, and which."""
+    layers = {module: point for module, point in runtime.points.items() if isinstance(point, Layer)}
+    reasons = (
+        ("changes its own state in its forward", runtime.visits.call.changing),
+        ("has hooks inside", {module for module, layer in layers.items() if has_user_hooks(layer.inner)}),
+    )
+    for reason, found in reasons:
+        named = [module for module in layers if module in found]
+        if named:
+            more = f" (and {len(named) - 1} more)" if len(named) > 1 else ""
+            yield f"{named[0]}{more} {reason}"
 
 
 def placement_rows(runtime: Runtime, records: Sequence[Record], placement: Placement) -> tuple[Row, ...]:
