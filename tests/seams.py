@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,13 +24,16 @@ from torch import nn
 
 from outsize.block import Plane, Record
 from outsize.config import Pins
-from outsize.engine import api, budget, signature
+from outsize.engine import api, budget, head, signature
 from outsize.engine import executor as executor_module
+from outsize.engine.compiled import Compiler
 from outsize.engine.dry_run import DryRun
 from outsize.engine.dry_runner import DryRunner, batch_shape
 from outsize.engine.executor import Executor
+from outsize.engine.layer import Layer
 from outsize.engine.runtime import Runtime, _runtimes, runtime_of
 from outsize.engine.setup import Setup
+from outsize.engine.stepdown import StepDown
 from outsize.plan import (
     Backward,
     Direction,
@@ -41,10 +45,12 @@ from outsize.plan import (
     candidates,
     check,
     is_stored,
+    limits,
     memory_estimate,
     place_apart,
 )
-from outsize.store import memory, scratch
+from outsize.store import memory, offload, scratch
+from outsize.store.gradients import Gradients
 from outsize.tier import Device, DiskTier, TwinDevice
 
 # -- models ------------------------------------------------------------------------------------------------------
@@ -538,10 +544,112 @@ def settle_updates(model: nn.Module) -> None:
 # -- putting something in the engine's place ---------------------------------------------------------------------
 
 
-def set_process_memory(monkeypatch: Any, num_bytes: int, available_bytes: int) -> None:
+def set_process_memory(monkeypatch: Any, num_bytes: int, available_bytes: int | None = None) -> None:
     """Let memory be planned as if the process had `num_bytes`, and `available_bytes` were free beside."""
     monkeypatch.setattr(memory, "resident_bytes", lambda: num_bytes)
-    monkeypatch.setattr(memory, "available_bytes", lambda: available_bytes)
+    if available_bytes is not None:
+        monkeypatch.setattr(memory, "available_bytes", lambda: available_bytes)
+
+
+def set_device_slack(monkeypatch: Any, num_bytes: int) -> None:
+    """Leave `num_bytes` of a device for what is not planned."""
+    monkeypatch.setattr(limits, "DEVICE_SLACK_BYTES", num_bytes)
+
+
+def set_fewest_tile_tokens(monkeypatch: Any, num_tokens: int) -> None:
+    """Before tiles have fewer tokens than this, inputs of blocks go to the disk."""
+    monkeypatch.setattr(candidates, "FEWEST_TILE_TOKENS", num_tokens)
+
+
+def set_loss_tiles(monkeypatch: Any, num_elements: int) -> None:
+    """Compute the loss of models that are opened from now on in tiles of `num_elements` logits."""
+    monkeypatch.setattr(head, "TILE_ELEMENTS_ON_DEVICE", num_elements)
+    monkeypatch.setattr(head, "TILE_ELEMENTS", num_elements)
+
+
+def use_tiles_as_placed(monkeypatch: Any) -> None:
+    """Let calls use the tiles that memory was placed for, whatever is left for them."""
+    monkeypatch.setattr(budget.Budget, "begin_call", lambda own, workload, shape: own._candidate.tile_rows)
+
+
+def tile_rows_placed(model: nn.Module) -> int:
+    """Rows of the tiles that memory was placed for."""
+    return budget_of(model)._candidate.tile_rows
+
+
+def fill_host(monkeypatch: Any) -> None:
+    """Let the host's memory have no room for blocks that leave a device."""
+    monkeypatch.setattr(budget.Budget, "has_room_for", lambda own, num_bytes: False)
+
+
+def around_placing(monkeypatch: Any, act: Callable[[Callable[[], Placement], dict[str, Any]], Any]) -> None:
+    """Let `act(run, options)` stand for each placing; `options` hold the bytes that it may use."""
+    for name in ("place", "place_apart"):
+        place = getattr(candidates, name)
+
+        def placing(records: Any, place: Any = place, **options: Any) -> Any:
+            return act(partial(place, records, **options), options)
+
+        monkeypatch.setattr(candidates, name, placing)
+
+
+def around_tiles_of_layers(monkeypatch: Any, act: Callable[[Callable[[], Any], Any, Any], Any]) -> None:
+    """Let `act(run, layer, tile)` stand for computing a tile of a layer with its graph."""
+    compute = Layer._run_with_graph
+
+    def computing(layer: Any, call: Any, tensors: Any, tile: Any) -> Any:
+        return act(partial(compute, layer, call, tensors, tile), layer, tile)
+
+    monkeypatch.setattr(Layer, "_run_with_graph", computing)
+
+
+def around_backwards_of_layers(monkeypatch: Any, act: Callable[[Callable[[], Any], Any], Any]) -> None:
+    """Let `act(run, layer)` stand for going back through a layer."""
+    backward = Layer.backward
+    monkeypatch.setattr(
+        Layer, "backward", lambda layer, *arguments: act(partial(backward, layer, *arguments), layer)
+    )
+
+
+def around_compiled_layers(monkeypatch: Any, act: Callable[[Callable[[], Any]], Any]) -> None:
+    """Let `act(run)` stand for running a layer that may be compiled."""
+    run = Compiler.run
+    monkeypatch.setattr(Compiler, "run", lambda compiler, *arguments: act(partial(run, compiler, *arguments)))
+
+
+def around_parts_of_visits(monkeypatch: Any, act: Callable[[Callable[..., Any], Any, bool], Any]) -> None:
+    """Let `act(attempt, part, may_cut)` stand for computing a part of a visit, which may be repeated in smaller ones."""
+    compute = StepDown.compute
+
+    def computing(stepdown: Any, parts: Any, attempt: Any, **options: Any) -> Any:
+        may_cut = options.get("may_cut", True)
+        return compute(stepdown, parts, lambda part: act(attempt, part, may_cut), **options)
+
+    monkeypatch.setattr(StepDown, "compute", computing)
+
+
+def watch_inputs_leaving(monkeypatch: Any, note: Callable[[int], object]) -> None:
+    """Call `note` at each visit with how many inputs of earlier ones are still on their way out of memory."""
+    begin = offload.ActivationOffload.keep
+
+    def watched(keeper: Any, tensors: Any, owner: str) -> Any:
+        context = begin(keeper, tensors, owner)
+        note(sum(len(visit) for visit in keeper._leaving))
+        return context
+
+    monkeypatch.setattr(offload.ActivationOffload, "keep", watched)
+
+
+def settle_norms_of_paper(monkeypatch: Any) -> None:
+    """Let gradients without values have a norm of 1."""
+
+    def settle(gradients: Gradients) -> None:
+        for gradient, norm in gradients._norms:
+            assert norm.device.type == "meta"
+            gradient.sum_of_squares = 1.0
+        gradients._norms = []
+
+    monkeypatch.setattr(Gradients, "settle_norms", settle)
 
 
 def before_allocating(monkeypatch: Any, act: Callable[[], object]) -> None:

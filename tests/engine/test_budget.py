@@ -26,7 +26,15 @@ from outsize.plan.limits import SLACK_BYTES
 from outsize.store import memory
 from tests.plan.test_simulate import HOST
 from tests.running import assert_same_losses, assert_same_weights, opened, train
-from tests.seams import budget_of, computes_on_host, current_call, plan_executed, set_room, settle_for
+from tests.seams import (
+    budget_of,
+    computes_on_host,
+    current_call,
+    plan_executed,
+    set_process_memory,
+    set_room,
+    settle_for,
+)
 from tests.zoo import ZOO, seeded
 
 
@@ -268,7 +276,7 @@ def test_the_pins_that_are_printed_lead_to_the_plan_they_are_printed_for(case, t
     monkeypatch.setattr(Budget, "place", lambda self, *args: seen.append(self) or place(self, *args))
 
     def planned(**more):
-        monkeypatch.setattr("outsize.store.memory.resident_bytes", lambda: 350 << 20)
+        set_process_memory(monkeypatch, 350 << 20)
         summary = outsize.preview(wide(tmp_path), hardware=profile, **options, **more)
         assert summary.fits, summary
         return summary, seen[-1]

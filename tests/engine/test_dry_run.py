@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 import outsize
-from outsize.engine import head
 from outsize.engine.dry_runner import batch_shape
 from outsize.plan import Direction
 from outsize.plan.workload import Linear
@@ -20,6 +19,7 @@ from tests.seams import (
     dry_runs_alive,
     has_memory,
     is_in_dry_run,
+    set_loss_tiles,
     source_of,
     watch_visits,
 )
@@ -116,7 +116,7 @@ def test_boundary_memory_grows_with_rows(tmp_path):
 
 def test_memory_of_the_loss_does_not_grow_beyond_its_largest_tiles(monkeypatch):
     """Rows that are tried have smaller tiles: what they take is no measure of what many of them will."""
-    monkeypatch.setattr(head, "TILE_ELEMENTS", 1 << 14)
+    set_loss_tiles(monkeypatch, 1 << 14)
     model = opened(ZOO["llama"].build().train())
     loss = workload_of(model, ZOO["llama"].batch(rows=4, length=12)).loss_memory
     assert loss.tiles.at(2) < loss.most_tile_bytes == 3 * 4 * (1 << 14)

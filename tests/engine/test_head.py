@@ -8,7 +8,7 @@ import outsize
 from outsize.engine import head as head_module
 from outsize.engine.head import Logits, _add_to_logsumexp, _token_tiles
 from tests.running import adamw, assert_same_weights, opened, train
-from tests.seams import row_blocks
+from tests.seams import row_blocks, set_loss_tiles
 from tests.zoo import CAUSAL, VOCABULARY, ZOO
 
 
@@ -44,7 +44,7 @@ def test_logits_are_never_made_where_the_loss_can_do_without(name, monkeypatch):
 
 
 def test_small_tiles_give_the_same_training(monkeypatch, tmp_path):
-    monkeypatch.setattr(head_module, "TILE_ELEMENTS", 200)
+    set_loss_tiles(monkeypatch, 200)
     plain = ZOO["llama_tied"].build().train()
     model = opened(plain, disk=tmp_path, home="disk")
     data = [ZOO["llama_tied"].batch(seed=seed) for seed in range(3)]

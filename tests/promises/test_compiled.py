@@ -15,10 +15,15 @@ from torch._dynamo.utils import counters
 import outsize
 from outsize import Pins
 from outsize.engine import compiled
-from outsize.engine.layer import Layer
 from outsize.errors import ConfigError, ModelError
 from tests.running import opened, values_of
-from tests.seams import close, last_training_call, with_twin
+from tests.seams import (
+    around_backwards_of_layers,
+    around_compiled_layers,
+    close,
+    last_training_call,
+    with_twin,
+)
 from tests.zoo import ZOO
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
@@ -139,16 +144,16 @@ class Late:
     """A compiler that fails at the n-th call."""
 
     def __init__(self, monkeypatch, at):
-        self.calls, run = 0, compiled.Compiler.run
+        self.calls = 0
 
-        def failing(compiler, *arguments):
+        def failing(run):
             self.calls += 1
             if self.calls == at:
                 torch.rand(1)
                 raise TorchDynamoException("a shape that was not there before")
-            return run(compiler, *arguments)
+            return run()
 
-        monkeypatch.setattr(compiled.Compiler, "run", failing)
+        around_compiled_layers(monkeypatch, failing)
 
 
 @pytest.mark.parametrize("at", [8, 11, 14, 18])
@@ -162,14 +167,12 @@ def test_a_compiler_that_fails_later_loses_nothing(at, no_inductor, monkeypatch)
 
 
 def test_a_backward_that_would_draw_other_random_numbers_is_an_error(no_inductor, monkeypatch):
-    backward = Layer.backward
-
-    def going_back(layer, *arguments):
+    def going_back(run, layer):
         with monkeypatch.context() as patch:
             Late(patch, 1)
-            return backward(layer, *arguments)
+            return run()
 
-    monkeypatch.setattr(Layer, "backward", going_back)
+    around_backwards_of_layers(monkeypatch, going_back)
     with warnings.catch_warnings(), pytest.raises(ModelError, match="other random numbers"):
         warnings.simplefilter("ignore")
         trained("gpt2", changes={"resid_pdrop": 0.3})

@@ -19,7 +19,6 @@ from outsize import Pins
 from outsize.block import Plane
 from outsize.engine import api
 from outsize.errors import BudgetError, DeviceError, UsageError, WeightsError
-from outsize.plan import limits, place_apart
 from outsize.plan.memory_estimate import MemoryEstimate
 from outsize.store import finalizers
 from outsize.tier import SlowTier, TwinDevice, Way
@@ -29,6 +28,7 @@ from tests.running import around_forward, opened
 from tests.seams import (
     abandon,
     activation_offload,
+    around_placing,
     close,
     compute_on,
     device_of,
@@ -37,7 +37,7 @@ from tests.seams import (
     move_small_inputs,
     placement_of,
     set_activations,
-    set_placing,
+    set_device_slack,
     slots_of,
     source_of,
     watch_slots_of_visits,
@@ -439,7 +439,7 @@ def test_a_graph_may_be_gone_back_twice_and_dropped(tmp_path, monkeypatch):
 
 def test_a_long_sequence_moves_inputs_where_the_device_is_too_small(tmp_path, monkeypatch):
     move_small_inputs(monkeypatch)
-    monkeypatch.setattr(limits, "DEVICE_SLACK_BYTES", 0)
+    set_device_slack(monkeypatch, 0)
     set_activations(
         monkeypatch,
         lambda workload, shape, tile_rows, inputs=None, kept=frozenset(): MemoryEstimate(
@@ -450,7 +450,7 @@ def test_a_long_sequence_moves_inputs_where_the_device_is_too_small(tmp_path, mo
     for spare, moves in ((2000, False), (500, True)):
         model = opened(ZOO["llama"].build().train(), home="host", dtype="float32")
         outsize.AdamW(model)
-        set_placing(monkeypatch, "place_apart", _first_fits(spare))
+        around_placing(monkeypatch, _first_fits(spare))
         with torch.no_grad():
             model(**ZOO["llama"].batch())
         assert (activation_offload(model) is not None) is moves, spare
@@ -460,10 +460,10 @@ def test_a_long_sequence_moves_inputs_where_the_device_is_too_small(tmp_path, mo
 def _first_fits(spare):
     """A planner to whom all arenas take what leaves `spare` of the device."""
 
-    def place(records, **options):
+    def place(run, options):
         if int(0.95 * LIMIT) - options["device_bytes"] > spare:
             raise BudgetError("too small")
-        return place_apart(records, **options)
+        return run()
 
     return place
 

@@ -15,18 +15,20 @@ from torch.utils.checkpoint import checkpoint
 
 import outsize
 from outsize import Pins
-from outsize.engine import budget, head
-from outsize.engine.layer import Layer
-from outsize.engine.stepdown import StepDown
 from outsize.errors import BudgetError, ConfigError
 from tests.running import around_forward, opened, values_of
 from tests.seams import (
+    around_backwards_of_layers,
+    around_parts_of_visits,
+    around_tiles_of_layers,
     close,
+    fill_host,
     loss_tile,
     model_of,
     move_small_inputs,
     placement_of,
     set_loss_tile,
+    set_loss_tiles,
     tile_rows_of,
     visits_off_plan,
     with_twin,
@@ -42,23 +44,23 @@ def full():
 
 def holds_tiles_of(rows, monkeypatch, *, forwards=True):
     """Layers have no memory for more rows than that, in their forwards and backwards, or in backwards only."""
-    run, backward, directions = Layer._run_with_graph, Layer.backward, ["forward"]
+    directions = ["forward"]
 
-    def limited(layer, call, tensors, tile):
-        graph = run(layer, call, tensors, tile)  # it fails late
+    def limited(run, layer, tile):
+        graph = run()  # it fails late
         if tile.stop - tile.start > rows and (forwards or directions[-1] == "backward"):
             full()
         return graph
 
-    def noted(layer, *arguments):
+    def noted(run, layer):
         directions.append("backward")
         try:
-            return backward(layer, *arguments)
+            return run()
         finally:
             directions.pop()
 
-    monkeypatch.setattr(Layer, "_run_with_graph", limited)
-    monkeypatch.setattr(Layer, "backward", noted)
+    around_tiles_of_layers(monkeypatch, limited)
+    around_backwards_of_layers(monkeypatch, noted)
 
 
 def trained(name="llama", *, tile_rows=None, retry=True, kept_blocks=None, dtype="float32", **options):
@@ -176,15 +178,15 @@ def test_a_word_that_is_none_is_refused():
 def test_activations_that_were_kept_go_first_and_change_no_bit(monkeypatch):
     with_twin(monkeypatch)
     expected = trained(retry=False, home="device", kept_blocks=2)
-    run, calls = Layer._run_with_graph, []
+    calls = []
 
-    def once(layer, call, tensors, tile):
+    def once(run, layer, tile):
         calls.append(layer)
         if len(calls) == 4:
             full()  # in the norm, when two layers have kept theirs
-        return run(layer, call, tensors, tile)
+        return run()
 
-    monkeypatch.setattr(Layer, "_run_with_graph", once)
+    around_tiles_of_layers(monkeypatch, once)
     with pytest.warns(RuntimeWarning, match="keeps its activations") as said:
         result = trained(home="device", kept_blocks=2)
     assert_same(result, expected)
@@ -197,16 +199,16 @@ def resident_of(model):
 
 def holds_blocks(count, monkeypatch, *, from_call=0):
     """Layers have no memory while more than so many blocks stay on the device; from a call of a layer on."""
-    run, calls = Layer._run_with_graph, []
+    calls = []
 
-    def limited(layer, call, tensors, tile):
+    def limited(run, layer, tile):
         calls.append(layer)
-        graph = run(layer, call, tensors, tile)
+        graph = run()
         if len(calls) > from_call and len(resident_of(model_of(layer))) > count:
             full()
         return graph
 
-    monkeypatch.setattr(Layer, "_run_with_graph", limited)
+    around_tiles_of_layers(monkeypatch, limited)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -231,7 +233,7 @@ def test_blocks_leave_a_device_that_is_too_small_for_a_row(count, from_call, dty
 def test_blocks_stay_where_the_host_has_no_room_for_them(monkeypatch):
     with_twin(monkeypatch)
     holds_blocks(2, monkeypatch)
-    monkeypatch.setattr(budget.Budget, "has_room_for", lambda budget, num_bytes: False)
+    fill_host(monkeypatch)
     with pytest.raises(BudgetError, match="ran out of memory"):
         trained(tile_rows=1, home="device")
 
@@ -294,16 +296,13 @@ class Short(TorchDispatchMode):
 
 def in_short_memory(monkeypatch, at):
     """All is counted that parts of visits take, where there are smaller ones."""
-    short, compute = Short(at), StepDown.compute
+    short = Short(at)
 
-    def counted(stepdown, parts, attempt, **options):
-        def run(part):
-            with short if options.get("may_cut", True) else nullcontext():
-                attempt(part)
+    def counted(attempt, part, may_cut):
+        with short if may_cut else nullcontext():
+            attempt(part)
 
-        return compute(stepdown, parts, run, **options)
-
-    monkeypatch.setattr(StepDown, "compute", counted)
+    around_parts_of_visits(monkeypatch, counted)
     return short
 
 
@@ -311,8 +310,7 @@ def in_short_memory(monkeypatch, at):
 def test_wherever_memory_runs_out_nothing_is_lost_or_counted_twice(name, kept_blocks, monkeypatch):
     with_twin(monkeypatch)
     move_small_inputs(monkeypatch)
-    monkeypatch.setattr(head, "TILE_ELEMENTS_ON_DEVICE", 2000)
-    monkeypatch.setattr(head, "TILE_ELEMENTS", 2000)
+    set_loss_tiles(monkeypatch, 2000)
 
     def run(at):
         with monkeypatch.context() as patch, warnings.catch_warnings():

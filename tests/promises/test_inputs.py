@@ -10,9 +10,8 @@ from torch import nn
 
 import outsize
 from outsize import Pins
-from outsize.engine import budget
 from outsize.errors import BudgetError, ConfigError, CorruptionError, StorageError, UsageError
-from outsize.plan import candidates, memory_estimate
+from outsize.plan import memory_estimate
 from outsize.plan.memory_estimate import MemoryEstimate, estimate
 from outsize.store import offload
 from outsize.tier import (
@@ -32,6 +31,7 @@ from tests.seams import (
     abandon,
     activation_offload,
     arena_of,
+    around_placing,
     budget_of,
     close,
     close_unchecked,
@@ -43,7 +43,10 @@ from tests.seams import (
     placement_of,
     planned_bytes,
     set_activations,
-    set_placing,
+    set_fewest_tile_tokens,
+    tile_rows_placed,
+    use_tiles_as_placed,
+    watch_inputs_leaving,
     wrapped_disk,
 )
 from tests.zoo import ZOO
@@ -188,14 +191,7 @@ def test_memory_for_inputs_does_not_grow_with_depth(tmp_path):
 def test_sources_are_let_go_two_visits_later(tmp_path, monkeypatch):
     """Whatever the depth, however slow the disk: the forward waits instead of piling inputs up."""
     seen = []
-    begin = offload.ActivationOffload.keep
-
-    def note(keeper, tensors, owner):
-        context = begin(keeper, tensors, owner)
-        seen.append(sum(len(visit) for visit in keeper._leaving))
-        return context
-
-    monkeypatch.setattr(offload.ActivationOffload, "keep", note)
+    watch_inputs_leaving(monkeypatch, seen.append)
     with wrapped_disk(monkeypatch, lambda disk: SlowTier(disk, lambda verb, label: 0.002)):
         plain = ZOO["llama"].build(num_hidden_layers=8).train()
         model = opened(plain, disk=tmp_path, home="host", pins=ON_DISK)
@@ -404,10 +400,9 @@ def attempts_of(model, room, monkeypatch, **options):
 
     with monkeypatch.context() as patch:
         set_activations(patch, limited)
-        patch.setattr(budget.Budget, "begin_call", lambda self, workload, shape: self._candidate.tile_rows)
+        use_tiles_as_placed(patch)
         model(**ZOO["llama"].batch(rows=8, length=options.get("length", 12)))
-    own = budget_of(model)
-    return own.placement.inputs, own._candidate.tile_rows
+    return placement_of(model).inputs, tile_rows_placed(model)
 
 
 @pytest.mark.parametrize(
@@ -422,7 +417,7 @@ def attempts_of(model, room, monkeypatch, **options):
     ],
 )
 def test_inputs_go_to_the_disk_before_tiles_become_too_small(room, fewest, expected, tmp_path, monkeypatch):
-    monkeypatch.setattr(candidates, "FEWEST_TILE_TOKENS", fewest)
+    set_fewest_tile_tokens(monkeypatch, fewest)
     model = opened(ZOO["llama"].build().train(), disk=tmp_path, home="host")
     if not computes_on_host(model):
         pytest.skip("a device tries the host's memory first")
@@ -431,7 +426,7 @@ def test_inputs_go_to_the_disk_before_tiles_become_too_small(room, fewest, expec
 
 
 def test_without_a_disk_tiles_become_as_small_as_they_must(monkeypatch):
-    monkeypatch.setattr(candidates, "FEWEST_TILE_TOKENS", 24)
+    set_fewest_tile_tokens(monkeypatch, 24)
     model = opened(ZOO["llama"].build().train(), home="host")
     if not computes_on_host(model):
         pytest.skip("a device tries the host's memory first")
@@ -515,14 +510,14 @@ def test_a_place_whose_input_was_lost_is_given_back_when_nothing_writes_there_an
 
 
 def test_blocks_are_closed_though_inputs_cannot_be(tmp_path, monkeypatch):
-    def fail(keeper):
+    def fail():
         raise StorageError("no", hint="none")
 
     model = llama(tmp_path)
     model(**ZOO["llama"].batch()).loss.backward()
     keeper, arena = activation_offload(model), arena_of(model)
     with monkeypatch.context() as patch:
-        patch.setattr(offload.ActivationOffload, "close", fail)
+        patch.setattr(keeper, "close", fail)
         with pytest.raises(StorageError):
             close_unchecked(model)
     assert arena.in_use_bytes == 0
@@ -531,13 +526,12 @@ def test_blocks_are_closed_though_inputs_cannot_be(tmp_path, monkeypatch):
 
 def test_buffers_of_inputs_are_taken_from_what_is_left_for_arenas(tmp_path, monkeypatch):
     rooms = []
-    place = candidates.place
 
-    def note(records, **options):
-        rooms.append(options["arena_bytes"])
-        return place(records, **options)
+    def note(run, options):
+        rooms.append(options.get("arena_bytes"))
+        return run()
 
-    set_placing(monkeypatch, "place", note)
+    around_placing(monkeypatch, note)
     model = llama(tmp_path, home="host")
     own = budget_of(model)
     if not computes_on_host(model):

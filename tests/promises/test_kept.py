@@ -15,7 +15,6 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from outsize import Pins
 from outsize.block import Plane
-from outsize.engine.layer import Layer
 from outsize.errors import BudgetError, ConfigError, UsageError
 from tests.promises.test_placement import Run, assert_same_bits, small_chunks, trained
 from tests.running import (
@@ -27,7 +26,7 @@ from tests.running import (
     train,
     values_of,
 )
-from tests.seams import computes_on_host, current_call, placement_of
+from tests.seams import around_tiles_of_layers, computes_on_host, current_call, placement_of
 from tests.zoo import ZOO, plain_batch, plain_stack, seeded
 
 __all__ = ["small_chunks"]  # a fixture for all tests here
@@ -180,14 +179,13 @@ def test_autocast_is_that_of_the_forward(tmp_path):
 def watched_graphs(monkeypatch):
     """Weak references to the outputs of all graphs that are made from here on."""
     made = []
-    run = Layer._run_with_graph
 
-    def watch(layer, call, tensors, tile):
-        graph = run(layer, call, tensors, tile)
+    def watch(run, layer, tile):
+        graph = run()
         made.extend(weakref.ref(output) for output in graph.outputs)
         return graph
 
-    monkeypatch.setattr(Layer, "_run_with_graph", watch)
+    around_tiles_of_layers(monkeypatch, watch)
     return made
 
 

@@ -14,14 +14,20 @@ from transformers import masking_utils
 import outsize
 from outsize import Pins
 from outsize.config import ComputeType
-from outsize.engine import api, layer
+from outsize.engine import layer
 from outsize.optim import Kernel, gpu_kernel
 from outsize.optim.rules import RULES
-from outsize.store.gradients import Gradients
 from outsize.tier import Device, LinkStats, Way
 from outsize.tier.transfer import DoneTransfer
 from tests.running import opened
-from tests.seams import arguments_of, blocks_that_move, flush, move_small_inputs
+from tests.seams import (
+    arguments_of,
+    blocks_that_move,
+    compute_on,
+    flush,
+    move_small_inputs,
+    settle_norms_of_paper,
+)
 from tests.zoo import ZOO
 
 
@@ -59,15 +65,9 @@ def paper(monkeypatch):
     """Models are opened on paper, with all that is needed for that and would be there on a real device."""
     devices = []
 
-    def open_device(settings):
+    def open_device():
         devices.append(PaperDevice())
         return devices[-1]
-
-    def settle(gradients):
-        for gradient, norm in gradients._norms:
-            assert norm.device.type == "meta"
-            gradient.sum_of_squares = 1.0
-        gradients._norms = []
 
     plain_call = Kernel.__call__
 
@@ -77,8 +77,8 @@ def paper(monkeypatch):
         if places == {"cpu"}:
             plain_call(kernel, weight, state, gradient, hyper)
 
-    monkeypatch.setattr(api, "open_device", open_device)
-    monkeypatch.setattr(Gradients, "settle_norms", settle)
+    compute_on(monkeypatch, open_device)
+    settle_norms_of_paper(monkeypatch)
     monkeypatch.setattr(Kernel, "__call__", call)
     # Where a mask is made, transformers asks the device once per call whether sequences are packed.
     monkeypatch.setattr(masking_utils, "is_tracing", lambda *values: True)

@@ -6,8 +6,7 @@ import outsize
 from outsize.errors import BudgetError
 from outsize.serve import Workload, open_engine
 from outsize.serve.runner import Runner
-from outsize.store import memory
-from tests.seams import budget_of
+from tests.seams import budget_of, set_process_memory
 from tests.zoo import ZOO, seeded
 
 BASE = 300 << 20
@@ -31,7 +30,7 @@ def engine_of(folder, host, workload):
 
 @pytest.mark.parametrize(("sequences", "tokens"), [(1, 20), (3, 200)])
 def test_a_plan_for_generating_is_what_an_engine_takes(sequences, tokens, folder, monkeypatch):
-    monkeypatch.setattr(memory, "resident_bytes", lambda: BASE)
+    set_process_memory(monkeypatch, BASE)
     host = BASE + (160 << 20)
     options = {"batch_size": sequences, "seq_len": tokens, "dtype": "float32", "train": False}
     summary = outsize.preview(folder, host=host, **options)
@@ -45,7 +44,7 @@ def test_a_plan_for_generating_is_what_an_engine_takes(sequences, tokens, folder
 
 
 def test_what_a_plan_refuses_an_engine_refuses(folder, monkeypatch):
-    monkeypatch.setattr(memory, "resident_bytes", lambda: BASE)
+    set_process_memory(monkeypatch, BASE)
     host = BASE + (60 << 20)
     summary = outsize.preview(folder, host=host, dtype="float32", train=False, seq_len=20)
     assert not summary.fits
