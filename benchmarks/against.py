@@ -73,8 +73,8 @@ def decode(folder: Path, host: str) -> None:
     torch.manual_seed(0)
     Qwen3ForCausalLM(config()).bfloat16().save_pretrained(folder / "weights")
     model = outsize.load(folder / "weights", dtype="bfloat16", host=host, pins=outsize.Pins(resident_bytes=0))
-    engine = open_engine(model.requires_grad_(False), kv="16MiB", pass_tokens=64)
-    engine.submit(Request(tuple(range(1, 11)), max_new_tokens=200))
+    engine = open_engine(model.requires_grad_(False), kv="64MiB", pass_tokens=64)
+    engine.submit(Request(tuple(range(1, 11)), max_new_tokens=100))
 
     def step() -> float:
         engine.step()

@@ -31,9 +31,9 @@ from outsize.engine.dry_run import DryRun
 from outsize.engine.dry_runner import DryRunner, batch_shape
 from outsize.engine.executor import Executor
 from outsize.engine.layer import Layer
+from outsize.engine.oom_retry import OomRetry
 from outsize.engine.runtime import Runtime, _runtimes, runtime_of
 from outsize.engine.setup import Setup
-from outsize.engine.stepdown import StepDown
 from outsize.plan import (
     Backward,
     Direction,
@@ -372,7 +372,7 @@ def is_in_dry_run(model: nn.Module) -> bool:
 def foresee_costs(model: nn.Module, workload: Any, arguments: dict[str, Any], tile_rows: int) -> Any:
     """What computing is measured to cost in tiles of `tile_rows` rows."""
     shape = batch_shape(model, (), arguments)
-    return runtime_of(model).setup.foresight(cast(Any, None), workload, shape, ()).costs(tile_rows)
+    return runtime_of(model).setup.cost_model(cast(Any, None), workload, shape, ()).costs(tile_rows)
 
 
 def loss_tile(model: nn.Module) -> int | None:
@@ -619,13 +619,13 @@ def around_compiled_layers(monkeypatch: Any, act: Callable[[Callable[[], Any]], 
 
 def around_parts_of_visits(monkeypatch: Any, act: Callable[[Callable[..., Any], Any, bool], Any]) -> None:
     """Let `act(attempt, part, may_cut)` stand for computing a part of a visit, which may be repeated in smaller ones."""
-    compute = StepDown.compute
+    compute = OomRetry.compute
 
-    def computing(stepdown: Any, parts: Any, attempt: Any, **options: Any) -> Any:
+    def computing(oom_retry: Any, parts: Any, attempt: Any, **options: Any) -> Any:
         may_cut = options.get("may_cut", True)
-        return compute(stepdown, parts, lambda part: act(attempt, part, may_cut), **options)
+        return compute(oom_retry, parts, lambda part: act(attempt, part, may_cut), **options)
 
-    monkeypatch.setattr(StepDown, "compute", computing)
+    monkeypatch.setattr(OomRetry, "compute", computing)
 
 
 def watch_inputs_leaving(monkeypatch: Any, note: Callable[[int], object]) -> None:

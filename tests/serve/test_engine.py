@@ -8,7 +8,7 @@ import torch
 
 import outsize
 from outsize import Pins
-from outsize.engine.calls import CallTracker
+from outsize.engine.call_tracker import CallTracker
 from outsize.errors import BudgetError, ConfigError, ModelError, RequestError
 from outsize.serve import Engine, Finish, Request, Sampling, Stream, open_engine
 from outsize.serve.schedule import Sample

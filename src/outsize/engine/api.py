@@ -12,9 +12,9 @@ from torch import nn
 from outsize.config import Budgets, ComputeType, Disk, Home, OnDeviceFull, Pins, Settings
 from outsize.engine.methods import take_methods_over
 from outsize.engine.placeholder import OffloadedParameter
+from outsize.engine.rng_autocast import outside_inference_mode
 from outsize.engine.runtime import Runtime, runtime_of
 from outsize.engine.saving import write_model
-from outsize.engine.surroundings import outside_inference_mode
 from outsize.errors import ConfigError, ModelError, UsageError
 from outsize.model import (
     Existing,

@@ -129,7 +129,7 @@ class DryRun:
         seen = self._seen[key]
         found.kind_of[module] = seen.kind
         call.output = seen.call.output
-        call.side_door.counts = dict(seen.call.side_door.counts)
+        call.captured.counts = dict(seen.call.captured.counts)
         shapes = ([tuple(t.shape) for t in tensors], [tuple(t.shape) for t in seen.outputs])
         if found.shapes.setdefault(module, shapes) != shapes:
             found.uncut.add(module)

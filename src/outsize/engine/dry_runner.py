@@ -14,7 +14,7 @@ from outsize.engine.dry_run import AnyPoint, DryRun, Findings
 from outsize.engine.effects import copied
 from outsize.engine.hooks import without_user_hooks
 from outsize.engine.modulestate import ModuleState
-from outsize.engine.surroundings import Randomness
+from outsize.engine.rng_autocast import RngState
 from outsize.engine.switch import Switch
 from outsize.engine.visits import Visits
 from outsize.errors import OutsizeError
@@ -85,7 +85,7 @@ class DryRunner:
         try:
             with (
                 self._switch.turned_to(dry_run),
-                Randomness.current(self._model.device).restored(),
+                RngState.current(self._model.device).restored(),
                 without_user_hooks(module),
             ):
                 output = self._forward(*args, **kwargs)

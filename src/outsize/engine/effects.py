@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map
 from transformers import Cache, PreTrainedConfig
 
-from outsize.engine.surroundings import versions
+from outsize.engine.rng_autocast import versions
 from outsize.errors import UsageError
 
 

@@ -18,9 +18,9 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from outsize.engine.arguments import Arguments
-from outsize.engine.guard import Guard
+from outsize.engine.backward_checks import BackwardCheck
 from outsize.engine.layer import installed
-from outsize.engine.surroundings import Autocast
+from outsize.engine.rng_autocast import Autocast
 from outsize.engine.visits import Visits
 from outsize.errors import UsageError
 from outsize.model import Point
@@ -82,7 +82,9 @@ class Embedding:
         trains = any(parameter.requires_grad for parameter in self._model.parameters.values())
         return not trains and self._model.values.gives_rows(self.parameter)
 
-    def backward(self, ids: torch.Tensor, gradient: torch.Tensor, autocast: Autocast, guard: Guard) -> None:
+    def backward(
+        self, ids: torch.Tensor, gradient: torch.Tensor, autocast: Autocast, guard: BackwardCheck
+    ) -> None:
         """Add to the gradients of all row blocks."""
         guard.check(self.visits.num_steps(self.blocks))
         places = _Places.of(ids, self.module.num_embeddings, self._model.arguments)

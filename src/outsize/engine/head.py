@@ -21,12 +21,12 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_map_only
 
 from outsize.engine.arguments import Arguments
+from outsize.engine.backward_checks import BackwardCheck
 from outsize.engine.batch import Tile, tiles
 from outsize.engine.current_call import CurrentCall
-from outsize.engine.guard import Guard
 from outsize.engine.model import Model
-from outsize.engine.stepdown import ALONE
-from outsize.engine.surroundings import Autocast, outside_inference_mode
+from outsize.engine.oom_retry import ALONE
+from outsize.engine.rng_autocast import Autocast, outside_inference_mode
 from outsize.engine.visits import Visits
 from outsize.errors import UsageError
 from outsize.model import Point
@@ -143,7 +143,7 @@ class Head:
                 with self.visits.forward((name,)) as values:
                     parts: list[torch.Tensor] = []
                     project = partial(self._project, hidden, values, parts)
-                    self.visits.stepdown.compute(ALONE, project, may_cut=False)
+                    self.visits.oom_retry.compute(ALONE, project, may_cut=False)
                 if output is None:
                     output = parts[0].new_empty(*parts[0].shape[:-1], self.module.out_features)
                 output[..., start:stop] = parts[0]
@@ -156,7 +156,7 @@ class Head:
         into[:] = [F.linear(hidden, values[self.weight], values[self.bias] if self.bias else None)]
 
     def backward(
-        self, hidden: torch.Tensor, gradient: torch.Tensor, autocast: Autocast, guard: Guard
+        self, hidden: torch.Tensor, gradient: torch.Tensor, autocast: Autocast, guard: BackwardCheck
     ) -> torch.Tensor:
         """Add to the row blocks' gradients; the gradient of `hidden`."""
         guard.check(self.visits.num_steps(self.blocks))
@@ -215,7 +215,7 @@ class Head:
         logsumexp: torch.Tensor,
         scale: torch.Tensor,
         autocast: Autocast,
-        guard: Guard,
+        guard: BackwardCheck,
     ) -> torch.Tensor:
         """Add to the row blocks' gradients; the gradient of `hidden`, `[N, h]`. `scale` is the loss's gradient."""
         guard.check(self.visits.num_steps(self.blocks))
@@ -247,7 +247,7 @@ class Head:
         tile: slice,
     ) -> None:
         """Add what a tile gives to the gradients of `hidden` and of the rows from `start` on."""
-        add, hidden, weight = self.visits.stepdown.add, call.hidden[tile], values[self.weight]
+        add, hidden, weight = self.visits.oom_retry.add, call.hidden[tile], values[self.weight]
         slope = self._tile(hidden, values, call.autocast).sub_(call.logsumexp[tile].unsqueeze(1)).exp_()
         place = call.targets[tile] - start
         rows = ((place >= 0) & (place < slope.shape[1])).nonzero().squeeze(1)
@@ -265,12 +265,12 @@ class Head:
     def _in_tiles(self, num_tokens: int, rows: int, compute: Callable[[slice], None]) -> None:
         """Compute tile by tile of tokens, which have `rows` logits each."""
         planned = _token_tiles(num_tokens, rows, self.tile_elements)
-        computed = self.visits.stepdown.compute(planned, lambda tile: compute(slice(tile.start, tile.stop)))
+        computed = self.visits.oom_retry.compute(planned, lambda tile: compute(slice(tile.start, tile.stop)))
         if computed != planned:
             most = max(tile.stop - tile.start for tile in computed)
             self.tile_elements = most * rows
             before = planned[0].stop
-            self.visits.stepdown.note(f"the loss is computed for {most} tokens at once instead of {before}")
+            self.visits.oom_retry.note(f"the loss is computed for {most} tokens at once instead of {before}")
 
     def _tile(
         self, hidden: torch.Tensor, values: dict[str, torch.Tensor], autocast: Autocast

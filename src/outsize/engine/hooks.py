@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 from torch.utils._pytree import tree_leaves
 
-from outsize.engine.surroundings import versions
+from outsize.engine.rng_autocast import versions
 
 _LIBRARIES = ("torch", "transformers", "peft", "accelerate", "outsize")
 

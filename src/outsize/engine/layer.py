@@ -21,17 +21,17 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_unflatten
 
+from outsize.engine.backward_checks import BackwardCheck
 from outsize.engine.batch import Tile, TiledOutput, UnevenTiles
+from outsize.engine.captured_outputs import CapturedOutputs
 from outsize.engine.compiled import is_failure
 from outsize.engine.effects import flatten, has_containers, is_cache, is_stateful
 from outsize.engine.graphs import Graph, Graphs, Outputs
-from outsize.engine.guard import Guard
 from outsize.engine.hooks import HookWatch, has_user_hooks, inside, without_user_hooks
 from outsize.engine.modulestate import ModuleState
 from outsize.engine.nested import Nested
-from outsize.engine.sidedoor import SideDoor
-from outsize.engine.surroundings import Autocast, Randomness
-from outsize.engine.surroundings import versions as versions_of
+from outsize.engine.rng_autocast import Autocast, RngState
+from outsize.engine.rng_autocast import versions as versions_of
 from outsize.engine.visits import Visits
 from outsize.errors import ModelError, UsageError
 from outsize.model import Binding, Point
@@ -65,10 +65,10 @@ class LayerCall:
 
     layer: Layer
     arguments: Nested
-    randomness: Randomness
+    randomness: RngState
     autocast: Autocast
-    side_door: SideDoor
-    guard: Guard
+    captured: CapturedOutputs
+    guard: BackwardCheck
     trains: bool = False
     differentiates: bool = False
     """Whether the visit gets a backward."""
@@ -91,7 +91,7 @@ class LayerCall:
         """Run the layer's own forward on `tensors`; the tensors among its outputs and through its side door."""
         leaves = self.arguments.filled(tensors)
         args, kwargs = tree_unflatten(leaves, self.arguments.spec)
-        with self.side_door.catch() as caught:
+        with self.captured.catch() as caught:
             result = self._compute(args, kwargs)
         self._check_containers(leaves, (args, kwargs))
         output, outputs = Nested.apart(result)
@@ -129,7 +129,7 @@ class LayerCall:
     @property
     def is_compiled(self) -> bool:
         """Whether the layer's forward is compiled; not where a cache grows, or hooks record something inside."""
-        is_plain = not self.side_door.keys and not self.is_stateful and self.hooks is None
+        is_plain = not self.captured.keys and not self.is_stateful and self.hooks is None
         layer = self.layer
         return is_plain and layer.is_repeated and layer.visits.compiler.serves(layer.module)
 
@@ -137,7 +137,7 @@ class LayerCall:
         """The visit's result in the shape the layer gave it, with `outputs` in place; side doors are served."""
         assert self.output is not None
         count = len(self.output.positions)
-        self.side_door.pass_on(outputs[count:])
+        self.captured.pass_on(outputs[count:])
         return self.output.whole(outputs[:count])
 
 
@@ -164,9 +164,9 @@ class Layer:
         call = LayerCall(
             self,
             arguments,
-            Randomness.current(device),
+            RngState.current(device),
             Autocast.current(device),
-            SideDoor.current(),
+            CapturedOutputs.current(),
             self.visits.guard(self.point),
         )
         call.trains = torch.is_grad_enabled() and self.visits.model.trains(self.blocks)
@@ -240,10 +240,10 @@ class Layer:
     def _run_tiles(self, call: LayerCall, tensors: Sequence[torch.Tensor], graphs: Graphs | None) -> Outputs:
         dims = call.dims
         outputs = TiledOutput(dims.outputs if dims else None)
-        stepdown = self.visits.stepdown
+        oom_retry = self.visits.oom_retry
         if graphs is not None:
             graphs.clear()
-            stepdown.keep(graphs)
+            oom_retry.keep(graphs)
         may_repeat = self._repeatable(call, tensors)
 
         def run(tile: Tile) -> None:
@@ -252,7 +252,7 @@ class Layer:
             if graphs is None:
                 outputs.add(tile, call.run(_cut(tensors, tile, dims.inputs if dims else None)))
                 return
-            keeps = call.keeps_graphs and stepdown.keeps_graphs
+            keeps = call.keeps_graphs and oom_retry.keeps_graphs
             with nullcontext() if keeps else _saving_nothing():
                 graph = self._run_with_graph(call, tensors, tile)
             outputs.add(tile, [output.detach() for output in graph.outputs])
@@ -261,7 +261,7 @@ class Layer:
 
         attempt = self._compiled_or_not(call, run)
         with call.hooks.watching(self.module) if call.hooks is not None else nullcontext():
-            tiles = stepdown.compute(call.tiles, attempt, may_cut=dims is not None, may_repeat=may_repeat)
+            tiles = oom_retry.compute(call.tiles, attempt, may_cut=dims is not None, may_repeat=may_repeat)
         if tiles != call.tiles:
             call.tiles = tiles
             self._shrink(call, tiles)
@@ -276,7 +276,7 @@ class Layer:
             return attempt
 
         def run(tile: Tile) -> None:
-            before = Randomness.current(self.visits.model.device)
+            before = RngState.current(self.visits.model.device)
             try:
                 attempt(tile)
                 return
@@ -297,7 +297,7 @@ class Layer:
 
     def _repeatable(self, call: LayerCall, tensors: Sequence[torch.Tensor]) -> Callable[[], bool]:
         """Says, after a part of the layer ran, whether it can be repeated: it changed nothing that it was given."""
-        if not self.visits.stepdown.is_on:
+        if not self.visits.oom_retry.is_on:
             return lambda: False
         changing = [*tensors, *(self.module.buffers() if call.state is None else ())]
         versions = versions_of(changing)
@@ -362,7 +362,7 @@ class Layer:
             _training(self.module, call.training),
             torch.enable_grad(),
         ):
-            tiles = self.visits.stepdown.compute(
+            tiles = self.visits.oom_retry.compute(
                 call.tiles,
                 self._compiled_or_not(call, go_back),
                 may_cut=agrees and not call.draws,
@@ -472,7 +472,7 @@ class _Visit(torch.autograd.Function):
             for tensor, need in zip(ctx.saved_tensors, needed, strict=True)
         ]
         # Nothing but this node holds the graphs, and a second backward computes again.
-        graphs = ctx.call.layer.visits.stepdown.take(ctx.graphs)
+        graphs = ctx.call.layer.visits.oom_retry.take(ctx.graphs)
         if not all(graph.is_current for graph in graphs.values()):
             graphs.clear()
         return (None, None, *ctx.call.layer.backward(ctx.call, inputs, gradients, graphs))
@@ -508,7 +508,7 @@ class Loose:
         with self.visits.forward(self.blocks) as values:
             return [values[name].clone() for name in self.parameters]
 
-    def backward(self, gradients: Sequence[torch.Tensor | None], guard: Guard) -> None:
+    def backward(self, gradients: Sequence[torch.Tensor | None], guard: BackwardCheck) -> None:
         """Add to the parameters' gradients."""
         guard.check(self.visits.num_steps(self.blocks))
         with self.visits.backward(self.blocks, needs_weights=False):

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import torch
 from torch.utils._pytree import tree_map_only
 
-from outsize.engine.surroundings import outside_inference_mode
+from outsize.engine.rng_autocast import outside_inference_mode
 from outsize.errors import UsageError
 
 _WRITTEN_HINT = (

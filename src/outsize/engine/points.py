@@ -15,7 +15,7 @@ from outsize.engine.embedding import Embedding
 from outsize.engine.head import Head, TiledLoss
 from outsize.engine.layer import Layer, Loose
 from outsize.engine.model import Model
-from outsize.engine.surroundings import outside_inference_mode
+from outsize.engine.rng_autocast import outside_inference_mode
 from outsize.engine.switch import Switch
 from outsize.engine.visits import Visits
 from outsize.model import Cut, Point, PointKind

@@ -112,7 +112,7 @@ def report(model: nn.Module) -> Report:
         device_peak_bytes=memory.device_peak_bytes(runtime.model.torch_device),
         bytes_up=runtime.model.device.links().bytes_up,
         bytes_down=runtime.model.device.links().bytes_down,
-        stepped_down=tuple(runtime.visits.stepdown.notes),
+        stepped_down=tuple(runtime.visits.oom_retry.notes),
         compiled=tuple(runtime.visits.compiler.compiled),
         attention=attention_of(runtime.model.module),
         uncut=(*runtime.calls.uncut, *_uncut_layers(runtime)),

@@ -11,7 +11,7 @@ from torch import nn
 from outsize.config import OnDeviceFull, Settings
 from outsize.engine.backing import Backing
 from outsize.engine.budget import Budget
-from outsize.engine.calls import CallTracker
+from outsize.engine.call_tracker import CallTracker
 from outsize.engine.compiled import Compiler
 from outsize.engine.current_call import CurrentCall
 from outsize.engine.dry_runner import DryRunner

@@ -22,7 +22,7 @@ from outsize.engine.head import Head, measured_tiles
 from outsize.engine.hooks import without_user_hooks
 from outsize.engine.model import Model
 from outsize.engine.modulestate import ModuleState
-from outsize.engine.surroundings import Randomness
+from outsize.engine.rng_autocast import RngState
 from outsize.plan import Direction, memory_estimate
 from outsize.plan.profile import Profile
 from outsize.plan.simulate import Costs
@@ -78,7 +78,7 @@ def measure_costs(
         seconds_of = partial(estimated_s, profile, model.main_type)
     rows = shape.rows or workload.rows
     state = ModuleState(model.module)
-    with Randomness.current(model.device).restored(), without_user_hooks(model.module):
+    with RngState.current(model.device).restored(), without_user_hooks(model.module):
         by_kind = [_time_kind(kind, tile_rows, seconds_of) for kind in workload.kinds]
     state.restore()
     forward: dict[str, float] = {}

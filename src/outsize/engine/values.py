@@ -12,7 +12,7 @@ from outsize.block import Block, Piece
 from outsize.engine.backing import Backing
 from outsize.engine.locations import Location, Locations
 from outsize.engine.placeholder import GradientPlaceholder, OffloadedParameter
-from outsize.engine.surroundings import outside_inference_mode
+from outsize.engine.rng_autocast import outside_inference_mode
 from outsize.errors import UsageError
 from outsize.optim import split
 

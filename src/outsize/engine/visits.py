@@ -12,12 +12,12 @@ import torch
 from outsize.block import Entry
 from outsize.config import format_bytes
 from outsize.engine.backing import Backing
+from outsize.engine.backward_checks import BackwardCheck
 from outsize.engine.budget import Budget
 from outsize.engine.compiled import Compiler
 from outsize.engine.current_call import CurrentCall
-from outsize.engine.guard import Guard
 from outsize.engine.model import Model
-from outsize.engine.stepdown import StepDown
+from outsize.engine.oom_retry import OomRetry
 from outsize.model import Point
 from outsize.plan import Direction, Visit
 from outsize.store.state import BlockState
@@ -41,7 +41,7 @@ class Visits:
         self.backing = backing
         self.call = call
         self.compiler = compiler
-        self.stepdown = StepDown(retries, model.device, self._evict)
+        self.oom_retry = OomRetry(retries, model.device, self._evict)
         self._budget = budget
 
     @contextmanager
@@ -70,9 +70,11 @@ class Visits:
                 for name, value in (self._leaves(state) if needs_weights else {}).items()
             }
 
-    def guard(self, point: Point) -> Guard:
+    def guard(self, point: Point) -> BackwardCheck:
         """The checks that the backward of a visit to `point` makes first."""
-        return Guard(point.module, () if self.backing.executor is None else self.num_steps(point.blocks))
+        return BackwardCheck(
+            point.module, () if self.backing.executor is None else self.num_steps(point.blocks)
+        )
 
     def num_steps(self, blocks: Sequence[str]) -> tuple[int, ...]:
         """The number of updates of each block so far."""
@@ -96,14 +98,14 @@ class Visits:
     def keeps_graphs(self, blocks: Sequence[str]) -> bool:
         """Whether a visit to `blocks` saves its graph for the backward."""
         placement = self._budget.placement
-        return placement is not None and placement.kept.issuperset(blocks) and self.stepdown.keeps_graphs
+        return placement is not None and placement.kept.issuperset(blocks) and self.oom_retry.keeps_graphs
 
     def shrink_tiles(self, rows: int, row_tokens: int) -> None:
         """Compute at most `rows` rows at once from now on, of `row_tokens` each; in calls to come, as many tokens."""
         before = self.call.shrink_tiles(rows)
         self._budget.shrink_tiles(rows * row_tokens)
         if before:
-            self.stepdown.note(f"blocks compute {rows} rows at once instead of {before}")
+            self.oom_retry.note(f"blocks compute {rows} rows at once instead of {before}")
 
     # -- helpers -------------------------------------------------------------------------------------------------
 
@@ -126,7 +128,7 @@ class Visits:
         assert gradient is not None
         if self._collects(state.record.entries[index]):  # still: a saved graph is older than its backward
             add = partial(self.backing.store.gradients.add, state, index, gradient)
-            self.stepdown.add((state.name, index), add)
+            self.oom_retry.add((state.name, index), add)
 
     def _collects(self, entry: Entry) -> bool:
         return entry.trainable and self.model.parameters[entry.piece.parameter].requires_grad
@@ -145,7 +147,7 @@ class Visits:
         if chosen is None:
             return False
         budget.placement = executor.store.placement
-        self.stepdown.keeps_graphs = False  # a graph's weights stay where they are
+        self.oom_retry.keeps_graphs = False  # a graph's weights stay where they are
         num_bytes = sum(region.num_bytes for region in chosen.planes.hosted.values())
-        self.stepdown.note(f"{chosen.name} stays in the host's memory, {format_bytes(num_bytes)}")
+        self.oom_retry.note(f"{chosen.name} stays in the host's memory, {format_bytes(num_bytes)}")
         return True

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from outsize.engine import Repeatable
-from outsize.engine.surroundings import outside_inference_mode
+from outsize.engine.rng_autocast import outside_inference_mode
 from outsize.kv.fused import Singles, attend_one, attend_singles
 from outsize.kv.kernel import Units, load
 from outsize.kv.pages import PAGE_TOKENS, SCRATCH, pages_for

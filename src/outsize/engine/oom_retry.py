@@ -23,7 +23,7 @@ import torch
 
 from outsize.engine.batch import Tile, tiles
 from outsize.engine.graphs import Graphs
-from outsize.engine.surroundings import Randomness
+from outsize.engine.rng_autocast import RngState
 from outsize.store.recovery import undone_by
 from outsize.tier import Device
 
@@ -46,7 +46,7 @@ class _Additions:
         return True
 
 
-class StepDown:
+class OomRetry:
     """Repeats what a device had no memory for if it `is_on`; else it lets every error pass.
 
     `evict` moves something off the device that stays there; it returns False if nothing can be moved.
@@ -85,7 +85,7 @@ class StepDown:
             if part.stop - part.start > most:
                 todo.extendleft((each, added) for each in reversed(_cut(part, most)))
                 continue
-            before = Randomness.current(self._device) if self.is_on else None
+            before = RngState.current(self._device) if self.is_on else None
             additions = _Additions(added)
             try:
                 with undone_by(self._end_attempt):

@@ -1,4 +1,4 @@
-"""Tensors that leave a block through a side door.
+"""Tensors that leave a block beside its outputs: recordings of the running call.
 
 transformers records router logits, attentions and the like with forward hooks on modules inside a block, into lists of
 the running call. A recording made while a block runs without a graph would have no gradient (an auxiliary loss would
@@ -31,15 +31,15 @@ class Caught:
 
 
 @dataclass(slots=True)
-class SideDoor:
+class CapturedOutputs:
     """The keys that the running call records (`hidden_states` are recorded outside of blocks)."""
 
     keys: tuple[str, ...]
     counts: dict[str, int] = field(default_factory=dict)
 
     @classmethod
-    def current(cls) -> SideDoor:
-        """The side door of the call in progress."""
+    def current(cls) -> CapturedOutputs:
+        """What the call in progress records."""
         collector = output_capturing._active_collector.get()
         return cls(tuple(sorted(key for key, value in (collector or {}).items() if isinstance(value, list))))
 

@@ -51,7 +51,7 @@ class Autocast:
 
 
 @dataclass(frozen=True, slots=True)
-class Randomness:
+class RngState:
     """The state of the random numbers of a forward, the host's and the device's, for its recomputation."""
 
     device: Device
@@ -59,13 +59,13 @@ class Randomness:
     device_state: torch.Tensor | None
 
     @classmethod
-    def current(cls, device: Device) -> Randomness:
+    def current(cls, device: Device) -> RngState:
         """The state now."""
         return cls(device, torch.get_rng_state(), device.rng_state())
 
     def is_now(self) -> bool:
         """Whether nothing was drawn since."""
-        now = Randomness.current(self.device)
+        now = RngState.current(self.device)
         return torch.equal(self.host_state, now.host_state) and (
             self.device_state is None
             or now.device_state is None
@@ -81,7 +81,7 @@ class Randomness:
     @contextmanager
     def restored(self) -> Iterator[None]:
         """Inside, random numbers begin at this state; afterwards they go on where they were."""
-        now = Randomness.current(self.device)
+        now = RngState.current(self.device)
         with undone_by(now.put_back):
             self.put_back()
             yield

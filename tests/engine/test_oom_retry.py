@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from outsize.engine.batch import Tile
-from outsize.engine.stepdown import Graphs, StepDown
+from outsize.engine.oom_retry import Graphs, OomRetry
 from outsize.tier import HostDevice
 
 
@@ -19,7 +19,7 @@ def rows_of(parts):
 
 
 def on(is_on=True):
-    return StepDown(is_on, HostDevice(), lambda: False)
+    return OomRetry(is_on, HostDevice(), lambda: False)
 
 
 def limited(most, tried):
@@ -57,56 +57,56 @@ def test_what_must_not_be_repeated_is_not(is_on, options):
 
 
 def test_a_single_row_that_does_not_fit_is_an_error_and_the_next_part_is_another():
-    stepdown = on()
+    oom_retry = on()
     with pytest.raises(torch.OutOfMemoryError):
-        stepdown.compute((Tile(0, 4, 4),), limited(0, []))
-    assert stepdown.compute((Tile(0, 4, 4),), limited(4, [])) == (Tile(0, 4, 4),)
+        oom_retry.compute((Tile(0, 4, 4),), limited(0, []))
+    assert oom_retry.compute((Tile(0, 4, 4),), limited(4, [])) == (Tile(0, 4, 4),)
 
 
 def test_what_was_added_before_memory_ran_out_is_not_added_again():
-    stepdown, sums = on(), {"first": torch.zeros(6), "second": torch.zeros(6)}
+    oom_retry, sums = on(), {"first": torch.zeros(6), "second": torch.zeros(6)}
     times = []
 
     def attempt(part):
         def add(name):
             sums[name][part.start : part.stop] += 1
 
-        stepdown.add("first", lambda: add("first"))
+        oom_retry.add("first", lambda: add("first"))
         times.append(part)
         if len(times) in (1, 4):
             full()
-        stepdown.add("second", lambda: add("second"))
+        oom_retry.add("second", lambda: add("second"))
 
-    computed = stepdown.compute((Tile(0, 4, 6), Tile(4, 6, 6)), attempt)
+    computed = oom_retry.compute((Tile(0, 4, 6), Tile(4, 6, 6)), attempt)
     # [0, 4) failed whole, and [4, 6) too: the first sum has them already, the second has none of them.
     assert rows_of(computed) == [(0, 2), (2, 4), (4, 5), (5, 6)]
     assert all(torch.equal(total, torch.ones(6)) for total in sums.values())
 
 
 def test_outside_of_parts_everything_is_added():
-    stepdown, total = on(), []
+    oom_retry, total = on(), []
     for _ in range(2):
-        stepdown.add("sum", lambda: total.append(1))
+        oom_retry.add("sum", lambda: total.append(1))
     assert len(total) == 2
 
 
 def test_additions_to_one_sum_are_counted():
     """A repetition skips the additions that the failed attempt completed, and makes those that it did not."""
-    stepdown, total, attempts = on(), torch.zeros(4), []
+    oom_retry, total, attempts = on(), torch.zeros(4), []
 
     def attempt(part):
         attempts.append(part)
         for number in (1, 10, 100):
             if len(attempts) == 1 and number == 100:
                 full()
-            stepdown.add("sum", lambda n=number: total[part.start : part.stop].add_(n))
+            oom_retry.add("sum", lambda n=number: total[part.start : part.stop].add_(n))
 
-    stepdown.compute((Tile(0, 4, 4),), attempt)
+    oom_retry.compute((Tile(0, 4, 4),), attempt)
     assert len(attempts) == 3 and torch.equal(total, torch.full((4,), 111.0))
 
 
 def test_random_numbers_begin_anew_at_each_attempt():
-    stepdown, drawn = on(), []
+    oom_retry, drawn = on(), []
 
     def attempt(part):
         values = torch.rand(1)
@@ -116,16 +116,16 @@ def test_random_numbers_begin_anew_at_each_attempt():
         drawn.append(values)
 
     torch.manual_seed(3)
-    stepdown.compute((Tile(0, 2, 2),), attempt)
+    oom_retry.compute((Tile(0, 2, 2),), attempt)
     assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[1], drawn[2])
 
 
 def test_activations_that_wait_go_before_tiles_do():
-    stepdown, tried = on(), []
+    oom_retry, tried = on(), []
     mine, taken, empty = Graphs({Tile(0, 4, 4): object()}), Graphs({Tile(0, 4, 4): object()}), Graphs()
     for graphs in (mine, taken, empty):
-        stepdown.keep(graphs)
-    assert len(stepdown.take(taken)) == 1 and not taken
+        oom_retry.keep(graphs)
+    assert len(oom_retry.take(taken)) == 1 and not taken
 
     def attempt(part):
         tried.append(part)
@@ -133,15 +133,15 @@ def test_activations_that_wait_go_before_tiles_do():
             full()
 
     with pytest.warns(RuntimeWarning, match="keeps its activations"):
-        assert stepdown.compute((Tile(0, 4, 4),), attempt) == (Tile(0, 4, 4),)
-    assert not mine and not stepdown.keeps_graphs and len(tried) == 2
-    assert len(stepdown.notes) == 1
+        assert oom_retry.compute((Tile(0, 4, 4),), attempt) == (Tile(0, 4, 4),)
+    assert not mine and not oom_retry.keeps_graphs and len(tried) == 2
+    assert len(oom_retry.notes) == 1
 
 
 def test_graphs_that_were_dropped_are_forgotten():
-    stepdown = on()
-    stepdown.keep(Graphs({Tile(0, 4, 4): object()}))
+    oom_retry = on()
+    oom_retry.keep(Graphs({Tile(0, 4, 4): object()}))
     gc.collect()
     with pytest.raises(torch.OutOfMemoryError):
-        stepdown.compute((Tile(0, 1, 1),), limited(0, []))
-    assert stepdown.keeps_graphs
+        oom_retry.compute((Tile(0, 1, 1),), limited(0, []))
+    assert oom_retry.keeps_graphs

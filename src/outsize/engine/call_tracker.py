@@ -13,9 +13,9 @@ from outsize.config import format_bytes
 from outsize.engine.budget import Budget
 from outsize.engine.current_call import ModelCall, packed_error
 from outsize.engine.dry_runner import SMALL_ROWS, DryRunner, batch_shape
+from outsize.engine.rng_autocast import outside_inference_mode
 from outsize.engine.setup import Setup
 from outsize.engine.signature import Signature, has_cache
-from outsize.engine.surroundings import outside_inference_mode
 from outsize.engine.switch import Switch
 from outsize.engine.visits import Visits
 from outsize.errors import BudgetError, UsageError

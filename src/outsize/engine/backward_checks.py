@@ -10,7 +10,7 @@ from outsize.errors import UsageError
 
 
 @dataclass(frozen=True, slots=True)
-class Guard:
+class BackwardCheck:
     """How often a point's blocks had been updated when its forward ran."""
 
     point: str
