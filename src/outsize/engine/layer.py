@@ -229,6 +229,8 @@ class Layer:
                 call.randomness.put_back()
                 outputs = self._run_tiles(call, tensors, graphs)
             call.draws = not call.randomness.is_now()
+            if call.state is not None:
+                call.state.forget_undrawn()
             for name, value in values.items():
                 if value._version != versions[name]:
                     raise UsageError(

@@ -2,18 +2,21 @@
 
 Such state moves once per call in plain PyTorch. Here a forward runs in the dry run and again in the backward as well, so
 state is noted before those and restored: the dry run leaves nothing behind, and a recomputation starts from the state
-that its forward started from. This does not hold for state outside of the module: globals, and objects that hide what
-they hold.
+that its forward started from. Random numbers of `random` and numpy count as such state, since a recomputation has to draw
+what its forward drew; those of torch are treated apart (`surroundings`). This does not hold for other state outside of the
+module: globals, and objects that hide what they hold.
 """
 
 from __future__ import annotations
 
+import random
 import types
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -47,6 +50,8 @@ class ModuleState:
             for name in _HOOKS if with_hooks else ():
                 if isinstance(hooks := vars(child)[name], dict):
                     self._held.append(_Names(f"{prefix}{name}.", hooks, frozenset()))
+        self._held.append(_Random("random", random.getstate, random.setstate))
+        self._held.append(_Random("numpy.random", _numpy_state, np.random.set_state))
 
     def changes(self) -> list[str]:
         """Names of what was changed since."""
@@ -73,10 +78,15 @@ class ModuleState:
         for held in self._held:
             held.restore()
 
+    def forget_undrawn(self) -> None:
+        """Leave generators alone that drew nothing since: another thread may draw from them."""
+        self._held = [held for held in self._held if not isinstance(held, _Random) or held.is_changed()]
+
     @contextmanager
     def apart(self, module: nn.Module) -> Iterator[None]:
         """Inside, `module` may be in this state; afterwards it is again in that of now."""
-        now = ModuleState(module)
+        now, names = ModuleState(module), {held.name for held in self._held}
+        now._held = [held for held in now._held if not isinstance(held, _Random) or held.name in names]
         try:
             yield
         finally:
@@ -103,7 +113,11 @@ class ModuleState:
             return
         self._seen.add(id(value))
         if isinstance(value, torch.Generator):
-            self._held.append(_Random(name, value))
+            self._held.append(_Random(name, value.get_state, value.set_state))
+        elif isinstance(value, random.Random):
+            self._held.append(_Random(name, value.getstate, value.setstate))
+        elif isinstance(value, np.random.Generator):
+            self._held.append(_Random(name, *_of_numpy(value)))
         elif isinstance(value, dict):
             if len(value) <= _MOST_ENTRIES:
                 self._hold_names(f"{name}.", value, frozenset(), depth + 1)
@@ -187,19 +201,41 @@ class _Bytes:
 
 
 class _Random:
-    """The state of a generator."""
+    """The state of a generator of random numbers."""
 
-    def __init__(self, name: str, generator: torch.Generator) -> None:
-        self.name, self._generator, self._before = name, generator, generator.get_state()
+    def __init__(self, name: str, get: Callable[[], Any], put: Callable[[Any], object]) -> None:
+        self.name, self._get, self._put, self._before = name, get, put, get()
 
     def is_changed(self) -> bool:
-        return not torch.equal(self._before, self._generator.get_state())
+        return not _is_same_state(self._before, self._get())
 
     def has_moved(self) -> bool:
         return self.is_changed()
 
     def restore(self) -> None:
-        self._generator.set_state(self._before)
+        self._put(self._before)
+
+
+def _numpy_state() -> dict[str, Any]:
+    return np.random.get_state(legacy=False)
+
+
+def _of_numpy(generator: np.random.Generator) -> tuple[Callable[[], Any], Callable[[Any], None]]:
+    """Reads and sets the state of a generator."""
+    bits = generator.bit_generator
+
+    def put(state: Any) -> None:
+        bits.state = state
+
+    return lambda: bits.state, put
+
+
+def _is_same_state(before: Any, now: Any) -> bool:
+    if isinstance(before, dict):
+        return before.keys() == now.keys() and all(_is_same_state(before[key], now[key]) for key in before)
+    if isinstance(before, torch.Tensor):
+        return torch.equal(before, now)
+    return bool(np.array_equal(before, now)) if isinstance(before, np.ndarray) else bool(before == now)
 
 
 _Held = _Names | _Entries | _Bytes | _Random
