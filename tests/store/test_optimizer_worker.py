@@ -36,9 +36,12 @@ def make_job(record, hypers, after=None, weight=None, planes=None, gradient=None
         weight=torch.ones(record.num_elements) if weight is None else weight,
         state_planes=planes or [torch.zeros(n), torch.zeros(n)],
         gradient=torch.full((n,), 0.5) if gradient is None else gradient,
-        is_first=False,
         after=after,
     )
+
+
+def first(record, start, stop, target):
+    """Given to the first update of a block: a remainder of zero."""
 
 
 def make_lane(kernel, disk=None, num_buffers=2):
@@ -50,7 +53,6 @@ def make_lane(kernel, disk=None, num_buffers=2):
         buffers,
         disk,
         kernel if callable(kernel) and not hasattr(kernel, "rule") else lambda kind: kernel,
-        lambda record, start, stop, target: None,
     )
 
 
@@ -73,7 +75,7 @@ def test_chunks_cover_what_trains_and_at_first_everything():
     record = make_record((CHUNK, CHUNK, 64), (True, False, False))
     job = make_job(record, [AdamWHyper(lr=1.0), None, None])
     assert list(job.chunks()) == [(0, CHUNK, CHUNK)]
-    job.is_first = True
+    job.fill_remainder = first
     assert list(job.chunks()) == [
         (0, CHUNK, CHUNK),
         (CHUNK, CHUNK, 2 * CHUNK),
@@ -186,7 +188,7 @@ def test_a_first_update_zeroes_state_that_streams(kernel):
     results = []
     for _ in range(2):
         job = make_job(record, [AdamWHyper(lr=0.1)] * 3)
-        job.state_planes, job.is_first = None, True
+        job.state_planes, job.fill_remainder = None, first
         lane.submit(job)
         job.wait()
         results.append(job.weight)

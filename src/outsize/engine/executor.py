@@ -19,7 +19,6 @@ from outsize.block import Plane
 from outsize.errors import UsageError
 from outsize.plan import (
     Backward,
-    Claim,
     Direction,
     Forward,
     Free,
@@ -55,7 +54,6 @@ class Executor:
         self._index = 0
         self._expected: list[Visit] = []
         self._held: list[str] = []
-        self._summing: list[str] = []
         self._visiting: frozenset[str] = frozenset()
         self._is_stale = False
         self._is_disturbed = False
@@ -90,7 +88,7 @@ class Executor:
 
     def _recover(self) -> None:
         self._expected, self.plan, self._index = [], Plan(()), 0
-        self._held, self._summing, self._is_stale = [], [], False
+        self._held, self._is_stale = [], False
         self.store.recover()
         self._is_disturbed = False
 
@@ -181,8 +179,7 @@ class Executor:
             return order.index(state.name) if state.name in order else len(order)
 
         chosen = max(staying, key=distance)
-        if chosen.name in self._summing:
-            self._summing.remove(chosen.name)
+        if chosen.planes.gradient_slot is not None:
             self.store.gradients.free(chosen)
         self.store.evict(chosen, evicted(self.store.placement, chosen.record))
         self._is_stale = True
@@ -271,10 +268,6 @@ class Executor:
                 self._held.append(block)
             case Free(block, Plane.WEIGHT):
                 self._held.remove(block)
-            case Read(block, Plane.GRADIENT) | Claim(block, Plane.GRADIENT):
-                self._summing.append(block)
-            case Free(block, Plane.GRADIENT):
-                self._summing.remove(block)
             case _:
                 pass
         self.executed.append(op)
@@ -288,6 +281,7 @@ class Executor:
         """Give back gradient slots of a plan that is not carried on, finishing writes that follow a backward."""
         while self._index < len(self.plan) and isinstance(self.plan.ops[self._index], Write):
             self._run_next()
-        while self._summing:
-            self.store.gradients.free(self.store[self._summing.pop()])
+        for state in self.store:
+            if state.planes.gradient_slot is not None:
+                self.store.gradients.free(state)
         self._expected, self.plan, self._index = list(self._expected), Plan(()), 0

@@ -27,7 +27,7 @@ from outsize.plan.profile import Profile
 from outsize.plan.simulate import Costs
 from outsize.plan.workload import BatchShape, Workload
 from outsize.store import memory
-from outsize.store.blocks import BlockStore, close_workers
+from outsize.store.blocks import BlockStore
 from outsize.store.commit_store import CommitStore, Layout
 from outsize.store.finalizers import when_dropped
 from outsize.store.offload import ActivationOffload
@@ -173,7 +173,7 @@ class Setup:
         backing = self._backing
         backing.executor = Executor(store)
         memory.register(store.planes.host_arena, type(self._model.module).__name__)
-        self._finalizer = when_dropped(self, close_workers, *store.workers())
+        self._finalizer = when_dropped(self, store.workers.close)
         self._model.locations.locate({r.name: [entry.piece for entry in r.entries] for r in records})
         try:
             if placement.inputs is not None:

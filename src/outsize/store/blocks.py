@@ -7,7 +7,6 @@ each change their own part of a block's state, and do not know each other.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 
 from outsize.block import Plane, Record
@@ -24,6 +23,7 @@ from outsize.store.state import BlockState
 from outsize.store.updates import Updates
 from outsize.store.weight_reader import WeightReader
 from outsize.store.weights import Weights
+from outsize.store.workers import Workers
 from outsize.tier import Device, HostDevice, Tier, VersionedTier, wait_all
 
 
@@ -63,9 +63,11 @@ class BlockStore:
         self.snapshots = Snapshots(self.states, disk, self.path) if isinstance(disk, VersionedTier) else None
         worker = None
         if kernel is not None and rule is not None:
-            fill_remainder = self.weight_reader.fill_remainder
-            worker = OptimizerWorker(planes.chunk_buffers, disk, kernel, fill_remainder, update_threads)
+            worker = OptimizerWorker(planes.chunk_buffers, disk, kernel, update_threads)
         self.updates = Updates(planes, self.weight_reader, worker, device_kernel or kernel)
+        copiers = () if self.snapshots is None else (self.snapshots.thread,)
+        threads = (self.weight_reader.thread, *copiers)
+        self.workers = Workers(self.path, self.device, disk, threads, worker)
         weight, gradient = Plane.WEIGHT, Plane.GRADIENT
         self.runners: dict[tuple[type[Op], Plane | None], Callable[[BlockState], None]] = {
             (Held, weight): lambda state: None,
@@ -155,23 +157,11 @@ class BlockStore:
                 state.update.job.wait()
             self.gradients.finish(state)
 
-    def finish(self) -> None:
-        """Wait until nothing moves any more, whether it failed or not: every worker is idle then."""
-        if self.updates.worker is not None:
-            self.updates.worker.finish()
-        for thread in (self.weight_reader.thread, self._copier):
-            if thread is not None:
-                thread.submit(lambda: None).result()
-        self.path.finish()
-        self.device.finish()
-        if self.disk is not None:
-            self.disk.finish()
-
     def recover(self) -> None:
         """Bring the state of all blocks in line with what their homes hold; see [Note: interruption]."""
         if self.snapshots is not None:
             self.snapshots.recover()  # first: an update may wait for a commit that waits for a block
-        self.finish()
+        self.workers.finish()
         for state in self:
             self.gradients.recover(state)
             self.weights.recover(state)
@@ -190,50 +180,10 @@ class BlockStore:
         """Finish what is under way and give memory and disk back, whatever goes wrong on the way."""
         with ExitStack() as stack:
             stack.callback(self._free_memory)
-            stack.callback(close_workers, *self.workers())
+            stack.callback(self.workers.close)
 
     def _free_memory(self) -> None:
         """Give all memory back; the workers have ended."""
         for state in self:
             self.updates.drop_job(state)
         self.planes.free()
-
-    @property
-    def _copier(self) -> ThreadPoolExecutor | None:
-        return self.snapshots.thread if self.snapshots is not None else None
-
-    def workers(
-        self,
-    ) -> tuple[
-        OptimizerWorker | None, ThreadPoolExecutor, ThreadPoolExecutor | None, Path, Device, Tier | None
-    ]:
-        """What must be closed if the store itself is dropped (`close_workers`); it does not refer to the store."""
-        return (
-            self.updates.worker,
-            self.weight_reader.thread,
-            self._copier,
-            self.path,
-            self.device,
-            self.disk,
-        )
-
-
-def close_workers(
-    worker: OptimizerWorker | None,
-    reader: ThreadPoolExecutor,
-    copier: ThreadPoolExecutor | None,
-    path: Path,
-    device: Device,
-    disk: Tier | None,
-) -> None:
-    """End the threads of a store, those first whose work others finish, and close its disk, whatever goes wrong."""
-    with ExitStack() as stack:
-        if disk is not None:
-            stack.callback(disk.close)
-        stack.callback(device.finish)
-        stack.callback(path.close)
-        if copier is not None:
-            stack.callback(copier.shutdown)
-        stack.callback(reader.shutdown)
-        if worker is not None:
-            stack.callback(worker.close)

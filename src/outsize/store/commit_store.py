@@ -1,4 +1,4 @@
-"""Where records live that are kept beyond the process: what a session asks of a checkpoint's store."""
+"""What the engine needs of a store that keeps commits of records beyond the process."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from outsize.tier import VersionedTier
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """The address space of all records, one after the other, in cells; `bases` is where each record begins. `scratch`
-    cells hold gradients, which no commit keeps."""
+    """The address space of all records, one after the other, in cells; `bases` is where each record begins.
+
+    `scratch` cells hold gradients, which no commit keeps.
+    """
 
     bases: Mapping[str, int]
     kept: tuple[Extent, ...]
@@ -22,8 +24,10 @@ class Layout:
 
     @classmethod
     def of(cls, records: Sequence[Record], placement: Placement | None = None) -> Layout:
-        """Every record has its place, whatever lives in memory: a commit keeps all of them. Without a placement there are
-        no gradients."""
+        """Lay out every record, wherever its planes live, as a commit keeps all of them.
+
+        Without a placement there are no gradients.
+        """
         bases: dict[str, int] = {}
         kept: list[Extent] = []
         scratch: list[Extent] = []
@@ -42,21 +46,21 @@ class Layout:
         return cls(bases, tuple(kept), tuple(scratch))
 
     def num_bytes(self, commits: int) -> int:
-        """What the store takes on disk: what is being worked on, and so many commits."""
+        """Bytes that the store takes on disk: the working state and `commits` commits."""
         each = sum(cell.num_bytes for cell in self.kept)
         return (1 + commits) * each + sum(cell.num_bytes for cell in self.scratch)
 
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """A store that is open for these records; `restored` are blocks that it holds already."""
+    """A store that was opened; `restored` are the blocks that it holds already."""
 
     tier: VersionedTier
     restored: frozenset[str]
 
 
 class CommitStore(Protocol):
-    """A store that keeps commits; `commits` is how many."""
+    """A store that keeps the last `commits` commits."""
 
     commits: int
 
@@ -69,13 +73,13 @@ class CommitStore(Protocol):
         verify: bool,
         num_threads: int,
     ) -> Opened:
-        """Lay the store out for `records` and bring what it holds into that form.
+        """Lay the store out for `records`, and bring what it holds into that layout.
 
-        `limits` are bytes of each disk that was named, None where it may be filled; `num_threads` move bytes.
+        `limits` are the bytes allowed on each disk, None for all; `num_threads` move bytes.
         """
 
     def is_closing(self) -> None:
-        """The session is about to close the disk: what is being committed is over first, or given up."""
+        """Finish or give up the commit under way; the disk is about to be closed."""
 
     def close(self) -> None:
-        """The disk is closed; another process may have the store. Closing twice is allowed."""
+        """Release the store for other processes; the disk is closed. Closing twice is allowed."""

@@ -1,8 +1,8 @@
-"""Closing what was dropped: on a thread of its own, and never where the garbage collector happens to run.
+"""Closes what was dropped, on a thread of its own, never where the garbage collector happens to run.
 
-A model that is dropped without being closed is collected in whichever thread allocates next, inside any lock that thread
-holds: that of an executor, say, whose workers have to end. So what is dropped only leaves a note, in a queue that may be
-written to from anywhere.
+A model that is dropped without being closed is collected in whichever thread allocates next, inside any lock that this
+thread holds, such as that of an executor whose workers have to end. So its finalizer only puts a note into a queue, which
+any thread may do at any time.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _threads: list[threading.Thread] = []
 def when_dropped(
     owner: object, close: Callable[..., None], *workers: object
 ) -> weakref.finalize[..., object]:
-    """Call `close(*workers)`, which must not hold `owner`, some time after `owner` was dropped; at exit nothing is done."""
+    """Call `close(*workers)`, which must not refer to `owner`, some time after `owner` was dropped; not at exit."""
     with _lock:
         if not _threads:
             _threads.append(threading.Thread(target=_run, name="outsize-closing", daemon=True))
@@ -38,21 +38,21 @@ def when_dropped(
 
 
 def finish() -> None:
-    """Wait until everything that was dropped so far is closed."""
+    """Wait until everything dropped so far is closed."""
     if _threads and threading.current_thread() is not _threads[0]:
         done = threading.Event()
         _notes.put(done.set)
         done.wait()
 
 
-def _begin_anew() -> None:
-    """In a child that was forked: threads and locks are its parent's, as are the workers of what the notes tell of."""
+def _forget_parent() -> None:
+    """Forget the parent's threads, locks and notes in a forked child, where their workers do not exist."""
     global _notes, _lock
     _notes, _lock = SimpleQueue(), threading.Lock()
     _threads.clear()
 
 
-os.register_at_fork(after_in_child=_begin_anew)
+os.register_at_fork(after_in_child=_forget_parent)
 
 
 def _run() -> None:
@@ -61,7 +61,7 @@ def _run() -> None:
 
 
 def _close(note: Callable[[], object]) -> None:
-    """Run `note` in a function of its own, so that what it holds goes with it; log what goes wrong: no caller is left."""
+    """Run `note` in a function of its own, so that its references end with it; log errors, as no caller is left."""
     try:
         note()
     except BaseException as error:

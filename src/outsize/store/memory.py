@@ -1,4 +1,4 @@
-"""The process's memory: what it has, what it may take, and how malloc gives it back."""
+"""The memory of the process: how much it has and may take, and when malloc returns it."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 KERNELS = 64
-"""Products of different shapes; a step of a dense model has about 40. 64 of them take 34 MiB."""
+"""Kernels for products of different shapes; a step of a dense model needs about 40. 64 of them take 34 MiB."""
 
 SPREAD = 1.5
-"""What malloc takes for tensors of a byte: measured at 1.45 to 1.6 for visits of blocks of 5 to 50 M parameters."""
+"""Bytes that malloc takes per byte of tensors: measured at 1.45 to 1.6 for blocks of 5 to 50 M parameters."""
 
 _highest_on_device: dict[torch.device, int] = {}
 
@@ -39,12 +39,12 @@ def _status(key: str) -> int:
 
 
 def resident_bytes() -> int:
-    """Memory of this process now."""
+    """Resident memory of this process now."""
     return int(Path("/proc/self/statm").read_bytes().split()[1]) * _PAGE_BYTES
 
 
 def peak_bytes() -> int:
-    """The most memory this process ever had."""
+    """The peak of the resident memory of this process."""
     return _status("VmHWM:")
 
 
@@ -60,11 +60,11 @@ def available_bytes() -> int:
 
 
 def keep_freed_memory() -> None:
-    """Let malloc keep what is freed, of any size, to hand it out again (glibc only; elsewhere nothing happens).
+    """Let malloc keep freed memory of any size for reuse (glibc only; elsewhere nothing happens).
 
-    A visit allocates what the one before it freed. By default glibc maps each large tensor anew, and the kernel finds
-    and clears its pages each time: measured at 20 GB of pages and a quarter of a training step. What is kept counts
-    as taken until `give_back`, so keeping goes with a ceiling that asks for it (`Ceiling`).
+    A visit allocates what the one before it freed. By default glibc maps and unmaps each large tensor, and the kernel finds
+    and clears its pages each time: measured at 20 GB of pages and a quarter of a training step. Memory that is kept
+    counts as used until `give_back`, which a `Ceiling` calls.
     """
     if (libc := _glibc()) is not None:
         libc.mallopt(_M_MMAP_MAX, 0)
@@ -72,10 +72,10 @@ def keep_freed_memory() -> None:
 
 
 def bound_kernel_caches() -> None:
-    """Keep at most KERNELS compiled products per cache; works until the first product in bf16 is computed.
+    """Cache at most KERNELS compiled kernels; must be called before the first product in bf16.
 
-    oneDNN compiles a product for each new shape and keeps 1,024, as does torch: batches of many lengths were measured to
-    take 700 MiB that way. A user's own settings are left alone.
+    oneDNN compiles a kernel for each new shape and caches 1,024, as does torch: with batches of many lengths these were
+    measured to take 700 MiB. Environment variables that are set already stay as they are.
     """
     for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
         os.environ.setdefault(name, str(KERNELS))
@@ -85,12 +85,12 @@ _arenas: WeakKeyDictionary[HostArena, str] = WeakKeyDictionary()
 
 
 def register(arena: HostArena, model: str) -> None:
-    """Note that `arena` holds memory of an open `model`, by the name of its class."""
+    """Register `arena` as memory of an open model of class `model`."""
     _arenas[arena] = model
 
 
 def open_models() -> list[tuple[str, int]]:
-    """Models that hold memory of the host, the largest first, and the bytes of their arenas."""
+    """Open models with the bytes of their arenas in host memory, the largest first."""
     held = [(model, arena.in_use_bytes) for arena, model in _arenas.items()]
     return sorted((each for each in held if each[1]), key=lambda each: -each[1])
 
@@ -103,10 +103,10 @@ def give_back() -> None:
 
 @cache
 def drop_file_pages() -> None:
-    """Let go of pages of libraries that are mapped and unused, once per process: importing touches some 100 MiB of them.
+    """Unmap pages of libraries, once per process: importing touches some 100 MiB of them, which count as its memory.
 
-    They count as memory of the process. The system keeps them in its page cache, and gives those back that are used again
-    (a third, measured). Only what is mapped read-only and is unchanged since it was mapped can be dropped.
+    The system keeps them in its page cache, and maps those again that are used (a third, measured). Only pages that are
+    mapped read-only and unchanged are dropped.
     """
     libc = _glibc()
     if libc is None:
@@ -116,7 +116,7 @@ def drop_file_pages() -> None:
 
 
 def _unchanged_mappings(smaps: Path) -> Iterator[tuple[int, int]]:
-    """`(address, bytes)` of private, read-only mappings of files of which no page was written, relocated or patched."""
+    """`(address, bytes)` of private, read-only file mappings of which no page was written, relocated or patched."""
     address = num_bytes = 0
     is_file = False
     for line in smaps.read_text().splitlines():
@@ -131,17 +131,17 @@ def _unchanged_mappings(smaps: Path) -> Iterator[tuple[int, int]]:
 
 
 def device_peak_bytes(device: torch.device) -> int:
-    """The most memory that tensors ever took beside `device`; 0 where that is the host's."""
+    """The peak of the memory of tensors on `device`; 0 for the host."""
     if device.type != "cuda":
         return 0
     return max(_highest_on_device.get(device, 0), torch.cuda.max_memory_allocated(device))
 
 
 def watched(run: Callable[[], Result], device: torch.device) -> tuple[Result, int]:
-    """What `run()` gives, and how many bytes its tensors took at most.
+    """The result of `run()`, and the peak of the bytes of its tensors.
 
-    On a GPU that is measured, elsewhere counted: what a process takes for the same run differs by a half from one time to
-    the next, and a plan should not.
+    On a GPU the peak is measured, elsewhere counted: the memory of a process differs by half between equal runs, and a plan
+    must not.
     """
     if device.type == "cuda":
         _highest_on_device[device] = device_peak_bytes(device)
@@ -155,19 +155,19 @@ def watched(run: Callable[[], Result], device: torch.device) -> tuple[Result, in
 
 
 class Ceiling:
-    """The most that the process may take; freed memory is given back where it would otherwise be exceeded.
+    """A limit for the memory of the process: freed memory is given back before it would be exceeded.
 
-    `expected_bytes` is less where there is more room than is needed: freed memory that fits into nothing is given back
-    when the process has passed that, so that it does not grow from step to step.
+    `expected_bytes` is lower if the limit leaves more room than is needed: fragments of freed memory are given back once
+    the process exceeds it, so that it does not grow from step to step.
     """
 
     def __init__(self, limit_bytes: int) -> None:
         self.limit_bytes = self.expected_bytes = limit_bytes
         self.num_times = 0
-        """How often memory was given back: each time, its pages are found and cleared again."""
+        """How often memory was given back; each time costs finding and clearing its pages again."""
 
     def make_room(self, num_bytes: int) -> None:
-        """Called before something that takes up to `num_bytes`, of freed memory or of new."""
+        """Call before up to `num_bytes` are allocated, of freed or of new memory."""
         now = resident_bytes()
         if now + num_bytes > self.limit_bytes or now > self.expected_bytes:
             give_back()

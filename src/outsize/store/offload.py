@@ -28,8 +28,9 @@ from outsize.errors import BudgetError, StorageError, UsageError
 from outsize.plan import memory_estimate
 from outsize.plan.profile import Resource
 from outsize.store.finalizers import when_dropped
-from outsize.store.path import BufferedPath, Chunk, Path, Route
+from outsize.store.path import BufferedPath, Chunk, Route
 from outsize.store.recorder import ENDS_A_FREE, ENDS_A_WAIT, Recorder
+from outsize.store.workers import Workers
 from outsize.tier import Device, DoneTransfer, HostArena, Tier, TierStats, Transfer, wait_over
 
 _LEAVING = 2
@@ -53,13 +54,14 @@ class ActivationOffload:
             self.arena.allocate(memory_estimate.INPUT_PART_BYTES, f"inputs[{index}]")
             for index in range(memory_estimate.INPUT_BUFFERS if disk is not None else 0)
         ]
-        self._path: Path = BufferedPath(device, disk, self._buffers)
+        self._path = BufferedPath(device, disk, self._buffers)
+        self._workers = Workers(self._path, device, disk)
         self._visits: _Visits = []
         self._known: dict[int, tuple[weakref.ref[torch.Tensor], weakref.ref[_Kept]]] = {}
         self._leaving: deque[list[tuple[torch.Tensor, _Input, Transfer]]] = deque()
         self._dropped: deque[_Input] = deque()
         self._is_closed = False
-        self._finalizer = when_dropped(self, _close_workers, self._path, device, disk)
+        self._finalizer = when_dropped(self, self._workers.close)
 
     @property
     def in_use_bytes(self) -> int:
@@ -121,7 +123,7 @@ class ActivationOffload:
                 stack.callback(region.free)
             for waiting in (self._leaving, self._dropped, self._visits, self._known):
                 stack.callback(waiting.clear)
-            stack.callback(_close_workers, self._path, self._device, self._disk)
+            stack.callback(self._workers.close)
 
     # -- down ------------------------------------------------------------------------------------------------------
 
@@ -364,12 +366,3 @@ class Places:
             self._gaps.append(Extent(start, extent.offset - start))
             start = extent.offset + extent.num_bytes
         self._gaps.append(Extent(start, self.num_bytes - start))
-
-
-def _close_workers(path: Path, device: Device, disk: Tier | None) -> None:
-    """Close each, whatever goes wrong with the others."""
-    with ExitStack() as stack:
-        if disk is not None:
-            stack.callback(disk.close)
-        stack.callback(device.finish)
-        stack.callback(path.close)

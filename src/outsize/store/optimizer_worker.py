@@ -19,7 +19,7 @@ from queue import SimpleQueue
 
 import torch
 
-from outsize.block import CHUNK, Plane, Record, align
+from outsize.block import CHUNK, Plane, align
 from outsize.config import ComputeType
 from outsize.optim import Kernel, limit_threads, part
 from outsize.store.planes import weight_dtype
@@ -50,17 +50,12 @@ class OptimizerWorker:
         buffers: Sequence[Region],
         disk: Tier | None,
         kernel: Callable[[ComputeType], Kernel],
-        fill_remainder: Callable[[Record, int, int, torch.Tensor], None],
         num_threads: int | None = None,
     ) -> None:
-        """`kernel` gives what updates records of a compute type; `num_threads` are its threads, None: as many as compute.
-
-        `fill_remainder(record, start, stop, target)` gives the remainder of a block that was never stored.
-        """
+        """`kernel` gives the kernel for a compute type; `num_threads` are its threads, None: as many as compute."""
         self.recorder: Recorder | None = None
         self._disk = disk
         self._kernel = kernel
-        self._fill_remainder = fill_remainder
         self._num_threads = num_threads
         self._jobs: SimpleQueue[UpdateJob | threading.Event | None] = SimpleQueue()
         self._fed: SimpleQueue[_Chunk | threading.Event | None] = SimpleQueue()
@@ -223,9 +218,9 @@ class OptimizerWorker:
             read.wait()
         weight = self._weight(chunk)
         state, gradient = self._state_and_gradient(chunk)
-        if job.is_first and chunk.trainable_stop > chunk.start and Plane.REMAINDER in record.state:
+        if job.fill_remainder and chunk.trainable_stop > chunk.start and Plane.REMAINDER in record.state:
             remainder = state[record.state.index(Plane.REMAINDER)]
-            self._fill_remainder(record, chunk.start, chunk.trainable_stop, remainder)
+            job.fill_remainder(record, chunk.start, chunk.trainable_stop, remainder)
         recorder, start_s = self.recorder, time.perf_counter()
         job.has_begun = True
         for first, last, hyper in runs(record, job.pending, chunk.start, chunk.trainable_stop):

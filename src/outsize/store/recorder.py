@@ -1,8 +1,8 @@
-"""Records one step: what computed, updated and moved, and what was waited for; then makes a timeline of it.
+"""Records computing, updates, transfers and waits of one step, and makes a timeline of them.
 
-The executor tells of visits and waits, the update lane of chunks, tiers and links of transfers; each of them asks one
-attribute for None while nothing is recorded. Whatever they tell is appended to a list, from any thread, without a lock.
-Points in time are those of the device that computes: on a GPU they are events, read when all is over.
+The executor reports visits and waits, the optimizer worker chunks, tiers and links transfers; each checks one attribute for
+None while nothing is recorded. Reports come from any thread and are appended to a list without a lock. Points in time are
+those of the device that computes: on a GPU they are events, which are read at the end.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from outsize.store import memory
 from outsize.tier import Device, Moment, at
 
 SHORTEST_STALL_S = 1e-4
-"""A wait that is over sooner had nothing to wait for: it took the interpreter's own time."""
+"""A shorter wait had nothing to wait for: it is the interpreter's own time."""
 
 _CLOCK_S = 1e-5
-"""By which two threads may see the same moment apart."""
+"""Difference with which two threads may see the same moment."""
 
 ENDS_A_WAIT: tuple[Resource, ...] = (Resource.READ, Resource.UPDATE, Resource.UP)
-"""What makes a plane, or an input of a block, usable; the first where nothing is known to have."""
+"""What may end a wait for a plane or an input of a block; the first where the cause is unknown."""
 
 ENDS_A_FREE: tuple[Resource, ...] = (Resource.WRITE, Resource.DOWN, Resource.UP, Resource.UPDATE)
-"""What lets a slot go, or the memory of an input; the first where nothing is known to have."""
+"""What may end a wait for a slot, or the memory of an input, to be free; the first where the cause is unknown."""
 
 _ANY = tuple(Resource)
 
 
 class Recorder:
-    """One step, from `begin` until `timeline` is asked for."""
+    """One step, from `begin` to `timeline`."""
 
     def __init__(self, device: Device) -> None:
         self._device = device
@@ -46,22 +46,22 @@ class Recorder:
         self._memory: list[tuple[float, int, int]] = []
 
     def begin(self) -> None:
-        """The step starts now."""
+        """Start the step."""
         self._start_s = time.perf_counter()
         self._sample()
 
     def moment(self) -> Moment:
-        """Where computing is now."""
+        """The present point in time of computing."""
         return self._device.moment()
 
     def visited(self, visits: Sequence[Visit], began: Moment) -> None:
-        """A visit is over that `began` then."""
+        """Record a visit that ends now."""
         label = ", ".join(f"{visit.direction} {visit.block}" for visit in visits)
         self._spans.append((Resource.COMPUTE, label, 0, began, self.moment()))
         self._sample()
 
     def ran(self, op: Op, began: Moment, *, in_place: bool) -> None:
-        """An operation between visits is over; an update `in_place` is computed where blocks are."""
+        """Record an operation between visits that ends now; an update `in_place` runs where blocks compute."""
         if isinstance(op, Wait | Free):
             self.waited(op.block, ENDS_A_WAIT if isinstance(op, Wait) else ENDS_A_FREE, began)
         elif isinstance(op, Write):
@@ -70,25 +70,25 @@ class Recorder:
             self._spans.append((Resource.COMPUTE, f"update {op.block}", 0, began, self.moment()))
 
     def waited(self, block: str, ended_by: Sequence[Resource], began: Moment) -> None:
-        """Computing waited, since `began`, for a transfer or an update of `block`."""
+        """Record that computing waited, since `began`, for a transfer or an update of `block`."""
         self._waits.append((block, ended_by, began, self.moment()))
 
     def updated(self, block: str, start_s: float) -> None:
-        """The host has applied a rule to a part of a block."""
+        """Record that the host updated a part of a block."""
         self._spans.append((Resource.UPDATE, f"update {block}", 0, at(start_s), at(time.perf_counter())))
 
     def moved(self, verb: str, label: str, num_bytes: int, start: Moment, end: Moment) -> None:
-        """A transfer, or a piece of one, is over, or was given to a device: a `Listener`."""
+        """Record a transfer or a piece of one; a `Listener`."""
         self._spans.append((Resource(verb), f"{verb} {label}", num_bytes, start, end))
 
     def _sample(self) -> None:
-        """Note the memory taken now."""
+        """Record the memory in use now."""
         device = self._device.torch_device
         beside = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
         self._memory.append((time.perf_counter() - self._start_s, memory.resident_bytes(), beside))
 
     def timeline(self) -> Timeline:
-        """The step, which ends now."""
+        """End the step, and return its timeline."""
         step_s = time.perf_counter() - self._start_s
         self._sample()
         begin = self._start_s
@@ -115,9 +115,9 @@ class Recorder:
 def causes(
     ended_by: Sequence[Resource], start_s: float, end_s: float, own: Sequence[Span]
 ) -> Iterator[Stall]:
-    """What a wait was for, backwards in time. `own` are the spans of its block, in the order of their ends.
+    """The causes of a wait, backwards in time. `own` are the spans of its block, in the order of their ends.
 
-    As in the simulation: what ended the wait, from when it could begin; before that, what it had to come after.
+    As in the simulation: first the span that ended the wait, then the spans that it had to come after.
     """
     kinds, cause = ended_by, ended_by[0]
     until_s = before_s = end_s

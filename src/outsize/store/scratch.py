@@ -1,4 +1,4 @@
-"""Scratch space of a run on the disks it was given, and whether they may hold it."""
+"""Scratch files of a run on its disks, and their budgets."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from outsize.tier.striped import part_bytes
 
 
 def open_scratch(name: str, num_bytes: int, settings: Settings, num_threads: int) -> Tier | None:
-    """`num_bytes` under `name`, spread over all folders, gone with the process; None where nothing is asked for."""
+    """Open `num_bytes` of scratch space, striped over all folders, that goes with the process; None for no bytes."""
     if not num_bytes:
         return None
     folders = [disk.folder for disk in settings.budgets.disks]
@@ -42,9 +42,9 @@ def open_scratch(name: str, num_bytes: int, settings: Settings, num_threads: int
 
 
 def packed_places(settings: Settings) -> tuple[DiskBudget, ...]:
-    """Folders for packed weights, which outlive the process: in those that were given, else in the cache folder.
+    """Folders for packed weights, which outlive the process: below the disks' folders, else in the cache folder.
 
-    Raises ConfigError where the limit of the cache is not a size.
+    Raises ConfigError if the limit of the cache is not a size.
     """
     if settings.budgets.disks:
         return tuple(
@@ -54,9 +54,9 @@ def packed_places(settings: Settings) -> tuple[DiskBudget, ...]:
 
 
 def disk_bytes(placement: Placement, settings: Settings, versions_bytes: int | None = None) -> int:
-    """What records and inputs of blocks take on disk. Raises BudgetError where that is not allowed.
+    """Bytes that records and inputs of blocks take on disk. Raises DiskShortage if a budget does not allow them.
 
-    `versions_bytes` is what records take where commits are kept.
+    `versions_bytes` is what records take if commits are kept.
     """
     disks = settings.budgets.disks
     inputs = placement.inputs_bytes if placement.inputs is Home.DISK else 0

@@ -26,9 +26,10 @@ class UpdateJob:
     """One block's pending update on its way through the optimizer worker.
 
     `weight` is the whole weight plane in host memory, and `weight_buffer` those of its bytes that are written to disk;
-    `state_planes` and `gradient` are planes in host memory. What is None streams; so do weights with `streams_weight`. With
-    `is_first` nothing of the record is on disk yet: state starts as zero, the remainder as the source gives it, and the
-    frozen part of the weights is stored too.
+    `state_planes` and `gradient` are planes in host memory. What is None streams; so do weights with `streams_weight`.
+
+    The first update of a block has `fill_remainder(record, start, stop, target)`. Nothing of the record is on disk yet:
+    state starts as zero, the remainder is filled, and the frozen part of the weights is stored too.
 
     For a device with memory of its own, `send_up(start, stop, values)` copies weights to where the block computes. Nothing
     is touched until `before` is over and `after`, the block's previous update, is done.
@@ -36,7 +37,7 @@ class UpdateJob:
 
     planes: BlockPlanes
     pending: Pending
-    is_first: bool
+    fill_remainder: Callable[[Record, int, int, torch.Tensor], None] | None = None
     weight: torch.Tensor | None = None
     weight_buffer: memoryview | None = None
     weight_reads: Sequence[Transfer] = ()
@@ -56,6 +57,11 @@ class UpdateJob:
     has_begun: bool = False
     """Whether planes were changed, or what the update starts from was lost: after an error it cannot be applied again."""
     _is_applied: threading.Event = field(default_factory=threading.Event)
+
+    @property
+    def is_first(self) -> bool:
+        """Whether nothing of the record is on disk yet."""
+        return self.fill_remainder is not None
 
     def is_applied(self) -> bool:
         """Whether `wait_applied` would not block."""

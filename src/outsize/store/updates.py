@@ -58,7 +58,7 @@ class Updates:
         state.update.job = job = UpdateJob(
             planes=planes,
             pending=pending,
-            is_first=not state.update.is_stored,
+            fill_remainder=None if state.update.is_stored else self._reader.fill_remainder,
             state_planes=found if len(found) == len(planes.record.state) else None,
             gradient=planes.host_plane(Plane.GRADIENT),
             after=state.update.job,

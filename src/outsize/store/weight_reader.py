@@ -184,7 +184,7 @@ class WeightReader:
                         memory.give_back()
 
     def _whole_remainder(self, record: Record, entry: Entry) -> torch.Tensor:
-        """The remainder of an entry that the source converts as a whole: once, not for each of its chunks."""
+        """The remainder of an entry that the source converts as a whole, computed once for all its chunks."""
         if self._converted is None or self._converted[0] is not entry:
             dtype = self._planes[record.name].dtypes[Plane.REMAINDER]
             rest = torch.empty(entry.piece.num_elements, dtype=dtype, device="cpu")
@@ -221,10 +221,10 @@ class WeightReader:
 
 
 def reading_bytes(source: Source, records: Sequence[Record], *, is_host: bool = True) -> int:
-    """The memory that reading a block from `source` takes beside its target.
+    """Memory that reading a block from `source` takes beside its target.
 
-    Entries are read one at a time. One that has to be rounded is read in fp32 and split; one on its way to a device that
-    keeps it passes through the host's memory. Both happen in parts where the source gives rows by themselves.
+    Entries are read one at a time. An entry that has to be rounded is read in fp32 and split; one whose home is a device
+    passes through host memory. Both happen in parts if the source reads rows by themselves.
     """
     most = 0
     for record in records:
@@ -246,9 +246,9 @@ def reading_bytes(source: Source, records: Sequence[Record], *, is_host: bool = 
 def _parts(
     source: Source, piece: Piece, num_elements: int, start: int = 0, stop: int | None = None
 ) -> Iterator[tuple[Piece, int]]:
-    """Rows of `piece` that cover its elements `[start, stop)`, about `num_elements` at once, and where each part begins.
+    """Parts of `piece`, each with its first element: rows that cover `[start, stop)`, about `num_elements` at once.
 
-    The whole piece where the source gives no rows by themselves.
+    The whole piece if the source does not read rows by themselves.
     """
     row_elements = piece.num_elements // max(piece.shape[0], 1) if piece.shape else 1
     stop = piece.num_elements if stop is None else stop
@@ -263,5 +263,5 @@ def _parts(
 
 
 def _is_rounded(source: Source, piece: Piece, dtype: torch.dtype) -> bool:
-    """Whether weights in `dtype` are rounded from the fp32 value, and not what the source holds."""
+    """Whether weights in `dtype` are rounded from fp32 values instead of read as the source holds them."""
     return dtype is not torch.float32 and source.stored_dtype(piece) is not dtype
