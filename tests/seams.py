@@ -482,7 +482,7 @@ def file_of_inputs(model: nn.Module) -> Path:
 
 def activation_offload(model: nn.Module) -> Any:
     """What moves inputs of blocks away and back: `in_use_bytes`, `high_water_bytes`, `stats()`; None where nothing does."""
-    return runtime_of(model).backing.keeper
+    return runtime_of(model).backing.offload
 
 
 def snapshots_of(model: nn.Module) -> Any:

@@ -140,11 +140,11 @@ def commit(
     )
     if not (store.folder / MODEL).exists():
         write_companions(model, store.folder / MODEL)
-    captures = runtime.backing.executor.store.snapshots
-    assert captures is not None
-    if captures.is_under_way:
+    snapshots = runtime.backing.executor.store.snapshots
+    assert snapshots is not None
+    if snapshots.is_under_way:
         _settle(runtime.backing.executor)
-    store.commit(draft, ModuleState.of(runtime.model.module), captures.begin)
+    store.commit(draft, ModuleState.of(runtime.model.module), snapshots.begin)
 
 
 def finish(model: nn.Module) -> Committed | None:
@@ -170,7 +170,7 @@ def _settle(executor: Executor) -> None:
 def close(model: nn.Module) -> None:
     """Give everything back that the model holds: memory, the disk, the store. It cannot be called any more.
 
-    A commit whose blocks are captured becomes durable first; one that waits for the next step is given up (`finish`).
+    A commit that has all its blocks becomes durable first; one that waits for the next step is given up (`finish`).
     """
     runtime_of(model).setup.close()
 

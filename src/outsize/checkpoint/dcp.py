@@ -247,11 +247,11 @@ def import_dcp(dcp_folder: Path, folder: Path, *, model: Path, dtype: str = "flo
             write_companions(module, store.folder / MODEL)
 
             def begin(complete: Callable[[Snapshot], None]) -> None:
-                capture = Snapshot(layout.bases, complete)
+                snapshot = Snapshot(layout.bases, complete)
                 for record in records:
                     base = layout.bases[record.name]
                     cells = tier.capture(Extent(base, record.kept_bytes))
-                    capture.add(SnapshotBlock(record.name, base, cells, is_stored=True))
+                    snapshot.add(SnapshotBlock(record.name, base, cells, is_stored=True))
 
             store.commit(_draft(reader, step, ComputeType(dtype)), ModuleState.of(module), begin)
             store.wait()

@@ -213,7 +213,7 @@ class Store:
         """Declare a commit of what `draft` says, of `state`, and of all blocks, as they are once their pending updates are
         applied.
 
-        `begin` starts the capture. Returns at once; a step that is committed, or on its way, is left as it is. Raises what
+        `begin` starts the snapshot. Returns at once; a step that is committed, or on its way, is left as it is. Raises what
         went wrong with an earlier commit.
         """
         self.raise_failure()
@@ -224,9 +224,9 @@ class Store:
         future: Future[Committed] = Future()
         self._pending.append(future)
 
-        def complete(capture: Snapshot) -> None:
+        def complete(snapshot: Snapshot) -> None:
             if future.set_running_or_notify_cancel():
-                self._threads.submit(self._publish, tier, draft, state, capture, future)
+                self._threads.submit(self._publish, tier, draft, state, snapshot, future)
             else:
                 tier.end_commit()
 
@@ -235,12 +235,12 @@ class Store:
             begin(complete)
         except BaseException:
             self._declared_step = None
-            future.cancel()  # blocks that are captured later would be those of another step
+            future.cancel()  # blocks that are added later would be those of another step
             self._pending.remove(future)
             raise
 
     def wait(self) -> Committed | None:
-        """Wait until every commit whose blocks are captured is durable; the last that was declared here. Raises what went
+        """Wait until every commit that has all its blocks is durable; the last that was declared here. Raises what went
         wrong."""
         while self._pending:
             self._last = self._pending.pop(0).result()
@@ -261,16 +261,16 @@ class Store:
         tier: VersionedTier,
         draft: Manifest,
         state: ModuleState,
-        capture: Snapshot,
+        snapshot: Snapshot,
         future: Future[Committed],
     ) -> None:
-        offsets = [stored.offset for block in capture.blocks.values() for stored in block.cells]
+        offsets = [stored.offset for block in snapshot.blocks.values() for stored in block.cells]
         path = commit_path(self.folder, draft.step)
         try:
             try:
-                capture.wait()
+                snapshot.wait()
                 tier.sync()
-                blocks = tuple(self._stored_block(tier, capture.blocks[name]) for name in self._records)
+                blocks = tuple(self._stored_block(tier, snapshot.blocks[name]) for name in self._records)
                 data = state.dumps()
                 write_durably(buffers_path(self.folder, draft.step), data)
                 buffers = StoredBuffers(len(data), digest_of(data))
@@ -300,16 +300,16 @@ class Store:
             if self._tier is not None:
                 self._tier.release(offsets)
 
-    def _stored_block(self, tier: VersionedTier, captured: SnapshotBlock) -> StoredBlock:
+    def _stored_block(self, tier: VersionedTier, block: SnapshotBlock) -> StoredBlock:
         cells = tuple(
             StoredCell(
-                Extent(stored.cell.offset - captured.base, stored.cell.num_bytes),
+                Extent(stored.cell.offset - block.base, stored.cell.num_bytes),
                 stored.offset,
                 tuple(tier.checks(stored)),
             )
-            for stored in captured.cells
+            for stored in block.cells
         )
-        return StoredBlock(self._records[captured.name], captured.is_stored, cells)
+        return StoredBlock(self._records[block.name], block.is_stored, cells)
 
     # -- laying out ----------------------------------------------------------------------------------------------
 

@@ -25,7 +25,7 @@ class Backing:
         """The store that outlives the process, if the model has one."""
         self.executor: Executor | None = None
         """Visits blocks; None before the first call and after `close`."""
-        self.keeper: ActivationOffload | None = None
+        self.offload: ActivationOffload | None = None
         """Moves inputs of blocks to another tier between forward and backward, if the placement does."""
 
     @property

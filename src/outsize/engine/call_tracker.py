@@ -160,8 +160,8 @@ class CallTracker:
             self._call.last_training = self._call.running
         self._use_what_is_left(self._budget.call_bytes)
         self._backing.running.begin(workload.visits)
-        if self._backing.keeper is not None:
-            self._backing.keeper.begin()
+        if self._backing.offload is not None:
+            self._backing.offload.begin()
 
     def _use_what_is_left(self, needed_bytes: int) -> None:
         """If a call takes less than was planned for, or more than the last one, more or fewer weights stay in memory."""

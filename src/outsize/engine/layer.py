@@ -189,9 +189,9 @@ class Layer:
                 hint="pass use_cache=False",
             )
         # A saved graph holds the inputs anyway.
-        keeper = None if call.keeps_graphs else self.visits.backing.keeper
+        offload = None if call.keeps_graphs else self.visits.backing.offload
         anchor = self.visits.model.anchor if call.trains else None
-        with keeper.keep(tensors, self.blocks[-1]) if keeper is not None else nullcontext():
+        with offload.keep(tensors, self.blocks[-1]) if offload is not None else nullcontext():
             outputs = _Visit.apply(call, anchor, *tensors)  # type: ignore[no-untyped-call]
         return call.result(outputs)
 

@@ -41,7 +41,7 @@ def record(model: nn.Module) -> Iterator[Recording]:
     yet, or is being recorded.
     """
     runtime = runtime_of(model)
-    executor, keeper = runtime.backing.executor, runtime.backing.keeper
+    executor, offload = runtime.backing.executor, runtime.backing.offload
     if executor is None:
         raise UsageError(
             "a model cannot be recorded before its first call",
@@ -52,15 +52,15 @@ def record(model: nn.Module) -> Iterator[Recording]:
     recording = Recording()
     recorder = Recorder(runtime.model.device)
     try:
-        _tell(executor, keeper, recorder)
+        _tell(executor, offload, recorder)
         recorder.begin()
         yield recording
         recording._timeline = recorder.timeline()
     finally:
-        _tell(executor, keeper, None)
+        _tell(executor, offload, None)
 
 
-def _tell(executor: Executor, keeper: ActivationOffload | None, recorder: Recorder | None) -> None:
+def _tell(executor: Executor, offload: ActivationOffload | None, recorder: Recorder | None) -> None:
     """Let everything that works for a model tell `recorder` of it, or nobody."""
     store = executor.store
     listener = recorder.moved if recorder is not None else None
@@ -69,6 +69,6 @@ def _tell(executor: Executor, keeper: ActivationOffload | None, recorder: Record
         store.disk.listen(listener)
     if store.updates.worker is not None:
         store.updates.worker.recorder = recorder
-    if keeper is not None:
-        keeper.tell(recorder)
+    if offload is not None:
+        offload.tell(recorder)
     executor.recorder = recorder

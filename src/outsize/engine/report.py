@@ -96,8 +96,8 @@ def report(model: nn.Module) -> Report:
         return Report((), num_parameters, 0, budget.limits.host_bytes, memory.peak_bytes(), 0, 0)
     records = [state.record for state in executor.store]
     rows = placement_rows(runtime, records, placement)
-    keeper, source = runtime.backing.keeper, executor.store.weight_reader.source
-    stats = [tier.stats() for tier in (executor.store.disk, keeper) if tier is not None]
+    offload, source = runtime.backing.offload, executor.store.weight_reader.source
+    stats = [tier.stats() for tier in (executor.store.disk, offload) if tier is not None]
     return Report(
         rows=rows,
         num_parameters=num_parameters,
@@ -106,7 +106,7 @@ def report(model: nn.Module) -> Report:
         host_peak_bytes=memory.peak_bytes(),
         bytes_read=sum(each.bytes_read for each in stats) + (source.bytes_read if source is not None else 0),
         bytes_written=sum(each.bytes_written for each in stats),
-        wait_s=executor.wait_s | (keeper.wait_s if keeper is not None else {}),
+        wait_s=executor.wait_s | (offload.wait_s if offload is not None else {}),
         off_plan=tuple(f"{visit} x{count}" for visit, count in executor.off_plan.items()),
         device_budget_bytes=budget.device_limit_bytes,
         device_peak_bytes=memory.device_peak_bytes(runtime.model.torch_device),

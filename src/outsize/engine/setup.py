@@ -179,7 +179,7 @@ class Setup:
             if placement.inputs is not None:
                 is_disk = placement.inputs is Home.DISK
                 inputs = self._open_scratch("inputs", placement.inputs_bytes) if is_disk else None
-                backing.keeper = ActivationOffload(self._model.device, placement.inputs_bytes, inputs)
+                backing.offload = ActivationOffload(self._model.device, placement.inputs_bytes, inputs)
             store.restore(restored)
             self._forget_committed()
             self._load_resident(store, records)
@@ -285,7 +285,7 @@ class Setup:
         """Give memory and disk back. Weights that were updated or taken over are gone: save them before."""
         backing, versions = self._backing, self._backing.versions
         executor, backing.executor, self._budget.placement = backing.executor, None, None
-        keeper, backing.keeper = backing.keeper, None
+        offload, backing.offload = backing.offload, None
         with ExitStack() as stack:  # the last callback runs first, and all run, whatever one of them raises
             if versions is not None:
                 stack.callback(versions.close)
@@ -295,8 +295,8 @@ class Setup:
                     state.update.is_stored for state in executor.store
                 )
                 stack.callback(executor.close)
-            if keeper is not None:
-                stack.callback(keeper.close)
+            if offload is not None:
+                stack.callback(offload.close)
             if executor is not None and versions is not None:
                 assert executor.store.snapshots is not None
                 stack.callback(versions.is_closing)

@@ -140,7 +140,7 @@ class ActivationOffload:
             return same  # nor was it changed in place since
         label = f"{owner}.input"
         extent = self._places.take(tensor.nbytes, label)
-        sent = tensor.detach()  # without its graph, which holds whoever holds this keeper
+        sent = tensor.detach()  # without its graph, which may refer to this object
         each = _Input(label, extent, sent.shape, sent.dtype, weakref.ref(sent), sent._version)
         kept = _Kept(each)
         weakref.finalize(
