@@ -24,7 +24,7 @@ from outsize.store.updates import Updates
 from outsize.store.weight_reader import WeightReader
 from outsize.store.weights import Weights
 from outsize.store.workers import Workers
-from outsize.tier import Device, HostDevice, Tier, VersionedTier, wait_all
+from outsize.tier import Device, Tier, VersionedTier, wait_all
 
 
 class BlockStore:
@@ -38,36 +38,34 @@ class BlockStore:
         records: Sequence[Record],
         placement: Placement,
         *,
-        source: Source,
+        device: Device,
         disk: Tier | None,
+        source: Source,
         rule: Rule | None,
         kernel: Callable[[ComputeType], Kernel] | None,
-        device: Device | None = None,
-        device_kernel: Callable[[ComputeType], Kernel] | None = None,
+        device_kernel: Callable[[ComputeType], Kernel] | None,
         disk_offsets: Mapping[str, int] | None = None,
         update_threads: int | None = None,
     ) -> None:
-        self.device = device or HostDevice()
+        self.device = device
         self.disk = disk
         self.records = {record.name: record for record in records}
-        self.planes = planes = Planes(records, placement, self.device, rule, disk_offsets)
+        self.planes = planes = Planes(records, placement, device, rule, disk_offsets)
         self.states = {block.name: BlockState.of(block) for block in planes}
         self.path: Path = (
-            DirectPath(disk)
-            if self.device.is_host
-            else BufferedPath(self.device, disk, planes.bounce_buffers)
+            DirectPath(disk) if device.is_host else BufferedPath(device, disk, planes.bounce_buffers)
         )
         self.weight_reader = WeightReader(planes, source)
         self.weights = Weights(planes, self.path, self.weight_reader)
         self.gradients = Gradients(planes, self.path, disk)
         self.snapshots = Snapshots(self.states, disk, self.path) if isinstance(disk, VersionedTier) else None
-        worker = None
-        if kernel is not None and rule is not None:
-            worker = OptimizerWorker(planes.chunk_buffers, disk, kernel, update_threads)
-        self.updates = Updates(planes, self.weight_reader, worker, device_kernel or kernel)
+        worker = (
+            None if kernel is None else OptimizerWorker(planes.chunk_buffers, disk, kernel, update_threads)
+        )
+        self.updates = Updates(planes, self.weight_reader, worker, device_kernel)
         copiers = () if self.snapshots is None else (self.snapshots.thread,)
         threads = (self.weight_reader.thread, *copiers)
-        self.workers = Workers(self.path, self.device, disk, threads, worker)
+        self.workers = Workers(self.path, device, disk, threads, worker)
         weight, gradient = Plane.WEIGHT, Plane.GRADIENT
         self.runners: dict[tuple[type[Op], Plane | None], Callable[[BlockState], None]] = {
             (Held, weight): lambda state: None,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 
@@ -107,15 +107,16 @@ class BlockPlanes:
 
     def chunk(self, plane: Plane, start: int, stop: int) -> Chunk:
         """Elements `[start, stop)` of the weights or the gradient on disk; `start` begins a chunk."""
-        return self._chunk(plane, start, stop, self.record.chunk_extent(plane, start, stop))
+        extent = self._on_disk(self.record.chunk_extent(plane, start, stop))
+        return Chunk(start, stop, extent, f"{self.name}.{plane}[{start // CHUNK}]")
 
     def state_chunk(self, start: int, stop: int) -> Chunk:
         """All state of elements `[start, stop)` on disk, as one run; `start` begins a chunk."""
-        return self._chunk("state", start, stop, self.record.state_extent(start, stop))
+        extent = self._on_disk(self.record.state_extent(start, stop))
+        return Chunk(start, stop, extent, f"{self.name}.state[{start // CHUNK}]")
 
-    def _chunk(self, what: str, start: int, stop: int, extent: Extent) -> Chunk:
-        place = Extent(self.disk_offset + extent.offset, extent.num_bytes)
-        return Chunk(start, stop, place, f"{self.name}.{what}[{start // CHUNK}]")
+    def _on_disk(self, extent: Extent) -> Extent:
+        return Extent(self.disk_offset + extent.offset, extent.num_bytes)
 
     @property
     def kept_extent(self) -> Extent:
@@ -152,16 +153,18 @@ class BlockPlanes:
         place: torch.Tensor,
         byte_offset: int = 0,
     ) -> Route:
-        size = self.record.element_bytes[plane]
-        chunks = [
-            replace(
-                self._chunk(plane, start, stop, extent),
-                start=int(start * size) // place.itemsize,
-                stop=int(stop * size) // place.itemsize,
+        # Elements of `place` are bytes where the plane is stored in codes.
+        size, label = self.record.element_bytes[plane], f"{self.name}.{plane}"
+        chunks = tuple(
+            Chunk(
+                int(start * size) // place.itemsize,
+                int(stop * size) // place.itemsize,
+                self._on_disk(extent),
+                f"{label}[{index}]",
             )
-            for start, stop, extent in self.record.plane_parts(plane)
-        ]
-        return Route(f"{self.name}.{plane}", tuple(chunks), home, slot, place, byte_offset)
+            for index, (start, stop, extent) in enumerate(self.record.plane_parts(plane))
+        )
+        return Route(label, chunks, home, slot, place, byte_offset)
 
 
 class Planes:
