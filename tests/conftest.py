@@ -7,6 +7,7 @@ processes of one session (`-n`) share everything.
 
 import os
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
@@ -17,6 +18,19 @@ _FOLDER = pytest.StashKey[Path]()
 
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any machine")
+
+
+@pytest.fixture(autouse=True)
+def one_rule_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models train with compiled kernels of AdamW and eager ones of other rules, which are bit-equal or compared in
+    tests/optim: compiling all takes five minutes on a fresh machine. OUTSIZE_SOAK=1 compiles them."""
+    optimizer = sys.modules.get("outsize.engine.optimizer")
+    if optimizer is None or os.environ.get("OUTSIZE_SOAK"):
+        return
+    start = optimizer.start_compile
+    monkeypatch.setattr(
+        optimizer, "start_compile", lambda rule, kind: start(rule, kind, eager=rule.name != "adamw")
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
