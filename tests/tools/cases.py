@@ -512,7 +512,7 @@ def run_preview(case: Case, folder: Path, notes: Notes) -> None:
         train=not case.frozen,
         device=device,
     )
-    told = json.loads(summary.to_json())
+    told = json.loads(summary.to_json(), parse_float=lambda text: float(f"{float(text):.9g}"))
     notes.found["planned"] = {key: value for key, value in told.items() if key != "reason"}
     notes.found["reason"] = numbers_in(told["reason"])
 

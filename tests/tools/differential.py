@@ -9,8 +9,9 @@ tree's where it has none). What must not change is compared:
 - `plan`: the operations as they were carried out, in order, and `transfers`: each read, write and copy by name
 - `losses`, `bits`: losses, tokens and log-probabilities, and every weight, bit for bit
 - `planned`: where planes live, slots, tiles, budgets, predicted bytes; for a machine that is not here, predicted seconds
-- `memory`, `tensors`, `peak`: slots and arena taken, exactly; the most bytes of tensors alive at once, to 1 % or
-  `TENSOR_BYTES`; of large cases, each in a process of its own, the most memory that it took, to `PEAK_SHARE`
+- `memory`, `tensors`, `peak`: slots and arena taken, exactly; the most bytes of tensors alive at once, which may
+  grow by 1 % or `TENSOR_BYTES`; of large cases, each in a process of its own, the most memory that it took, which may grow
+  by `PEAK_SHARE`
 - `moved`, `told`: bytes read, written and copied; visits off plan; errors by type and the figures in their message
 
 A redesign renames verbs, planes and homes: `RENAMED` says how, and `ADDED` what plans hold now that they did not hold. Both
@@ -40,7 +41,7 @@ from tests.tools.cases import Case, draw
 ROOT = Path(__file__).parents[2]
 
 RENAMED: Mapping[str, str] = {"relay": "bounce"}
-"""Words in the texts of the other checkout, and what they are called here: verbs, planes, homes, rows of the report."""
+"""Words of older checkouts and what they are called now: verbs, planes, homes, rows of the report."""
 
 ADDED: tuple[str, ...] = ()
 """Regular expressions of operations that plans of this checkout hold and those of the other do not."""
@@ -112,7 +113,7 @@ class Side:
 
 
 def renamed(value: Any) -> Any:
-    """A value of the other checkout in the words of this one."""
+    """A value of any checkout in the words of this one."""
     if isinstance(value, str) and RENAMED:
         words = "|".join(map(re.escape, sorted(RENAMED, key=len, reverse=True)))
         return re.sub(rf"(?<![\w-])(?:{words})(?![\w-])", lambda match: RENAMED[match[0]], value)
@@ -131,14 +132,14 @@ def without_added(found: Mapping[str, Any]) -> dict[str, Any]:
 
 def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:
     """`(what, lines)` of everything that is not the same."""
-    before, after = renamed(dict(before)), without_added(after)
+    before, after = renamed(dict(before)), renamed(without_added(after))
     for name in sorted({*before, *after}):
         one, other = before.get(name), after.get(name)
         if name == "peak":
-            if one is not None and other is not None and not _is_near(_grown(one), _grown(other), PEAK_SHARE):
-                yield name, [f"{_grown(one) / 2**20:.1f} MiB -> {_grown(other) / 2**20:.1f} MiB"]
+            if one is not None and other is not None and _has_grown(_taken(one), _taken(other), PEAK_SHARE):
+                yield name, [f"{_taken(one) / 2**20:.1f} MiB -> {_taken(other) / 2**20:.1f} MiB"]
         elif name == "tensors":
-            if one is None or other is None or not _is_near(one, other, 0.01, TENSOR_BYTES):
+            if one is not None and other is not None and _has_grown(one, other, 0.01, TENSOR_BYTES):
                 yield name, [f"{one} bytes -> {other} bytes"]
         elif name == "crash":
             if (one is None) is not (other is None):
@@ -147,12 +148,12 @@ def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator
             yield name, list(_shown(one, other))
 
 
-def _grown(peak: Sequence[int]) -> int:
+def _taken(peak: Sequence[int]) -> int:
     return peak[1] - peak[0]
 
 
-def _is_near(before: int, after: int, share: float, least: int = 0) -> bool:
-    return abs(before - after) <= max(least, share * before)
+def _has_grown(before: int, after: int, share: float, least: int = 0) -> bool:
+    return after - before > max(least, share * before)
 
 
 def _shown(before: Any, after: Any, path: str = "") -> Iterator[str]:
