@@ -49,6 +49,7 @@ from outsize.plan import (
     memory_estimate,
     place_apart,
 )
+from outsize.serve.speculate import Guesser
 from outsize.store import memory, offload, scratch
 from outsize.store.gradients import Gradients
 from outsize.tier import Device, DiskTier, TwinDevice
@@ -638,6 +639,11 @@ def watch_inputs_leaving(monkeypatch: Any, note: Callable[[int], object]) -> Non
         return context
 
     monkeypatch.setattr(offload.ActivationOffload, "keep", watched)
+
+
+def stop_guessing(monkeypatch: Any) -> None:
+    """Let engines that generate draft no tokens: whether that pays is measured, and differs from run to run."""
+    monkeypatch.setattr(Guesser, "_pays", lambda guesser, *args, **options: False)
 
 
 def settle_norms_of_paper(monkeypatch: Any) -> None:

@@ -548,6 +548,7 @@ def carry_out(case: Case, seams: ModuleType, folder: Path) -> dict[str, Any]:
             seams.set_chunk(patch, CHUNK)
             seams.move_small_inputs(patch, 1, 4096)
         seams.set_process_memory(patch, PROCESS_BYTES, FREE_BYTES)
+        seams.stop_guessing(patch)
         if case.device_bytes is not None and case.kind != "preview":
             limit = int((case.device_bytes + DEVICE_SLACK_BYTES) / 0.95) if case.device_bytes else None
             seams.with_twin(patch, delay, limit, case.device_host_bytes)

@@ -31,6 +31,7 @@ import traceback
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -60,6 +61,9 @@ class Room:
     eager: tuple[str, ...] = ()
     """Files whose mutants run without a compiler: each would build all rules again, from the same functions."""
 
+    most_s: float | None = None
+    """A mutant runs against so many seconds of tests, the quickest that call its function; None: against all of them."""
+
 
 ROOMS = {
     "plan": Room(("plan/*.py",), ("tests/plan",), 0.37),
@@ -77,6 +81,21 @@ ROOMS = {
         ("serve/schedule.py",), ("tests/serve/test_schedule.py", "tests/serve/test_engine.py"), 0.11
     ),
     "kv": Room(("kv/pages.py",), ("tests/kv/test_pages.py", "tests/serve/test_schedule.py"), 0.06),
+    "engine": Room(
+        ("engine/*.py", "store/*.py"),
+        (
+            "tests/engine",
+            "tests/store",
+            "tests/promises/test_plan_is_what_runs.py",
+            "tests/promises/test_placement.py",
+            "tests/promises/test_untrained.py",
+            "tests/promises/test_layer_state.py",
+            "tests/promises/test_off_plan.py",
+            "tests/promises/test_inputs.py",
+        ),
+        0.67,
+        most_s=120,
+    ),
 }
 
 
@@ -88,13 +107,21 @@ class Trace:
     callers: dict[str, list[str]]
     libraries: list[str]
 
-    def tests_of(self, mutation: Mutation) -> list[str]:
-        """The tests that can notice a mutation, the quickest first; all where its code runs at import or in a fixture."""
+    def tests_of(self, mutation: Mutation, most_s: float | None = None) -> list[str]:
+        """The tests that can notice a mutation, the quickest first; all where its code runs at import or in a fixture.
+
+        Those of the file itself come before all others. Of both, as many as take `most_s` seconds; at least one.
+        """
         file = mutation.path.removeprefix("src/")
         names = self.callers.get(f"{file}::{mutation.function}", [])
         if mutation.function.split(".")[-1] in ("<module>", "<shared>") or "<shared>" in names or not names:
             names = list(self.seconds)
-        return sorted(set(names) & set(self.seconds), key=lambda name: self.seconds[name])
+        own = f"test_{Path(mutation.path).stem}.py::"
+        found = sorted(set(names) & set(self.seconds), key=lambda name: (own not in name, self.seconds[name]))
+        spent = list(accumulate(self.seconds[name] for name in found))
+        return [name for name, s in zip(found, spent, strict=True) if most_s is None or s <= most_s] or found[
+            :1
+        ]
 
 
 class Recorder:
@@ -308,7 +335,7 @@ class Bench:
 
     def attempt(self, mutation: Mutation, room: Room, trace: Trace) -> dict[str, Any]:
         """Whether the tests notice a mutation; what of it goes into the results."""
-        tests = trace.tests_of(mutation)
+        tests = trace.tests_of(mutation, room.most_s)
         path = self.copy / mutation.path
         source = path.read_text()
         environment = self._environment()
