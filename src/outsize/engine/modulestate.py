@@ -3,7 +3,7 @@
 Such state moves once per call in plain PyTorch. Here a forward runs in the dry run and again in the backward as well, so
 state is noted before those and restored: the dry run leaves nothing behind, and a recomputation starts from the state
 that its forward started from. Random numbers of `random` and numpy count as such state, since a recomputation has to draw
-what its forward drew; those of torch are treated apart (`surroundings`). This does not hold for other state outside of the
+what its forward drew; those of torch are treated apart (`rng_autocast`). This does not hold for other state outside of the
 module: globals, and objects that hide what they hold.
 """
 
