@@ -20,6 +20,7 @@ from outsize.train.metrics_file import MetricsFile
 from outsize.train.progress import PlainProgress, RunConsole
 from outsize.train.report_page import ReportPage
 from outsize.train.trace import Trace
+from outsize.train.watch import Watcher
 from tests.train.standin import PlainApi, PlainReport
 from tests.train.test_loop import settings_for, weights
 
@@ -77,6 +78,25 @@ def test_a_run_goes_on_without_what_cannot_be_written(model, data, tmp_path, mon
         [(failed, reason)] = result.failures.items()
         assert failed == name.removesuffix(" at its end")
         assert "server is gone" in reason or "/dev/full" in reason
+
+
+class Guard(Watcher):
+    """A user's own, which ends a run that has gone far enough."""
+
+    def __init__(self):
+        self.steps = []
+
+    def stepped(self, metrics, report, num_steps):
+        self.steps.append(metrics.step)
+        if metrics.step == 2:
+            raise RuntimeError("far enough")
+
+
+def test_a_watcher_of_the_users_own_ends_the_run_by_raising(model, data, tmp_path):
+    guard = Guard()
+    with pytest.raises(RuntimeError, match="far enough"):
+        train(settings_for(model, data, tmp_path / "out"), api=PlainApi(), watchers=[guard])
+    assert guard.steps == [1, 2]
 
 
 def test_a_tracker_that_cannot_begin_is_refused_before_the_first_step(model, data, tmp_path, monkeypatch):
