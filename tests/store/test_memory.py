@@ -1,6 +1,7 @@
 """The process's own memory: pages of libraries that are mapped and unused."""
 
 import math
+import os
 
 from outsize.store import memory
 
@@ -42,3 +43,12 @@ def test_what_was_dropped_comes_back_when_it_is_used():
     memory.drop_file_pages()
     assert memory._status("RssFile:") < before
     assert math.sqrt(2.0) ** 2 > 1.9 and memory.resident_bytes() > 0
+
+
+def test_caches_of_kernels_are_bounded_where_the_user_says_nothing(monkeypatch):
+    names = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
+    for name in names:
+        monkeypatch.setenv(name, "7")
+    monkeypatch.delenv(names[0])
+    memory.bound_kernel_caches()
+    assert [os.environ[name] for name in names] == [str(memory.KERNELS), "7"]
