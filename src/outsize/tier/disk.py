@@ -147,16 +147,13 @@ class DiskTier:
         transfer = PieceTransfer(len(pieces))
 
         def run_piece(piece: ReadPiece, part: memoryview) -> None:
-            error: BaseException | None = None
-            try:
-                with part:  # released before anyone is told: whose memory it is may close it then
-                    run(piece, part, label)
-            except BaseException as caught:
-                error = caught
-            transfer.finish_piece(error)
+            with part:  # released before anyone is told: whose memory it is may close it then
+                run(piece, part, label)
 
         for piece in pieces:
-            self._threads.submit(run_piece, piece, view[piece.start - offset : piece.stop - offset])
+            done = self._threads.submit(run_piece, piece, view[piece.start - offset : piece.stop - offset])
+            # Whatever is raised in the thread, and wherever: a piece that nobody counts is waited for without end.
+            done.add_done_callback(lambda done: transfer.finish_piece(done.exception()))
         return transfer
 
     def _read(self, piece: ReadPiece, view: memoryview, label: str) -> None:
