@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import final
 
@@ -109,14 +109,13 @@ class Sample:
     def kind(self, dims: BatchDims | None, rows: int) -> Kind:
         """The kind, whose tiles can be timed; the sample was computed with `rows` rows."""
 
-        def run(tile_rows: int, with_backward: bool) -> object:
-            return self.on_zeros.compute(
-                self._tensors(dims, rows, tile_rows),
-                trains=self.trains and with_backward,
-                differentiates=with_backward,
+        def at(tile_rows: int) -> Callable[[bool], object]:
+            tensors = self._tensors(dims, rows, tile_rows)
+            return lambda with_backward: self.on_zeros.compute(
+                tensors, trains=self.trains and with_backward, differentiates=with_backward
             )
 
-        return Kind(run, self.trains, self.differentiates)
+        return Kind(at, self.trains, self.differentiates)
 
     def _tensors(self, dims: BatchDims | None, rows: int, tile_rows: int) -> list[torch.Tensor]:
         tensors = []

@@ -134,8 +134,9 @@ def _input_bytes(workload: Workload, shape: BatchShape) -> dict[str, int]:
 
 
 def _time_kind(kind: Kind, tile_rows: int, seconds_of: Meter) -> _Seconds:
-    forward = seconds_of(partial(kind.run, tile_rows, False))
-    backward = seconds_of(partial(kind.run, tile_rows, True)) if kind.differentiates else 0.0
+    run = kind.at(tile_rows)
+    forward = seconds_of(partial(run, False))
+    backward = seconds_of(partial(run, True)) if kind.differentiates else 0.0
     return _Seconds(forward, backward)
 
 

@@ -89,10 +89,11 @@ class Activations:
 class Kind:
     """Layers that are alike, represented by the first of them.
 
-    `run(tile_rows, with_backward)` computes one tile of it on weights of zero, to be timed or counted.
+    `at(tile_rows)` makes the inputs of a tile, and returns a function that computes it on weights of zero, with its
+    backward or without, to be timed or counted.
     """
 
-    run: Callable[[int, bool], object]
+    at: Callable[[int], Callable[[bool], object]]
     trains: bool
     differentiates: bool
 
