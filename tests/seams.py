@@ -52,7 +52,8 @@ from outsize.plan import (
 from outsize.serve.speculate import Guesser
 from outsize.store import memory, offload, scratch
 from outsize.store.gradients import Gradients
-from outsize.tier import Device, DiskTier, TwinDevice
+from outsize.tier import Device, DiskTier
+from tests.doubles import TwinDevice
 
 # -- models ------------------------------------------------------------------------------------------------------
 

@@ -13,8 +13,8 @@ from outsize.hardware.measure import Figures
 from outsize.hardware.others import OtherPrograms
 from outsize.hardware.rate import Rate
 from outsize.plan.profile import Profile, Resource
-from outsize.tier import TwinDevice
 from outsize.tier.probe import is_memory_backed
+from tests.doubles import TwinDevice
 
 measure_module = sys.modules["outsize.hardware.measure"]  # the function hides it
 BUSY = [Resource.COMPUTE, Resource.UPDATE, Resource.READ, Resource.WRITE]

@@ -21,8 +21,9 @@ from outsize.engine import api
 from outsize.errors import BudgetError, DeviceError, UsageError, WeightsError
 from outsize.plan.memory_estimate import MemoryEstimate
 from outsize.store import finalizers
-from outsize.tier import SlowTier, TwinDevice, Way
+from outsize.tier import Way
 from outsize.tier.transfer import DoneTransfer
+from tests.doubles import SlowTier, TwinDevice
 from tests.promises.test_placement import RUNS, Run, assert_same_bits, small_chunks, trained
 from tests.running import around_forward, opened
 from tests.seams import (

@@ -26,7 +26,8 @@ from outsize.errors import (
     StorageFullError,
     UsageError,
 )
-from outsize.tier import Fault, FaultKind, FaultyTier, Verb
+from outsize.tier import Verb
+from tests.doubles import Fault, FaultKind, FaultyTier
 from tests.running import adamw, around_forward, assert_same_weights, opened, train, values_of
 from tests.seams import (
     abandon,

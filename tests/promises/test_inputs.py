@@ -14,17 +14,8 @@ from outsize.errors import BudgetError, ConfigError, CorruptionError, StorageErr
 from outsize.plan import memory_estimate
 from outsize.plan.memory_estimate import MemoryEstimate, estimate
 from outsize.store import offload
-from outsize.tier import (
-    DoneTransfer,
-    Fault,
-    FaultKind,
-    FaultyTier,
-    HostDevice,
-    MemoryTier,
-    SlowTier,
-    TwinDevice,
-    Verb,
-)
+from outsize.tier import DoneTransfer, HostDevice, Verb
+from tests.doubles import Fault, FaultKind, FaultyTier, MemoryTier, SlowTier, TwinDevice
 from tests.promises.test_placement import Run, assert_same_bits, small_chunks, trained
 from tests.running import adamw, assert_same_losses, assert_same_weights, opened, train
 from tests.seams import (

@@ -12,7 +12,7 @@ from transformers import DynamicCache
 import outsize
 from outsize import Pins
 from outsize.errors import UsageError
-from outsize.tier import SlowTier
+from tests.doubles import SlowTier
 from tests.running import adamw, assert_same_weights, loss_of, opened, train, values_of
 from tests.seams import arena_of, close, wrapped_disk
 from tests.zoo import ZOO, plain_batch, plain_stack, seeded

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 import outsize
 from outsize import Pins
-from outsize.tier import SlowTier
+from tests.doubles import SlowTier
 from tests.running import opened, values_of
 from tests.seams import close, set_chunk, store_of, wrapped_disk
 from tests.zoo import ZOO

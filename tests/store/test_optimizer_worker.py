@@ -12,7 +12,8 @@ from outsize.optim import ADAMW, AdamWHyper, compile_rule
 from outsize.store.optimizer_worker import OptimizerWorker
 from outsize.store.planes import BlockPlanes
 from outsize.store.update_job import Pending, UpdateJob, runs
-from outsize.tier import Fault, FaultKind, FaultyTier, HostArena, NullTier, Verb
+from outsize.tier import HostArena, Verb
+from tests.doubles import Fault, FaultKind, FaultyTier, NullTier
 
 TYPE = ComputeType.FLOAT32
 SIZES = (CHUNK + 100, 64, 500)

@@ -12,7 +12,8 @@ from outsize.errors import BudgetError
 from outsize.optim import ADAMW, ADAMW8BIT
 from outsize.plan import Placement, SlotClass
 from outsize.store.planes import Planes
-from outsize.tier import DoneTransfer, HostDevice, TwinDevice
+from outsize.tier import DoneTransfer, HostDevice
+from tests.doubles import TwinDevice
 
 BFLOAT16 = ComputeType.BFLOAT16
 

@@ -1,5 +1,6 @@
 import outsize.tier
-from outsize.tier import DiskTier, FaultyTier, MemoryTier, NullTier, SlowTier, StripedTier, Tier
+from outsize.tier import DiskTier, StripedTier, Tier
+from tests.doubles import FaultyTier, MemoryTier, NullTier, SlowTier
 
 
 def test_public_names_are_pinned():

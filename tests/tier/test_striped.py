@@ -13,8 +13,9 @@ from outsize import Pins
 from outsize.block import ALIGNMENT
 from outsize.config import Budgets, DiskBudget
 from outsize.errors import BudgetError, ConfigError, StorageError
-from outsize.tier import DiskTier, Fault, FaultKind, FaultyTier, MemoryTier, StripedTier, Verb
+from outsize.tier import DiskTier, StripedTier, Verb
 from outsize.tier.striped import STRIPE_BYTES, part_bytes
+from tests.doubles import Fault, FaultKind, FaultyTier, MemoryTier
 from tests.promises.test_placement import Run, assert_same_bits, small_chunks, trained
 from tests.running import opened
 from tests.zoo import ZOO

@@ -6,18 +6,9 @@ import pytest
 
 from outsize.block import Extent
 from outsize.errors import StorageError
-from outsize.tier import (
-    DiskTier,
-    FaultyTier,
-    Slab,
-    SlowTier,
-    StripedTier,
-    Tier,
-    VersionedTier,
-    follow_all,
-    wait_all,
-)
+from outsize.tier import DiskTier, Slab, StripedTier, Tier, VersionedTier, follow_all, wait_all
 from outsize.tier.transfer import DoneTransfer, PieceTransfer, Verb, checked_bytes
+from tests.doubles import FaultyTier, SlowTier
 
 from .helpers import pages
 

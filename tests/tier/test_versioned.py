@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from outsize.block import ALIGNMENT, Extent
 from outsize.errors import StorageFullError
-from outsize.tier import MemoryTier, Slab, VersionedTier
+from outsize.tier import Slab, VersionedTier
+from tests.doubles import MemoryTier
 
 SIZES = (1, 2, 1, 3)
 """Of the cells, in pages."""

@@ -12,17 +12,12 @@ from outsize.tier.device import (
     HostDevice,
     LinkStats,
     PaperDevice,
-    TwinDevice,
     Way,
     sent,
 )
 from outsize.tier.disk import IO_THREADS, DiskTier
-from outsize.tier.faulty import Fault, FaultKind, FaultyTier
 from outsize.tier.host import HostArena, Region
-from outsize.tier.memory import MemoryTier
-from outsize.tier.null import LoggedTransfer, NullTier
 from outsize.tier.slots import Slot, SlotPool
-from outsize.tier.slow import SlowTier
 from outsize.tier.stats import TierStats
 from outsize.tier.striped import StripedTier
 from outsize.tier.transfer import DoneTransfer, Listener, Moment, Verb, at
@@ -37,29 +32,21 @@ __all__ = [
     "DiskTier",
     "DoneTransfer",
     "DurableTier",
-    "Fault",
-    "FaultKind",
-    "FaultyTier",
     "HostArena",
     "HostDevice",
     "LinkStats",
     "Listener",
-    "LoggedTransfer",
-    "MemoryTier",
     "Moment",
-    "NullTier",
     "PaperDevice",
     "Region",
     "Slab",
     "Slot",
     "SlotPool",
-    "SlowTier",
     "Stored",
     "StripedTier",
     "Tier",
     "TierStats",
     "Transfer",
-    "TwinDevice",
     "Verb",
     "VersionedTier",
     "Way",

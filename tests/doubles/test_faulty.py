@@ -3,11 +3,10 @@ import errno
 import pytest
 
 from outsize.errors import CorruptionError, StorageError, StorageFullError
-from outsize.tier.faulty import Fault, FaultKind, FaultyTier
-from outsize.tier.memory import MemoryTier
 from outsize.tier.transfer import Verb
-
-from .helpers import pages
+from tests.doubles.faulty import Fault, FaultKind, FaultyTier
+from tests.doubles.memory import MemoryTier
+from tests.tier.helpers import pages
 
 SIZE = 16384
 

@@ -1,10 +1,9 @@
 import pytest
 
 from outsize.errors import UsageError
-from outsize.tier.null import LoggedTransfer, NullTier
 from outsize.tier.transfer import Verb
-
-from .helpers import pages
+from tests.doubles.null import LoggedTransfer, NullTier
+from tests.tier.helpers import pages
 
 
 def test_reads_leave_buffers_unchanged_and_everything_is_logged():

@@ -3,13 +3,12 @@ import threading
 import pytest
 
 from outsize.errors import StorageError, UsageError
-from outsize.tier import slow
-from outsize.tier.faulty import Fault, FaultKind, FaultyTier
-from outsize.tier.memory import MemoryTier
-from outsize.tier.slow import SlowTier
 from outsize.tier.transfer import Verb
-
-from .helpers import pages
+from tests.doubles import slow
+from tests.doubles.faulty import Fault, FaultKind, FaultyTier
+from tests.doubles.memory import MemoryTier
+from tests.doubles.slow import SlowTier
+from tests.tier.helpers import pages
 
 
 class Gate:

@@ -1,9 +1,8 @@
 import pytest
 
 from outsize.errors import UsageError
-from outsize.tier.memory import MemoryTier
-
-from .helpers import pages
+from tests.doubles.memory import MemoryTier
+from tests.tier.helpers import pages
 
 
 def test_it_stores():
