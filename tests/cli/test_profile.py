@@ -7,6 +7,7 @@ from outsize.cli import main, quiet
 from outsize.cli.profile import table
 from outsize.errors import ConfigError
 from outsize.hardware import cache, machine, profile_path
+from outsize.hardware.identity import memory_bytes
 from outsize.plan.profile import Profile, Resource
 
 
@@ -20,6 +21,7 @@ def measured(tmp_path, monkeypatch):
         say("measuring")
         return replace(
             machine("h100"),
+            host_bytes=memory_bytes(),
             identity=cache.identity(folder or tmp_path / "cache"),
             contention={Resource.READ: {Resource.WRITE: 0.75}, Resource.WRITE: {Resource.READ: 0.5}},
         )

@@ -226,7 +226,9 @@ def run(options: argparse.Namespace) -> int:
 def _is_plausible(values: Mapping[str, Any]) -> bool:
     """Whether a run will get as far as an update: what is wrong is refused at once, and not after a compilation."""
     is_known = values["optimizer"] in _RULES and values.get("dtype") in (None, *ComputeType)
-    return is_known and (Path(values["model"]) / "config.json").is_file()
+    given = values["data"] if isinstance(values["data"], list) else [values["data"]]
+    has_data = all(Path(each).exists() or Path(each.rpartition("@")[0] or each).exists() for each in given)
+    return is_known and has_data and (Path(values["model"]) / "config.json").is_file()
 
 
 def resolve(options: argparse.Namespace) -> dict[str, Any]:
