@@ -148,6 +148,7 @@ def test_a_step_is_recorded_on_the_clock_of_the_device(home, tmp_path):
 
     for seed in range(3):
         step(seed)
+    flush(model)  # what the last step moves still
     before = outsize.report(model)
     with outsize.record(model) as recording:
         step(3)
@@ -157,8 +158,12 @@ def test_a_step_is_recorded_on_the_clock_of_the_device(home, tmp_path):
     computing = [span for span in timeline.spans if span.resource is Resource.COMPUTE]
     visits = [span.label for span in computing if span.label.split()[0] in ("forward", "backward")]
     assert len(visits) == len(set(visits)) > 6
-    assert all(a.end_s <= b.start_s + 1e-4 for a, b in itertools.pairwise(computing))
-    assert all(-1e-3 <= span.start_s <= span.end_s <= timeline.step_s + 1e-3 for span in timeline.spans)
+    # Events of an emulated device are stamped by a thread, which may have to wait for a core first.
+    is_emulated = torch.cuda.get_device_name() == "emulated"
+    late_s = max(1e-4, timeline.step_s / 20 if is_emulated else 0.0)
+    assert all(a.end_s <= b.start_s + late_s for a, b in itertools.pairwise(computing))
+    late_s = max(1e-3, late_s)
+    assert all(-late_s <= span.start_s <= span.end_s <= timeline.step_s + late_s for span in timeline.spans)
     moved = sum(span.num_bytes for span in timeline.spans if span.resource is Resource.UP)
     assert moved == after.bytes_up - before.bytes_up and (moved > 0) is (home != "device")
     assert max(size for _, size in timeline.memory["device"]) > 0
