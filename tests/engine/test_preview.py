@@ -44,6 +44,14 @@ def test_a_model_is_planned_for_a_device_that_is_not_there(name, hardware, tmp_p
     assert summary.host_budget_bytes > 0.8 * machine(hardware).host_bytes
 
 
+def test_experts_are_planned_in_fp32_too(tmp_path):
+    """Torch knows the shape of products of experts in bf16 alone where tensors have no values."""
+    summary = outsize.preview(
+        folder_of(tmp_path, "mixtral"), dtype="float32", seq_len=16, hardware=machine("rtx4090-1ssd")
+    )
+    assert summary.fits and summary.prediction.step_s > 0
+
+
 def test_a_faster_machine_is_faster(tmp_path):
     folder = folder_of(tmp_path)
     slow = outsize.preview(folder, batch_size=4, seq_len=32, hardware=machine("rtx4090-1ssd"))

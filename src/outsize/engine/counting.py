@@ -39,7 +39,18 @@ class _WithoutValues(TorchFunctionMode):
             return _no_counts(*args, **(kwargs or {}))
         if func is F.scaled_dot_product_attention:
             return _fused_attention(*args, **(kwargs or {}))
+        if func in _GROUPED_PRODUCTS and args[0].dtype is not torch.bfloat16:
+            return _grouped_product(*args)
         return func(*args, **(kwargs or {}))
+
+
+_GROUPED_PRODUCTS = (torch._grouped_mm, F.grouped_mm)
+
+
+def _grouped_product(rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """The product of rows `[n, k]`, each with one of the matrices `weights [experts, k, m]`: as much as with the first of
+    them. Torch computes it in every type, but knows its shape on meta in bf16 alone."""
+    return rows @ weights[0]
 
 
 def _no_counts(values: torch.Tensor, weights: torch.Tensor | None = None, minlength: int = 0) -> torch.Tensor:
