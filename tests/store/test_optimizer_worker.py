@@ -1,5 +1,6 @@
-"""The update lane: chunks through few buffers, in order, and errors that reach whoever waits."""
+"""The optimizer worker: chunks through few buffers, in order, and errors that reach every job that waits."""
 
+import inspect
 import threading
 
 import pytest
@@ -201,3 +202,46 @@ def test_a_first_update_zeroes_state_that_streams(kernel):
 def test_planes_of_a_first_job_are_wide_enough():
     record = make_record()
     assert record.plane_bytes(Plane.MOMENT1) >= 4 * record.num_trainable
+
+
+def lines_of(function):
+    """The numbers of the lines of a loop, after its `while`."""
+    lines, start = inspect.getsourcelines(function)
+    return range(start + 2, start + len(lines))
+
+
+@pytest.mark.parametrize("loop", [OptimizerWorker._feed_jobs, OptimizerWorker._apply_chunks])
+@pytest.mark.parametrize("passage", [1, 2])
+def test_an_exception_at_any_line_of_a_thread_loses_no_job(loop, passage, kernel, monkeypatch):
+    """Each job is applied or fails; none is waited for without end, and the threads end when they should."""
+    struck = []
+
+    def watched(line):
+        left = [passage]
+
+        def trace(frame, event, argument):
+            if frame.f_code is not loop.__code__:
+                return None
+            if event == "line" and frame.f_lineno == line:
+                left[0] -= 1
+                if not left[0]:
+                    struck.append(line)
+                    raise MemoryError("injected")
+            return trace
+
+        return trace
+
+    for line in lines_of(loop):
+        threading.settrace(watched(line))
+        lane, record = make_lane(kernel), make_record()
+        threading.settrace(None)
+        jobs = [make_job(record, [AdamWHyper(lr=0.1)] * 3) for _ in range(3)]
+        for job in jobs:
+            lane.submit(job)
+        for job in jobs:
+            assert job._is_applied.wait(60), f"a job was lost at line {line}"
+        closing = threading.Thread(target=lane.close, daemon=True)
+        closing.start()
+        closing.join(60)
+        assert not closing.is_alive(), f"the threads go on after line {line}"
+    assert len(struck) >= 4

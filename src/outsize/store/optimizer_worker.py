@@ -57,10 +57,12 @@ class OptimizerWorker:
         self._disk = disk
         self._kernel = kernel
         self._num_threads = num_threads
-        self._jobs: SimpleQueue[UpdateJob | threading.Event | None] = SimpleQueue()
-        self._fed: SimpleQueue[_Chunk | threading.Event | None] = SimpleQueue()
-        self._feeding: UpdateJob | None = None
-        self._applying: _Chunk | None = None
+        self._jobs: SimpleQueue[UpdateJob | threading.Event] = SimpleQueue()
+        self._fed: SimpleQueue[_Chunk | threading.Event] = SimpleQueue()
+        self._end = threading.Event()
+        """Ends the threads where it comes; other events are set there."""
+        self._feeding: UpdateJob | threading.Event | None = None
+        self._applying: _Chunk | threading.Event | None = None
         self._idle: SimpleQueue[tuple[Region, list[Transfer]]] = SimpleQueue()
         for buffer in buffers:
             self._idle.put((buffer, []))
@@ -83,7 +85,7 @@ class OptimizerWorker:
 
     def close(self) -> None:
         """Finish what was submitted and stop the threads."""
-        self._jobs.put(None)
+        self._jobs.put(self._end)
         for thread in self._threads:
             thread.join()
 
@@ -103,21 +105,24 @@ class OptimizerWorker:
                 lose(error)
 
     def _feed_jobs(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            if isinstance(job, threading.Event):
-                self._fed.put(job)
-                continue
-            self._feeding = job
-            self._feed_job(job)
-            self._feeding = None
-            del job  # a thread that waits keeps no model alive
-        self._fed.put(None)
+        while True:
+            # Into the attribute in one line: what is taken from the queue is never lost.
+            self._feeding = self._jobs.get()
+            if isinstance(self._feeding, UpdateJob):
+                self._feed_job(self._feeding)
+            else:
+                self._fed.put(self._feeding)
+                if self._feeding is self._end:
+                    return
+            self._feeding = None  # a thread that waits keeps no model alive
 
     def _lose_job(self, error: BaseException) -> None:
         job, self._feeding = self._feeding, None
-        if job is not None:
+        if isinstance(job, UpdateJob):
             job.has_begun = True
             job.finish(error)
+        elif job is not None:
+            self._jobs.put(job)
 
     def _feed_job(self, job: UpdateJob) -> None:
         error: BaseException | None = None
@@ -172,23 +177,26 @@ class OptimizerWorker:
         self._go_on(self._apply_chunks, self._lose_chunk)
 
     def _apply_chunks(self) -> None:
-        while (chunk := self._fed.get()) is not None:
-            if isinstance(chunk, threading.Event):
-                chunk.set()
-                continue
-            self._applying = chunk
-            self._apply_or_fail(chunk)
+        while True:
+            self._applying = self._fed.get()
+            if isinstance(self._applying, _Chunk):
+                self._apply_or_fail(self._applying)
+            else:
+                self._applying.set()
+                if self._applying is self._end:
+                    return
             self._applying = None
-            del chunk
 
     def _lose_chunk(self, error: BaseException) -> None:
         chunk, self._applying = self._applying, None
-        if chunk is not None:
+        if isinstance(chunk, _Chunk):
             job = chunk.job
             job.error, job.has_begun = job.error or error, True
             self._give_back(chunk, [])
             if chunk.is_last:
                 job.finish()
+        elif chunk is not None:
+            self._fed.put(chunk)
 
     def _apply_or_fail(self, chunk: _Chunk) -> None:
         job = chunk.job
