@@ -24,11 +24,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+from step import config, wait_until_ready
+from step import step as ask
+
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 
 def _load(folder: Path, **options: Any) -> Any:
-    from step import config
 
     import outsize
 
@@ -63,7 +65,6 @@ def train(folder: Path, tokens: int, host: str) -> None:
 def decode(folder: Path, host: str) -> None:
     """Make a decode pass for each line of standard input."""
     import torch
-    from step import config
     from transformers import Qwen3ForCausalLM
 
     import outsize
@@ -133,12 +134,12 @@ def main() -> None:
                 stdout=subprocess.PIPE,
                 text=True,
             )
-            _read_until_ready(process)
-            _ask(process)
+            wait_until_ready(process)
+            ask(process)
             first[kind] = time.perf_counter() - begun
         for index in range(arguments.warmup + arguments.pairs):
             for kind, process in processes.items():
-                values = _ask(process)
+                values = ask(process)
                 if index >= arguments.warmup:
                     found[kind].append(values)
         for process in processes.values():
@@ -154,21 +155,6 @@ def main() -> None:
     print(
         f"ratio pair by pair: {statistics.median(a['s'] / b['s'] for a, b in pairs):.3f}, results equal: {same}"
     )
-
-
-def _read_until_ready(process: subprocess.Popen[str]) -> None:
-    assert process.stdout is not None
-    while (line := process.stdout.readline()) != "ready\n":
-        if not line:
-            raise SystemExit("a process ended early")
-
-
-def _ask(process: subprocess.Popen[str]) -> dict[str, float]:
-    assert process.stdin is not None and process.stdout is not None
-    process.stdin.write("go\n")
-    process.stdin.flush()
-    values: dict[str, float] = json.loads(process.stdout.readline())
-    return values
 
 
 if __name__ == "__main__":

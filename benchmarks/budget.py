@@ -18,9 +18,10 @@ import shlex
 import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
+
+from packed import steps_of, write_model
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
@@ -37,12 +38,9 @@ def one(folder: Path, gib: float, prompt: int, passes: int) -> dict[str, Any]:
     engine = open_engine(model, **options)
     stream = engine.submit(serve.Request(tuple(range(1, prompt + 1)), max_new_tokens=passes + 1))
     times, read, peak = [], 0, 0
-    while not engine.is_idle:
-        before = outsize.report(model).bytes_read if times else 0
-        start = time.perf_counter()
-        engine.step()
-        times.append(time.perf_counter() - start)
-        read = outsize.report(model).bytes_read - before
+    for seconds, step_read in steps_of(engine, model):
+        times.append(seconds)
+        read = step_read
         status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
         peak = max(peak, sum(int(status[key].split()[0]) for key in ("RssAnon", "RssShmem")))
     return {
@@ -73,8 +71,6 @@ def main() -> None:
         print("RESULT " + json.dumps(one(folder, arguments.gib, arguments.prompt, arguments.passes)))
         return
     if not folder.exists():
-        from packed import write_model
-
         write_model(folder)
     sources = {"this": Path(__file__).parents[1] / "src"}
     if arguments.other:

@@ -19,6 +19,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,19 @@ def write_model(folder: Path) -> None:
     config.save_pretrained(folder)
 
 
+def steps_of(engine: Any, model: Any) -> Iterator[tuple[float, int]]:
+    """Step until nothing is left to do: seconds of each step, and the bytes that it read."""
+    import outsize
+
+    before = 0
+    while not engine.is_idle:
+        start = time.perf_counter()
+        engine.step()
+        seconds, read = time.perf_counter() - start, outsize.report(model).bytes_read
+        yield seconds, read - before
+        before = read
+
+
 def one(folder: Path, weights: str, gib: float) -> dict[str, Any]:
     """Seconds of the first step and of the later ones, and MiB that a later one read."""
     import outsize
@@ -79,17 +93,11 @@ def one(folder: Path, weights: str, gib: float) -> dict[str, Any]:
     model = outsize.load(folder, dtype="bfloat16", host=f"{int(gib * 1024)}MiB", **options)  # type: ignore[arg-type]
     engine = open_engine(model.requires_grad_(False), kv="64MiB", pass_tokens=64)
     stream = engine.submit(Request(tuple(range(1, 11)), max_new_tokens=NUM_PASSES + 1))
-    times, read = [], 0
-    while not engine.is_idle:
-        before = outsize.report(model).bytes_read if times else 0
-        start = time.perf_counter()
-        engine.step()
-        times.append(time.perf_counter() - start)
-        read = outsize.report(model).bytes_read - before
+    steps = list(steps_of(engine, model))
     return {
-        "first": times[0],
-        "later": times[1:],
-        "read": read >> 20,
+        "first": steps[0][0],
+        "later": [seconds for seconds, _ in steps[1:]],
+        "read": steps[-1][1] >> 20,
         "peak": memory.peak_bytes() >> 20,
         "tokens": stream.completions[0].tokens,
     }

@@ -112,11 +112,16 @@ def start(kind: str, arguments: argparse.Namespace, folder: Path) -> subprocess.
         stdout=subprocess.PIPE,
         text=True,
     )
+    wait_until_ready(process)
+    return process
+
+
+def wait_until_ready(process: subprocess.Popen[str]) -> None:
+    """Wait for the line of a process that can step. Exits if the process ended."""
     assert process.stdout is not None
     while (line := process.stdout.readline()) != "ready\n":
         if not line:
-            raise SystemExit(f"{kind} ended early")
-    return process
+            raise SystemExit("a process ended early")
 
 
 def step(process: subprocess.Popen[str]) -> dict[str, float]:

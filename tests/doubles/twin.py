@@ -8,18 +8,18 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from outsize.tier import Device, LinkStats, Transfer, Way
+from outsize.tier import Device, LinkStats, TaskTransfer, Transfer, Way
 from outsize.tier.transfer import DoneTransfer, Listener, at
 
 
 class TwinDevice(Device):
     """A second memory of the host, for tests: copies run on a thread per way, after `delay_s(way, label)`.
 
-    It computes when it is told to, so every wait blocks. `limit_bytes` is what it has.
+    Computing is synchronous, so every wait blocks. `limit_bytes` is its capacity.
     """
 
     torch_device = torch.device("cpu")
@@ -49,7 +49,7 @@ class TwinDevice(Device):
         assert target.dtype is source.dtype and target.shape == source.shape, label
         with self._lock:
             self._moved[way] += target.nbytes
-        return _TwinTransfer(self._threads[way].submit(self._copy, way, target, source, tuple(after), label))
+        return TaskTransfer(self._threads[way].submit(self._copy, way, target, source, tuple(after), label))
 
     def _copy(
         self, way: Way, target: torch.Tensor, source: torch.Tensor, after: Sequence[Transfer], label: str
@@ -96,20 +96,3 @@ class TwinDevice(Device):
         """Wait for both threads."""
         for thread in self._threads.values():
             thread.submit(lambda: None).result()
-
-
-class _TwinTransfer:
-    def __init__(self, future: Future[None]) -> None:
-        self._future = future
-
-    def wait(self) -> None:
-        """Wait, and raise what the copy raised."""
-        self._future.result()
-
-    def follow(self) -> None:
-        """Wait: computing does not run ahead."""
-        self._future.result()
-
-    def is_done(self) -> bool:
-        """Whether the copy is over."""
-        return self._future.done()

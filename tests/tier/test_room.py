@@ -25,6 +25,7 @@ def test_public_names_are_pinned():
         "SlotPool",
         "Stored",
         "StripedTier",
+        "TaskTransfer",
         "Tier",
         "TierStats",
         "Transfer",

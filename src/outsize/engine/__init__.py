@@ -1,4 +1,4 @@
-"""Runs models block by block: sessions, visits, the executor, the optimizers."""
+"""Runs models block by block: visits, the executor, planning and setup, the optimizers."""
 
 from outsize.engine.api import load, save, wrap
 from outsize.engine.effects import Repeatable

@@ -5,7 +5,7 @@ between them blocks move. The compiler takes a layer's parameters as inputs, so 
 layer that is built alike; sizes of a batch are symbols, so it serves tiles of all sizes but one row, for which torch
 compiles anew. Layers that are not alike (other attention, a mask that was not there before) are compiled apart.
 
-It is tried in the rehearsal, on weights that are zero: where a compiler fails, layers of that class run as they are, and
+The dry run tries it, on weights of zero: where a compiler fails, layers of that class run as they are, and
 one warning says so. Code is the same wherever planes live, so placement changes no bit; against layers that are not
 compiled the last bits differ.
 

@@ -1,4 +1,4 @@
-"""What a run would need, before it is started: the same cutting, workload and placement, without allocating."""
+"""What a run would need, before it is started: the same cut, dry run and placement, without allocating."""
 
 from __future__ import annotations
 

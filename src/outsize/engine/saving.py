@@ -21,7 +21,7 @@ def write_model(
     tokenizer_from: str | Path | None = None,
     watch: Callable[[int, int], object] | None = None,
 ) -> None:
-    """Write the session's model: a Hugging Face folder, or, where adapters were put around it, a folder of peft's.
+    """Write a model: a Hugging Face folder, or, where adapters were put around it, a folder of peft's.
 
     `watch` is called with the number of each block as it begins, from 1, and how many there are. Raises UsageError where
     the model was changed since it was opened, or the folder is taken.

@@ -134,7 +134,7 @@ class Visits:
         return entry.trainable and self.model.parameters[entry.piece.parameter].requires_grad
 
     def _evict(self) -> bool:
-        """Move a block that stays on the device to the host's memory; False if none can be moved, or there is no room."""
+        """Move a resident block from the device to host memory; return False if no block can move or none would fit."""
         executor, budget = self.backing.executor, self._budget
         if executor is None or self.model.device.is_host:
             return False

@@ -355,7 +355,7 @@ class Planner:
         """Whether planes may be outside of memory: there is a disk, or nothing is ever written to one."""
         return self._settings.budgets.disks != () or not is_stored(self._records)
 
-    # -- what is said if nothing fits ----------------------------------------------------------------------------
+    # -- the error if nothing fits -------------------------------------------------------------------------------
 
     def _too_large(self, error: BudgetError, least: MemoryEstimate) -> BudgetError:
         """What is short, and the smallest budgets that work."""

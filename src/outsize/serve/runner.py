@@ -147,7 +147,7 @@ class Runner:
             raise
 
     def stand_in(self, num_pages: int) -> PagedKV:
-        """Few pages that stand for `num_pages`, whose memory the budget reserves: a workload writes them all alike."""
+        """Few pages that stand for `num_pages`, whose memory the budget reserves: a dry run writes them all alike."""
         assert self._runtime is not None
         self._runtime.budget.reserved_bytes = num_pages * self.page_bytes
         pages = self._made(2)

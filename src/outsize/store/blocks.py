@@ -116,7 +116,7 @@ class BlockStore:
     def evict(self, state: BlockState, placement: Placement) -> None:
         """Move a block that stays on the device to host memory, where `placement` has it, and wait until it is there.
 
-        Not during a visit of the block. Raises BudgetError, having changed nothing, where the system has no such memory.
+        Not during a visit of the block. Raises BudgetError, having changed nothing, if the system lacks the memory.
         """
         wait_all((*state.weights.reads, *state.gradient.transfers))
         if state.snapshot.copy is not None:

@@ -319,7 +319,7 @@ class Places:
         return sum(extent.num_bytes for extent in self._in_use)
 
     def take(self, num_bytes: int, name: str) -> Extent:
-        """Hand a place out, and order computing after its last use. Raises BudgetError where there is no room."""
+        """Allocate a place, and order computing after its last use. Raises BudgetError if no place is large enough."""
         size = align(num_bytes)
         extent = self._again(size) or self._cut(size)
         if extent is None:

@@ -12,7 +12,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 
@@ -56,25 +56,6 @@ class Route:
     slot: Slot | None
     place: torch.Tensor
     byte_offset: int = 0
-
-
-class TaskTransfer:
-    """The task of a worker thread as a transfer."""
-
-    def __init__(self, future: Future[None]) -> None:
-        self._future = future
-
-    def wait(self) -> None:
-        """Wait, and raise what the task raised."""
-        self._future.result()
-
-    def follow(self) -> None:
-        """As `wait`."""
-        self._future.result()
-
-    def is_done(self) -> bool:
-        """Whether `wait` would not block."""
-        return self._future.done()
 
 
 class Path(ABC):

@@ -295,8 +295,8 @@ class Planes:
     def evict(self, block: BlockPlanes, placement: Placement) -> None:
         """Move a block from the device to host memory, where `placement` has it, and wait until it is there.
 
-        The block must hold no slot, and nothing may move it. Raises BudgetError, having changed nothing, where the system
-        has no such memory.
+        The block must hold no slot, and nothing may move it. Raises BudgetError, having changed nothing, if the system
+        cannot provide the memory.
         """
         assert not self.device.is_host and not block.slots, block.name
         limit_bytes = self.host_arena.limit_bytes

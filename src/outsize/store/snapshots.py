@@ -17,10 +17,10 @@ from dataclasses import dataclass
 
 from outsize.block import Plane
 from outsize.errors import StorageError
-from outsize.store.path import Chunk, Path, TaskTransfer
+from outsize.store.path import Chunk, Path
 from outsize.store.planes import BlockPlanes
 from outsize.store.state import BlockState
-from outsize.tier import Stored, Transfer, VersionedTier, wait_all
+from outsize.tier import Stored, TaskTransfer, Transfer, VersionedTier, wait_all
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,10 +15,10 @@ from outsize.block import Block, Entry, Piece, Plane, Record
 from outsize.model import READ_BUFFERS_BYTES, Source
 from outsize.optim import split
 from outsize.store import memory
-from outsize.store.path import Staging, TaskTransfer
+from outsize.store.path import Staging
 from outsize.store.planes import BlockPlanes, Planes, weight_dtype
 from outsize.store.update_job import UpdateJob
-from outsize.tier import Transfer, Way
+from outsize.tier import TaskTransfer, Transfer, Way
 
 SPLIT_ELEMENTS = 1 << 18
 """Elements whose fp32 values are split into weight and remainder at once."""

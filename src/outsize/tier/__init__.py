@@ -20,7 +20,7 @@ from outsize.tier.host import HostArena, Region
 from outsize.tier.slots import Slot, SlotPool
 from outsize.tier.stats import TierStats
 from outsize.tier.striped import StripedTier
-from outsize.tier.transfer import DoneTransfer, Listener, Moment, Verb, at
+from outsize.tier.transfer import DoneTransfer, Listener, Moment, TaskTransfer, Verb, at
 from outsize.tier.versioned import Slab, Stored, VersionedTier
 
 __all__ = [
@@ -44,6 +44,7 @@ __all__ = [
     "SlotPool",
     "Stored",
     "StripedTier",
+    "TaskTransfer",
     "Tier",
     "TierStats",
     "Transfer",

@@ -147,7 +147,7 @@ class DiskTier:
         transfer = PieceTransfer(len(pieces))
 
         def run_piece(piece: ReadPiece, part: memoryview) -> None:
-            with part:  # released before anyone is told: whose memory it is may close it then
+            with part:  # released before the future resolves: its owner may free the memory from then on
                 run(piece, part, label)
 
         for piece in pieces:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from enum import StrEnum
 
 import numpy as np
@@ -49,6 +50,25 @@ def checked_bytes(verb: Verb, offset: int, buffer: memoryview, label: str, tier_
     address = int(np.frombuffer(view, np.uint8).__array_interface__["data"][0])
     assert address % ALIGNMENT == 0, f"{verb} {label}: the buffer begins at {address:#x}, not at a page"
     return view
+
+
+class TaskTransfer:
+    """The task of a worker thread as a transfer."""
+
+    def __init__(self, future: Future[None]) -> None:
+        self._future = future
+
+    def wait(self) -> None:
+        """Wait, and raise what the task raised."""
+        self._future.result()
+
+    def follow(self) -> None:
+        """As `wait`: computing does not run ahead of the host."""
+        self._future.result()
+
+    def is_done(self) -> bool:
+        """Whether `wait` would not block."""
+        return self._future.done()
 
 
 class DoneTransfer:
