@@ -153,7 +153,7 @@ def _close(runtime: Runtime) -> None:
         arena = runtime.backing.store.planes.arena
         runtime.setup.close()
         arena.check_books()
-    elif runtime.backing.versions is not None:
+    elif runtime.backing.commit_store is not None:
         runtime.setup.close()
 
 

@@ -112,7 +112,7 @@ def commit(
     Raises what went wrong with an earlier commit, UsageError where the model was called before it had a store.
     """
     runtime, own = runtime_of(model), _own(optimizer)
-    store = runtime.backing.versions
+    store = runtime.backing.commit_store
     if store is None:
         store = _attach(runtime, Path(path), keep)
         if store.resume() is not None:
@@ -153,10 +153,10 @@ def finish(model: nn.Module) -> Committed | None:
     Raises what went wrong with a commit.
     """
     runtime = runtime_of(model)
-    if not isinstance(runtime.backing.versions, Store) or runtime.backing.executor is None:
+    if not isinstance(runtime.backing.commit_store, Store) or runtime.backing.executor is None:
         return None
     _settle(runtime.backing.executor)
-    return runtime.backing.versions.wait()
+    return runtime.backing.commit_store.wait()
 
 
 def _settle(executor: Executor) -> None:
@@ -186,7 +186,7 @@ def _own(optimizer: torch.optim.Optimizer) -> Optimizer:
 
 
 def _attach(runtime: Runtime, path: Path, keep: int) -> Store:
-    if runtime.backing.versions is not None:
+    if runtime.backing.commit_store is not None:
         raise UsageError("the model has a store already", hint="call resume once, before the first step")
     if runtime.backing.executor is not None:
         raise UsageError(

@@ -2,7 +2,7 @@
 
     store = Store.claim(folder, commits=2)     # locked for this process
     store.resume()                             # the newest manifest, or None
-    runtime.backing.versions = store                   # at its first call the runtime lays its records out here
+    runtime.backing.commit_store = store                   # at its first call the runtime lays its records out here
     store.commit(draft)                        # declared now, durable later, by a thread of its own
 
 The order in which a commit becomes durable: what was written to the data (fdatasync), the buffers (fsync, rename, fsync

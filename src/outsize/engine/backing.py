@@ -21,7 +21,7 @@ class Backing:
         """Where weights come from until their first update; None once all of them live in the store."""
         self.committed: Source | None = None
         """The commit that the model resumes from, until the first call."""
-        self.versions: CommitStore | None = None
+        self.commit_store: CommitStore | None = None
         """The store that outlives the process, if the model has one."""
         self.executor: Executor | None = None
         """Visits blocks; None before the first call and after `close`."""

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from outsize.block import Record
 from outsize.config import ComputeType, Disk, Pins, Settings, format_bytes
@@ -97,11 +98,11 @@ def preview(
     if hardware is None:
         settings = api.resolve_settings(device, host, disk, home, dtype, pins, compile=compile)
         computes_on = api.open_device(settings)
-    elif compile:
-        raise ConfigError(
-            "compile: what compiled layers take on another machine is not known", hint="leave it out"
-        )
     else:
+        if compile:
+            raise ConfigError(
+                "compile: what compiled layers take on another machine is not known", hint="leave it out"
+            )
         settings = _settings_elsewhere(hardware, device, host, disk, home, dtype, pins)
         whole = hardware.device_bytes
         computes_on = PaperDevice(whole and min(whole, settings.budgets.device_bytes or whole))
@@ -110,6 +111,19 @@ def preview(
     with plain_defaults():
         module = open_skeleton(folder, DTYPES[settings.compute_type], attention=attention)
     runtime = Runtime(module, cut(module), TensorSource({}), settings, computes_on, hardware or profile)
+    _check(module, seq_len, train)
+    module.train(train)
+    if train:
+        runtime.setup.rule = ADAMW
+    else:
+        module.requires_grad_(False)
+    with on_paper() if hardware is not None else nullcontext(), torch.set_grad_enabled(train):
+        summary = _summary(runtime, batch_size, seq_len, None if hardware is not None else passes)
+        return replace(summary, has_weights=weights_are_there)
+
+
+def _check(module: nn.Module, seq_len: int, train: bool) -> None:
+    """Refuse a model that does not take such sequences, or that cannot be trained as asked."""
     if getattr(module, "main_input_name", None) != "input_ids":
         raise ModelError(
             f"{type(module).__name__} does not take text",
@@ -125,14 +139,6 @@ def preview(
         raise ModelError(
             "weights in few bits are not trained", hint="plan for generating, or plan the original model"
         )
-    module.train(train)
-    if train:
-        runtime.setup.rule = ADAMW
-    else:
-        module.requires_grad_(False)
-    with on_paper() if hardware is not None else nullcontext(), torch.set_grad_enabled(train):
-        summary = _summary(runtime, batch_size, seq_len, None if hardware is not None else passes)
-        return replace(summary, has_weights=weights_are_there)
 
 
 def _summary(runtime: Runtime, batch_size: int, seq_len: int, passes: Passes | None) -> PlanSummary:

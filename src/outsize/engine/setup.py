@@ -86,10 +86,12 @@ class Setup:
             self.close()
         self.rule, self.kernel, self._device_kernel = rule, kernel, device_kernel or kernel
 
-    def live_in(self, versions: CommitStore | None) -> None:
-        """Keep all records in `versions` from the first call on; None: in scratch space."""
-        self._backing.versions = versions
-        self._change_settings(replace(self.settings, commits=versions.commits if versions is not None else 0))
+    def live_in(self, commit_store: CommitStore | None) -> None:
+        """Keep all records in `commit_store` from the first call on; None: in scratch space."""
+        self._backing.commit_store = commit_store
+        self._change_settings(
+            replace(self.settings, commits=commit_store.commits if commit_store is not None else 0)
+        )
 
     def keep_tiles(self, rows: int) -> bool:
         """Compute `rows` rows of a batch at once, as an earlier process did; False if a pin says otherwise."""
@@ -201,13 +203,13 @@ class Setup:
         restored: frozenset[str] = frozenset()
         bases: Mapping[str, int] | None = None
         disk: Tier | None
-        if backing.versions is None:
+        if backing.commit_store is None:
             disk_bytes(placement, settings)
             disk = self._open_scratch("store", placement.disk_bytes)
         else:
             layout = Layout.of(records, placement)
-            disk_bytes(placement, settings, layout.num_bytes(backing.versions.commits))
-            opened = backing.versions.open(
+            disk_bytes(placement, settings, layout.num_bytes(backing.commit_store.commits))
+            opened = backing.commit_store.open(
                 records,
                 layout,
                 limits=[disk.num_bytes for disk in settings.budgets.disks],
@@ -283,12 +285,12 @@ class Setup:
 
     def close(self) -> None:
         """Give memory and disk back. Weights that were updated or taken over are gone: save them before."""
-        backing, versions = self._backing, self._backing.versions
+        backing, commit_store = self._backing, self._backing.commit_store
         executor, backing.executor, self._budget.placement = backing.executor, None, None
         offload, backing.offload = backing.offload, None
         with ExitStack() as stack:  # the last callback runs first, and all run, whatever one of them raises
-            if versions is not None:
-                stack.callback(versions.close)
+            if commit_store is not None:
+                stack.callback(commit_store.close)
             if executor is not None:
                 self._finalizer.detach()
                 self.is_closed = backing.source is None or any(
@@ -297,9 +299,9 @@ class Setup:
                 stack.callback(executor.close)
             if offload is not None:
                 stack.callback(offload.close)
-            if executor is not None and versions is not None:
+            if executor is not None and commit_store is not None:
                 assert executor.store.snapshots is not None
-                stack.callback(versions.is_closing)
+                stack.callback(commit_store.is_closing)
                 stack.callback(executor.store.snapshots.finish)
             stack.callback(self._forget_committed)
 

@@ -37,7 +37,7 @@ class Values:
         """Whether rows of a table can be taken without a visit, if nothing trains: its source gives them."""
         source = self._backing.source
         return (
-            self._backing.versions is None
+            self._backing.commit_store is None
             and source is not None
             and source.gives_rows(parameter)
             and not (

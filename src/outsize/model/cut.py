@@ -28,6 +28,9 @@ ROWS = 64
 _FULL_PRECISION = "_fp32"
 """Ends the name of the block that holds a layer's fp32 parameters, beside the layer's own."""
 
+_Key = tuple[int, ...]
+"""Sorts blocks: the first point that uses one, whether points share it or it holds rows, its number there."""
+
 
 def cut(module: nn.Module, max_rows_elements: int | None = None) -> Cut:
     """Name the blocks of `module` and the points where its forward needs them; `module` is not changed.
@@ -246,52 +249,28 @@ class _Cutter:
     # Names
 
     def _name_blocks(self, points: list[_Draft], tables: dict[str, str | None]) -> Cut:
-        row_names = set(tables) | {bias for bias in tables.values() if bias is not None}
         users: dict[str, list[int]] = {}
         for index, point in enumerate(points):
             for name in point.parameters:
                 users.setdefault(name, []).append(index)
+        rows = self._row_blocks(points, tables, users)
+        blocks = [entry for row_blocks in rows.values() for entry in row_blocks]
+        listing: list[list[tuple[_Key, str]]] = [[] for _ in points]
+        for name, row_blocks in rows.items():
+            for index in users[name]:
+                listing[index] += [(key, block.name) for key, block in row_blocks]
+
         groups: dict[tuple[tuple[int, ...], bool], list[str]] = {}
-        tied = {
-            binding.parameter
-            for point in points
-            if point.kind is PointKind.EMBEDDING
-            for binding in point.bindings
-        }
-        numbers = {"E": 0, "H": 0}
-        row_blocks: dict[str, list[tuple[str, tuple[Piece, ...]]]] = {}
-        blocks: list[tuple[tuple[int, ...], str, tuple[Piece, ...]]] = []
-        listing: list[list[tuple[tuple[int, ...], str]]] = [[] for _ in points]
+        in_rows = set(tables) | {bias for bias in tables.values() if bias is not None}
         for name, indices in users.items():
-            if name in tables:
-                letter = "E" if name in tied else "H"
-                row_blocks[name] = []
-                for pieces in self._rows(name, tables[name]):
-                    row_blocks[name].append((f"{letter}{numbers[letter]}", pieces))
-                    numbers[letter] += 1
-            elif name not in row_names:
+            if name not in in_rows:
                 groups.setdefault((tuple(indices), name in self.full_precision), []).append(name)
-
-        widths = {letter: max(2, len(str(max(number - 1, 0)))) for letter, number in numbers.items()}
-        for name, rows in row_blocks.items():
-            for number, (label, pieces) in enumerate(rows):
-                label = f"{label[0]}{int(label[1:]):0{widths[label[0]]}d}"
-                key = (users[name][0], 1, number)
-                blocks.append((key, label, pieces))
-                for index in users[name]:
-                    listing[index].append((key, label))
-
-        num_layers = sum(point.is_layer and self._is_listed_path(point.path) for point in points)
-        width = max(2, len(str(max(num_layers - 1, 0))))
-        layer_label: dict[int, str] = {}
-        for index, point in enumerate(points):
-            if point.is_layer and self._is_listed_path(point.path):
-                layer_label[index] = f"L{len(layer_label):0{width}d}"
-        used = {label for _, label, _ in blocks} | set(layer_label.values())
+        layer_labels = self._layer_labels(points)
+        used = {block.name for _, block in blocks} | set(layer_labels.values())
         full_precision: set[str] = set()
         for (members, is_full), names in sorted(groups.items()):
-            if len(members) == 1 and members[0] in layer_label:
-                label = layer_label[members[0]]
+            if len(members) == 1 and members[0] in layer_labels:
+                label = layer_labels[members[0]]
                 if is_full and (members, False) in groups:
                     label += _FULL_PRECISION
             else:
@@ -300,15 +279,13 @@ class _Cutter:
             if is_full:
                 full_precision.add(label)
             key = (members[0], 0 if len(members) > 1 else 2, len(blocks))
-            blocks.append(
-                (key, label, tuple(Piece(name, tuple(self.parameters[name].shape)) for name in names))
-            )
+            pieces = tuple(Piece(name, tuple(self.parameters[name].shape)) for name in names)
+            blocks.append((key, Block(label, pieces)))
             for index in members:
                 listing[index].append((key, label))
 
-        blocks.sort(key=lambda entry: entry[0])
         return Cut(
-            tuple(Block(label, pieces) for _, label, pieces in blocks),
+            tuple(block for _, block in sorted(blocks, key=lambda entry: entry[0])),
             tuple(
                 Point(
                     point.path, point.kind, tuple(label for _, label in sorted(listed)), tuple(point.bindings)
@@ -317,6 +294,36 @@ class _Cutter:
             ),
             frozenset(full_precision),
         )
+
+    def _row_blocks(
+        self, points: list[_Draft], tables: dict[str, str | None], users: dict[str, list[int]]
+    ) -> dict[str, list[tuple[_Key, Block]]]:
+        """Blocks of rows of each table: E00, E01, ... of those that embed, H00, H01, ... of other heads."""
+        embeds = {
+            binding.parameter
+            for point in points
+            if point.kind is PointKind.EMBEDDING
+            for binding in point.bindings
+        }
+        found: dict[str, list[tuple[_Key, Block]]] = {name: [] for name in users if name in tables}
+        for letter in "EH":
+            rows = [
+                (name, number, pieces)
+                for name in found
+                if (name in embeds) == (letter == "E")
+                for number, pieces in enumerate(self._rows(name, tables[name]))
+            ]
+            labels = _numbered(letter, len(rows))
+            for label, (name, number, pieces) in zip(labels, rows, strict=True):
+                found[name].append(((users[name][0], 1, number), Block(label, pieces)))
+        return found
+
+    def _layer_labels(self, points: list[_Draft]) -> dict[int, str]:
+        """L00, L01, ... for layers that a list holds, by the index of their point."""
+        layers = [
+            index for index, point in enumerate(points) if point.is_layer and self._is_listed_path(point.path)
+        ]
+        return dict(zip(layers, _numbered("L", len(layers)), strict=True))
 
     def _is_listed_path(self, path: str) -> bool:
         return path != "" and self._is_listed(self.root.get_submodule(path))
@@ -391,6 +398,12 @@ def _common_path(names: list[str]) -> str:
         while common != parts[: len(common)]:
             common.pop()
     return ".".join(common)
+
+
+def _numbered(letter: str, count: int) -> list[str]:
+    """Names of `count` blocks, their numbers in as many digits as the last one needs, two at least."""
+    width = max(2, len(str(count - 1)))
+    return [f"{letter}{number:0{width}d}" for number in range(count)]
 
 
 def _unique(path: str, used: set[str]) -> str:

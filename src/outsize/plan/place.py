@@ -175,33 +175,19 @@ def place(
         if whole.arena_bytes <= arena_bytes and (limit is None or whole.resident_bytes <= limit):
             return whole
 
-    resident = frozenset(
-        (name, group)
-        for name, group in _everything([r for r in records if r.name in always_resident | kept])
-        if name in always_resident or group is Plane.WEIGHT
-    )
+    least = _least(records, always_resident, kept)
     if pins.resident is not None:
         if home is Home.DISK:
             raise BudgetError(
                 f"Pins(resident={pins.resident}) keeps planes in memory, and home=disk keeps none",
                 hint="leave one of them out",
             )
-        resident, limit = _kept(records, resident, pins.resident), 0
-    for slots in _fewer_and_fewer(records, pins):
-        placement = _placed(records, resident, *slots)
-        if placement.arena_bytes <= arena_bytes:
-            break
-    else:
-        raise BudgetError(
-            f"the slots and buffers that streaming needs take {format_bytes(placement.arena_bytes)}, "
-            f"the budget leaves {format_bytes(arena_bytes)} for them",
-            hint="give more memory with host=, a smaller batch or shorter sequences",
-        )
-
+        least, limit = _kept(records, least, pins.resident), 0
+    slots, placement = _with_slots(records, least, arena_bytes, pins)
     left = arena_bytes - placement.arena_bytes
     if limit is not None:
         left = min(left, limit)
-    chosen = set(resident)
+    chosen = set(least)
     for record, group in _ordered([r for r in records if r.name not in idle]) if left else ():
         cost = group_bytes(record, group)
         if (record.name, group) not in chosen and cost <= left:
@@ -209,6 +195,32 @@ def place(
             left -= cost
     placement = _placed(records, frozenset(chosen), *slots)
     return placement if limit == 0 else with_pieces(placement, records, left, idle)
+
+
+def _least(
+    records: Sequence[Record], always_resident: frozenset[str], kept: frozenset[str]
+) -> frozenset[tuple[str, Plane]]:
+    """What stays in memory whatever else does: all planes of some blocks, the weights of others."""
+    return frozenset(
+        (name, group)
+        for name, group in _everything([r for r in records if r.name in always_resident | kept])
+        if name in always_resident or group is Plane.WEIGHT
+    )
+
+
+def _with_slots(
+    records: Sequence[Record], resident: frozenset[tuple[str, Plane]], arena_bytes: int, pins: Pins
+) -> tuple[tuple[int, int], Placement]:
+    """As many slots as fit beside `resident`, and the placement with them. Raises BudgetError where the fewest do not."""
+    for slots in _fewer_and_fewer(records, pins):
+        placement = _placed(records, resident, *slots)
+        if placement.arena_bytes <= arena_bytes:
+            return slots, placement
+    raise BudgetError(
+        f"the slots and buffers that streaming needs take {format_bytes(placement.arena_bytes)}, "
+        f"the budget leaves {format_bytes(arena_bytes)} for them",
+        hint="give more memory with host=, a smaller batch or shorter sequences",
+    )
 
 
 def with_pieces(

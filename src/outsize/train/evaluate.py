@@ -34,6 +34,10 @@ class Evaluator:
         """The step after which the last evaluation was made; 0 if there was none."""
         return self.evaluations[-1].step if self.evaluations else 0
 
+    def is_best(self, step: int) -> bool:
+        """Whether the last evaluation is of `step`, and better than all before it."""
+        return self.last_step == step and bool(self.evaluations) and self.evaluations[-1].is_best
+
     def is_due(self, step: int, num_steps: int | None) -> bool:
         """Whether to evaluate after `step`; never after the last, which has an evaluation of its own."""
         if step == num_steps:

@@ -130,11 +130,7 @@ def _train(
     history = run.resume(settings, folder.metrics) if settings.checkpointing.is_on else None
     for note in run.notes:
         watchers.say(note)
-    num_steps, warmup_steps = run.pace.num_steps(), settings.learning.warmup_steps
-    if num_steps is not None and (shorter := warmup_within(warmup_steps, num_steps)) < warmup_steps:
-        watchers.say(
-            f"warming up in {shorter} of {num_steps} steps: a warm-up of {warmup_steps} would not end"
-        )
+    _tell_shorter_warmup(run.pace.num_steps(), settings.learning.warmup_steps, watchers)
     # What is first in a process is not like what follows, whatever its number.
     recorded = settings.trace_step and run.num_steps + settings.trace_step
     tracing = Tracing(api, run.model, recorded, folder.timeline, watchers.say)
@@ -159,10 +155,7 @@ def _train(
         goes_on_later = interrupted and settings.checkpointing.is_on
         if not goes_on_later:
             watchers.say(f"saving {folder.out}")
-            evaluations = evaluator.evaluations if evaluator is not None else []
-            is_last_best = (
-                bool(evaluations) and evaluations[-1].is_best and evaluations[-1].step == run.num_steps
-            )
+            is_last_best = evaluator is not None and evaluator.is_best(run.num_steps)
             is_committed = settings.checkpointing.is_on and bool(run.num_steps)
             saver.publish(run.num_steps, keep_best=not is_last_best, is_committed=is_committed)
     return TrainResult(
@@ -178,6 +171,13 @@ def _train(
         checkpoint=settings.checkpoint if settings.checkpointing.is_on else None,
         failures=watchers.failures,
     )
+
+
+def _tell_shorter_warmup(num_steps: int | None, warmup_steps: int, watchers: Watchers) -> None:
+    if num_steps is not None and (shorter := warmup_within(warmup_steps, num_steps)) < warmup_steps:
+        watchers.say(
+            f"warming up in {shorter} of {num_steps} steps: a warm-up of {warmup_steps} would not end"
+        )
 
 
 @dataclass
