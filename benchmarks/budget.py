@@ -33,8 +33,9 @@ def one(folder: Path, gib: float, prompt: int, passes: int) -> dict[str, Any]:
     from outsize.serve.engine import open_engine
 
     model = outsize.load(folder, dtype="bfloat16", host=f"{int(gib * 1024)}MiB").requires_grad_(False)
-    workload = getattr(serve, "Workload", None)  # what `outsize generate` states; older checkouts have none
-    options = {"workload": workload(1, prompt + passes + 1)} if workload else {}
+    options = {}  # what `outsize generate` states: the oldest checkouts have no name for it
+    for name in {"Concurrency", "Workload"} & set(serve.__all__):
+        options[name.lower()] = getattr(serve, name)(1, prompt + passes + 1)
     engine = open_engine(model, **options)
     stream = engine.submit(serve.Request(tuple(range(1, prompt + 1)), max_new_tokens=passes + 1))
     times, read, peak = [], 0, 0

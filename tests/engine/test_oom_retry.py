@@ -1,7 +1,9 @@
 """What is computed again, in which parts, and what is added how often."""
 
 import gc
+import random
 
+import numpy as np
 import pytest
 import torch
 
@@ -105,11 +107,12 @@ def test_additions_to_one_sum_are_counted():
     assert len(attempts) == 3 and torch.equal(total, torch.full((4,), 111.0))
 
 
-def test_random_numbers_begin_anew_at_each_attempt():
+@pytest.mark.parametrize("draw", [lambda: torch.rand(1).item(), random.random, np.random.random])
+def test_random_numbers_begin_anew_at_each_attempt(draw):
     oom_retry, drawn = on(), []
 
     def attempt(part):
-        values = torch.rand(1)
+        values = draw()
         if len(drawn) == 0:
             drawn.append(values)
             full()
@@ -117,7 +120,7 @@ def test_random_numbers_begin_anew_at_each_attempt():
 
     torch.manual_seed(3)
     oom_retry.compute((Tile(0, 2, 2),), attempt)
-    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[1], drawn[2])
+    assert drawn[0] == drawn[1] != drawn[2]
 
 
 def test_activations_that_wait_go_before_tiles_do():

@@ -4,7 +4,7 @@ import pytest
 
 import outsize
 from outsize.errors import BudgetError
-from outsize.serve import Workload, open_engine
+from outsize.serve import Concurrency, open_engine
 from outsize.serve.runner import Runner
 from tests.seams import budget_of, set_process_memory
 from tests.zoo import ZOO, seeded
@@ -23,9 +23,9 @@ def folder(tmp_path):
     return tmp_path / "model"
 
 
-def engine_of(folder, host, workload):
+def engine_of(folder, host, concurrency):
     model = outsize.load(folder, dtype="float32", host=host).requires_grad_(False)
-    return model, open_engine(model, workload=workload)
+    return model, open_engine(model, concurrency=concurrency)
 
 
 @pytest.mark.parametrize(("sequences", "tokens"), [(1, 20), (3, 200)])
@@ -35,7 +35,7 @@ def test_a_plan_for_generating_is_what_an_engine_takes(sequences, tokens, folder
     options = {"batch_size": sequences, "seq_len": tokens, "dtype": "float32", "train": False}
     summary = outsize.preview(folder, host=host, **options)
     assert summary.fits, summary.reason
-    model, engine = engine_of(folder, host, Workload(sequences, tokens))
+    model, engine = engine_of(folder, host, Concurrency(sequences, tokens))
     assert summary.host_bytes == budget_of(model).host_bytes()
     assert engine.runner.kv.num_bytes == budget_of(model).reserved_bytes
     assert ("KV cache", budget_of(model).reserved_bytes) in [
@@ -49,19 +49,19 @@ def test_what_a_plan_refuses_an_engine_refuses(folder, monkeypatch):
     summary = outsize.preview(folder, host=host, dtype="float32", train=False, seq_len=20)
     assert not summary.fits
     with pytest.raises(BudgetError) as caught:
-        engine_of(folder, host, Workload(1, 20))
+        engine_of(folder, host, Concurrency(1, 20))
     assert str(caught.value) == summary.reason
 
 
 def test_only_rows_that_are_wanted_have_logits(folder):
     """Of a short prompt one row and its guesses, not as many as a pass may have tokens."""
-    model, _ = engine_of(folder, None, Workload(1, 20))
+    model, _ = engine_of(folder, None, Concurrency(1, 20))
     few = budget_of(model).activation_bytes
-    model, _ = engine_of(folder, None, Workload(8, 200))
+    model, _ = engine_of(folder, None, Concurrency(8, 200))
     assert few < 17 * 20_000 * 4 * 2 < budget_of(model).activation_bytes
 
 
 def test_one_sequence_longer_than_the_share_is_served(folder):
     model = outsize.load(folder, dtype="float32").requires_grad_(False)
-    assert Runner(model, workload=Workload(4, 250), share=0.0, only_plan=True).sizes == [16]
-    assert Runner(model, workload=Workload(4, 250), share=1.0, only_plan=True).sizes == [64, 32, 16]
+    assert Runner(model, concurrency=Concurrency(4, 250), share=0.0, only_plan=True).sizes == [16]
+    assert Runner(model, concurrency=Concurrency(4, 250), share=1.0, only_plan=True).sizes == [64, 32, 16]

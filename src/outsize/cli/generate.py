@@ -16,7 +16,7 @@ from outsize.config import Weights
 from outsize.errors import ConfigError
 
 if TYPE_CHECKING:
-    from outsize.serve import Pipeline, Progress, Request, Workload
+    from outsize.serve import Concurrency, Pipeline, Progress, Request
 
 _EXAMPLES = """\
 examples:
@@ -142,7 +142,7 @@ def run(options: argparse.Namespace) -> int:
         pass_tokens=options.pass_tokens,
         deterministic=options.deterministic,
         draft=None if options.draft is None else opened(options.draft, None),
-        workload=_workload(requests) if prompts else None,
+        concurrency=_concurrency(requests) if prompts else None,
     )
     if options.prompts is not None:
         return int(run_job(generate, options.prompts, options.out, given, _Teller()).num_failed > 0)
@@ -153,11 +153,11 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _workload(requests: Sequence[Request]) -> Workload:
+def _concurrency(requests: Sequence[Request]) -> Concurrency:
     """What memory is planned for: all prompts at once, each as long as the longest may become."""
-    from outsize.serve import Workload
+    from outsize.serve import Concurrency
 
-    return Workload(
+    return Concurrency(
         sum(request.num_samples for request in requests),
         max(len(request.prompt) + request.max_new_tokens for request in requests),
     )

@@ -23,7 +23,7 @@ import torch
 
 from outsize.engine.batch import Tile, tiles
 from outsize.engine.graphs import Graphs
-from outsize.engine.rng_autocast import RngState
+from outsize.engine.rng_autocast import rewinding
 from outsize.store.recovery import undone_by
 from outsize.tier import Device
 
@@ -85,7 +85,7 @@ class OomRetry:
             if part.stop - part.start > most:
                 todo.extendleft((each, added) for each in reversed(_cut(part, most)))
                 continue
-            before = RngState.current(self._device) if self.is_on else None
+            rewind = rewinding(self._device) if self.is_on else None
             additions = _Additions(added)
             try:
                 with undone_by(self._end_attempt):
@@ -94,7 +94,7 @@ class OomRetry:
                 computed.append(part)
                 continue
             except torch.OutOfMemoryError:
-                if before is None or not may_repeat():
+                if rewind is None or not may_repeat():
                     raise
                 added = additions.completed
                 if self._let_go_of_graphs():
@@ -107,7 +107,7 @@ class OomRetry:
                     raise
                 todo.appendleft((part, added))
             # Only from here on, where the error is forgotten, is the memory of the attempt free again.
-            before.put_back()
+            rewind()
         return tuple(computed)
 
     def _end_attempt(self) -> None:

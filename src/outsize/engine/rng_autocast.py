@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import random
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from outsize.store.recovery import undone_by
@@ -85,3 +87,19 @@ class RngState:
         with undone_by(now.put_back):
             self.put_back()
             yield
+
+
+def rewinding(device: Device) -> Callable[[], None]:
+    """Return a function that sets the generators of torch, `random` and numpy back to their state of now."""
+    torch_state, python_state, numpy_state = (
+        RngState.current(device),
+        random.getstate(),
+        np.random.get_state(),
+    )
+
+    def rewind() -> None:
+        torch_state.put_back()
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+
+    return rewind

@@ -5,10 +5,11 @@ from outsize.serve.job import Progress, run_job
 from outsize.serve.pipeline import Pipeline, pipeline
 from outsize.serve.preview import preview
 from outsize.serve.request import Completion, Finish, Request, Sampling, Stream, Token
-from outsize.serve.runner import Workload
+from outsize.serve.runner import Concurrency
 
 __all__ = [
     "Completion",
+    "Concurrency",
     "Engine",
     "Finish",
     "Pipeline",
@@ -18,7 +19,6 @@ __all__ = [
     "Serves",
     "Stream",
     "Token",
-    "Workload",
     "open_engine",
     "pipeline",
     "preview",

@@ -15,7 +15,7 @@ from torch import nn
 
 from outsize.errors import ConfigError
 from outsize.kv import NotPageableError, PagePool, pages_for
-from outsize.serve.runner import Part, Runner, Workload
+from outsize.serve.runner import Concurrency, Part, Runner
 from outsize.serve.sample import choose
 from outsize.serve.schedule import Sample
 
@@ -41,12 +41,12 @@ class Draft:
     """A model that guesses for another."""
 
     def __init__(
-        self, model: nn.Module, *, pass_tokens: int | None = None, workload: Workload | None = None
+        self, model: nn.Module, *, pass_tokens: int | None = None, concurrency: Concurrency | None = None
     ) -> None:
         """Raises ConfigError where the model cannot run over pages, BudgetError where it does not fit."""
         model.eval()
         try:
-            self.runner = Runner(model, pass_tokens=pass_tokens, share=KV_SHARE, workload=workload)
+            self.runner = Runner(model, pass_tokens=pass_tokens, share=KV_SHARE, concurrency=concurrency)
         except NotPageableError as reason:
             raise ConfigError(
                 f"{type(model).__name__} cannot guess: {reason}", hint="choose another draft"

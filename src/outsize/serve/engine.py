@@ -26,7 +26,7 @@ from outsize.kv import NotPageableError, PagePool
 from outsize.serve.answer import Answer, end_tokens, num_tokens
 from outsize.serve.draft import Draft
 from outsize.serve.request import Finish, Request, Stream, Token
-from outsize.serve.runner import Part, Runner, Workload
+from outsize.serve.runner import Concurrency, Part, Runner
 from outsize.serve.schedule import Chunk, Limits, Sample, Scheduler
 from outsize.serve.single import SingleEngine
 from outsize.serve.speculate import Guesser
@@ -64,14 +64,15 @@ def open_engine(
     pass_tokens: int | None = None,
     deterministic: bool = False,
     draft: nn.Module | None = None,
-    workload: Workload | None = None,
+    concurrency: Concurrency | None = None,
 ) -> Serves:
     """An engine for any causal model of transformers, plain or of Outsize.
 
     `kv`: memory of its KV cache, such as "2GiB"; else a quarter of what is free. `pass_tokens`: tokens that go through
-    the model at once, at most. `workload`: the requests that memory is planned for, where they are known. `tokenizer`: for
-    texts and stop texts. `deterministic`: tokens and log-probabilities have the same bits whatever else runs, slower.
-    `draft`: a smaller model of the same tokens, which guesses ahead; it changes nothing in the output.
+    the model at once, at most. `concurrency`: the most sequences at once, and tokens of each, where known: memory is
+    planned for them alone. `tokenizer`: for texts and stop texts. `deterministic`: tokens and log-probabilities have the
+    same bits whatever else runs, slower. `draft`: a smaller model of the same tokens, which guesses ahead; it changes
+    nothing in the output.
 
     Raises BudgetError where it does not fit, ModelError for what is no causal model, ConfigError for a draft that cannot
     be used.
@@ -90,7 +91,7 @@ def open_engine(
             pass_tokens=pass_tokens,
             deterministic=deterministic,
             draft=draft,
-            workload=workload,
+            concurrency=concurrency,
         )
     except NotPageableError as reason:
         _log.warning(
@@ -111,16 +112,16 @@ class Engine:
         pass_tokens: int | None = None,
         deterministic: bool = False,
         draft: nn.Module | None = None,
-        workload: Workload | None = None,
+        concurrency: Concurrency | None = None,
     ) -> None:
         """Raises NotPageableError where the model cannot run over pages, BudgetError where it does not fit."""
         # The draft comes first: what it takes is then there when the model's weights are placed.
         self.guesser = Guesser(
-            None if draft is None else Draft(draft, pass_tokens=pass_tokens, workload=workload)
+            None if draft is None else Draft(draft, pass_tokens=pass_tokens, concurrency=concurrency)
         )
         if self.guesser.draft is not None:
             self.guesser.draft.check_against(model)
-        self.runner = Runner(model, kv, pass_tokens, deterministic=deterministic, workload=workload)
+        self.runner = Runner(model, kv, pass_tokens, deterministic=deterministic, concurrency=concurrency)
         pageable = self.runner.pageable
         limits = Limits(
             tokens=self.runner.pass_tokens,

@@ -23,7 +23,7 @@ from outsize.model import load_tokenizer, messages_for_template
 from outsize.plan.profile import Profile
 from outsize.serve.engine import Serves, closing_of, open_engine
 from outsize.serve.request import Request, Sampling, Stream, Token
-from outsize.serve.runner import Workload
+from outsize.serve.runner import Concurrency
 
 Prompt = str | Sequence[Mapping[str, Any]]
 """A text, or messages of a conversation, which are rendered by the tokenizer's template."""
@@ -50,14 +50,14 @@ def pipeline(
     weights: str | None = None,
     pins: Pins | None = None,
     profile: Profile | None = None,
-    workload: Workload | None = None,
+    concurrency: Concurrency | None = None,
 ) -> Pipeline:
     """Open a folder for generating text, within the budgets of `load`; or take a model that is open, and its tokenizer.
 
     `kv`: memory of the KV cache, such as "2GiB"; else a quarter of what is free. `pass_tokens`: tokens that go through
     the model at once, at most. `deterministic`: tokens and log-probabilities have the same bits whatever else runs, slower.
     `draft`: a smaller model of the same tokens (a folder, or open), which guesses ahead and changes nothing in the output.
-    `workload`: the most sequences at once, and their tokens, where that is known: memory is planned for them alone.
+    `concurrency`: the most sequences at once, and tokens of each, where known: memory is planned for them alone.
     `weights`: "int4" or "int8" for matrices in few bits, of the model and not of the draft.
 
     Raises what `load` raises, and DataError where the folder has no tokenizer.
@@ -90,7 +90,7 @@ def pipeline(
         pass_tokens=pass_tokens,
         deterministic=deterministic,
         draft=None if draft is None else opened(draft, None),
-        workload=workload,
+        concurrency=concurrency,
     )
     return Pipeline(engine, tokenizer)
 

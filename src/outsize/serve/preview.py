@@ -14,7 +14,7 @@ from outsize.engine.runtime import Runtime
 from outsize.engine.summary import PlanSummary
 from outsize.kv import NotPageableError
 from outsize.plan.profile import Profile
-from outsize.serve.runner import Runner, Workload
+from outsize.serve.runner import Concurrency, Runner
 
 
 def preview(
@@ -66,11 +66,11 @@ def preview(
 
 
 def _passes(runtime: Runtime, sequences: int, tokens: int) -> Iterator[tuple[Call, Call]] | None:
-    """The passes of an engine for this workload, with fewer and fewer pages; None where the model runs over none."""
+    """The passes of an engine for so many sequences, with fewer and fewer pages; None where the model runs over none."""
     if not runtime.model.device.is_host:
         return None
     try:
-        runner = Runner(runtime.model.module, workload=Workload(sequences, tokens), only_plan=True)
+        runner = Runner(runtime.model.module, concurrency=Concurrency(sequences, tokens), only_plan=True)
     except NotPageableError:
         return None
     return (runner.largest_and_decoding(num_pages + 1, sequences) for num_pages in runner.sizes)

@@ -57,8 +57,8 @@ MOST_GUESSES = 16
 
 
 @dataclass(frozen=True, slots=True)
-class Workload:
-    """The requests that memory is planned for: at most `sequences` at once, each of `tokens`, with its answer."""
+class Concurrency:
+    """The most that memory is planned for: `sequences` at once, each of `tokens`, prompt and answer together."""
 
     sequences: int
     tokens: int
@@ -85,10 +85,10 @@ class Runner:
         *,
         deterministic: bool = False,
         share: float = KV_SHARE,
-        workload: Workload | None = None,
+        concurrency: Concurrency | None = None,
         only_plan: bool = False,
     ) -> None:
-        """`share`: of free memory, for pages, where neither `kv` nor the `workload` says. With `only_plan` nothing is
+        """`share`: of free memory, for pages, where neither `kv` nor `concurrency` says. With `only_plan` nothing is
         allocated, and `run` cannot be called.
 
         Raises NotPageableError where the model cannot run so, BudgetError where it does not fit.
@@ -110,14 +110,16 @@ class Runner:
             runtime.visits.call.beside_logit_bytes = 0  # tokens are chosen row by row
         assert isinstance(model, PreTrainedModel)
         self.vocabulary = int(model.config.get_text_config(decoder=True).vocab_size)
-        self._workload = workload
+        self._concurrency = concurrency
         self.pass_tokens = pass_tokens or (
             PASS_TOKENS if self.device.type == "cpu" else PASS_TOKENS_ON_DEVICE
         )
         self.pass_rows = max(1, min(self.pass_tokens, LOGIT_ELEMENTS // self.vocabulary))
-        if workload is not None:
-            most_rows = workload.sequences * (1 + MOST_GUESSES)
-            self.pass_tokens = min(self.pass_tokens, max(workload.sequences * workload.tokens, most_rows))
+        if concurrency is not None:
+            most_rows = concurrency.sequences * (1 + MOST_GUESSES)
+            self.pass_tokens = min(
+                self.pass_tokens, max(concurrency.sequences * concurrency.tokens, most_rows)
+            )
             self.pass_rows = min(self.pass_rows, most_rows)
         self.page_bytes = page_bytes(self.pageable.layers, self.pageable.dtype)
         self.sizes = self._sizes(runtime, kv, share)
@@ -245,8 +247,8 @@ class Runner:
         each kind, so that no dry run is made in the midst of serving.
         """
         longest = min(self.pageable.most_positions, (kv.num_pages - 1) * PAGE_TOKENS)
-        if self._workload is not None:
-            longest = min(longest, self._workload.tokens)
+        if self._concurrency is not None:
+            longest = min(longest, self._concurrency.tokens)
         table = [1] * pages_for(longest)
         for token in (1, 0):
             for most in (longest, longest // 2):
@@ -262,8 +264,8 @@ class Runner:
     def _sizes(self, runtime: Runtime | None, kv: str | int | None, share: float) -> list[int]:
         """Pages to try: what was asked for; else a share of what is free, and less where weights then do not fit."""
         longest = pages_for(self.pageable.most_positions)
-        if kv is None and self._workload is not None:
-            return self._workload_sizes(runtime, self._workload, share)
+        if kv is None and self._concurrency is not None:
+            return self._sizes_for(runtime, self._concurrency, share)
         if kv is None:
             most = min(int(share * self._free_bytes(runtime)) // self.page_bytes, LONGEST * longest)
             return [
@@ -280,11 +282,11 @@ class Runner:
             _check_beside(runtime, num_bytes)
         return [num_bytes // self.page_bytes]
 
-    def _workload_sizes(self, runtime: Runtime | None, workload: Workload, share: float) -> list[int]:
-        """Pages for all sequences of a workload within a `share` of what is free, then for half, and so on down to one."""
-        one = pages_for(min(workload.tokens, self.pageable.most_positions))
+    def _sizes_for(self, runtime: Runtime | None, concurrency: Concurrency, share: float) -> list[int]:
+        """Pages for all concurrent sequences within a `share` of what is free, then for half, and so on down to one."""
+        one = pages_for(min(concurrency.tokens, self.pageable.most_positions))
         most = min(
-            workload.sequences, max(1, int(share * self._free_bytes(runtime)) // (one * self.page_bytes))
+            concurrency.sequences, max(1, int(share * self._free_bytes(runtime)) // (one * self.page_bytes))
         )
         return [max(most >> half, 1) * one for half in range(most.bit_length())]
 
