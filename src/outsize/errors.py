@@ -14,6 +14,7 @@ Each message says what happened, to which thing, and what was expected; `hint:` 
     ├── StorageError             a tier failed: the file, the place and the cause
     │   ├── StorageFullError     no space left
     │   ├── CorruptionError      bytes read are not the bytes written
+    │   ├── FileChangedError     a file of the model is not the one that was opened, or that a commit names
     │   └── StateLostError       an update or a gradient was only partly stored when something failed
     └── TrainingError            training itself went wrong (a loss that is not finite)
 """
@@ -109,6 +110,10 @@ class StorageFullError(StorageError):
 
 class CorruptionError(StorageError):
     """A checksum does not match: the bytes read are not the bytes that were written."""
+
+
+class FileChangedError(StorageError):
+    """A file that weights come from was replaced, cut short, written to, moved or removed; the message says which."""
 
 
 class StateLostError(StorageError):

@@ -8,12 +8,12 @@ import torch
 
 from outsize.config import ComputeType
 from outsize.errors import ConfigError
+from outsize.files import is_memory_backed
 from outsize.hardware import device, host, identity, measure
 from outsize.hardware.measure import Figures
 from outsize.hardware.others import OtherPrograms
 from outsize.hardware.rate import Rate
 from outsize.plan.profile import Profile, Resource
-from outsize.tier.probe import is_memory_backed
 from tests.doubles import TwinDevice
 
 measure_module = sys.modules["outsize.hardware.measure"]  # the function hides it

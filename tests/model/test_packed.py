@@ -141,6 +141,7 @@ def test_weights_that_changed_are_packed_again(folder, tmp_path):
 
 
 def test_contents_count_where_times_are_always_the_same(folder, monkeypatch):
+    from outsize.files import open_file
     from outsize.model import shards
 
     class Timeless:
@@ -148,7 +149,7 @@ def test_contents_count_where_times_are_always_the_same(folder, monkeypatch):
             self.st_size, self.st_mtime_ns, self.st_ctime_ns = status.st_size, 1, 1
 
     original = os.fstat
-    monkeypatch.setattr(shards.os, "fstat", lambda descriptor: Timeless(original(descriptor)))
+    monkeypatch.setattr(open_file.os, "fstat", lambda descriptor: Timeless(original(descriptor)))
     before = shards.Shards(folder).fingerprint()
     assert shards.Shards(folder).fingerprint() == before
     tensors = load_file(folder / "model.safetensors")

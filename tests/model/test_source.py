@@ -9,7 +9,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from outsize.errors import ModelError, StorageError, WeightsError
+from outsize.errors import FileChangedError, ModelError, WeightsError
 from outsize.model import InitSource, SafetensorsSource, TensorSource, cut, has_weights, open_skeleton
 from outsize.model.direct import FileReader
 from tests.model.helpers import assert_reads, edit_json, read, rows
@@ -26,7 +26,8 @@ def llama(tmp_path):
 def change_weights(folder, change):
     tensors = load_file(folder / "model.safetensors")
     change(tensors)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(tensors, folder / "changed", metadata={"format": "pt"})
+    (folder / "changed").rename(folder / "model.safetensors")
 
 
 def opened(folder):
@@ -66,9 +67,9 @@ def test_a_read_touches_only_its_keys_and_rows(tmp_path, monkeypatch):
     touched = []
     original = FileReader.start_read
 
-    def spy(self, path, offset, buffer):
+    def spy(self, file, offset, buffer, label):
         touched.append((offset, len(buffer)))
-        return original(self, path, offset, buffer)
+        return original(self, file, offset, buffer, label)
 
     monkeypatch.setattr(FileReader, "start_read", spy)
     source = SafetensorsSource(tmp_path, skeleton)
@@ -348,17 +349,27 @@ def test_a_missing_expert_is_named(tmp_path):
         opened(tmp_path)
 
 
-def test_a_file_that_is_cut_or_gone_while_training(llama):
+def test_a_file_that_is_cut_while_training(llama):
     source, result = opened(llama)
     with (llama / "model.safetensors").open("r+b") as stream:
         stream.truncate(4000)
-    with pytest.raises(StorageError, match="has been cut"):
+    with pytest.raises(
+        FileChangedError, match=r"model\.safetensors was cut short since it was opened: 4000 bytes"
+    ):
         for block in result.blocks:
             read(source, block)
-    source.close()
-    (llama / "model.safetensors").unlink()
-    with pytest.raises(StorageError, match="cannot open"):
-        read(source, result.blocks[0])
+
+
+@pytest.mark.parametrize("is_replaced", [True, False])
+def test_a_file_that_is_gone_or_replaced_is_still_read(is_replaced, llama):
+    source, result = opened(llama)
+    expected = [read(opened(llama)[0], block) for block in result.blocks]
+    if is_replaced:
+        change_weights(llama, lambda tensors: [value.neg_() for value in tensors.values()])
+    else:
+        (llama / "model.safetensors").unlink()
+    for block, values in zip(result.blocks, expected, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(read(source, block), values, strict=True))
 
 
 # Tensors in memory

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from outsize.tier.probe import is_memory_backed
+from outsize.files import is_memory_backed
 
 
 @pytest.fixture

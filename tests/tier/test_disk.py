@@ -105,7 +105,7 @@ def test_close_waits_for_what_is_under_way(disk_folder: Path, monkeypatch):
         ended.append(args)
         return real(*args)
 
-    monkeypatch.setattr(disk.os, "pwritev", held)
+    monkeypatch.setattr(os, "pwritev", held)
     tier = DiskTier(disk_folder, PAGE)
     transfer = tier.start_write(0, pages(PAGE), "x")
     assert not transfer.is_done()
@@ -182,8 +182,8 @@ def test_short_counts_are_continued_at_aligned_places(tier: DiskTier, monkeypatc
 
         return call
 
-    monkeypatch.setattr(disk.os, "pwritev", short(os.pwritev))
-    monkeypatch.setattr(disk.os, "preadv", short(os.preadv))
+    monkeypatch.setattr(os, "pwritev", short(os.pwritev))
+    monkeypatch.setattr(os, "preadv", short(os.preadv))
     assert read(tier, 0, 9) != write(tier, 0, 9, 1)
     assert read(tier, 0, 9) == bytes(pages(9 * PAGE, 1))
     assert len(places) > 9 and all(place % PAGE == 0 for place in places)
@@ -204,7 +204,7 @@ def test_an_io_error_names_file_place_label_and_cause(tier: DiskTier, monkeypatc
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         return real(fd, views, offset)
 
-    monkeypatch.setattr(disk.os, call, fail)
+    monkeypatch.setattr(os, call, fail)
     start, verb = (tier.start_read, "read") if call == "preadv" else (tier.start_write, "write")
     transfer = start(0, pages(16 * PAGE), "L07.state[3]")
     message = (
@@ -221,7 +221,7 @@ def test_a_disk_that_fills_up_while_writing(tier: DiskTier, monkeypatch):
     def fail(fd, views, offset):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(disk.os, "pwritev", fail)
+    monkeypatch.setattr(os, "pwritev", fail)
     with pytest.raises(StorageFullError, match=r"No space left.*\nhint: free space"):
         write(tier, 0, 1, 1)
 
@@ -229,7 +229,7 @@ def test_a_disk_that_fills_up_while_writing(tier: DiskTier, monkeypatch):
 def test_a_write_that_failed_cannot_be_read_unnoticed(tier: DiskTier, monkeypatch):
     write(tier, 0, 2, 1)
     with monkeypatch.context() as patch:
-        patch.setattr(disk.os, "pwritev", lambda fd, views, offset: 0)
+        patch.setattr(os, "pwritev", lambda fd, views, offset: 0)
         with pytest.raises(StorageError, match="only 0 of"):
             write(tier, 0, 2, 2)
     with pytest.raises(CorruptionError):
@@ -252,7 +252,7 @@ def test_at_most_num_threads_calls_are_under_way_and_large_transfers_use_them(di
             active.remove(offset)
         return len(views[0])
 
-    monkeypatch.setattr(disk.os, "pwritev", count)
+    monkeypatch.setattr(os, "pwritev", count)
     tier = DiskTier(disk_folder, 12 * PAGE, num_threads=3)
     write(tier, 0, 12, 1)
     tier.close()
@@ -273,7 +273,7 @@ def test_requests_outside_the_tier_are_bugs(tier: DiskTier):
 
 
 def test_direct_where_the_disk_allows_it_else_the_same_bytes(disk_folder: Path, monkeypatch):
-    monkeypatch.setattr("outsize.tier.store.direct_alignment", lambda path: 0)
+    monkeypatch.setattr("outsize.files.open_file.direct_alignment", lambda path: 0)
     with pytest.warns(RuntimeWarning, match="direct I/O"):
         tier = DiskTier(disk_folder, 8 * PAGE)
     assert not tier.is_direct

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from outsize.errors import ConfigError, StorageError, StorageFullError
+from outsize.files import open_file
 from outsize.tier import store
 from outsize.tier.store import StoreFile
 
@@ -106,7 +107,7 @@ def test_a_lock_on_a_file_that_was_removed_meanwhile_does_not_count(disk_folder:
     monkeypatch.setattr(store.fcntl, "flock", remove_first)
     file = StoreFile(disk_folder, NAME, 4096)
     assert len(calls) == 2
-    assert os.path.samestat(os.fstat(file.fd), os.stat(path))
+    assert os.path.samestat(os.fstat(file.data.descriptor), os.stat(path))
     file.close()
 
 
@@ -121,10 +122,10 @@ def test_a_link_in_the_place_of_the_store_is_not_followed(disk_folder: Path):
 
 @pytest.mark.parametrize("alignment", [0, 65536])
 def test_where_direct_io_is_refused_it_warns(disk_folder: Path, monkeypatch, alignment: int):
-    monkeypatch.setattr(store, "direct_alignment", lambda path: alignment)
+    monkeypatch.setattr(open_file, "direct_alignment", lambda path: alignment)
     with pytest.warns(RuntimeWarning, match="direct I/O"):
         file = StoreFile(disk_folder, NAME, 4096)
-    assert not file.is_direct
+    assert not file.data.is_direct
     file.close()
 
 
@@ -139,5 +140,5 @@ def test_where_open_refuses_direct_io_it_warns(disk_folder: Path, monkeypatch):
     monkeypatch.setattr(store.os, "open", refuse_direct)
     with pytest.warns(RuntimeWarning, match="direct I/O"):
         file = StoreFile(disk_folder, NAME, 4096)
-    assert not file.is_direct
+    assert not file.data.is_direct
     file.close()

@@ -234,7 +234,10 @@ def _source_files(runtime: Runtime) -> dict[str, Any]:
     source = runtime.backing.source
     if not isinstance(source, SafetensorsSource):
         return {"folder": "", "files": {}}
-    return {"folder": str(source.folder.resolve()), "files": source.file_bytes()}
+    return {
+        "folder": str(source.folder.resolve()),
+        "files": {name: each.num_bytes for name, each in source.digests().items()},
+    }
 
 
 def _updated_on_device(runtime: Runtime) -> list[str]:

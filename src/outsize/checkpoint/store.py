@@ -51,11 +51,11 @@ from outsize.checkpoint.module_state import ModuleState, digest_of
 from outsize.checkpoint.reading import CommitReader, open_data
 from outsize.config import format_bytes
 from outsize.errors import BudgetError, ConfigError, CorruptionError, StorageError, UsageError
+from outsize.files import is_memory_backed
 from outsize.model.writer import storage_errors
 from outsize.store.commit_store import Layout, Opened
 from outsize.store.snapshots import Snapshot, SnapshotBlock
 from outsize.tier import IO_THREADS, DiskTier, DurableTier, StripedTier, VersionedTier
-from outsize.tier.probe import is_memory_backed
 from outsize.tier.store import give_space_back, lock_file
 from outsize.tier.striped import part_bytes
 

@@ -1,73 +1,33 @@
-"""The safetensors files of a folder: which tensors they hold, checked, and read in place.
+"""The safetensors files of a folder, held open from the moment they are found, and read in place.
 
-A safetensors file is `u64 header size | JSON header | data`; the header gives type, shape and byte range of
-each tensor (https://github.com/huggingface/safetensors). Tensors are read into their destination where the types agree, and
-through two small buffers where they do not: nothing is mapped, so memory use is what is asked for.
+Tensors are read into their destination where the types agree, and through two small buffers where they do not: nothing is
+mapped, so memory use is what is asked for.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 from concurrent.futures import Future
-from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 
 import torch
+import xxhash
 
-from outsize.errors import StorageError, WeightsError
+from outsize.errors import WeightsError
 from outsize.model.direct import BUFFERS_BYTES, FileReader, wait_read
+from outsize.model.weight_file import FileDigest, StoredTensor, WeightFile
 
 _STAGING_BYTES = 2 << 20
 READ_BUFFERS_BYTES = BUFFERS_BYTES + 2 * _STAGING_BYTES
 """Memory that reading takes beside the target, and what converts it."""
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
-_MAX_HEADER_BYTES = 100_000_000
 _PARTIAL = ("*.part", "*.partial", "*.incomplete", "*.crdownload", "*.download", "*.aria2", "*.tmp")
 """What tools name a file that they have not downloaded to its end."""
 _NOT_WEIGHTS = {"training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth", "scaler.pt"}
 """What a Trainer leaves beside weights."""
 _NAMED = 5
 """Files that a message names."""
-_LFS = b"version https://git-lfs"
-_SAMPLE_BYTES = 4096
-
-DTYPES: dict[str, torch.dtype] = {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "I16": torch.int16,
-    "U16": torch.uint16,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I32": torch.int32,
-    "U32": torch.uint32,
-    "F32": torch.float32,
-    "F64": torch.float64,
-    "I64": torch.int64,
-    "U64": torch.uint64,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-}
-"""safetensors' names of types."""
-
-
-@dataclass(frozen=True, slots=True)
-class StoredTensor:
-    """A tensor in a file: `offset` is the byte at which its data begins."""
-
-    file: Path
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    offset: int
-
-    @property
-    def num_elements(self) -> int:
-        """Elements of the tensor."""
-        return prod(self.shape)
 
 
 class Shards:
@@ -79,9 +39,8 @@ class Shards:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.tensors: dict[str, StoredTensor] = {}
-        for file in find_weights(folder):
-            self.tensors.update(_read_header(file))
+        self._files = [WeightFile.open(path) for path in find_weights(folder)]
+        self.tensors = {key: stored for file in self._files for key, stored in file.tensors.items()}
         self._reader = FileReader()
 
     def read_into(self, key: str, target: torch.Tensor, start: int = 0) -> None:
@@ -118,30 +77,19 @@ class Shards:
         self.read_into(key, value)
         return value
 
-    def fingerprint(self) -> str:
-        """A digest that changes where the files do. Raises StorageError.
+    def check(self) -> None:
+        """Raise FileChangedError where a file is not the one that was opened."""
+        for file in self._files:
+            file.check()
 
-        It covers sizes, times of change, headers, and a page of each tensor: some images of file systems have no times.
-        """
-        digest = hashlib.sha256()
-        by_file: dict[Path, dict[str, StoredTensor]] = {}
-        for key, stored in sorted(self.tensors.items()):
-            by_file.setdefault(stored.file, {})[key] = stored
-        for file, tensors in sorted(by_file.items()):
-            try:
-                with file.open("rb", buffering=0) as stream:
-                    os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
-                    status = os.fstat(stream.fileno())
-                    digest.update(
-                        f"{file.name} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}".encode()
-                    )
-                    for key, stored in tensors.items():
-                        digest.update(f"{key} {stored.dtype} {stored.shape} {stored.offset}".encode())
-                        middle = stored.offset + stored.num_elements * stored.dtype.itemsize // 2
-                        digest.update(os.pread(stream.fileno(), _SAMPLE_BYTES, middle))
-            except OSError as error:
-                raise StorageError(f"cannot read {file}: {error.strerror}") from error
-        return digest.hexdigest()
+    def digests(self) -> dict[str, FileDigest]:
+        """The digest of each file that holds a tensor, by its name. Raises StorageError."""
+        return {file.name: file.digest() for file in self._files if file.tensors}
+
+    def fingerprint(self) -> str:
+        """A digest that changes where the files do, or are written again. Raises StorageError."""
+        facts = [f"{file.name} {file.times} {file.digest()}" for file in self._files]
+        return xxhash.xxh3_128_hexdigest("\n".join(sorted(facts)).encode())
 
     @property
     def bytes_read(self) -> int:
@@ -149,13 +97,16 @@ class Shards:
         return self._reader.bytes_read
 
     def close(self) -> None:
-        """Close the files; a later read opens them again."""
+        """Close the files, which cannot be read any more."""
         self._reader.close()
+        for file in self._files:
+            file.close()
 
     def _start(self, stored: StoredTensor, start: int, target: torch.Tensor) -> list[Future[None]]:
         """Start filling `target`, 1-D and of the same type, with elements from the flat index `start` on."""
         buffer = memoryview(target.view(torch.uint8).numpy().data)
-        return self._reader.start_read(stored.file, stored.offset + start * stored.dtype.itemsize, buffer)
+        offset = stored.offset + start * stored.dtype.itemsize
+        return self._reader.start_read(stored.file, offset, buffer, stored.key)
 
 
 def find_weights(folder: Path) -> list[Path]:
@@ -279,49 +230,3 @@ def _listed(names: list[str]) -> str:
 def _leftovers(folder: Path) -> str:
     found = _matching(folder, _PARTIAL)
     return f"; unfinished downloads: {_listed(found)}" if found else ""
-
-
-def _read_header(file: Path) -> dict[str, StoredTensor]:
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        start = stream.read(len(_LFS))
-        if start == _LFS:
-            raise WeightsError(
-                f"{file} is a pointer of Git LFS, not the file itself", hint="run git lfs pull in its folder"
-            )
-        stream.seek(8)
-        header_size = int.from_bytes(start[:8], "little")
-        if size < 8 or header_size > min(size - 8, _MAX_HEADER_BYTES):
-            raise WeightsError(
-                f"{file} is not a safetensors file, or cut short: "
-                f"{size} bytes with a header of {header_size} bytes",
-                hint="fetch the file again",
-            )
-        try:
-            header = json.loads(stream.read(header_size))
-            header.pop("__metadata__", None)
-            tensors = {}
-            end = 0
-            for key, entry in header.items():
-                begin, stop = entry["data_offsets"]
-                if entry["dtype"] not in DTYPES:
-                    raise WeightsError(
-                        f"{file}: tensor {key} has type {entry['dtype']}, which is not supported"
-                    )
-                dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
-                if stop - begin != prod(shape) * dtype.itemsize or begin < 0:
-                    raise WeightsError(
-                        f"{file}: tensor {key} has {stop - begin} bytes, which is not {shape} {dtype}"
-                    )
-                tensors[key] = StoredTensor(file, dtype, shape, 8 + header_size + begin)
-                end = max(end, stop)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise WeightsError(
-                f"{file}: the header is malformed: {error}", hint="fetch the file again"
-            ) from error
-    if size < 8 + header_size + end:
-        raise WeightsError(
-            f"{file} is cut short: {size} bytes, expected {8 + header_size + end}",
-            hint="fetch the file again",
-        )
-    return tensors

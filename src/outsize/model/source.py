@@ -24,6 +24,7 @@ from outsize.model.direct import wait_read
 from outsize.model.initial import InitSource
 from outsize.model.names import parameter_aliases, parameter_shapes, persistent_buffers
 from outsize.model.shards import Shards
+from outsize.model.weight_file import FileDigest
 
 _COMPARE_ELEMENTS = 1 << 20
 _NAMED = 5
@@ -100,10 +101,13 @@ class SafetensorsSource:
         """Where the files are."""
         return self._shards.folder
 
-    def file_bytes(self) -> dict[str, int]:
-        """The size of each file that holds a tensor, by name."""
-        files = {stored.file for stored in self._shards.tensors.values()}
-        return {file.name: file.stat().st_size for file in sorted(files)}
+    def check(self) -> None:
+        """Raise FileChangedError where a file is not the one that was opened."""
+        self._shards.check()
+
+    def digests(self) -> dict[str, FileDigest]:
+        """The digest of each file that holds a tensor, by its name. Raises StorageError."""
+        return self._shards.digests()
 
     def fingerprint(self) -> str:
         """A digest that changes where the files do. Raises StorageError."""

@@ -20,7 +20,7 @@ import torch
 
 from outsize.config import format_bytes
 from outsize.errors import StorageError, StorageFullError
-from outsize.model.shards import DTYPES
+from outsize.model.weight_file import DTYPES
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 

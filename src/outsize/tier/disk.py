@@ -10,19 +10,17 @@ waiting for that one.
 
 from __future__ import annotations
 
-import errno
-import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import xxhash
 
-from outsize.block import ALIGNMENT, Extent
-from outsize.errors import CorruptionError, StorageError, StorageFullError, UsageError
+from outsize.block import Extent
+from outsize.errors import CorruptionError, UsageError
 from outsize.tier.digests import Check, DigestMap, ReadPiece, cut
 from outsize.tier.stats import Meter, TierStats
-from outsize.tier.store import FULL_ERRNOS, StoreFile
+from outsize.tier.store import StoreFile
 from outsize.tier.transfer import Listener, PieceTransfer, Verb, checked_bytes
 
 PIECE_BYTES = 4 << 20
@@ -72,7 +70,7 @@ class DiskTier:
     @property
     def is_direct(self) -> bool:
         """Whether transfers bypass the page cache."""
-        return self._file.is_direct
+        return self._file.data.is_direct
 
     def use_threads(self, num_threads: int) -> None:
         """Move bytes by so many threads from now on; what is under way is over first."""
@@ -116,10 +114,7 @@ class DiskTier:
         """Make durable what was written. Raises StorageError."""
         if not self._file.is_open:
             raise UsageError(f"{self.path} was closed before it was made durable")
-        try:
-            os.fdatasync(self._file.fd)
-        except OSError as error:
-            raise self._failure(Verb.WRITE, 0, "all that was written (fdatasync)", error) from error
+        self._file.data.sync()
 
     def checks(self, extent: Extent) -> list[Check]:
         """The digests of what was written within `extent`, in order."""
@@ -158,7 +153,7 @@ class DiskTier:
 
     def _read(self, piece: ReadPiece, view: memoryview, label: str) -> None:
         with self._meter.busy(Verb.READ, len(view), label):
-            self._move(Verb.READ, piece.start, view, label)
+            self._file.data.read(piece.start, view, label)
             for check in piece.checks:
                 if _digest(view[check.start - piece.start : check.stop - piece.start]) != check.digest:
                     raise CorruptionError(
@@ -170,35 +165,7 @@ class DiskTier:
     def _write(self, piece: ReadPiece, view: memoryview, label: str) -> None:
         with self._meter.busy(Verb.WRITE, len(view), label):
             self._digests.put(Check(piece.start, piece.stop, _digest(view)))
-            self._move(Verb.WRITE, piece.start, view, label)
-
-    def _move(self, verb: Verb, offset: int, view: memoryview, label: str) -> None:
-        """Move all of `view`, going on after a short count from the last multiple of ALIGNMENT reached."""
-        done = 0
-        while done < len(view):
-            try:
-                if verb is Verb.READ:
-                    count = os.preadv(self._file.fd, [view[done:]], offset + done)
-                else:
-                    count = os.pwritev(self._file.fd, [view[done:]], offset + done)
-            except OSError as error:
-                raise self._failure(verb, offset + done, label, error) from error
-            step = count if done + count == len(view) else count // ALIGNMENT * ALIGNMENT
-            if step == 0:
-                cause = OSError(errno.EIO, f"only {count} of {len(view) - done} bytes were moved")
-                raise self._failure(verb, offset + done, label, cause)
-            done += step
-
-    def _failure(self, verb: Verb, offset: int, label: str, cause: OSError) -> StorageError:
-        message = f"{self.path}: {verb} of {label} failed at byte {offset} of the file: {cause.strerror}"
-        if cause.errno in FULL_ERRNOS:
-            failure: StorageError = StorageFullError(
-                message, hint=f"free space in {self.path.parent}, or pass another folder"
-            )
-        else:
-            failure = StorageError(message)
-        failure.errno = cause.errno
-        return failure
+            self._file.data.write(piece.start, view, label)
 
 
 def _digest(view: memoryview) -> int:

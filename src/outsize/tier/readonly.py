@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from outsize.block import Extent
 from outsize.errors import StorageError, UsageError
+from outsize.files import OpenFile
 from outsize.tier.digests import Check
 from outsize.tier.stats import TierStats
 from outsize.tier.transfer import DoneTransfer, Listener, Verb, checked_bytes
 
 
 class ReadOnlyTier:
-    """The bytes of the file at `path`, through the page cache, of which nothing is kept; no digest is known.
+    """The bytes of the file at `path`; no digest is known.
 
     Raises StorageError where the file cannot be opened.
     """
@@ -21,29 +21,19 @@ class ReadOnlyTier:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            self._file = OpenFile.open(path)
         except OSError as error:
             raise StorageError(
                 f"{path}: the data of the store cannot be read: {error.strerror}",
                 hint="a data file on a drive of its own must be where store.json says",
             ) from error
-        self.num_bytes = os.fstat(self._fd).st_size
+        self.num_bytes = self._file.num_bytes
 
     def start_read(self, offset: int, buffer: memoryview, label: str) -> DoneTransfer:
         """Read now. Raises StorageError."""
         view = checked_bytes(Verb.READ, offset, buffer, label, self.num_bytes)
-        done = 0
-        while done < len(view):
-            try:
-                count = os.preadv(self._fd, [view[done:]], offset + done)
-            except OSError as error:
-                raise StorageError(
-                    f"{self.path}: read of {label} failed at byte {offset + done}: {error.strerror}"
-                ) from error
-            if count == 0:
-                raise StorageError(f"{self.path}: the file ends before {label}, at byte {offset + done}")
-            done += count
-        os.posix_fadvise(self._fd, offset, len(view), os.POSIX_FADV_DONTNEED)
+        self._file.read(offset, view, label)
+        self._file.drop_pages(offset, len(view))
         return DoneTransfer()
 
     def start_write(self, offset: int, buffer: memoryview, label: str) -> DoneTransfer:
@@ -72,6 +62,4 @@ class ReadOnlyTier:
 
     def close(self) -> None:
         """Close the file. Closing twice is allowed."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        self._file.close()

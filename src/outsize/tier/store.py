@@ -20,9 +20,8 @@ from pathlib import Path
 from outsize.block import ALIGNMENT, Extent
 from outsize.config import format_bytes
 from outsize.errors import ConfigError, StorageError, StorageFullError
-from outsize.tier.probe import direct_alignment, is_memory_backed
+from outsize.files import FULL_ERRNOS, OpenFile, is_memory_backed
 
-FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
 _PUNCH_HOLE = 0x02 | 0x01
 """FALLOC_FL_PUNCH_HOLE, which wants FALLOC_FL_KEEP_SIZE."""
 
@@ -51,7 +50,7 @@ class StoreFile:
         kept_bytes = os.fstat(self._lock_fd).st_size if is_kept else 0
         try:
             _preallocate(self._lock_fd, folder, kept_bytes, num_bytes)
-            self.fd, self.is_direct = _open_direct(self.path)
+            self.data = _open_data(self.path)
             if anonymous:
                 self.path.unlink()
         except BaseException:
@@ -66,7 +65,7 @@ class StoreFile:
             self.is_open = False
             if not self._is_kept:
                 self.path.unlink(missing_ok=True)
-            os.close(self.fd)
+            self.data.close()
             os.close(self._lock_fd)
 
 
@@ -181,26 +180,22 @@ def _preallocate(fd: int, folder: Path, kept_bytes: int, num_bytes: int) -> None
         ) from error
 
 
-def _open_direct(path: Path) -> tuple[int, bool]:
-    """A descriptor for the transfers and whether it is direct; warns where it is not."""
-    flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
-    alignment = direct_alignment(path)
-    if alignment and ALIGNMENT % alignment == 0:
-        try:
-            return os.open(path, flags | os.O_DIRECT), True
-        except OSError as error:
-            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
-                raise StorageError(
-                    f"{path}: the store cannot be opened: {error.strerror}",
-                    hint="pass a folder you may write to",
-                ) from error
-    warnings.warn(
-        f"{path.parent}: direct I/O in units of {ALIGNMENT} bytes is refused: transfers go through the "
-        "page cache, slower, and with memory that counts against the machine",
-        RuntimeWarning,
-        stacklevel=4,
-    )
-    return os.open(path, flags), False
+def _open_data(path: Path) -> OpenFile:
+    """The file for transfers; warns where they go through the page cache."""
+    try:
+        data = OpenFile.open(path, os.O_RDWR | os.O_NOFOLLOW)
+    except OSError as error:
+        raise StorageError(
+            f"{path}: the store cannot be opened: {error.strerror}", hint="pass a folder you may write to"
+        ) from error
+    if not data.is_direct:
+        warnings.warn(
+            f"{path.parent}: direct I/O in units of {ALIGNMENT} bytes is refused: transfers go through the "
+            "page cache, slower, and with memory that counts against the machine",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+    return data
 
 
 def reserve(fd: int, num_bytes: int) -> bool:

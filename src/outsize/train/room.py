@@ -14,8 +14,8 @@ from pathlib import Path
 
 from outsize.config import format_bytes
 from outsize.errors import StorageFullError
-from outsize.tier.probe import is_memory_backed
-from outsize.tier.store import FULL_ERRNOS, reserve
+from outsize.files import FULL_ERRNOS, is_memory_backed
+from outsize.tier.store import reserve
 
 
 class Room:

@@ -15,7 +15,7 @@ from torch import nn
 
 from outsize.config import Budgets, format_bytes
 from outsize.errors import OutsizeError, StorageError, StorageFullError
-from outsize.tier.probe import is_memory_backed
+from outsize.files import is_memory_backed
 from outsize.train.api import Api
 from outsize.train.output import OutputFolder
 from outsize.train.room import Room, free_bytes

@@ -7,8 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from outsize.block import ALIGNMENT
-from outsize.tier import probe
-from outsize.tier.probe import direct_alignment, is_memory_backed
+from outsize.files import direct_alignment, filesystem, is_memory_backed
 
 
 def test_shared_memory_is_memory_and_a_disk_is_not(disk_folder: Path):
@@ -57,5 +56,5 @@ def test_alignment_is_what_statx_says(mask, aligned, status, expected, monkeypat
         result[0:4], result[152:156], result[156:160] = (struct.pack("=I", n) for n in (mask, 8, aligned))
         return status
 
-    monkeypatch.setattr(probe.ctypes, "CDLL", lambda *_, **__: SimpleNamespace(statx=statx))
+    monkeypatch.setattr(filesystem.ctypes, "CDLL", lambda *_, **__: SimpleNamespace(statx=statx))
     assert direct_alignment(Path("/a/file")) == expected

@@ -1,0 +1,1 @@
+from tests.tier.conftest import disk_folder  # noqa: F401
