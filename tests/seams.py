@@ -22,8 +22,8 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from outsize.block import Plane, Record
-from outsize.config import Pins
+from outsize.block import Group, Record
+from outsize.config import Home, Pins
 from outsize.engine import api, budget, head, signature
 from outsize.engine import executor as executor_module
 from outsize.engine.compiled import Compiler
@@ -44,11 +44,11 @@ from outsize.plan import (
     Visit,
     candidates,
     check,
-    is_stored,
     limits,
     memory_estimate,
-    place_apart,
+    place,
 )
+from outsize.plan.place import Room, group_bytes
 from outsize.serve.speculate import Guesser
 from outsize.store import memory, offload, scratch
 from outsize.store.gradients import Gradients
@@ -275,16 +275,12 @@ def homes(model: nn.Module) -> dict[tuple[str, str], str]:
     placement = placement_of(model)
     assert placement is not None
     computes_in = "host" if computes_on_host(model) else "device"
-    records = list(records_of(model).values())
-    away = "disk" if is_stored(records) else "file"
     found = {}
-    for record in records:
-        groups = {"weight": Plane.WEIGHT}
-        if record.num_trainable:
-            groups |= {"gradient": Plane.GRADIENT} | ({"state": Plane.MOMENT1} if record.state else {})
-        for name, plane in groups.items():
-            home = "host" if placement.is_hosted(record.name, plane) else away
-            found[record.name, name] = computes_in if placement.is_resident(record.name, plane) else home
+    for record in records_of(model).values():
+        for group in Group:
+            if group_bytes(record, group):
+                home = placement.home(record.name, group)
+                found[record.name, str(group)] = computes_in if home is Home.DEVICE else str(home)
     return found
 
 
@@ -586,13 +582,12 @@ def fill_host(monkeypatch: Any) -> None:
 
 def around_placing(monkeypatch: Any, act: Callable[[Callable[[], Placement], dict[str, Any]], Any]) -> None:
     """Let `act(run, options)` stand for each placing; `options` hold the bytes that it may use."""
-    for name in ("place", "place_apart"):
-        place = getattr(candidates, name)
+    place = candidates.place
 
-        def placing(records: Any, place: Any = place, **options: Any) -> Any:
-            return act(partial(place, records, **options), options)
+    def placing(records: Any, room: Any, **options: Any) -> Any:
+        return act(partial(place, records, room, **options), {"room": room, **options})
 
-        monkeypatch.setattr(candidates, name, placing)
+    monkeypatch.setattr(candidates, "place", placing)
 
 
 def around_tiles_of_layers(monkeypatch: Any, act: Callable[[Callable[[], Any], Any, Any], Any]) -> None:
@@ -697,19 +692,15 @@ def set_activations(monkeypatch: Any, estimate: Callable[..., Any]) -> None:
         monkeypatch.setattr(module, "estimate", estimate)
 
 
-def set_placing(monkeypatch: Any, name: str, place: Callable[..., Placement]) -> None:
-    """Let `place` stand for `place`, or `place_apart`, wherever placements are made."""
-    monkeypatch.setattr(candidates, name, place)
-
-
 def compute_on(monkeypatch: Any, make_device: Callable[[], Any], host_bytes: int | None = None) -> None:
     """Let models that are opened compute on `make_device()`; `host_bytes`: all that planes may take of the host."""
 
-    def place(records: Sequence[Record], **options: Any) -> Placement:
-        return place_apart(records, **({**options, "host_bytes": host_bytes} if host_bytes else options))
+    def place_within(records: Sequence[Record], room: Room, **options: Any) -> Placement:
+        room = {**room, Home.HOST: host_bytes} if host_bytes and Home.HOST in room else room
+        return place(records, room, **options)
 
     monkeypatch.setattr(api, "open_device", lambda settings: make_device())
-    set_placing(monkeypatch, "place_apart", place)
+    monkeypatch.setattr(candidates, "place", place_within)
 
 
 def with_twin(

@@ -36,6 +36,15 @@ def align(value: int | Fraction, alignment: int = ALIGNMENT) -> int:
     return -(-value // alignment) * alignment
 
 
+class Group(StrEnum):
+    """The planes of a record that share a home: they stay in one place between visits, and move from there."""
+
+    WEIGHT = "weight"
+    GRADIENT = "gradient"
+    STATE = "state"
+    """All planes of optimizer state, the remainder of split weights among them."""
+
+
 class Plane(StrEnum):
     """One part of a record."""
 
@@ -47,6 +56,11 @@ class Plane(StrEnum):
     PREVIOUS = "previous"
     """The gradient of the step before."""
     GRADIENT = "gradient"
+
+    @property
+    def group(self) -> Group:
+        """The group that the plane belongs to."""
+        return Group(self.value) if self in (Plane.WEIGHT, Plane.GRADIENT) else Group.STATE
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,11 +26,19 @@ _UNITS = {
 
 
 class Home(StrEnum):
-    """Where weights and state live between visits."""
+    """Where bytes live between visits, the fastest first."""
 
     DEVICE = "device"
+    """Memory where blocks compute; the host's own where the processor computes."""
     HOST = "host"
+    """Memory of a host that does not compute."""
     DISK = "disk"
+    FILE = "file"
+    """The model's own files, which are only read."""
+
+
+HOME_CHOICES = (Home.DEVICE, Home.HOST, Home.DISK)
+"""What a user may ask for."""
 
 
 class ComputeType(StrEnum):
@@ -158,8 +166,8 @@ class Pins:
     verify: bool = True
 
     def __post_init__(self) -> None:
-        if self.inputs is not None and self.inputs not in list(Home):
-            raise ConfigError(f"Pins(inputs={self.inputs!r})", hint=f"one of {', '.join(Home)}")
+        if self.inputs is not None and self.inputs not in HOME_CHOICES:
+            raise ConfigError(f"Pins(inputs={self.inputs!r})", hint=f"one of {', '.join(HOME_CHOICES)}")
         resident = self.resident
         if resident is not None and not (
             isinstance(resident, tuple)

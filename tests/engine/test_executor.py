@@ -10,7 +10,8 @@ import torch
 
 import outsize
 from outsize import Pins
-from outsize.block import Plane
+from outsize.block import Group
+from outsize.config import Home
 from outsize.plan import Read, Update, Wait
 from tests.running import adamw, assert_same_weights, opened, train, values_of
 from tests.seams import (
@@ -189,7 +190,9 @@ def test_gradients_wait_where_they_were_put(tmp_path):
         for _ in range(2):
             model(**BATCH).loss.backward()
         placement = placement_of(model)
-        assert placement is not None and placement.is_resident("L00", Plane.GRADIENT) is (home == "host")
+        assert placement is not None and placement.home("L00", Group.GRADIENT) is Home.DEVICE is (
+            home == "host"
+        )
         grads.append({n: p.grad.clone() for n, p in model.named_parameters()})
         close(model)
     assert all(torch.equal(grads[0][name], grads[1][name]) for name in grads[0])

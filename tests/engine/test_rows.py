@@ -6,6 +6,7 @@ import transformers
 
 import outsize
 from outsize import Pins
+from outsize.config import Home
 from tests.running import opened
 from tests.seams import dry_runs_of, placement_of, row_blocks
 
@@ -92,7 +93,7 @@ def test_tables_stay_last(folder, tmp_path):
     logits_of(model)
     placement = placement_of(model)
     tables = {block for block, _, _ in row_blocks(model, "model.embed_tokens.weight")}
-    stay = {block for block, _ in placement.resident}
+    stay = {block for block, _ in placement.at(Home.DEVICE)}
     assert stay and (model.config.tie_word_embeddings or stay.isdisjoint(tables))
 
 

@@ -12,7 +12,7 @@ import torch
 
 import outsize
 from outsize import Pins
-from outsize.config import ComputeType
+from outsize.config import ComputeType, Home
 from outsize.errors import BudgetError, ConfigError
 from outsize.optim import RULES, gpu_kernel
 from outsize.plan.limits import DEVICE_SLACK_BYTES
@@ -241,7 +241,7 @@ def test_a_tight_limit_makes_torch_give_nothing_back(tmp_path):
         optimizer.step()
         optimizer.zero_grad()
     budget = budget_of(model)
-    assert budget.placement is not None and budget.placement.resident
+    assert budget.placement is not None and budget.placement.at(Home.DEVICE)
     assert budget.device_bytes() > 0.65 * limit
     assert torch.cuda.memory_stats()["num_alloc_retries"] == before
     assert torch.cuda.max_memory_reserved() <= limit
@@ -333,7 +333,7 @@ def test_a_block_leaves_the_device_where_a_row_alone_is_too_much():
     losses = []
 
     def greedy(module, args):
-        if losses and len({block for block, _ in placement_of(model).resident}) > 3:
+        if losses and len({block for block, _ in placement_of(model).at(Home.DEVICE)}) > 3:
             torch.empty(1 << 44, dtype=torch.uint8, device="cuda")
 
     handle = model.model.layers[1].mlp.register_forward_pre_hook(greedy)

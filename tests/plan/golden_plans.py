@@ -15,16 +15,16 @@ from pathlib import Path
 from textwrap import wrap
 from typing import Any
 
-from outsize.block import Block, Piece, Plane, Record
+from outsize.block import Block, Group, Piece, Plane, Record
 from outsize.config import Home, Pins
-from outsize.plan import Direction, Occupancy, Placement, Visit, build, check, place, place_apart
+from outsize.plan import Direction, Occupancy, Placement, Visit, build, check, place
 
 FOLDER = Path(__file__).with_name("golden")
 PLENTY = 1 << 40
 """Bytes."""
 
 STATE = (Plane.MOMENT1, Plane.MOMENT2)
-GROUPS = {"weight": Plane.WEIGHT, "gradient": Plane.GRADIENT, "state": Plane.MOMENT1}
+_WHERE = {Home.DEVICE: "stays", Home.HOST: "in memory", Home.DISK: "on disk", Home.FILE: "on disk"}
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Golden:
     story: str
     visits: Sequence[Visit]
     placing: Mapping[str, Any] = field(default_factory=lambda: {"home": Home.DISK})
-    """Arguments of `place` or, with `device_bytes`, of `place_apart`."""
+    """Arguments of `place`; `device_bytes` are of a device with memory of its own."""
     occupancy: Occupancy = field(default_factory=Occupancy)
     sizes: Mapping[str, int] = field(default_factory=dict)
     frozen: frozenset[str] = frozenset()
@@ -66,18 +66,16 @@ class Golden:
 def placed(records: Sequence[Record], options: Mapping[str, Any]) -> Placement:
     """A placement with more memory than it needs, unless `options` say otherwise."""
     options = {"home": None, "has_disk": True, "pins": Pins(weight_slots=2, gradient_slots=1), **options}
-    if "device_bytes" in options:
-        return place_apart(records, **{"host_bytes": PLENTY, **options})
-    return place(records, **{"arena_bytes": PLENTY, **options})
+    arena_bytes, device_bytes = options.pop("arena_bytes", PLENTY), options.pop("device_bytes", None)
+    room = (
+        {Home.DEVICE: arena_bytes} if device_bytes is None else {Home.DEVICE: device_bytes, Home.HOST: PLENTY}
+    )
+    return place(records, room, **options)
 
 
 def _homes(placement: Placement, record: Record) -> Iterable[str]:
-    groups = GROUPS if record.num_trainable else {"weight": Plane.WEIGHT}
-    for name, plane in groups.items():
-        if placement.is_resident(record.name, plane):
-            yield f"{name} stays"
-        else:
-            yield f"{name} in memory" if placement.is_hosted(record.name, plane) else f"{name} on disk"
+    for group in Group if record.num_trainable else (Group.WEIGHT,):
+        yield f"{group} {_WHERE[placement.home(record.name, group)]}"
 
 
 def forward(*names: str) -> list[Visit]:

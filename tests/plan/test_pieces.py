@@ -3,7 +3,7 @@
 import pytest
 
 from outsize import Pins
-from outsize.block import Block, Piece, Plane, Record, align
+from outsize.block import Block, Group, Piece, Plane, Record, align
 from outsize.config import Home
 from outsize.plan import place
 from outsize.plan.place import with_pieces
@@ -25,7 +25,7 @@ def records(trainable=False, count=6):
 
 
 def placed(arena_bytes, own=None, home=None, **pins):
-    return place(own or records(), arena_bytes=arena_bytes, home=home, has_disk=True, pins=Pins(**pins))
+    return place(own or records(), {Home.DEVICE: arena_bytes}, home=home, has_disk=True, pins=Pins(**pins))
 
 
 LEAST = align(2 * (40_000 + 64 * 313 + 9_024)) * 2
@@ -37,7 +37,7 @@ def test_what_is_left_is_less_than_the_smallest_entry(arena_bytes):
     assert placement.arena_bytes <= arena_bytes
     streams = any(group.blocks for group in placement.weight_classes)
     assert arena_bytes - placement.arena_bytes < align(2 * SIZES[-1]) or not streams
-    assert all(not placement.is_resident(name, Plane.WEIGHT) for name, _ in placement.pieces)
+    assert all(placement.home(name, Group.WEIGHT) is not Home.DEVICE for name, _ in placement.pieces)
 
 
 def test_pieces_take_no_more_than_was_left_and_add_up():
@@ -60,9 +60,9 @@ def test_a_limit_on_what_stays_holds_for_pieces_too():
 
 def test_what_trains_and_what_no_visit_needs_has_no_pieces():
     own = records(trainable=True)
-    least = place(own, arena_bytes=1 << 40, home=Home.DISK, has_disk=True, pins=Pins()).arena_bytes
-    assert not place(own, arena_bytes=least + 30_000, home=None, has_disk=True, pins=Pins()).pieces
+    least = place(own, {Home.DEVICE: 1 << 40}, home=Home.DISK, has_disk=True, pins=Pins()).arena_bytes
+    assert not place(own, {Home.DEVICE: least + 30_000}, home=None, has_disk=True, pins=Pins()).pieces
     idle = frozenset(record.name for record in records())
     assert not place(
-        records(), arena_bytes=LEAST + 90_000, home=None, has_disk=True, idle=idle, pins=Pins()
+        records(), {Home.DEVICE: LEAST + 90_000}, home=None, has_disk=True, idle=idle, pins=Pins()
     ).pieces

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from outsize.block import Block, Piece, Plane, Record
+from outsize.block import Block, Group, Piece, Plane, Record
 from outsize.config import Home, Pins
 from outsize.errors import BudgetError, ConfigError
 from outsize.plan import (
@@ -26,11 +26,12 @@ from outsize.plan import (
     build,
     check,
     place,
-    place_apart,
 )
 
 STATE = (Plane.MOMENT1, Plane.MOMENT2)
 BYTES = {Plane.WEIGHT: 4, Plane.MOMENT1: 4, Plane.MOMENT2: 4, Plane.GRADIENT: 4}
+ROOM = {Home.DEVICE: 1 << 40, Home.HOST: 1 << 40}
+"""Beside a device with memory of its own."""
 
 
 def make_records(sizes, trainable=True, element_bytes=None):
@@ -59,7 +60,7 @@ def test_every_built_plan_is_legal_and_complete(sizes, weight_slots, gradient_sl
     names = [f"L{i}" for i in range(len(sizes))]
     records = make_records(dict(zip(names, sizes, strict=True)))
     pins = Pins(weight_slots=weight_slots, gradient_slots=gradient_slots, resident_bytes=resident)
-    placement = place(list(records.values()), arena_bytes=1 << 40, home=None, has_disk=True, pins=pins)
+    placement = place(list(records.values()), {Home.DEVICE: 1 << 40}, home=None, has_disk=True, pins=pins)
     order = names if data.draw(st.booleans()) else data.draw(st.lists(st.sampled_from(names), min_size=1))
     pending = set(data.draw(st.lists(st.sampled_from(names))))
     accumulated = set(data.draw(st.lists(st.sampled_from(names))))
@@ -76,7 +77,11 @@ def test_every_built_plan_is_legal_and_complete(sizes, weight_slots, gradient_sl
 def test_reads_are_started_before_they_are_needed():
     records = make_records({f"L{i}": 5000 for i in range(5)})
     placement = place(
-        list(records.values()), arena_bytes=1 << 40, home=Home.DISK, has_disk=True, pins=Pins(weight_slots=2)
+        list(records.values()),
+        {Home.DEVICE: 1 << 40},
+        home=Home.DISK,
+        has_disk=True,
+        pins=Pins(weight_slots=2),
     )
     plan = build(call(list(records)), records, placement, Occupancy())
     for index, op in enumerate(plan.ops):
@@ -91,7 +96,11 @@ def test_reads_are_started_before_they_are_needed():
 def test_a_block_is_not_read_again_at_the_turn():
     records = make_records({f"L{i}": 5000 for i in range(5)})
     placement = place(
-        list(records.values()), arena_bytes=1 << 40, home=Home.DISK, has_disk=True, pins=Pins(weight_slots=2)
+        list(records.values()),
+        {Home.DEVICE: 1 << 40},
+        home=Home.DISK,
+        has_disk=True,
+        pins=Pins(weight_slots=2),
     )
     plan = build(call(list(records)), records, placement, Occupancy())
     reads = [op.block for op in plan if isinstance(op, Read) and op.plane is Plane.WEIGHT]
@@ -101,7 +110,11 @@ def test_a_block_is_not_read_again_at_the_turn():
 def test_what_is_held_is_not_read():
     records = make_records({"A": 100, "B": 100})
     placement = place(
-        list(records.values()), arena_bytes=1 << 40, home=Home.DISK, has_disk=True, pins=Pins(weight_slots=2)
+        list(records.values()),
+        {Home.DEVICE: 1 << 40},
+        home=Home.DISK,
+        has_disk=True,
+        pins=Pins(weight_slots=2),
     )
     plan = build(call(["A", "B"]), records, placement, Occupancy(held=["A"], pending={"A"}))
     assert plan.ops[0] == Held("A", Plane.WEIGHT)
@@ -114,7 +127,7 @@ def test_what_is_held_is_not_read():
 def test_resident_blocks_take_no_slot():
     records = make_records({"A": 100, "B": 100})
     placement = place(
-        list(records.values()), arena_bytes=1 << 40, home=Home.HOST, has_disk=False, pins=Pins()
+        list(records.values()), {Home.DEVICE: 1 << 40}, home=Home.HOST, has_disk=False, pins=Pins()
     )
     plan = build(call(["A", "B"]), records, placement, Occupancy(pending={"A"}))
     assert check(plan, records, placement).num_bytes == 0
@@ -141,7 +154,11 @@ def test_resident_blocks_take_no_slot():
 def test_illegal_plans_are_refused_with_their_place(text, message):
     records = make_records({"A": 1000, "B": 1000, "C": 1000})
     placement = place(
-        list(records.values()), arena_bytes=1 << 40, home=Home.DISK, has_disk=True, pins=Pins(weight_slots=2)
+        list(records.values()),
+        {Home.DEVICE: 1 << 40},
+        home=Home.DISK,
+        has_disk=True,
+        pins=Pins(weight_slots=2),
     )
     with pytest.raises(PlanError, match=message):
         check(Plan.parse(text), records, placement)
@@ -150,7 +167,7 @@ def test_illegal_plans_are_refused_with_their_place(text, message):
 def test_a_block_that_stays_does_not_go_back_while_it_is_updated():
     records = make_records({"A": 1000})
     placement = place(
-        list(records.values()), arena_bytes=1 << 40, home=Home.HOST, has_disk=False, pins=Pins()
+        list(records.values()), {Home.DEVICE: 1 << 40}, home=Home.HOST, has_disk=False, pins=Pins()
     )
     with pytest.raises(PlanError, match="runs while it is being updated"):
         check(Plan.parse("update A\nbackward A"), records, placement)
@@ -158,7 +175,7 @@ def test_a_block_that_stays_does_not_go_back_while_it_is_updated():
 
 def test_slots_are_shared_by_blocks_of_at_most_twice_the_size():
     records = list(make_records({"A": 1 << 20, "B": (1 << 19) + 4096, "C": 1 << 19}).values())
-    placement = place(records, arena_bytes=1 << 40, home=Home.DISK, has_disk=True, pins=Pins())
+    placement = place(records, {Home.DEVICE: 1 << 40}, home=Home.DISK, has_disk=True, pins=Pins())
     assert [group.blocks for group in placement.weight_classes] == [{"A", "B"}, {"C"}]
 
 
@@ -168,7 +185,7 @@ def test_it_is_roomy_where_transfers_fill_slots_beside_computing(trains, slots):
 
     def is_roomy(count):
         pins = Pins(weight_slots=count)
-        placement = place(records, arena_bytes=1 << 40, home=Home.DISK, has_disk=True, pins=pins)
+        placement = place(records, {Home.DEVICE: 1 << 40}, home=Home.DISK, has_disk=True, pins=pins)
         if not trains:
             placement = replace(placement, gradient_classes=())
         return placement.is_roomy(Pins())
@@ -178,20 +195,20 @@ def test_it_is_roomy_where_transfers_fill_slots_beside_computing(trains, slots):
 
 def test_a_device_that_all_planes_just_fit_into_holds_them():
     records = list(make_records({"A": 1 << 20, "B": 1 << 20}).values())
-    options = {"host_bytes": 1 << 40, "home": None, "has_disk": True, "pins": Pins()}
-    whole = place_apart(records, device_bytes=1 << 40, **options)
-    assert place_apart(records, device_bytes=whole.compute_bytes, **options) == whole
-    assert place_apart(records, device_bytes=whole.compute_bytes - 1, **options).weight_classes
+    options = {"home": None, "has_disk": True, "pins": Pins()}
+    whole = place(records, {**ROOM, Home.DEVICE: 1 << 40}, **options)
+    assert place(records, {**ROOM, Home.DEVICE: whole.compute_bytes}, **options) == whole
+    assert place(records, {**ROOM, Home.DEVICE: whole.compute_bytes - 1}, **options).weight_classes
 
 
 def test_a_device_that_slots_just_fit_into_is_large_enough():
     records = list(make_records({"A": 1 << 20, "B": 1 << 20}).values())
     pins = Pins(weight_slots=1, gradient_slots=1, resident_bytes=0)
-    options = {"host_bytes": 1 << 40, "home": None, "has_disk": True, "pins": pins}
-    least = place_apart(records, device_bytes=1 << 40, **options)
-    assert place_apart(records, device_bytes=least.compute_bytes, **options) == least
+    options = {"home": None, "has_disk": True, "pins": pins}
+    least = place(records, {**ROOM, Home.DEVICE: 1 << 40}, **options)
+    assert place(records, {**ROOM, Home.DEVICE: least.compute_bytes}, **options) == least
     with pytest.raises(BudgetError):
-        place_apart(records, device_bytes=least.compute_bytes - 1, **options)
+        place(records, {**ROOM, Home.DEVICE: least.compute_bytes - 1}, **options)
 
 
 @pytest.mark.parametrize(
@@ -206,19 +223,21 @@ def test_placement_spends_memory_on_slots_first_then_on_weights():
     records = list(make_records({f"L{i}": 100_000 for i in range(8)}).values())
     least = place(
         records,
-        arena_bytes=1 << 40,
+        {Home.DEVICE: 1 << 40},
         home=Home.DISK,
         has_disk=True,
         pins=Pins(weight_slots=1, gradient_slots=1),
     )
     with pytest.raises(BudgetError, match="hint"):
-        place(records, arena_bytes=least.arena_bytes - 1, home=None, has_disk=True, pins=Pins())
-    assert place(records, arena_bytes=least.arena_bytes, home=None, has_disk=True, pins=Pins()) == least
-    middle = place(records, arena_bytes=least.arena_bytes + 2_500_000, home=None, has_disk=True, pins=Pins())
-    kept = {plane for _, plane in middle.resident}
-    assert kept == {Plane.WEIGHT}
+        place(records, {Home.DEVICE: least.arena_bytes - 1}, home=None, has_disk=True, pins=Pins())
+    assert place(records, {Home.DEVICE: least.arena_bytes}, home=None, has_disk=True, pins=Pins()) == least
+    middle = place(
+        records, {Home.DEVICE: least.arena_bytes + 2_500_000}, home=None, has_disk=True, pins=Pins()
+    )
+    kept = {group for _, group in middle.at(Home.DEVICE)}
+    assert kept == {Group.WEIGHT}
     assert middle.arena_bytes <= least.arena_bytes + 2_500_000
-    whole = place(records, arena_bytes=1 << 40, home=None, has_disk=True, pins=Pins())
+    whole = place(records, {Home.DEVICE: 1 << 40}, home=None, has_disk=True, pins=Pins())
     assert whole.disk_bytes == 0 and not whole.weight_classes
 
 
@@ -227,7 +246,7 @@ def test_placement_spends_memory_on_slots_first_then_on_weights():
 def test_placement_never_exceeds_its_budget(budget):
     records = list(make_records({f"L{i}": 300_000 + 64 * i for i in range(6)}).values())
     try:
-        placement = place(records, arena_bytes=budget, home=None, has_disk=True, pins=Pins())
+        placement = place(records, {Home.DEVICE: budget}, home=None, has_disk=True, pins=Pins())
     except BudgetError as error:
         assert error.hint
     else:

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from outsize.block import Plane
 from outsize.config import Home, Pins
 from outsize.errors import BudgetError
-from outsize.plan import Direction, Occupancy, Visit, build, check, place, place_apart, planner
-from outsize.plan.place import _placed
+from outsize.plan import Direction, Occupancy, Visit, build, check, place, planner
+from outsize.plan.place import GROUPS, lay_out
 from outsize.plan.planner import NUM_GRIDS, PARTS, SLOTS, choose, prefer, waits
 from outsize.plan.profile import Resource
 from outsize.plan.simulate import simulate
@@ -34,7 +34,7 @@ EXAMPLES = 200 if os.environ.get("OUTSIZE_SOAK") else 20
 
 
 def on_host(records, arena_bytes, pins=NONE, home=None):
-    return place(list(records.values()), arena_bytes=arena_bytes, home=home, has_disk=True, pins=pins)
+    return place(list(records.values()), {Home.DEVICE: arena_bytes}, home=home, has_disk=True, pins=pins)
 
 
 def chosen(records, profile, own, arena_bytes, pins=NONE, home=None):
@@ -97,10 +97,9 @@ def best_s(records, own, device_bytes, host_bytes):
     """Seconds of the best step beside a device."""
 
     def fit(pins):
-        return place_apart(
+        return place(
             list(records.values()),
-            device_bytes=device_bytes,
-            host_bytes=host_bytes,
+            {Home.DEVICE: device_bytes, Home.HOST: host_bytes},
             home=None,
             has_disk=True,
             pins=pins,
@@ -170,12 +169,13 @@ def test_what_is_chosen_is_near_the_best_of_all(memory, forward_s):
     records = blocks(3, 5_000_000)
     names, own = list(records), costs(list(records), forward_s, 3 * forward_s)
     arena_bytes = int(least(records) * memory)
-    keys = [(name, plane) for name in names for plane in (Plane.WEIGHT, Plane.GRADIENT, Plane.MOMENT1)]
+    keys = [(name, group) for name in names for group in GROUPS]
     best = float("inf")
     for count in range(len(keys) + 1):
         for resident in itertools.combinations(keys, count):
             for slots in ((1, 1), (2, 1), (2, 2), (3, 2), (3, 3)):
-                placement = _placed(list(records.values()), frozenset(resident), *slots)
+                homes = dict.fromkeys(keys, Home.DISK) | dict.fromkeys(resident, Home.DEVICE)
+                placement = lay_out(list(records.values()), homes, slots)
                 if placement.arena_bytes <= arena_bytes:
                     best = min(best, simulate(call(names), records, placement, HOST, own).step_s)
     assert chosen(records, HOST, own, arena_bytes)[0].step_s <= 1.05 * best
@@ -258,10 +258,9 @@ def test_on_a_device_what_fits_is_simulated_too():
     names = list(records)
 
     def fit(pins):
-        return place_apart(
+        return place(
             list(records.values()),
-            device_bytes=2 * GIB,
-            host_bytes=3 * GIB,
+            {Home.DEVICE: 2 * GIB, Home.HOST: 3 * GIB},
             home=None,
             has_disk=True,
             pins=pins,

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from outsize.block import Plane
+from outsize.block import Group, Plane
 from outsize.config import ComputeType, Home, Pins
-from outsize.plan import Direction, Visit, place, place_apart
+from outsize.plan import Direction, Visit, place
 from outsize.plan.profile import Profile, Resource
 from outsize.plan.simulate import Costs, Task, run, simulate
 from tests.plan.test_plan import call, make_records
@@ -50,7 +50,7 @@ def blocks(count, size=UNIT):
 
 def on_disk(records, **pins):
     return place(
-        list(records.values()), arena_bytes=1 << 50, home=Home.DISK, has_disk=True, pins=Pins(**pins)
+        list(records.values()), {Home.DEVICE: 1 << 50}, home=Home.DISK, has_disk=True, pins=Pins(**pins)
     )
 
 
@@ -77,7 +77,7 @@ def test_kept_activations_are_not_computed_again():
     records = blocks(4)
     names = list(records)
     placement = place(
-        list(records.values()), arena_bytes=1 << 50, home=Home.HOST, has_disk=False, pins=Pins()
+        list(records.values()), {Home.DEVICE: 1 << 50}, home=Home.HOST, has_disk=False, pins=Pins()
     )
     both = dataclasses.replace(costs(names, 10.0, 30.0), kept_backward_s=dict.fromkeys(names, 20.0))
     steps = [
@@ -91,26 +91,25 @@ def test_weights_of_kept_blocks_stay_in_memory():
     records = list(blocks(4).values())
     kept = frozenset({"L02", "L03"})
     placement = place(
-        records, arena_bytes=1 << 50, home=Home.DISK, has_disk=True, kept=kept, pins=Pins(weight_slots=1)
+        records, {Home.DEVICE: 1 << 50}, home=Home.DISK, has_disk=True, kept=kept, pins=Pins(weight_slots=1)
     )
-    assert placement.resident == {("L02", Plane.WEIGHT), ("L03", Plane.WEIGHT)}
-    apart = place_apart(
+    assert placement.at(Home.DEVICE) == {("L02", Group.WEIGHT), ("L03", Group.WEIGHT)}
+    apart = place(
         records,
-        device_bytes=1 << 50,
-        host_bytes=1 << 50,
+        {Home.DEVICE: 1 << 50, Home.HOST: 1 << 50},
         home=Home.DISK,
         has_disk=True,
         kept=kept,
         pins=Pins(weight_slots=1),
     )
-    assert {block for block, _ in apart.resident} == kept and len(apart.resident) == 6
+    assert {block for block, _ in apart.at(Home.DEVICE)} == kept and len(apart.at(Home.DEVICE)) == 6
 
 
 def test_a_model_in_memory_takes_its_computing_and_its_updates():
     records = blocks(4)
     names = list(records)
     placement = place(
-        list(records.values()), arena_bytes=1 << 50, home=Home.HOST, has_disk=False, pins=Pins()
+        list(records.values()), {Home.DEVICE: 1 << 50}, home=Home.HOST, has_disk=False, pins=Pins()
     )
     result = simulate(call(names), records, placement, HOST, costs(names, 1.0, 3.0))
     # An update moves 28 bytes of each parameter; those of later blocks run beside earlier ones.
@@ -142,10 +141,9 @@ def test_a_forward_that_streams_is_its_bytes_over_the_bandwidth():
             trainable=False,
             element_bytes={Plane.WEIGHT: 2, Plane.GRADIENT: 2, Plane.MOMENT1: 4, Plane.MOMENT2: 4},
         )
-        placement = place_apart(
+        placement = place(
             list(records.values()),
-            device_bytes=40 * GIB,
-            host_bytes=1 << 50,
+            {Home.DEVICE: 40 * GIB, Home.HOST: 1 << 50},
             home=Home.HOST,
             has_disk=False,
             pins=Pins(),
@@ -194,10 +192,9 @@ def test_training_13b_on_one_card_by_number_of_disks(num_disks, published):
 def test_a_device_computes_while_the_link_moves(home):
     records = blocks(8)
     names = list(records)
-    placement = place_apart(
+    placement = place(
         list(records.values()),
-        device_bytes=4 * GIB,
-        host_bytes=1 << 50,
+        {Home.DEVICE: 4 * GIB, Home.HOST: 1 << 50},
         home=home,
         has_disk=True,
         pins=Pins(),
@@ -217,16 +214,17 @@ def test_inputs_that_wait_elsewhere_are_moved_there_and_back(apart):
     records = blocks(8)
     names, profile = list(records), DEVICE if apart else HOST
     if apart:
-        here = place_apart(
+        here = place(
             list(records.values()),
-            device_bytes=1 << 50,
-            host_bytes=1 << 50,
+            {Home.DEVICE: 1 << 50, Home.HOST: 1 << 50},
             home=Home.DEVICE,
             has_disk=True,
             pins=Pins(),
         )
     else:
-        here = place(list(records.values()), arena_bytes=1 << 50, home=Home.HOST, has_disk=False, pins=Pins())
+        here = place(
+            list(records.values()), {Home.DEVICE: 1 << 50}, home=Home.HOST, has_disk=False, pins=Pins()
+        )
     own = dataclasses.replace(costs(names, 1.0, 3.0), input_bytes=dict.fromkeys(names, 1 << 30))
 
     def moved(placement):
@@ -246,7 +244,7 @@ def test_inputs_that_wait_elsewhere_are_moved_there_and_back(apart):
 def test_computing_waits_for_inputs_that_a_slow_disk_brings_back():
     records = blocks(8)
     names = list(records)
-    here = place(list(records.values()), arena_bytes=1 << 50, home=Home.HOST, has_disk=False, pins=Pins())
+    here = place(list(records.values()), {Home.DEVICE: 1 << 50}, home=Home.HOST, has_disk=False, pins=Pins())
     own = dataclasses.replace(costs(names, 1.0, 3.0), input_bytes=dict.fromkeys(names, int(2e9)))
     near = simulate(call(names), records, here, HOST, own)
     beside = simulate(call(names), records, waiting(here, Home.DISK), HOST, own)
@@ -266,7 +264,7 @@ def test_more_bandwidth_is_never_slower_where_nothing_disturbs(sizes, slots, res
     records = make_records(dict(zip(names, sizes, strict=True)))
     placement = place(
         list(records.values()),
-        arena_bytes=1 << 50,
+        {Home.DEVICE: 1 << 50},
         home=None,
         has_disk=True,
         pins=Pins(weight_slots=slots, resident_bytes=resident),

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 import outsize
 from outsize import Pins
-from outsize.block import Plane
+from outsize.block import Group
+from outsize.config import Home
 from outsize.engine import api
 from outsize.errors import BudgetError, DeviceError, UsageError, WeightsError
 from outsize.plan.memory_estimate import MemoryEstimate
@@ -189,7 +190,7 @@ def test_a_whole_block_that_stays_on_the_device_moves_nothing(tmp_path, monkeypa
         optimizer.step()
         optimizer.zero_grad()
     placement = placement_of(model)
-    stay = {block for block, plane in placement.resident if plane is Plane.MOMENT1}
+    stay = {block for block, group in placement.at(Home.DEVICE) if group is Group.STATE}
     assert stay and not {label.partition(".")[0] for label in labels} & stay
     rows = {(row.tier, row.what) for row in outsize.report(model).rows}
     assert ("device", "optimizer state") in rows and ("host", "weights") in rows
@@ -462,7 +463,7 @@ def _first_fits(spare):
     """A planner to whom all arenas take what leaves `spare` of the device."""
 
     def place(run, options):
-        if int(0.95 * LIMIT) - options["device_bytes"] > spare:
+        if int(0.95 * LIMIT) - options["room"][Home.DEVICE] > spare:
             raise BudgetError("too small")
         return run()
 

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import outsize
 from outsize import Pins
+from outsize.config import Home
 from outsize.errors import BudgetError, ConfigError
 from tests.running import around_forward, opened, values_of
 from tests.seams import (
@@ -194,7 +195,7 @@ def test_activations_that_were_kept_go_first_and_change_no_bit(monkeypatch):
 
 
 def resident_of(model):
-    return {block for block, _ in placement_of(model).resident}
+    return {block for block, _ in placement_of(model).at(Home.DEVICE)}
 
 
 def holds_blocks(count, monkeypatch, *, from_call=0):

@@ -10,6 +10,7 @@ from torch import nn
 
 import outsize
 from outsize import Pins
+from outsize.config import Home
 from outsize.errors import BudgetError, ConfigError, CorruptionError, StorageError, UsageError
 from outsize.plan import memory_estimate
 from outsize.plan.memory_estimate import MemoryEstimate, estimate
@@ -519,7 +520,7 @@ def test_buffers_of_inputs_are_taken_from_what_is_left_for_arenas(tmp_path, monk
     rooms = []
 
     def note(run, options):
-        rooms.append(options.get("arena_bytes"))
+        rooms.append(options["room"][Home.DEVICE])
         return run()
 
     around_placing(monkeypatch, note)

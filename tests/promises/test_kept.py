@@ -14,7 +14,8 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from outsize import Pins
-from outsize.block import Plane
+from outsize.block import Group
+from outsize.config import Home
 from outsize.errors import BudgetError, ConfigError, UsageError
 from tests.promises.test_placement import Run, assert_same_bits, small_chunks, trained
 from tests.running import (
@@ -107,7 +108,7 @@ def test_the_last_layers_run_once(count, expected, tmp_path):
     assert forwards_of(model, ZOO["llama"].batch()) == expected
     placement = placement_of(model)
     assert placement.kept == {f"L{index:02}" for index in range(3) if expected[index] == 1}
-    assert all(placement.is_resident(block, Plane.WEIGHT) for block in placement.kept)
+    assert all(placement.home(block, Group.WEIGHT) is Home.DEVICE for block in placement.kept)
     with torch.no_grad():
         assert model(**ZOO["llama"].batch()).loss.grad_fn is None
 

@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 
 import outsize
 from outsize import Pins
+from outsize.config import Home
 from outsize.errors import BudgetError
 from outsize.store import weight_reader
 from tests.seams import (
@@ -49,7 +50,7 @@ def test_it_streams_without_a_disk_of_its_own(name, tmp_path):
     streamed, found = logits(folder, name, pins=STREAMED)
     _, expected = logits(folder, name, home="host")
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
-    assert disk_of(streamed) is None and not placement_of(streamed).resident
+    assert disk_of(streamed) is None and not placement_of(streamed).at(Home.DEVICE)
     assert "disk  weights, in their files" in str(outsize.report(streamed))
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -132,4 +133,4 @@ def test_the_memory_that_is_named_is_what_streaming_takes(tmp_path):
     assert "SSD" not in caught.value.hint
     found = re.search(r'host="(\d+MiB)"', caught.value.hint)
     model, _ = logits(folder, "llama", host=found[1], pins=STREAMED)
-    assert not placement_of(model).resident
+    assert not placement_of(model).at(Home.DEVICE)

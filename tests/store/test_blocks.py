@@ -7,6 +7,7 @@ from torch import nn
 import outsize
 from outsize import Pins
 from outsize.block import Plane
+from outsize.config import Home
 from outsize.optim import join
 from outsize.store import memory
 from tests.running import adamw, assert_same_weights, opened, train
@@ -64,7 +65,7 @@ def test_planes_live_where_the_placement_says(tmp_path):
     kinds = set()
     for state in store_of(model):
         for plane in (Plane.WEIGHT, Plane.GRADIENT, *state.record.state):
-            is_resident = placement.is_resident(state.name, plane)
+            is_resident = placement.home(state.name, plane.group) is Home.DEVICE
             kinds.add(is_resident)
             assert (plane in state.planes.resident) is is_resident
     assert kinds == {True, False}

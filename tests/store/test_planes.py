@@ -6,8 +6,8 @@ from itertools import pairwise
 import pytest
 import torch
 
-from outsize.block import CHUNK, Block, Piece, Plane, Record, align
-from outsize.config import ComputeType
+from outsize.block import CHUNK, Block, Group, Piece, Plane, Record, align
+from outsize.config import ComputeType, Home
 from outsize.errors import BudgetError
 from outsize.optim import ADAMW, ADAMW8BIT
 from outsize.plan import Placement, SlotClass
@@ -26,7 +26,6 @@ def record_of(name, sizes, rule=ADAMW, **changed):
 
 def placement_of(records, resident=(), hosted=(), **changed):
     streamed = [r for r in records if r.name not in {*resident, *hosted}]
-    kinds = (Plane.WEIGHT, Plane.GRADIENT, Plane.MOMENT1)
     in_memory = {
         names: sum(r.plane_bytes(p) for r in records if r.name in names for p in r.element_bytes)
         for names in (tuple(resident), tuple(hosted))
@@ -38,8 +37,15 @@ def placement_of(records, resident=(), hosted=(), **changed):
         return (SlotClass(max(map(num_bytes, streamed)), 1, frozenset(r.name for r in streamed)),)
 
     placement = Placement(
-        resident=frozenset((name, kind) for name in resident for kind in kinds),
-        hosted=frozenset((name, kind) for name in hosted for kind in kinds),
+        homes={
+            (r.name, group): Home.DEVICE
+            if r.name in resident
+            else Home.HOST
+            if r.name in hosted
+            else Home.DISK
+            for r in records
+            for group in Group
+        },
         weight_classes=classes(lambda r: r.plane_bytes(Plane.WEIGHT)),
         gradient_classes=classes(lambda r: align(4 * r.num_trainable)),
         chunk_buffers=0,

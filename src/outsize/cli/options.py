@@ -7,7 +7,7 @@ import re
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
-from outsize.config import ComputeType, Home, Pins
+from outsize.config import HOME_CHOICES, ComputeType, Pins
 from outsize.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def add_place(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
         help="folder on a local disk, such as /nvme/scratch:200GiB; several on different drives are used side by side",
     )
     group.add_argument(
-        "--home", choices=[str(home) for home in Home], help="where weights and state live at rest"
+        "--home", choices=[str(home) for home in HOME_CHOICES], help="where weights and state live at rest"
     )
     group.add_argument(
         "--dtype", choices=[str(kind) for kind in ComputeType], help="number type to compute in"
@@ -113,7 +113,7 @@ def pins_of(texts: list[str]) -> Pins | None:
     known = {pin.name for pin in fields(Pins)}
     words: dict[str, dict[str, Any]] = {
         "verify": {"true": True, "false": False},
-        "inputs": {str(home): str(home) for home in Home},
+        "inputs": {str(home): str(home) for home in HOME_CHOICES},
     }
     values: dict[str, Any] = {}
     for text in texts:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from outsize.config import Budgets, ComputeType, Disk, Home, OnDeviceFull, Pins, Settings
+from outsize.config import HOME_CHOICES, Budgets, ComputeType, Disk, Home, OnDeviceFull, Pins, Settings
 from outsize.engine.methods import take_methods_over
 from outsize.engine.placeholder import OffloadedParameter
 from outsize.engine.rng_autocast import outside_inference_mode
@@ -215,8 +215,8 @@ def parse_settings(
     pins: Pins | None,
 ) -> Settings:
     """The same for a machine that is not there. Raises ConfigError for what is malformed, or contradicts itself."""
-    if home is not None and home not in list(Home):
-        raise ConfigError(f"home={home!r}", hint=f"one of {', '.join(Home)}")
+    if home is not None and home not in HOME_CHOICES:
+        raise ConfigError(f"home={home!r}", hint=f"one of {', '.join(HOME_CHOICES)}")
     if home == Home.DISK and disk is None:
         raise ConfigError('home="disk" without a folder', hint='give one with disk="/path/on/an/ssd"')
     if pins is not None and pins.inputs == Home.DISK and disk is None:

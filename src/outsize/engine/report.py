@@ -14,7 +14,7 @@ from outsize.engine.hooks import has_user_hooks
 from outsize.engine.layer import Layer
 from outsize.engine.runtime import Runtime, runtime_of
 from outsize.model import attention_of
-from outsize.plan import Placement, is_stored
+from outsize.plan import Placement
 from outsize.store import memory
 
 _NAMES = {Plane.WEIGHT: "weights", Plane.GRADIENT: "gradients"}
@@ -137,15 +137,12 @@ def placement_rows(runtime: Runtime, records: Sequence[Record], placement: Place
     """What lives where: planes by tier, then the buffers they pass through, then the process itself."""
     figures: Counter[tuple[str, str]] = Counter()
     computes_in = "host" if runtime.model.device.is_host else "device"
+    tiers = {Home.DEVICE: computes_in, Home.FILE: "disk"}
     for record in records:
         for plane, num_bytes in _planes(record).items():
-            tier = "host" if placement.is_hosted(record.name, plane) else "disk"
-            if placement.is_resident(record.name, plane):
-                tier = computes_in
-            what = _NAMES.get(plane, "optimizer state")
-            if tier == "disk" and not is_stored(records):
-                what += ", in their files"
-            figures[tier, what] += num_bytes
+            home = placement.home(record.name, plane.group)
+            what = _NAMES.get(plane, "optimizer state") + (", in their files" if home is Home.FILE else "")
+            figures[tiers.get(home, str(home)), what] += num_bytes
     for name, index in placement.pieces:
         record = next(record for record in records if record.name == name)
         num_bytes = int(record.entries[index].piece.num_elements * record.element_bytes[Plane.WEIGHT])

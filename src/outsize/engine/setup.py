@@ -10,7 +10,7 @@ from dataclasses import replace
 from fractions import Fraction
 from typing import final
 
-from outsize.block import Plane, Record
+from outsize.block import Group, Plane, Record
 from outsize.config import ComputeType, Home, Settings
 from outsize.engine.backing import Backing
 from outsize.engine.budget import Budget
@@ -21,7 +21,7 @@ from outsize.engine.timing import measure_costs
 from outsize.errors import UsageError
 from outsize.model import EncodingSource, InitSource, TensorSource
 from outsize.optim import Kernel, Rule
-from outsize.plan import Direction, Placement, is_stored
+from outsize.plan import IN_MEMORY, Direction, Placement, is_stored
 from outsize.plan.candidates import CostModel
 from outsize.plan.profile import Profile
 from outsize.plan.simulate import Costs
@@ -169,7 +169,10 @@ class Setup:
         """Decide, allocate, and open the disk. Raises BudgetError, having changed nothing, if it does not fit."""
         self._compile(self.kernel)  # a compilation ends before the arenas are touched
         records, placement = self.decide(workload, shape)
-        if any(plane is Plane.MOMENT1 for _, plane in placement.resident) and not self._model.device.is_host:
+        if (
+            any(group is Group.STATE for _, group in placement.at(Home.DEVICE))
+            and not self._model.device.is_host
+        ):
             self._compile(self._device_kernel)
         store, restored = self._open_store(records, placement)
         backing = self._backing
@@ -241,9 +244,7 @@ class Setup:
         source = self._backing.source
         if isinstance(source, EncodingSource):
             stay = {
-                state.name
-                for state in store
-                if {*state.planes.resident, *state.planes.hosted} & {Plane.WEIGHT}
+                state.name for state in store if store.placement.home(state.name, Group.WEIGHT) in IN_MEMORY
             }
             blocks = self._model.cut.blocks
             if any(block.name not in stay and source.encodes(block) for block in blocks):

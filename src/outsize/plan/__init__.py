@@ -5,12 +5,12 @@ from outsize.plan.check import Peaks, PlanError, check
 from outsize.plan.op import Backward, Claim, Forward, Free, Held, Op, Read, Update, Wait, Write
 from outsize.plan.place import (
     GRADIENT_SUM_BYTES,
+    IN_MEMORY,
     Placement,
     SlotClass,
     evicted,
     is_stored,
     place,
-    place_apart,
     slot_class_of,
     sums_in_place,
 )
@@ -18,6 +18,7 @@ from outsize.plan.plan import Plan
 
 __all__ = [
     "GRADIENT_SUM_BYTES",
+    "IN_MEMORY",
     "Backward",
     "Claim",
     "Direction",
@@ -41,7 +42,6 @@ __all__ = [
     "evicted",
     "is_stored",
     "place",
-    "place_apart",
     "slot_class_of",
     "sums_in_place",
 ]

@@ -11,7 +11,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from outsize.block import Plane, Record
+from outsize.block import Group, Plane, Record
+from outsize.config import Home
 from outsize.plan.op import Backward, Claim, Forward, Free, Held, Op, Read, Update, Wait, Write
 from outsize.plan.place import GRADIENT_SUM_BYTES, Placement, slot_class_of, sums_in_place
 from outsize.plan.plan import Plan
@@ -198,6 +199,6 @@ class _Builder:
 
     def _gradient_bytes(self, block: str) -> int:
         record = self.records[block]
-        if sums_in_place(record, self.placement.is_resident(block, Plane.GRADIENT)):
+        if sums_in_place(record, self.placement.home(block, Group.GRADIENT) is Home.DEVICE):
             return 0
         return int(record.num_trainable * record.element_bytes[Plane.GRADIENT])

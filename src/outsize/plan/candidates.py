@@ -12,12 +12,12 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import final
 
-from outsize.block import Plane, Record
+from outsize.block import Group, Record
 from outsize.config import Home, Pins, Settings, format_bytes
 from outsize.errors import BudgetError
 from outsize.plan.limits import DEVICE_SLACK_BYTES, Limits
 from outsize.plan.memory_estimate import MemoryEstimate, Variant, estimate_of
-from outsize.plan.place import GROUPS, Placement, group_bytes, is_stored, place, place_apart
+from outsize.plan.place import GROUPS, Placement, group_bytes, is_stored, place
 from outsize.plan.planner import Choice, choose, prefer, waits
 from outsize.plan.profile import Profile
 from outsize.plan.simulate import Costs
@@ -274,13 +274,14 @@ class Planner:
     def _exact_pins(self, choice: Choice[Candidate], records: Mapping[str, Record]) -> Pins:
         """Pins that lead to this choice and no other, whatever is known of the machine."""
         variant, placement = choice.way.variant, choice.placement
-        kept = {(name, group) for name, group in placement.resident if name in placement.kept}
-        always = {(name, group) for name, group in placement.resident if name in self._always_resident}
+        resident = placement.at(Home.DEVICE)
+        kept = {(name, group) for name, group in resident if name in placement.kept}
+        always = {(name, group) for name, group in resident if name in self._always_resident}
         if self.limits.is_host:
-            kept = {(name, group) for name, group in kept if group is Plane.WEIGHT}
+            kept = {(name, group) for name, group in kept if group is Group.WEIGHT}
         everything = sum(group_bytes(record, group) for record in records.values() for group in GROUPS)
         is_whole = placement.resident_bytes == everything
-        chosen = placement.resident if is_whole else placement.resident - kept - always
+        chosen = resident if is_whole else resident - kept - always
         slots = [
             max((group.count for group in classes), default=own)
             for classes, own in (
@@ -288,7 +289,7 @@ class Planner:
                 (placement.gradient_classes, choice.pins.gradient_slots),
             )
         ]
-        resident = sum(group_bytes(records[name], group) for name, group in chosen)
+        chosen_bytes = sum(group_bytes(records[name], group) for name, group in chosen)
         is_counted = choice.pins.resident is None
         return replace(
             choice.pins,
@@ -297,7 +298,9 @@ class Planner:
             tile_rows=variant.tile_rows,
             kept_blocks=variant.kept_blocks,
             inputs=str(variant.inputs or self.limits.computes_in),
-            resident_bytes=resident + placement.pieces_bytes if is_counted else choice.pins.resident_bytes,
+            resident_bytes=chosen_bytes + placement.pieces_bytes
+            if is_counted
+            else choice.pins.resident_bytes,
         )
 
     # -- placing -------------------------------------------------------------------------------------------------
@@ -324,29 +327,17 @@ class Planner:
         self, memory: MemoryEstimate, room: int, home_room: int, pins: Pins, home: Home | None
     ) -> Placement:
         """The same, however much of the disk that takes."""
-        if self.limits.is_host:
-            placement = place(
-                self._records,
-                arena_bytes=room,
-                home=home,
-                has_disk=self._can_stream,
-                always_resident=self._always_resident,
-                kept=memory.kept,
-                idle=self.idle,
-                pins=pins,
-            )
-        else:
-            placement = place_apart(
-                self._records,
-                device_bytes=room,
-                host_bytes=home_room,
-                home=home,
-                has_disk=self._can_stream,
-                always_resident=self._always_resident,
-                kept=memory.kept,
-                pins=pins,
-                commits=self._settings.commits > 0,
-            )
+        placement = place(
+            self._records,
+            {Home.DEVICE: room} if self.limits.is_host else {Home.DEVICE: room, Home.HOST: home_room},
+            home=home,
+            has_disk=self._can_stream,
+            always_resident=self._always_resident,
+            kept=memory.kept,
+            idle=self.idle,
+            pins=pins,
+            commits=self._settings.commits > 0,
+        )
         inputs = memory.inputs if memory.moved_bytes else None
         return replace(placement, kept=memory.kept, inputs=inputs, inputs_bytes=memory.moved_bytes)
 

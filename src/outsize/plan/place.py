@@ -1,20 +1,24 @@
-"""Which planes stay in memory, and how many slots the others pass through.
+"""Where each group of planes of each block lives, and the slots and buffers that the others pass through.
 
-Memory is spent in this order: the least that works (one weight slot and one gradient slot per class, the chunk
-buffers), then slots that let transfers run beside computing, then resident planes. Those come first that save most
-traffic per byte: weights move three times per step (read forward and backward, written by the update), gradients and
-state twice; unless a plan that was simulated says of how many blocks each stays. Of the planes of one kind, those that
-stay are spread evenly over the model, so that what still moves has time beside them, the ends of it last: what is visited
-last forward is visited first backward, and stays in its slot.
+Memory is spent in this order: the least that works (one weight slot and one gradient slot per class, the chunk buffers),
+then slots that let transfers run beside computing, then homes, from the fastest memory down. A home in memory goes first to
+the groups that save most traffic per byte: weights move three times per step (read forward and backward, written by the
+update), gradients and state twice; unless a plan that was simulated says of how many blocks each stays. A device with
+memory of its own takes whole blocks instead, which it then updates itself. The blocks of which a group stays are spread
+evenly over the model, so that what still moves has time beside them (in the manner of the k-th block of Deep Optimizer
+States, https://arxiv.org/abs/2410.21316), the ends of the model last: what is visited last forward is visited first
+backward, and stays in its slot.
 """
 
 from __future__ import annotations
 
+import copy
 from collections import deque
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TypeAlias
 
-from outsize.block import ALIGNMENT, CHUNK, Plane, Record, align
+from outsize.block import ALIGNMENT, CHUNK, Group, Plane, Record, align
 from outsize.config import Home, Pins, format_bytes
 from outsize.errors import BudgetError
 
@@ -29,10 +33,17 @@ CHUNK_BUFFERS = 4
 BOUNCE_BUFFERS = 8
 """Four for each way: the disk fills two while the link empties two."""
 STAGING_BUFFERS = 2
-_ABSENT = 0
 
-GROUPS = (Plane.WEIGHT, Plane.GRADIENT, Plane.MOMENT1)
-"""What stays or moves as one; MOMENT1 stands for all state."""
+GROUPS = (Group.WEIGHT, Group.GRADIENT, Group.STATE)
+"""Those that save most traffic per byte first."""
+
+IN_MEMORY = (Home.DEVICE, Home.HOST)
+
+Key: TypeAlias = tuple[str, Group]
+"""A block and a group of its planes."""
+
+Room: TypeAlias = Mapping[Home, int]
+"""Bytes of memory by home: DEVICE where blocks compute, and HOST if that is a device with memory of its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,27 +62,27 @@ class SlotClass:
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Where every plane lives between visits, and the buffers it passes through. All figures are bytes or counts.
+    """Where every group of planes lives between visits, and the buffers it passes through. Figures are bytes or counts.
 
-    `resident` holds `(block, plane)`, for WEIGHT, GRADIENT and, standing for all state planes, MOMENT1, of what stays
-    where blocks compute. Where that is a device with memory of its own, `hosted` holds what stays in the host's memory
-    instead, and everything that moves passes through pinned buffers: chunks, `bounce_buffers` between disk and device,
-    and `staging_buffers` for whole weight planes that come from a checkpoint. `kept` holds layers whose activations wait
-    for the backward, which then does not compute them again; their weights are resident. `inputs` is where the inputs of
-    blocks wait, at most `inputs_bytes` there; None where they stay where blocks compute. `pieces` holds `(block, index)` of
-    single entries of streamed blocks whose weights stay in memory as well: filling a slot copies them from there instead of
-    reading them from the model's files.
+    `homes` has one word for every group of every block. DEVICE is the memory where blocks compute: the host's own where
+    the processor computes, and then no group has HOST. Buffers are in the memory that `buffers_in` names: HOST beside a
+    device with memory of its own, where everything that moves passes through them: chunks, `bounce_buffers` between disk
+    and device, and `staging_buffers` for whole weight planes that come from a checkpoint. `kept` holds layers whose
+    activations wait for the backward, which then does not compute them again; their weights stay where they compute.
+    `inputs` is where the inputs of blocks wait, at most `inputs_bytes` there; None where they stay where blocks compute.
+    `pieces` holds `(block, index)` of single entries of streamed blocks whose weights stay in memory as well: a slot is
+    filled from there instead of the model's files.
     """
 
-    resident: frozenset[tuple[str, Plane]]
+    homes: Mapping[Key, Home] = field(hash=False)
     weight_classes: tuple[SlotClass, ...]
     gradient_classes: tuple[SlotClass, ...]
     chunk_buffers: int
     chunk_bytes: int
     resident_bytes: int
     disk_bytes: int
-    hosted: frozenset[tuple[str, Plane]] = frozenset()
     hosted_bytes: int = 0
+    buffers_in: Home = Home.DEVICE
     bounce_buffers: int = 0
     bounce_bytes: int = 0
     staging_buffers: int = 0
@@ -81,6 +92,14 @@ class Placement:
     inputs_bytes: int = 0
     pieces: frozenset[tuple[str, int]] = frozenset()
     pieces_bytes: int = 0
+
+    def home(self, block: str, group: Group) -> Home:
+        """Where `group` of `block` lives between visits."""
+        return self.homes[block, group]
+
+    def at(self, home: Home) -> frozenset[Key]:
+        """All that lives in `home`."""
+        return frozenset(key for key, own in self.homes.items() if own is home)
 
     def is_roomy(self, pins: Pins) -> bool:
         """Whether there are as many slots as transfers beside computing can use, or as were pinned."""
@@ -106,6 +125,11 @@ class Placement:
         bounce = self.bounce_buffers * self.bounce_bytes
         return chunks + bounce + self.staging_buffers * self.staging_bytes
 
+    def bytes_in(self, home: Home) -> int:
+        """Memory of `home`, DEVICE or HOST, that planes, slots and buffers take."""
+        planes = self.compute_bytes if home is Home.DEVICE else self.hosted_bytes
+        return planes + (self.passage_bytes if home is self.buffers_in else 0)
+
     @property
     def compute_bytes(self) -> int:
         """Memory where blocks compute: slots and what is resident."""
@@ -121,105 +145,231 @@ class Placement:
         """Memory of everything; all of it the host's where blocks compute there."""
         return self.compute_bytes + self.home_bytes
 
-    def is_resident(self, block: str, plane: Plane) -> bool:
-        """Whether `plane` of `block` stays where blocks compute (any state plane stands for all)."""
-        return (block, _group(plane)) in self.resident
 
-    def is_hosted(self, block: str, plane: Plane) -> bool:
-        """Whether `plane` of `block` stays in the memory of a host that does not compute."""
-        return (block, _group(plane)) in self.hosted
-
-
-def _group(plane: Plane) -> Plane:
-    return plane if plane in (Plane.WEIGHT, Plane.GRADIENT) else Plane.MOMENT1
-
-
-def group_bytes(record: Record, group: Plane) -> int:
-    """Memory of one resident group of planes of `record`: the weights, the gradient, or all of the state."""
-    if group is Plane.MOMENT1:
+def group_bytes(record: Record, group: Group) -> int:
+    """Memory of one group of planes of `record`; 0 where it has none."""
+    if group is Group.STATE:
         return record.whole_state_bytes
-    if group is Plane.GRADIENT and not record.num_trainable:
-        return _ABSENT
-    return record.plane_bytes(group)
+    return record.plane_bytes(Plane(group)) if record.plane_elements(Plane(group)) else 0
+
+
+def is_stored(records: Sequence[Record]) -> bool:
+    """Whether anything is ever written: where nothing trains, weights are read from where they came from, each time."""
+    return any(record.num_trainable for record in records)
 
 
 def place(
     records: Sequence[Record],
+    room: Room,
     *,
-    arena_bytes: int,
     home: Home | None,
     has_disk: bool,
     always_resident: frozenset[str] = frozenset(),
     kept: frozenset[str] = frozenset(),
     idle: frozenset[str] = frozenset(),
     pins: Pins,
+    commits: bool = False,
 ) -> Placement:
-    """The placement that uses `arena_bytes` best; the weights of blocks in `kept` stay in memory whatever else does, those
-    of blocks in `idle`, which no visit needs, only where all do.
+    """The placement that uses `room` best.
 
-    `home` pins where planes live (`HOST`: all resident, `DISK`: none but `always_resident`); without it memory that is
-    left after the slots holds planes. Raises BudgetError, naming the least arena that works, where nothing fits.
+    All planes of the blocks in `always_resident`, and the weights of those in `kept`, stay where blocks compute whatever
+    else does; none of those in `idle`, which no visit needs, unless all blocks do. `home` pins where all others live. With
+    `commits`, what lives on a device passes through bounce buffers to the disk. Raises BudgetError, naming what is short,
+    where nothing fits.
     """
-    if home in (Home.HOST, Home.DEVICE) or not has_disk:
-        whole = _placed(records, _everything(records), 1, 1)
-        if whole.arena_bytes > arena_bytes:
-            raise BudgetError(
-                f"all planes in memory take {format_bytes(whole.arena_bytes)}, "
-                f"the budget leaves {format_bytes(arena_bytes)} for them",
-                hint='give a folder on an SSD with disk="...", or more memory with host="..."',
-            )
-        return whole
-    limit = pins.resident_bytes if pins.resident_bytes is not None else (0 if home is Home.DISK else None)
-    if pins.resident is None and limit != 0:
-        whole = _placed(records, _everything(records), 1, 1)
-        if whole.arena_bytes <= arena_bytes and (limit is None or whole.resident_bytes <= limit):
-            return whole
-
-    least = _least(records, always_resident, kept)
+    is_apart = Home.HOST in room
+    if is_apart and pins.resident is not None:
+        raise BudgetError(
+            "Pins(resident=...) is for machines whose blocks compute in the host's memory",
+            hint="with a device, give resident_bytes= instead",
+        )
+    if not is_apart and (home is Home.HOST or not has_disk):
+        home = Home.DEVICE  # the host's memory is where blocks compute
+    if home is Home.DISK and pins.resident is not None:
+        raise BudgetError(
+            f"Pins(resident={pins.resident}) keeps planes in memory, and home=disk keeps none",
+            hint="leave one of them out",
+        )
+    limit = pins.resident_bytes if home is None or pins.resident_bytes is not None else 0
     if pins.resident is not None:
-        if home is Home.DISK:
-            raise BudgetError(
-                f"Pins(resident={pins.resident}) keeps planes in memory, and home=disk keeps none",
-                hint="leave one of them out",
-            )
-        least, limit = _kept(records, least, pins.resident), 0
-    slots, placement = _with_slots(records, least, arena_bytes, pins)
-    left = arena_bytes - placement.arena_bytes
-    if limit is not None:
-        left = min(left, limit)
-    chosen = set(least)
-    for record, group in _ordered([r for r in records if r.name not in idle]) if left else ():
-        cost = group_bytes(record, group)
-        if (record.name, group) not in chosen and cost <= left:
-            chosen.add((record.name, group))
-            left -= cost
-    placement = _placed(records, frozenset(chosen), *slots)
+        limit = 0  # nothing beside the blocks that are pinned
+    placer = _Placer(records, room, commits)
+    whole = placer.with_all(Home.DEVICE)
+    fits = whole.bytes_in(Home.DEVICE) <= room[Home.DEVICE]
+    if home is Home.DEVICE and not fits:
+        hint = "leave home= out: weights and state then live in the host's memory or on disk"
+        if not is_apart:
+            hint = 'give a folder on an SSD with disk="...", or more memory with host="..."'
+        raise _too_little("all planes take", whole, Home.DEVICE, room, hint)
+    if home is Home.DEVICE or (fits and (limit is None or whole.resident_bytes <= limit)):
+        return whole
+    placer.pin(always_resident, kept, pins.resident or (0, 0, 0))
+    left = placer.take_slots(pins)
+    left = placer.fill(Home.DEVICE, idle, left if limit is None else min(left, limit))
+    if is_apart:
+        return placer.beside_device(home if has_disk else Home.HOST, has_disk)
+    placement = placer.placement()
     return placement if limit == 0 else with_pieces(placement, records, left, idle)
 
 
-def _least(
-    records: Sequence[Record], always_resident: frozenset[str], kept: frozenset[str]
-) -> frozenset[tuple[str, Plane]]:
-    """What stays in memory whatever else does: all planes of some blocks, the weights of others."""
-    return frozenset(
-        (name, group)
-        for name, group in _everything([r for r in records if r.name in always_resident | kept])
-        if name in always_resident or group is Plane.WEIGHT
+def _too_little(what: str, placement: Placement, home: Home, room: Room, hint: str) -> BudgetError:
+    taken, left = format_bytes(placement.bytes_in(home)), format_bytes(room[home])
+    where = f"{home}'s" if Home.HOST in room else "host's"
+    return BudgetError(f"{what} {taken} of the {where} memory, the budget leaves {left} for them", hint=hint)
+
+
+class _Placer:
+    """Gives homes to groups of planes. At first all live where they move from: on disk, or in the model's files."""
+
+    def __init__(self, records: Sequence[Record], room: Room, commits: bool) -> None:
+        self._num_bytes = {(r.name, group): group_bytes(r, group) for r in records for group in GROUPS}
+        self._homes = dict.fromkeys(self._num_bytes, Home.DISK if is_stored(records) else Home.FILE)
+        self._slots = (1, 1)
+        self._records = records
+        self._room = room
+        self._is_apart = Home.HOST in room
+        self._commits = commits
+
+    def with_all(self, home: Home) -> Placement:
+        """The placement where all that has no home in memory lives in `home`."""
+        other = copy.copy(self)
+        other._homes = dict(self._homes)
+        other._give(home, self._homes)
+        return other.placement()
+
+    def pin(self, whole: frozenset[str], weights: frozenset[str], counts: tuple[int, int, int]) -> None:
+        """Let all of the blocks in `whole`, the weights of those in `weights`, and groups of `counts` blocks stay.
+
+        A device with memory of its own holds whole blocks.
+        """
+        self._give(Home.DEVICE, ((name, group) for name in whole for group in GROUPS))
+        groups = GROUPS if self._is_apart else (Group.WEIGHT,)
+        self._give(Home.DEVICE, ((name, group) for name in weights for group in groups))
+        for group, count in zip(GROUPS, counts, strict=True):
+            self._give(Home.DEVICE, ((r.name, group) for r in _spread_evenly(self._records)[:count]))
+
+    def take_slots(self, pins: Pins) -> int:
+        """Take as many slots as fit, and say how many bytes are left where blocks compute. Raises BudgetError."""
+        for slots in _fewer_and_fewer(self._records, pins):
+            self._slots = slots
+            placement = self.placement()
+            left = self._room[Home.DEVICE] - placement.bytes_in(Home.DEVICE)
+            if left >= 0:
+                return left
+        computes_in = "device" if self._is_apart else "host"
+        hint = f"give more memory with {computes_in}=, a smaller batch or shorter sequences"
+        what = "the slots and buffers that streaming needs take"
+        raise _too_little(what, placement, Home.DEVICE, self._room, hint)
+
+    def fill(self, home: Home, idle: frozenset[str], num_bytes: int) -> int:
+        """Give homes in `num_bytes` of memory to what has none, except blocks in `idle`; say how many bytes are left.
+
+        A device with memory of its own takes whole blocks, all other memory single groups.
+        """
+        if self._is_apart and home is Home.DEVICE:
+            order = _spread_evenly(self._records)
+            units = [tuple((record.name, group) for group in GROUPS) for record in order]
+        else:
+            order = _spread_evenly([record for record in self._records if record.name not in idle])
+            units = [((record.name, group),) for group in GROUPS for record in order]
+        for unit in units:
+            cost = sum(self._num_bytes[key] for key in unit if self._homes[key] not in IN_MEMORY)
+            if cost <= num_bytes:
+                self._give(home, unit)
+                num_bytes -= cost
+        return num_bytes
+
+    def beside_device(self, home: Home | None, has_disk: bool) -> Placement:
+        """The placement in which the host's memory holds what does not stay on the device, as far as `home` lets it.
+
+        Raises BudgetError where that memory does not suffice.
+        """
+        placement, room = self.placement(), self._room[Home.HOST]
+        if home is not Home.DISK:
+            hosted = self.with_all(Home.HOST)
+            if home is None and hosted.bytes_in(Home.HOST) > room:
+                self.fill(Home.HOST, frozenset(), room - placement.passage_bytes)
+                hosted = self.placement()
+            placement = hosted
+        if placement.bytes_in(Home.HOST) > room:
+            hint = "give more memory with host="
+            if not has_disk:
+                hint = f'give a folder on an SSD with disk="...", or {hint.removeprefix("give ")}'
+            raise _too_little("what lives there takes", placement, Home.HOST, self._room, hint)
+        return placement
+
+    def _give(self, home: Home, keys: Iterable[Key]) -> None:
+        """Give a home to those of `keys` that take memory and have none there yet."""
+        self._homes |= {
+            key: home for key in keys if self._num_bytes.get(key) and self._homes[key] not in IN_MEMORY
+        }
+
+    def placement(self) -> Placement:
+        """The placement with the homes that were given, and the slots that were taken."""
+        buffers_in = Home.HOST if self._is_apart else Home.DEVICE
+        return lay_out(self._records, self._homes, self._slots, buffers_in, self._commits)
+
+
+def lay_out(
+    records: Sequence[Record],
+    homes: Mapping[Key, Home],
+    slots: tuple[int, int],
+    buffers_in: Home = Home.DEVICE,
+    commits: bool = False,
+) -> Placement:
+    """The placement with these homes, at most so many weight and gradient slots per class, and the buffers it needs."""
+
+    def moves(record: Record, group: Group) -> bool:
+        return homes[record.name, group] not in IN_MEMORY and bool(group_bytes(record, group))
+
+    def bytes_at(home: Home) -> int:
+        return sum(group_bytes(r, group) for r in records for group in GROUPS if homes[r.name, group] is home)
+
+    is_apart = buffers_in is Home.HOST
+    streamed = {
+        r.name: r.plane_bytes(Plane.WEIGHT) for r in records if homes[r.name, Group.WEIGHT] is not Home.DEVICE
+    }
+    summed = {
+        r.name: sum_bytes(r)
+        for r in records
+        if r.num_trainable and not sums_in_place(r, homes[r.name, Group.GRADIENT] is Home.DEVICE)
+    }
+    chunked = GROUPS if is_apart else (Group.GRADIENT, Group.STATE)  # a host updates weights in the slot
+    chunk_bytes = max(
+        (
+            sum(
+                size
+                for group, size in zip(GROUPS, r.chunk_bytes, strict=True)
+                if group in chunked and moves(r, group)
+            )
+            for r in records
+            if r.num_trainable and r.state
+        ),
+        default=0,
     )
-
-
-def _with_slots(
-    records: Sequence[Record], resident: frozenset[tuple[str, Plane]], arena_bytes: int, pins: Pins
-) -> tuple[tuple[int, int], Placement]:
-    """As many slots as fit beside `resident`, and the placement with them. Raises BudgetError where the fewest do not."""
-    for slots in _fewer_and_fewer(records, pins):
-        placement = _placed(records, resident, *slots)
-        if placement.arena_bytes <= arena_bytes:
-            return slots, placement
-    raise BudgetError(
-        f"the slots and buffers that streaming needs take {format_bytes(placement.arena_bytes)}, "
-        f"the budget leaves {format_bytes(arena_bytes)} for them",
-        hint="give more memory with host=, a smaller batch or shorter sequences",
+    staged = [r.plane_bytes(Plane.WEIGHT) for r in records if is_apart and moves(r, Group.WEIGHT)]
+    is_bounced = is_apart and (
+        any(moves(r, group) for r in records for group in (Group.WEIGHT, Group.GRADIENT))
+        or (commits and Home.DEVICE in homes.values())
+    )
+    return Placement(
+        homes=dict(homes),
+        weight_classes=_classes(streamed, slots[0]),
+        gradient_classes=_classes(summed, slots[1]),
+        chunk_buffers=CHUNK_BUFFERS if chunk_bytes else 0,
+        chunk_bytes=chunk_bytes,
+        resident_bytes=bytes_at(Home.DEVICE),
+        disk_bytes=sum(
+            r.num_bytes
+            for r in records
+            if any(moves(r, group) and homes[r.name, group] is Home.DISK for group in GROUPS)
+        ),
+        hosted_bytes=bytes_at(Home.HOST),
+        buffers_in=buffers_in,
+        bounce_buffers=BOUNCE_BUFFERS if is_bounced else 0,
+        bounce_bytes=CHUNK * GRADIENT_SUM_BYTES if is_bounced else 0,
+        staging_buffers=STAGING_BUFFERS if staged else 0,
+        staging_bytes=max(staged, default=0),
     )
 
 
@@ -232,7 +382,9 @@ def with_pieces(
     nothing changes: an update would have to write such an entry twice.
     """
     chosen: dict[tuple[str, int], int] = {}
-    streamed = [r for r in records if r.name not in idle and not placement.is_resident(r.name, Plane.WEIGHT)]
+    streamed = [
+        r for r in records if r.name not in idle and placement.home(r.name, Group.WEIGHT) is not Home.DEVICE
+    ]
     for record in _spread_evenly(streamed) if not is_stored(records) else ():
         sizes = {
             index: align(entry.piece.num_elements * record.element_bytes[Plane.WEIGHT])
@@ -264,107 +416,21 @@ def _fewer_and_fewer(records: Sequence[Record], pins: Pins) -> Iterator[tuple[in
             return
 
 
-def _kept(
-    records: Sequence[Record], always: frozenset[tuple[str, Plane]], counts: tuple[int, int, int]
-) -> frozenset[tuple[str, Plane]]:
-    """`always`, and weights, gradients and state of so many blocks."""
-    order = _spread_evenly(records)
-    return always | {
-        (record.name, group)
-        for group, count in zip(GROUPS, counts, strict=True)
-        for record in order[:count]
-        if group_bytes(record, group)
-    }
-
-
-def place_apart(
-    records: Sequence[Record],
-    *,
-    device_bytes: int,
-    host_bytes: int,
-    home: Home | None,
-    has_disk: bool,
-    always_resident: frozenset[str] = frozenset(),
-    kept: frozenset[str] = frozenset(),
-    pins: Pins,
-    commits: bool = False,
-) -> Placement:
-    """The placement that uses `device_bytes` beside a device and `host_bytes` of the host's memory best.
-
-    On the device, slots come first and the blocks in `kept`, then other whole blocks with gradient and state: such a
-    block moves nothing and is updated there. They are spread evenly over the model, so that what still moves has time
-    beside them (in the manner of the k-th block of Deep Optimizer States, https://arxiv.org/abs/2410.21316). The host's
-    memory holds weights first, then gradients, then state, as far as it goes; the disk holds the rest. `home` pins all
-    three: DEVICE, HOST or DISK. With `commits`, what lives on the device passes through bounce buffers to the disk.
-    Raises BudgetError, naming what is short, where nothing fits.
-    """
-    groups = _ordered(records)
-    everything = _everything(records)
-    whole = _placed(records, everything, 1, 1, frozenset() if commits else None, commits)
-    if pins.resident is not None:
-        raise BudgetError(
-            "Pins(resident=...) is for machines whose blocks compute in the host's memory",
-            hint="with a device, give resident_bytes= instead",
-        )
-    limit = pins.resident_bytes if pins.resident_bytes is not None else (None if home is None else 0)
-    if home is Home.DEVICE or (
-        whole.compute_bytes <= device_bytes and (limit is None or whole.resident_bytes <= limit)
-    ):
-        if whole.compute_bytes > device_bytes:
-            raise BudgetError(
-                f"all planes beside the device take {format_bytes(whole.compute_bytes)}, "
-                f"the budget leaves {format_bytes(device_bytes)} for them",
-                hint="leave home= out: weights and state then live in the host's memory or on disk",
-            )
-        return whole
-    resident = frozenset(key for key in everything if key[0] in always_resident | kept)
-    for slots in _fewer_and_fewer(records, pins):
-        placement = _placed(records, resident, *slots)
-        if placement.compute_bytes <= device_bytes:
-            break
-    else:
-        raise BudgetError(
-            f"the slots that streaming needs take {format_bytes(placement.compute_bytes)} of the device, "
-            f"the budget leaves {format_bytes(device_bytes)} for them",
-            hint="give more memory with device=, a smaller batch or shorter sequences",
-        )
-
-    left = device_bytes - placement.compute_bytes
-    resident |= _spread(records, everything - resident, left if limit is None else min(left, limit))
-    hosted = _hosted(records, groups, resident, home, has_disk, host_bytes, slots)
-    placement = _placed(records, resident, *slots, hosted, commits)
-    if placement.home_bytes > host_bytes:
-        raise BudgetError(
-            f"what lives in the host's memory takes {format_bytes(placement.home_bytes)}, "
-            f"the budget leaves {format_bytes(host_bytes)} for it",
-            hint="give more memory with host="
-            if has_disk
-            else 'give a folder on an SSD with disk="...", or more memory with host=',
-        )
-    return placement
-
-
-def is_stored(records: Sequence[Record]) -> bool:
-    """Whether anything is ever written: where nothing trains, weights are read from where they came from, each time."""
-    return any(record.num_trainable for record in records)
-
-
 def evicted(placement: Placement, record: Record) -> Placement:
     """`placement`, with a block that stays on the device in the host's memory instead.
 
     It passes through slots that are there and large enough, or through one of its own. Nothing is kept for a backward any
     more, and so nothing has to stay for it.
     """
-    keys = frozenset(key for key in placement.resident if key[0] == record.name)
+    keys = [key for key in placement.at(Home.DEVICE) if key[0] == record.name]
     num_bytes = sum(group_bytes(record, group) for _, group in keys)
     gradients = placement.gradient_classes
     if record.num_trainable and slot_class_of(gradients, record.name) is None:
         gradients = _with_block(gradients, record.name, sum_bytes(record))
     return replace(
         placement,
-        resident=placement.resident - keys,
+        homes={**placement.homes, **dict.fromkeys(keys, Home.HOST)},
         resident_bytes=placement.resident_bytes - num_bytes,
-        hosted=placement.hosted | keys,
         hosted_bytes=placement.hosted_bytes + num_bytes,
         weight_classes=_with_block(placement.weight_classes, record.name, record.plane_bytes(Plane.WEIGHT)),
         gradient_classes=gradients,
@@ -387,21 +453,6 @@ def _with_block(classes: tuple[SlotClass, ...], block: str, num_bytes: int) -> t
     return (*classes[:chosen], joined, *classes[chosen + 1 :])
 
 
-def _everything(records: Sequence[Record]) -> frozenset[tuple[str, Plane]]:
-    """All groups of planes."""
-    return frozenset((r.name, group) for r in records for group in GROUPS if group_bytes(r, group))
-
-
-def _ordered(records: Sequence[Record]) -> list[tuple[Record, Plane]]:
-    """All groups of planes, those first that save most by staying."""
-    return [
-        (record, group)
-        for group in GROUPS
-        for record in _spread_evenly(records)
-        if group_bytes(record, group)
-    ]
-
-
 def _spread_evenly(records: Sequence[Record]) -> list[Record]:
     """`records` in an order of which every prefix is spread over the model: the middle, the middles of both halves, ..."""
     order: list[Record] = []
@@ -413,110 +464,6 @@ def _spread_evenly(records: Sequence[Record]) -> list[Record]:
             order.append(records[middle])
             spans += [(start, middle), (middle + 1, stop)]
     return order
-
-
-def _spread(
-    records: Sequence[Record], keys: frozenset[tuple[str, Plane]], num_bytes: int
-) -> frozenset[tuple[str, Plane]]:
-    """All planes of as many whole blocks as fit, evenly over the model."""
-    chosen: set[tuple[str, Plane]] = set()
-    for record in _spread_evenly(records):
-        planes = [group for group in GROUPS if (record.name, group) in keys]
-        cost = sum(group_bytes(record, group) for group in planes)
-        if cost <= num_bytes:
-            chosen |= {(record.name, group) for group in planes}
-            num_bytes -= cost
-    return frozenset(chosen)
-
-
-def _hosted(
-    records: Sequence[Record],
-    groups: Sequence[tuple[Record, Plane]],
-    resident: frozenset[tuple[str, Plane]],
-    home: Home | None,
-    has_disk: bool,
-    host_bytes: int,
-    slots: tuple[int, int],
-) -> frozenset[tuple[str, Plane]]:
-    """What the host's memory holds, beside the buffers that the rest passes through."""
-    moving = [(record, group) for record, group in groups if (record.name, group) not in resident]
-    everything = frozenset((record.name, group) for record, group in moving)
-    if home is Home.HOST or not has_disk:
-        return everything
-    if home is Home.DISK:
-        return frozenset()
-    if _placed(records, resident, *slots, everything).home_bytes <= host_bytes:
-        return everything
-    left = host_bytes - _placed(records, resident, *slots, frozenset()).passage_bytes
-    hosted: set[tuple[str, Plane]] = set()
-    for record, group in moving:
-        cost = group_bytes(record, group)
-        if cost <= left:
-            hosted.add((record.name, group))
-            left -= cost
-    return frozenset(hosted)
-
-
-def _placed(
-    records: Sequence[Record],
-    resident: frozenset[tuple[str, Plane]],
-    weight_slots: int,
-    gradient_slots: int,
-    hosted: frozenset[tuple[str, Plane]] | None = None,
-    commits: bool = False,
-) -> Placement:
-    """The placement with these homes; `hosted` is None where blocks compute in the host's memory."""
-    is_apart = hosted is not None
-    homes = resident | (hosted or frozenset())
-    by_name = {record.name: record for record in records}
-    streamed = {
-        record.name: record.plane_bytes(Plane.WEIGHT)
-        for record in records
-        if (record.name, Plane.WEIGHT) not in resident
-    }
-    summed = {
-        record.name: sum_bytes(record)
-        for record in records
-        if record.num_trainable and not sums_in_place(record, (record.name, Plane.GRADIENT) in resident)
-    }
-    trainable = [record for record in records if record.num_trainable and record.state]
-    if is_apart:
-        trainable = [record for record in trainable if (record.name, Plane.MOMENT1) not in resident]
-    chunk_bytes = max((_chunk_bytes(record, homes, is_apart) for record in trainable), default=0)
-    from_disk = [
-        record
-        for record in records
-        if is_apart
-        and any(
-            group_bytes(record, group) and (record.name, group) not in homes
-            for group in (Plane.WEIGHT, Plane.GRADIENT)
-        )
-    ]
-    is_bounced = bool(from_disk) or (commits and is_apart and bool(resident))
-    staged = max(
-        (r.plane_bytes(Plane.WEIGHT) for r in from_disk if (r.name, Plane.WEIGHT) not in homes), default=0
-    )
-    return Placement(
-        resident=resident,
-        weight_classes=_classes(streamed, weight_slots),
-        gradient_classes=_classes(summed, gradient_slots),
-        chunk_buffers=CHUNK_BUFFERS if chunk_bytes else 0,
-        chunk_bytes=chunk_bytes,
-        resident_bytes=sum(group_bytes(by_name[name], group) for name, group in resident),
-        disk_bytes=sum(
-            record.num_bytes
-            for record in records
-            if any(group_bytes(record, g) and (record.name, g) not in homes for g in GROUPS)
-        )
-        if is_stored(records)
-        else 0,
-        hosted=hosted or frozenset(),
-        hosted_bytes=sum(group_bytes(by_name[name], group) for name, group in hosted or ()),
-        bounce_buffers=BOUNCE_BUFFERS if is_bounced else 0,
-        bounce_bytes=CHUNK * GRADIENT_SUM_BYTES if is_bounced else 0,
-        staging_buffers=STAGING_BUFFERS if staged else 0,
-        staging_bytes=staged,
-    )
 
 
 def sum_bytes(record: Record) -> int:
@@ -532,13 +479,6 @@ def sum_bytes(record: Record) -> int:
 def sums_in_place(record: Record, gradient_is_resident: bool) -> bool:
     """Whether backward can add straight into the resident gradient plane: it is fp32 already."""
     return gradient_is_resident and record.element_bytes[Plane.GRADIENT] == GRADIENT_SUM_BYTES
-
-
-def _chunk_bytes(record: Record, homes: frozenset[tuple[str, Plane]], is_apart: bool) -> int:
-    """What an update of one chunk needs beside planes at home in memory; on a device weights pass through as well."""
-    moving = [(record.name, group) not in homes for group in GROUPS]
-    moving[0] = moving[0] and is_apart
-    return sum(size for size, moves in zip(record.chunk_bytes, moving, strict=True) if moves)
 
 
 def _classes(sizes: dict[str, int], count: int) -> tuple[SlotClass, ...]:

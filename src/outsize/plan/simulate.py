@@ -20,11 +20,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
-from outsize.block import Plane, Record
+from outsize.block import Group, Plane, Record
 from outsize.config import Home
 from outsize.plan.build import Direction, Occupancy, Visit, build
 from outsize.plan.op import Backward, Claim, Forward, Free, Held, Op, Read, Update, Wait, Write
-from outsize.plan.place import Placement, slot_class_of, sums_in_place
+from outsize.plan.place import IN_MEMORY, Placement, slot_class_of, sums_in_place
 from outsize.plan.plan import Plan
 from outsize.plan.profile import Profile, Resource
 
@@ -395,7 +395,7 @@ class _Unrolled:
 
     def _update(self, block: str) -> None:
         record, state = self._records[block], self._blocks[block]
-        in_place = self._placement.is_resident(block, Plane.MOMENT1)
+        in_place = self._placement.home(block, Group.STATE) is Home.DEVICE
         element_bytes = sum(float(record.element_bytes[plane]) for plane in record.state)
         weight_bytes = float(record.element_bytes[Plane.WEIGHT])
         gradient_bytes = float(record.element_bytes[Plane.GRADIENT])
@@ -406,9 +406,9 @@ class _Unrolled:
             self._compute(touched / rate, f"update {block}")
             self._copy(block, self._main)
             return
-        streams_state = not self._is_here(block, Plane.MOMENT1)
-        streams_gradient = not self._is_here(block, Plane.GRADIENT)
-        streams_weight = not self._is_here(block, Plane.WEIGHT)
+        streams_state = not self._is_here(block, Group.STATE)
+        streams_gradient = not self._is_here(block, Group.GRADIENT)
+        streams_weight = not self._is_here(block, Group.WEIGHT)
         reads = record.num_trainable * (streams_state * element_bytes + streams_gradient * gradient_bytes)
         if self._is_apart and streams_weight:
             reads += record.num_elements * weight_bytes
@@ -456,40 +456,38 @@ class _Unrolled:
         record, state = self._records[block], self._blocks[block]
         state.copies = []
         for plane in (Plane.WEIGHT, *record.state):
-            is_resident = self._placement.is_resident(block, plane)
-            if not is_resident and not self._placement.is_hosted(block, plane):
+            home = self._placement.home(block, plane.group)
+            if home not in IN_MEMORY:
                 continue
             label = f"{block}.{plane} for a commit"
             num_bytes = record.plane_elements(plane) * float(record.element_bytes[plane]) / PARTS
             for _ in range(PARTS):
                 after = tuple(updated)
-                if self._is_apart and is_resident:
+                if self._is_apart and home is Home.DEVICE:
                     after = (self._transfer(Resource.DOWN, num_bytes, after, f"down {label}"),)
                 state.copies.append(self._transfer(Resource.WRITE, num_bytes, after, f"write {label}"))
 
     def _bring(self, block: str, plane: Plane, after: Sequence[int]) -> list[int]:
         """Tasks that bring a plane from its home to a slot."""
-        record = self._records[block]
-        if self._placement.is_resident(block, plane):
+        record, home = self._records[block], self._placement.home(block, plane.group)
+        if home is Home.DEVICE:
             return []
         num_bytes = int(record.plane_elements(plane) * record.element_bytes[plane])
-        return self._fetch(num_bytes, self._placement.is_hosted(block, plane), after, f"{block}.{plane}")
+        return self._fetch(num_bytes, home, after, f"{block}.{plane}")
 
     def _send_gradient(self, block: str) -> None:
         record, state = self._records[block], self._blocks[block]
         size = float(record.element_bytes[Plane.GRADIENT])
-        is_resident = self._placement.is_resident(block, Plane.GRADIENT)
-        if not sums_in_place(record, is_resident):
+        home = self._placement.home(block, Group.GRADIENT)
+        if not sums_in_place(record, home is Home.DEVICE):
             rate = self._profile.device_memory if self._is_apart else self._profile.host_copy
             # Read the sum, write it rounded, read that for the norm.
             self._compute(
                 record.num_trainable * (4 + 2 * size) / (rate or self._profile.host_copy), f"round {block}"
             )
         state.gradient = []
-        if is_resident:
-            return
-        is_hosted = self._placement.is_hosted(block, Plane.GRADIENT)
-        state.gradient = self._send(record.num_trainable * size, is_hosted, f"{block}.gradient")
+        if home is not Home.DEVICE:
+            state.gradient = self._send(record.num_trainable * size, home, f"{block}.gradient")
 
     def _claim(self, block: str) -> None:
         """On a device a slot may still be on its way down: computing comes after that."""
@@ -505,8 +503,7 @@ class _Unrolled:
         if self._placement.inputs is None or not num_bytes or block in self._placement.kept:
             return
         self._let_inputs_go(INPUTS_LEAVING - 1)
-        is_hosted = self._placement.inputs is Home.HOST
-        inputs = _Inputs(block, self._send(num_bytes, is_hosted, f"{block}.input"))
+        inputs = _Inputs(block, self._send(num_bytes, self._placement.inputs, f"{block}.input"))
         self._inputs.append(inputs)
         self._leaving.append(inputs)
 
@@ -526,18 +523,22 @@ class _Unrolled:
 
     def _fetch_inputs(self, inputs: _Inputs) -> list[int]:
         if inputs.up is None:
-            is_hosted = self._placement.inputs is Home.HOST
+            assert self._placement.inputs is not None
             num_bytes = self._costs.input_bytes[inputs.block]
             after = (*self._main, *inputs.down)
             is_here = inputs in self._leaving
-            inputs.up = [] if is_here else self._fetch(num_bytes, is_hosted, after, f"{inputs.block}.input")
+            inputs.up = (
+                []
+                if is_here
+                else self._fetch(num_bytes, self._placement.inputs, after, f"{inputs.block}.input")
+            )
         return inputs.up
 
     # -- tasks -----------------------------------------------------------------------------------------------------
 
-    def _fetch(self, num_bytes: float, is_hosted: bool, after: Sequence[int], label: str) -> list[int]:
+    def _fetch(self, num_bytes: float, home: Home, after: Sequence[int], label: str) -> list[int]:
         """Tasks that bring bytes from the host's memory beside a device, or from the disk, to where blocks compute."""
-        if self._is_apart and is_hosted:
+        if self._is_apart and home is Home.HOST:
             return [self._transfer(Resource.UP, num_bytes, after, f"up {label}")]
         parts = []
         for _ in range(PARTS):
@@ -547,9 +548,9 @@ class _Unrolled:
             parts.append(part)
         return parts
 
-    def _send(self, num_bytes: float, is_hosted: bool, label: str) -> list[int]:
+    def _send(self, num_bytes: float, home: Home, label: str) -> list[int]:
         """The way back, of what was computed."""
-        if self._is_apart and is_hosted:
+        if self._is_apart and home is Home.HOST:
             return [self._transfer(Resource.DOWN, num_bytes, self._main, f"down {label}")]
         parts = []
         for _ in range(PARTS):
@@ -559,11 +560,9 @@ class _Unrolled:
             parts.append(self._transfer(Resource.WRITE, num_bytes / PARTS, after, f"write {label}"))
         return parts
 
-    def _is_here(self, block: str, plane: Plane) -> bool:
-        """Whether a plane is at home in the memory in which the host updates it."""
-        if self._is_apart:
-            return self._placement.is_hosted(block, plane)
-        return self._placement.is_resident(block, plane)
+    def _is_here(self, block: str, group: Group) -> bool:
+        """Whether planes are at home in the memory in which the host updates them."""
+        return self._placement.home(block, group) is (Home.HOST if self._is_apart else Home.DEVICE)
 
     def _compute(self, alone_s: float, label: str) -> None:
         self._main = (self._task(Resource.COMPUTE, alone_s, self._main, label),)

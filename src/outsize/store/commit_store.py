@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from outsize.block import Extent, Plane, Record
-from outsize.plan import Placement
+from outsize.block import Extent, Group, Record
+from outsize.plan import IN_MEMORY, Placement
 from outsize.tier import VersionedTier
 
 
@@ -37,9 +37,7 @@ class Layout:
             kept += [Extent(base + cell.offset, cell.num_bytes) for cell in record.cells()]
             gradient = record.gradient_extent
             if gradient is not None and not (
-                placement is None
-                or placement.is_resident(record.name, Plane.GRADIENT)
-                or placement.is_hosted(record.name, Plane.GRADIENT)
+                placement is None or placement.home(record.name, Group.GRADIENT) in IN_MEMORY
             ):
                 scratch.append(Extent(base + gradient.offset, gradient.num_bytes))
             base += record.num_bytes

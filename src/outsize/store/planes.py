@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 
 from outsize.block import CHUNK, Extent, Plane, Record
-from outsize.config import ComputeType
+from outsize.config import ComputeType, Home
 from outsize.optim import Rule
 from outsize.plan import Placement, SlotClass, slot_class_of
 from outsize.store.path import Chunk, Route
@@ -213,9 +213,10 @@ class Planes:
         planes = [p for p in (Plane.WEIGHT, Plane.GRADIENT, *record.state) if record.plane_elements(p)]
         for plane in planes:
             name, num_bytes = f"{record.name}.{plane}", record.plane_bytes(plane)
-            if self.placement.is_resident(record.name, plane):
+            home = self.placement.home(record.name, plane.group)
+            if home is Home.DEVICE:
                 block.resident[plane] = self.arena.allocate(num_bytes, name)
-            if self.placement.is_hosted(record.name, plane):
+            elif home is Home.HOST:
                 block.hosted[plane] = self.host_arena.allocate(num_bytes, name)
         return len(block.resident) + len(block.hosted) == len(planes)
 
