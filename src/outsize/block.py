@@ -46,7 +46,7 @@ class Group(StrEnum):
 
 
 class Plane(StrEnum):
-    """One part of a record."""
+    """One part of a record, or what a visit of the block is given."""
 
     WEIGHT = "weight"
     REMAINDER = "remainder"
@@ -56,6 +56,8 @@ class Plane(StrEnum):
     PREVIOUS = "previous"
     """The gradient of the step before."""
     GRADIENT = "gradient"
+    INPUT = "input"
+    """Tensors that a forward is given and its backward needs; in no record."""
 
     @property
     def group(self) -> Group:

@@ -17,7 +17,7 @@ from typing import Any
 
 from outsize.block import Block, Group, Piece, Plane, Record
 from outsize.config import Home, Pins
-from outsize.plan import Direction, Occupancy, Placement, Visit, build, check, place
+from outsize.plan import Context, Direction, Occupancy, Placement, Visit, check, make_plan, place
 
 FOLDER = Path(__file__).with_name("golden")
 PLENTY = 1 << 40
@@ -55,7 +55,7 @@ class Golden:
         """The story, where planes live, and the plan."""
         records = self.records()
         placement = placed(list(records.values()), self.placing)
-        plan = build(self.visits, records, placement, self.occupancy)
+        plan = make_plan(Context(self.visits, records, placement, self.occupancy))
         peaks = check(plan, records, placement)
         lines = [f"# {line}" for line in wrap(self.story, 100)]
         lines += [f"# {name}: {', '.join(_homes(placement, record))}" for name, record in records.items()]

@@ -11,6 +11,8 @@ from outsize.config import Home, Pins
 from outsize.errors import BudgetError, ConfigError
 from outsize.plan import (
     Backward,
+    Context,
+    Copy,
     Direction,
     Forward,
     Free,
@@ -23,8 +25,8 @@ from outsize.plan import (
     Update,
     Visit,
     Wait,
-    build,
     check,
+    make_plan,
     place,
 )
 
@@ -65,7 +67,7 @@ def test_every_built_plan_is_legal_and_complete(sizes, weight_slots, gradient_sl
     pending = set(data.draw(st.lists(st.sampled_from(names))))
     accumulated = set(data.draw(st.lists(st.sampled_from(names))))
     visits = call(order)
-    plan = build(visits, records, placement, Occupancy(pending=pending, accumulated=accumulated))
+    plan = make_plan(Context(visits, records, placement, Occupancy(pending=pending, accumulated=accumulated)))
     peaks = check(plan, records, placement)
     assert peaks.num_bytes <= placement.slots_bytes
     assert Plan.parse(str(plan)) == plan
@@ -83,7 +85,7 @@ def test_reads_are_started_before_they_are_needed():
         has_disk=True,
         pins=Pins(weight_slots=2),
     )
-    plan = build(call(list(records)), records, placement, Occupancy())
+    plan = make_plan(Context(call(list(records)), records, placement, Occupancy()))
     for index, op in enumerate(plan.ops):
         if isinstance(op, Forward) and op.block != "L4":
             following = f"L{int(op.block[1]) + 1}"
@@ -102,7 +104,7 @@ def test_a_block_is_not_read_again_at_the_turn():
         has_disk=True,
         pins=Pins(weight_slots=2),
     )
-    plan = build(call(list(records)), records, placement, Occupancy())
+    plan = make_plan(Context(call(list(records)), records, placement, Occupancy()))
     reads = [op.block for op in plan if isinstance(op, Read) and op.plane is Plane.WEIGHT]
     assert reads.count("L4") == 1 and reads.count("L1") == 2
 
@@ -116,7 +118,7 @@ def test_what_is_held_is_not_read():
         has_disk=True,
         pins=Pins(weight_slots=2),
     )
-    plan = build(call(["A", "B"]), records, placement, Occupancy(held=["A"], pending={"A"}))
+    plan = make_plan(Context(call(["A", "B"]), records, placement, Occupancy(held=["A"], pending={"A"})))
     assert plan.ops[0] == Held("A", Plane.WEIGHT)
     assert Read("A", Plane.WEIGHT, 4096) not in plan.ops
     assert (
@@ -129,7 +131,7 @@ def test_resident_blocks_take_no_slot():
     placement = place(
         list(records.values()), {Home.DEVICE: 1 << 40}, home=Home.HOST, has_disk=False, pins=Pins()
     )
-    plan = build(call(["A", "B"]), records, placement, Occupancy(pending={"A"}))
+    plan = make_plan(Context(call(["A", "B"]), records, placement, Occupancy(pending={"A"})))
     assert check(plan, records, placement).num_bytes == 0
     assert not [op for op in plan if isinstance(op, Read | Free)]
 
@@ -149,6 +151,14 @@ def test_resident_blocks_take_no_slot():
         ("claim A.gradient\nwrite A.gradient 4", "written before backward"),
         ("read A.weight 4096\nheld B.weight", "only at the start"),
         ("wait X.weight", "unknown block X"),
+        ("fetch A.input 4", "fetched before it was sent"),
+        ("send A.input 4\nfetch A.input 4", "fetched before it was sent"),
+        ("wait A.input", "which nothing fetches"),
+        ("free A.input", "freed before it is sent"),
+        ("send A.input 4", "never freed or never waited for"),
+        ("held A.input\nfetch A.input 4", "never freed or never waited for"),
+        ("read A.weight 4096\ncopy A 4", "copied before its update is waited for"),
+        ("read A.weight 4096\nwait A.weight\nupdate A\ncopy A 4", "copied before its update is waited for"),
     ],
 )
 def test_illegal_plans_are_refused_with_their_place(text, message):
@@ -162,6 +172,80 @@ def test_illegal_plans_are_refused_with_their_place(text, message):
     )
     with pytest.raises(PlanError, match=message):
         check(Plan.parse(text), records, placement)
+
+
+def test_each_block_is_copied_for_a_commit_once_its_update_is_waited_for():
+    records = make_records({"A": 1000, "B": 1000})
+    placement = place(
+        list(records.values()), {Home.DEVICE: 1 << 40}, home=Home.HOST, has_disk=True, pins=Pins()
+    )
+    occupancy = Occupancy(pending={"A"}, committing={"A", "B"})
+    plan = make_plan(Context(call(["A", "B"]), records, placement, occupancy))
+    check(plan, records, placement)
+    copied = [op for op in plan if isinstance(op, Copy)]
+    assert copied == [Copy("A", 3 * 4096), Copy("B", 3 * 4096)]
+    for op in copied:
+        index = plan.ops.index(op)
+        assert (
+            plan.ops[index - 1] == Wait(op.block, Plane.WEIGHT) and Update(op.block) not in plan.ops[index:]
+        )
+
+
+def with_inputs(records):
+    placement = place(
+        list(records.values()), {Home.DEVICE: 1 << 40}, home=Home.HOST, has_disk=False, pins=Pins()
+    )
+    return replace(placement, inputs=Home.DISK)
+
+
+def about_inputs(plan):
+    return [str(op) for op in plan if getattr(op, "plane", None) is Plane.INPUT]
+
+
+def test_inputs_leave_two_visits_late_and_come_back_one_visit_early():
+    records = make_records(dict.fromkeys("ABCD", 100))
+    placement, size = with_inputs(records), dict.fromkeys("ABCD", 8)
+    plan = make_plan(Context(call("ABCD"), records, placement, input_bytes=size))
+    check(plan, records, placement)
+    assert Plan.parse(str(plan)) == plan
+    inputs = [str(op) for op in plan if isinstance(op, Forward | Backward) or "input" in str(op)]
+    assert inputs == [
+        *("send A.input 8", "forward A", "send B.input 8", "forward B"),
+        *("free A.input", "send C.input 8", "forward C", "free B.input", "send D.input 8", "forward D"),
+        *("backward D", "fetch B.input 8", "backward C"),
+        *("fetch A.input 8", "wait B.input", "backward B", "wait A.input", "backward A"),
+        *("free C.input", "free D.input"),
+    ]
+
+
+def test_a_plan_of_what_is_left_fetches_what_an_earlier_one_sent():
+    records = make_records(dict.fromkeys("ABC", 100))
+    placement = with_inputs(records)
+    inputs = [("A", 8), ("B", 8), ("C", 8)]
+    left = [visit for visit in call("ABC") if visit.direction is Direction.BACKWARD][1:]
+    occupancy = Occupancy(inputs=inputs[:2])
+    plan = make_plan(Context(left, records, placement, occupancy))
+    check(plan, records, placement)
+    assert about_inputs(plan) == [
+        *(
+            "held A.input",
+            "held B.input",
+            "fetch B.input 8",
+            "fetch A.input 8",
+            "wait B.input",
+            "wait A.input",
+        )
+    ]
+    occupancy = Occupancy(inputs=inputs, num_leaving=1)
+    plan = make_plan(Context(call("ABC")[2:], records, placement, occupancy, dict.fromkeys("ABC", 8)))
+    check(plan, records, placement)
+    assert "fetch C.input 8" not in about_inputs(plan)
+
+
+def test_a_parameter_that_is_read_moves_no_inputs():
+    records = make_records({"A": 100})
+    visits, occupancy = [Visit("A", Direction.TOUCH)], Occupancy(inputs=[("A", 8)], num_leaving=1)
+    assert not about_inputs(make_plan(Context(visits, records, with_inputs(records), occupancy)))
 
 
 def test_a_block_that_stays_does_not_go_back_while_it_is_updated():

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from outsize.block import Plane
 from outsize.config import Home, Pins
 from outsize.errors import BudgetError
-from outsize.plan import Direction, Occupancy, Visit, build, check, place, planner
+from outsize.plan import Context, Direction, Occupancy, Visit, check, make_plan, place, planner
 from outsize.plan.place import GROUPS, lay_out
 from outsize.plan.planner import NUM_GRIDS, PARTS, SLOTS, choose, prefer, waits
 from outsize.plan.profile import Resource
@@ -53,7 +53,7 @@ def least(records):
 def check_choice(choice, records, arena_bytes):
     """The plan of a choice is allowed, and its memory within the budget."""
     visits = call(list(records))
-    plan = build(visits, records, choice.placement, Occupancy(pending=frozenset(records)))
+    plan = make_plan(Context(visits, records, choice.placement, Occupancy(pending=frozenset(records))))
     check(plan, records, choice.placement)
     assert choice.placement.arena_bytes <= arena_bytes
 
@@ -271,7 +271,7 @@ def test_on_a_device_what_fits_is_simulated_too():
     for choice in choices:
         assert choice.placement.compute_bytes <= 2 * GIB and choice.placement.home_bytes <= 3 * GIB
         check(
-            build(call(names), records, choice.placement, Occupancy(pending=frozenset(names))),
+            make_plan(Context(call(names), records, choice.placement, Occupancy(pending=frozenset(names)))),
             records,
             choice.placement,
         )

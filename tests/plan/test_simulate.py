@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from outsize.block import Group, Plane
 from outsize.config import ComputeType, Home, Pins
 from outsize.plan import Direction, Visit, place
+from outsize.plan.lower import Costs, Task
 from outsize.plan.profile import Profile, Resource
-from outsize.plan.simulate import Costs, Task, run, simulate
+from outsize.plan.simulate import run, simulate
 from tests.plan.test_plan import call, make_records
 
 GIB = 1 << 30

@@ -19,6 +19,7 @@ from outsize.block import Plane
 from outsize.errors import UsageError
 from outsize.plan import (
     Backward,
+    Context,
     Direction,
     Forward,
     Free,
@@ -29,9 +30,9 @@ from outsize.plan import (
     Visit,
     Wait,
     Write,
-    build,
     check,
     evicted,
+    make_plan,
 )
 from outsize.store.blocks import BlockStore
 from outsize.store.recorder import Recorder
@@ -234,7 +235,7 @@ class Executor:
             accumulated=frozenset(state.name for state in self.store if state.gradient.exists),
         )
         records = self.store.records
-        self.plan = build(visits, records, self.store.placement, occupancy)
+        self.plan = make_plan(Context(visits, records, self.store.placement, occupancy))
         check(self.plan, records, self.store.placement)
         self._expected = visits
         self._index = 0

@@ -14,9 +14,10 @@ from outsize.engine.runtime import Runtime, runtime_of
 from outsize.errors import UsageError
 from outsize.plan import Placement
 from outsize.plan.candidates import Candidate, CostModel
+from outsize.plan.lower import Costs
 from outsize.plan.planner import Choice
 from outsize.plan.profile import WORDS, Profile, Resource
-from outsize.plan.simulate import Costs, Simulation, simulate
+from outsize.plan.simulate import Simulation, simulate
 from outsize.plan.timeline import Timeline
 from outsize.plan.workload import BatchShape, Workload
 from outsize.store import memory

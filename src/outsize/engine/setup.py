@@ -23,8 +23,8 @@ from outsize.model import EncodingSource, InitSource, TensorSource
 from outsize.optim import Kernel, Rule
 from outsize.plan import IN_MEMORY, Direction, Placement, is_stored
 from outsize.plan.candidates import CostModel
+from outsize.plan.lower import Costs
 from outsize.plan.profile import Profile
-from outsize.plan.simulate import Costs
 from outsize.plan.workload import BatchShape, Workload
 from outsize.store import memory
 from outsize.store.blocks import BlockStore

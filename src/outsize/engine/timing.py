@@ -24,8 +24,8 @@ from outsize.engine.model import Model
 from outsize.engine.modulestate import ModuleState
 from outsize.engine.rng_autocast import RngState
 from outsize.plan import Direction, memory_estimate
+from outsize.plan.lower import Costs
 from outsize.plan.profile import Profile
-from outsize.plan.simulate import Costs
 from outsize.plan.workload import BatchShape, Kind, Workload, tile_sizes
 from outsize.store import memory
 

@@ -1,8 +1,23 @@
 """The plan as a value: operations, placement, building, checking. Imports no torch and holds no tensor."""
 
-from outsize.plan.build import Direction, Occupancy, Visit, build
 from outsize.plan.check import Peaks, PlanError, check
-from outsize.plan.op import Backward, Claim, Forward, Free, Held, Op, Read, Update, Wait, Write
+from outsize.plan.context import Context, Direction, Occupancy, Pass, Visit
+from outsize.plan.op import (
+    Backward,
+    Claim,
+    Copy,
+    Fetch,
+    Forward,
+    Free,
+    Held,
+    Op,
+    Read,
+    Send,
+    Update,
+    Wait,
+    Write,
+)
+from outsize.plan.passes import PASSES, make_plan
 from outsize.plan.place import (
     GRADIENT_SUM_BYTES,
     IN_MEMORY,
@@ -19,28 +34,34 @@ from outsize.plan.plan import Plan
 __all__ = [
     "GRADIENT_SUM_BYTES",
     "IN_MEMORY",
+    "PASSES",
     "Backward",
     "Claim",
+    "Context",
+    "Copy",
     "Direction",
+    "Fetch",
     "Forward",
     "Free",
     "Held",
     "Occupancy",
     "Op",
+    "Pass",
     "Peaks",
     "Placement",
     "Plan",
     "PlanError",
     "Read",
+    "Send",
     "SlotClass",
     "Update",
     "Visit",
     "Wait",
     "Write",
-    "build",
     "check",
     "evicted",
     "is_stored",
+    "make_plan",
     "place",
     "slot_class_of",
     "sums_in_place",

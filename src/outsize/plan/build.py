@@ -1,4 +1,4 @@
-"""From the order in which a call visits blocks to its plan.
+"""From the order in which a call visits blocks to a plan of computing and slots.
 
 The future of a call is known, so slots are managed as Belady would: a slot is taken from the block whose next use lies
 furthest ahead, and never from one that is needed before the block it is taken for. Reads are started as early as slots
@@ -7,82 +7,39 @@ allow. Source: L. A. Belady, "A study of replacement algorithms for a virtual-st
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from bisect import bisect_right
+from collections import defaultdict
 from dataclasses import dataclass, field
-from enum import StrEnum
 
-from outsize.block import Group, Plane, Record
+from outsize.block import Group, Plane
 from outsize.config import Home
-from outsize.plan.op import Backward, Claim, Forward, Free, Held, Op, Read, Update, Wait, Write
-from outsize.plan.place import GRADIENT_SUM_BYTES, Placement, slot_class_of, sums_in_place
+from outsize.plan.context import Context, Direction, Visit
+from outsize.plan.op import Backward, Claim, Forward, Free, Held, Hint, Op, Read, Wait, Write
+from outsize.plan.place import GRADIENT_SUM_BYTES, slot_class_of, sums_in_place
 from outsize.plan.plan import Plan
 
 LOOKAHEAD = 4
 """Visits; how far ahead reads and updates are started, slots permitting."""
 
 
-class Direction(StrEnum):
-    """What a visit does with its block."""
-
-    FORWARD = "forward"
-    BACKWARD = "backward"
-    TOUCH = "touch"
-    """Only bring the weights up to date: to read, save or flush them."""
-
-
-@dataclass(frozen=True, slots=True)
-class Visit:
-    """One use of a block. `needs_weights` is false for the backward of an embedding, which is linear in its table."""
-
-    block: str
-    direction: Direction
-    needs_weights: bool = True
-    trains: bool = False
-    joins_next: bool = False
-    """Computed together with the next visit: their gradients are written after both (parameters of two blocks)."""
-
-    @property
-    def key(self) -> tuple[str, Direction, bool]:
-        """What makes two visits the same to one who asks for a block."""
-        return self.block, self.direction, self.needs_weights
-
-
-@dataclass(frozen=True, slots=True)
-class Occupancy:
-    """What the store of blocks looks like when a call starts.
-
-    `held`: blocks whose weights are in a slot. `pending`: blocks with an update to apply. `accumulated`: blocks whose
-    gradient plane already holds a sum that backward adds to.
-    """
-
-    held: Sequence[str] = ()
-    pending: Collection[str] = ()
-    accumulated: Collection[str] = ()
-
-
-def build(
-    visits: Sequence[Visit],
-    records: Mapping[str, Record],
-    placement: Placement,
-    occupancy: Occupancy,
-) -> Plan:
-    """The plan of a call that makes `visits` in this order."""
-    return _Builder(visits, records, placement, occupancy).run()
+def build(context: Context) -> Plan:
+    """The visits of a call, and how their weights and gradients pass through slots; passes add everything else."""
+    return _Builder(context).run()
 
 
 @dataclass
 class _Builder:
-    visits: Sequence[Visit]
-    records: Mapping[str, Record]
-    placement: Placement
-    occupancy: Occupancy
+    context: Context
     ops: list[Op] = field(default_factory=list)
 
     def run(self) -> Plan:
-        self.held = list(self.occupancy.held)
+        context = self.context
+        self.visits, self.records, self.placement = context.visits, context.records, context.placement
+        self.held = list(context.occupancy.held)
         self.ops = [Held(block, Plane.WEIGHT) for block in self.held]
-        self.pending = set(self.occupancy.pending)
-        self.accumulated = set(self.occupancy.accumulated)
+        self.pending = set(context.occupancy.pending)  # updated at their first visit, which is to come
+        self.accumulated = set(context.occupancy.accumulated)
+        self.hinted: set[str] = set()
         self.gradients: list[str] = []  # blocks that hold a gradient slot, oldest first
         self.read_ahead: set[str] = set()  # gradients whose old sum is being read
         self.unwaited = set(self.held)  # blocks whose weights may still be arriving or changing
@@ -90,6 +47,12 @@ class _Builder:
         self.unwritten: list[str] = []  # gradients summed by a group of joined visits
         self.weight_class = {b: slot_class_of(self.placement.weight_classes, b) for b in self.records}
         self.gradient_class = {b: slot_class_of(self.placement.gradient_classes, b) for b in self.records}
+        self.uses: defaultdict[str, list[int]] = defaultdict(list)  # visits that need a block's weights
+        self.first_visit: dict[str, int] = {}
+        for index, visit in enumerate(self.visits):
+            self.first_visit.setdefault(visit.block, index)
+            if visit.needs_weights:
+                self.uses[visit.block].append(index)
         for index, visit in enumerate(self.visits):
             self._bring(index, index)
             for ahead in range(index + 1, min(index + 1 + LOOKAHEAD, len(self.visits))):
@@ -100,7 +63,7 @@ class _Builder:
         return Plan(tuple(self.ops))
 
     def _bring(self, index: int, now: int) -> None:
-        """Start reading and updating what visit `index` needs, if slots allow (visit `now` itself must be brought)."""
+        """Start reading what visit `index` needs, if slots allow (visit `now` itself must be brought)."""
         visit = self.visits[index]
         block = visit.block
         wanted = visit.needs_weights or block in self.pending
@@ -114,7 +77,9 @@ class _Builder:
         if block in self.pending:
             self.pending.discard(block)
             self.unwaited.add(block)
-            self.ops.append(Update(block))
+        if block not in self.hinted:
+            self.hinted.add(block)
+            self.ops.append(Hint(block))
         if visit.direction is Direction.BACKWARD and visit.trains:
             self._bring_gradient(block, index, now)
 
@@ -133,12 +98,12 @@ class _Builder:
         return True
 
     def _next_use(self, block: str, after: int) -> int:
-        for index in range(after + 1, len(self.visits)):
-            if self.visits[index].block == block and self.visits[index].needs_weights:
-                return index
+        uses = self.uses[block]
+        following = bisect_right(uses, after)
+        if following < len(uses):
+            return uses[following]
         # The next call starts over: what it visits first is worth keeping.
-        first = next((i for i, visit in enumerate(self.visits) if visit.block == block), len(self.visits))
-        return len(self.visits) + first
+        return len(self.visits) + self.first_visit.get(block, len(self.visits))
 
     def _bring_gradient(self, block: str, index: int, now: int) -> None:
         group = self.gradient_class[block]
@@ -165,9 +130,8 @@ class _Builder:
 
     def _compute(self, visit: Visit) -> None:
         block = visit.block
-        if (
-            visit.needs_weights or block in self.unwaited
-        ):  # an update also reads the gradient that backward writes
+        # An update also reads the gradient that backward writes.
+        if visit.needs_weights or block in self.unwaited:
             self.unwaited.discard(block)
             self.ops.append(Wait(block, Plane.WEIGHT))
         if visit.direction is Direction.TOUCH:

@@ -16,11 +16,11 @@ from outsize.block import Group, Record
 from outsize.config import Home, Pins, Settings, format_bytes
 from outsize.errors import BudgetError
 from outsize.plan.limits import DEVICE_SLACK_BYTES, Limits
+from outsize.plan.lower import Costs
 from outsize.plan.memory_estimate import MemoryEstimate, Variant, estimate_of
 from outsize.plan.place import GROUPS, Placement, group_bytes, is_stored, place
 from outsize.plan.planner import Choice, choose, prefer, waits
 from outsize.plan.profile import Profile
-from outsize.plan.simulate import Costs
 from outsize.plan.workload import BatchShape, Workload
 
 HINT_MARGIN_BYTES = 16 << 20

@@ -6,11 +6,26 @@ slots is overdrawn, and everything claimed for a gradient is given back.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from outsize.block import Plane, Record
-from outsize.plan.op import Backward, Claim, Forward, Free, Held, Op, Read, Update, Wait, Write
+from outsize.plan.op import (
+    Backward,
+    Claim,
+    Copy,
+    Fetch,
+    Forward,
+    Free,
+    Held,
+    Op,
+    Read,
+    Send,
+    Update,
+    Wait,
+    Write,
+)
 from outsize.plan.place import Placement, slot_class_of
 from outsize.plan.plan import Plan
 
@@ -28,7 +43,29 @@ class Peaks:
     num_bytes: int
 
 
-class _Books:
+def check(plan: Plan, records: Mapping[str, Record], placement: Placement) -> Peaks:
+    """Raise PlanError, with the place in the plan, unless `plan` is legal; return the memory it needs."""
+    checker = _Checker(placement)
+    for index, op in enumerate(plan):
+        try:
+            _require(op.block in records, f"unknown block {op.block}")
+            checker.step(op)
+        except PlanError as error:
+            raise PlanError(f"{error}\n{plan.excerpt(index)}") from None
+    checker.end()
+    weights, gradients = checker.slots[Plane.WEIGHT], checker.slots[Plane.GRADIENT]
+    return Peaks(
+        weight_slots=tuple(weights.peaks),
+        gradient_slots=tuple(gradients.peaks),
+        num_bytes=sum(
+            peak * group.slot_bytes
+            for slots in (weights, gradients)
+            for peak, group in zip(slots.peaks, slots.classes, strict=True)
+        ),
+    )
+
+
+class _Slots:
     """Slots claimed per class of one plane."""
 
     def __init__(self, placement: Placement, plane: Plane) -> None:
@@ -39,105 +76,120 @@ class _Books:
     def is_claimed(self, block: str) -> bool:
         return any(block in claimed for claimed in self.claimed)
 
-    def needs_slot(self, block: str) -> bool:
-        return slot_class_of(self.classes, block) is not None
+    def is_there(self, block: str) -> bool:
+        """Whether the block has its slot, or needs none."""
+        return slot_class_of(self.classes, block) is None or self.is_claimed(block)
 
     def claim(self, block: str) -> None:
         index = slot_class_of(self.classes, block)
         if index is None:
             raise PlanError(f"{block} has no slot")
-        if block in self.claimed[index]:
-            raise PlanError(f"{block} has its slot already")
-        if len(self.claimed[index]) == self.classes[index].count:
-            raise PlanError(f"no slot left for {block}: held by {sorted(self.claimed[index])}")
-        self.claimed[index].add(block)
-        self.peaks[index] = max(self.peaks[index], len(self.claimed[index]))
+        claimed = self.claimed[index]
+        _require(block not in claimed, f"{block} has its slot already")
+        is_free = len(claimed) < self.classes[index].count
+        _require(is_free, f"no slot left for {block}: held by {sorted(claimed)}")
+        claimed.add(block)
+        self.peaks[index] = max(self.peaks[index], len(claimed))
 
     def free(self, block: str) -> None:
-        if not self.is_claimed(block):
-            raise PlanError(f"{block} holds no slot")
+        _require(self.is_claimed(block), f"{block} holds no slot")
         for claimed in self.claimed:
             claimed.discard(block)
 
 
-def check(plan: Plan, records: Mapping[str, Record], placement: Placement) -> Peaks:
-    """Raise PlanError, with the place in the plan, unless `plan` is legal; return the memory it needs."""
-    books = {plane: _Books(placement, plane) for plane in (Plane.WEIGHT, Plane.GRADIENT)}
-    waited: set[tuple[str, Plane]] = set()
-    summed: set[str] = set()
-    updating: set[str] = set()
-    for index, op in enumerate(plan):
-        try:
-            if op.block not in records:
-                raise PlanError(f"unknown block {op.block}")
-            _step(op, index, books, waited, summed, updating, plan)
-        except PlanError as error:
-            raise PlanError(f"{error}\n{plan.excerpt(index)}") from None
-    for claimed in books[Plane.GRADIENT].claimed:
-        if claimed:
-            raise PlanError(f"gradient slots are never given back: {sorted(claimed)}")
-    weights, gradients = books[Plane.WEIGHT], books[Plane.GRADIENT]
-    return Peaks(
-        weight_slots=tuple(weights.peaks),
-        gradient_slots=tuple(gradients.peaks),
-        num_bytes=sum(
-            peak * group.slot_bytes
-            for book in (weights, gradients)
-            for peak, group in zip(book.peaks, book.classes, strict=True)
-        ),
-    )
+class _Checker:
+    """What holds after the operations so far."""
+
+    def __init__(self, placement: Placement) -> None:
+        self.slots = {plane: _Slots(placement, plane) for plane in (Plane.WEIGHT, Plane.GRADIENT)}
+        self.has_begun = False
+        self.waited: set[tuple[str, Plane]] = set()
+        self.summed: set[str] = set()
+        self.updating: set[str] = set()
+        # Inputs by block: on their way out and still in memory, away, and on their way back.
+        self.leaving, self.away, self.coming = Counter[str](), Counter[str](), Counter[str]()
+
+    def step(self, op: Op) -> None:
+        """Raise PlanError if `op` may not come next."""
+        block = op.block
+        _require(not (self.has_begun and isinstance(op, Held)), "held stands only at the start")
+        self.has_begun |= not isinstance(op, Held)
+        if getattr(op, "plane", None) is Plane.INPUT:
+            self._step_input(op)
+            return
+        match op:
+            case Held(_, plane) | Read(_, plane) | Claim(_, plane):
+                self.slots[plane].claim(block)
+                self.waited.discard((block, plane))
+            case Update():
+                _require(self._has(block, Plane.WEIGHT), f"{block} is updated before its weights are read")
+                self.waited.discard((block, Plane.WEIGHT))
+                self.updating.add(block)
+            case Wait(_, plane):
+                _require(self._has(block, plane), f"wait for {block}.{plane}, which nothing reads")
+                self.waited.add((block, plane))
+                if plane is Plane.WEIGHT:
+                    self.updating.discard(block)
+            case Forward():
+                is_usable = (block, Plane.WEIGHT) in self.waited and self._has(block, Plane.WEIGHT)
+                _require(is_usable, f"{block} runs before its weights are waited for")
+            case Backward():
+                is_usable = (block, Plane.WEIGHT) in self.waited
+                is_usable |= not self.slots[Plane.WEIGHT].is_claimed(block)
+                _require(is_usable, f"{block} runs before its weights are waited for")
+                _require(block not in self.updating, f"{block} runs while it is being updated")
+                self.summed.add(block)
+            case Write():
+                is_summed = block in self.summed and self._has(block, Plane.GRADIENT)
+                _require(is_summed, f"the gradient of {block} is written before backward")
+                self.summed.discard(block)
+            case Free(_, plane):
+                is_dropped = plane is Plane.GRADIENT and block in self.summed
+                _require(not is_dropped, f"the gradient of {block} is dropped before it is written")
+                self.slots[plane].free(block)
+                self.waited.discard((block, plane))
+            case Copy():
+                _require(
+                    (block, Plane.WEIGHT) in self.waited and block not in self.updating,
+                    f"{block} is copied before its update is waited for",
+                )
+            case _:
+                pass  # traffic that a pass of someone else adds
+
+    def _step_input(self, op: Op) -> None:
+        block = op.block
+        match op:
+            case Held():
+                self.away[block] += 1
+            case Send():
+                self.leaving[block] += 1
+            case Free():
+                if self.leaving[block]:
+                    self.leaving[block] -= 1
+                    self.away[block] += 1
+                # Else it was sent before this plan.
+                _require(self.away[block] > 0, f"the input of {block} is freed before it is sent")
+            case Fetch():
+                _require(self.away[block] > 0, f"the input of {block} is fetched before it was sent")
+                self.away[block] -= 1
+                self.coming[block] += 1
+            case Wait():
+                _require(self.coming[block] > 0, f"wait for {block}.input, which nothing fetches")
+                self.coming[block] -= 1
+            case _:
+                raise PlanError(f"no rule for {op}")
+
+    def end(self) -> None:
+        """Raise PlanError unless the plan may end here."""
+        for claimed in self.slots[Plane.GRADIENT].claimed:
+            _require(not claimed, f"gradient slots are never given back: {sorted(claimed)}")
+        left = sorted((+self.leaving + self.coming).keys())
+        _require(not left, f"inputs are never freed or never waited for: {left}")
+
+    def _has(self, block: str, plane: Plane) -> bool:
+        return self.slots[plane].is_there(block)
 
 
-def _step(
-    op: Op,
-    index: int,
-    books: dict[Plane, _Books],
-    waited: set[tuple[str, Plane]],
-    summed: set[str],
-    updating: set[str],
-    plan: Plan,
-) -> None:
-    weights = books[Plane.WEIGHT]
-
-    def is_there(block: str, plane: Plane) -> bool:
-        return not books[plane].needs_slot(block) or books[plane].is_claimed(block)
-
-    match op:
-        case Held(block, plane):
-            if any(not isinstance(earlier, Held) for earlier in plan.ops[:index]):
-                raise PlanError("held stands only at the start")
-            books[plane].claim(block)
-        case Read(block, plane) | Claim(block, plane):
-            books[plane].claim(block)
-            waited.discard((block, plane))
-        case Update(block):
-            if not is_there(block, Plane.WEIGHT):
-                raise PlanError(f"{block} is updated before its weights are read")
-            waited.discard((block, Plane.WEIGHT))
-            updating.add(block)
-        case Wait(block, plane):
-            if not is_there(block, plane):
-                raise PlanError(f"wait for {block}.{plane}, which nothing reads")
-            waited.add((block, plane))
-            if plane is Plane.WEIGHT:
-                updating.discard(block)
-        case Forward(block):
-            if (block, Plane.WEIGHT) not in waited or not is_there(block, Plane.WEIGHT):
-                raise PlanError(f"{block} runs before its weights are waited for")
-        case Backward(block):
-            if weights.is_claimed(block) and (block, Plane.WEIGHT) not in waited:
-                raise PlanError(f"{block} runs before its weights are waited for")
-            if block in updating:
-                raise PlanError(f"{block} runs while it is being updated")
-            summed.add(block)
-        case Write(block, _):
-            if block not in summed or not is_there(block, Plane.GRADIENT):
-                raise PlanError(f"the gradient of {block} is written before backward")
-            summed.discard(block)
-        case Free(block, plane):
-            if plane is Plane.GRADIENT and block in summed:
-                raise PlanError(f"the gradient of {block} is dropped before it is written")
-            books[plane].free(block)
-            waited.discard((block, plane))
-        case _:
-            raise PlanError(f"no rule for {op}")
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise PlanError(message)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from outsize.block import ALIGNMENT, align
 from outsize.config import Home
-from outsize.plan.build import Direction
+from outsize.plan.context import Direction
 from outsize.plan.workload import BatchShape, Workload
 
 LEAST_INPUT_BYTES = 1 << 20

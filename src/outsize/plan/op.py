@@ -12,24 +12,31 @@ from typing import ClassVar
 
 from outsize.block import Plane
 from outsize.errors import ConfigError
+from outsize.plan.profile import Resource
 
 
 @dataclass(frozen=True, slots=True)
 class Op(ABC):
-    """One operation on one block; `verb` is the first word of its text."""
+    """One operation on one block. After `block` a subclass may have `plane` and `num_bytes`, which end its text.
+
+    `verb` is the first word of the text. `resource` is what the operation keeps busy until it is over, None if it starts
+    nothing; a path with several legs keeps that of its other legs busy as well. `is_waiting` holds where computing, and
+    whatever the plan has next, waits for the operation.
+    """
 
     verb: ClassVar[str] = ""
+    resource: ClassVar[Resource | None] = None
+    is_waiting: ClassVar[bool] = False
     block: str
 
+    def __init_subclass__(cls) -> None:
+        _VERBS[cls.verb] = cls
+
     def __str__(self) -> str:
-        words = [self.verb, self.block]
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.name == "plane":
-                words[1] = f"{self.block}.{value}"
-            elif field.name == "num_bytes":
-                words.append(str(value))
-        return " ".join(words)
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        plane = f".{values['plane']}" if "plane" in values else ""
+        num_bytes = f" {values['num_bytes']}" if "num_bytes" in values else ""
+        return f"{self.verb} {self.block}{plane}{num_bytes}"
 
     @staticmethod
     def parse(text: str) -> Op:
@@ -39,24 +46,25 @@ class Op(ABC):
         words = rest.split()
         if kind is not None and words:
             block, _, plane = words[0].partition(".")
-            has_plane = any(field.name == "plane" for field in fields(kind))
-            has_bytes = any(field.name == "num_bytes" for field in fields(kind))
-            if block and bool(plane) is has_plane and len(words) == 1 + has_bytes:
+            names = {field.name for field in fields(kind)}
+            if block and bool(plane) is ("plane" in names) and len(words) == 1 + ("num_bytes" in names):
                 try:
                     arguments: list[str | Plane | int] = [block]
-                    if has_plane:
+                    if plane:
                         arguments.append(Plane(plane))
-                    if has_bytes:
-                        arguments.append(int(words[1]))
+                    arguments += map(int, words[1:])
                     return kind(*arguments)  # type: ignore[arg-type]
                 except ValueError:
                     pass
         raise ConfigError(f"not an operation: {text!r}", hint=f"an operation starts with {', '.join(_VERBS)}")
 
 
+_VERBS: dict[str, type[Op]] = {}
+
+
 @dataclass(frozen=True, slots=True)
 class Held(Op):
-    """The block's weights are in a slot from an earlier call; only at the start of a plan."""
+    """The weights are in a slot from an earlier call, or the input was sent away before; only at the start of a plan."""
 
     verb: ClassVar[str] = "held"
     plane: Plane
@@ -67,8 +75,19 @@ class Read(Op):
     """Claim a slot and start reading a plane into it; `wait` makes it usable."""
 
     verb: ClassVar[str] = "read"
+    resource: ClassVar[Resource | None] = Resource.READ
     plane: Plane
     num_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Hint(Op):
+    """The block will be visited, and its weights are on their way: what it needs beside them can be started.
+
+    Passes add operations here. A plan that runs holds no hints.
+    """
+
+    verb: ClassVar[str] = "hint"
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,13 +95,15 @@ class Update(Op):
     """Start applying the block's pending update, chunk by chunk as state arrives; `wait` makes the weights usable."""
 
     verb: ClassVar[str] = "update"
+    resource: ClassVar[Resource | None] = Resource.UPDATE
 
 
 @dataclass(frozen=True, slots=True)
 class Wait(Op):
-    """Let computing wait until a plane that was read (and updated) is usable."""
+    """Let computing wait until a plane that was read (and updated), or an input that was fetched, is usable."""
 
     verb: ClassVar[str] = "wait"
+    is_waiting: ClassVar[bool] = True
     plane: Plane
 
 
@@ -99,6 +120,7 @@ class Forward(Op):
     """Run the block, all its tiles."""
 
     verb: ClassVar[str] = "forward"
+    resource: ClassVar[Resource | None] = Resource.COMPUTE
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +128,7 @@ class Backward(Op):
     """Go back through the block, which is run again unless its activations were kept, and add to its gradient."""
 
     verb: ClassVar[str] = "backward"
+    resource: ClassVar[Resource | None] = Resource.COMPUTE
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,18 +136,44 @@ class Write(Op):
     """Round a plane, take its norm, and start moving it from its slot to its home."""
 
     verb: ClassVar[str] = "write"
+    resource: ClassVar[Resource | None] = Resource.WRITE
     plane: Plane
     num_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
 class Free(Op):
-    """Give a slot back once nothing is being written from it any more."""
+    """Give a slot, or the memory of an input, back once nothing is being written from it any more."""
 
     verb: ClassVar[str] = "free"
+    is_waiting: ClassVar[bool] = True
     plane: Plane
 
 
-_VERBS: dict[str, type[Op]] = {
-    kind.verb: kind for kind in (Held, Read, Update, Wait, Claim, Forward, Backward, Write, Free)
-}
+@dataclass(frozen=True, slots=True)
+class Send(Op):
+    """Start sending what the next visit is given to where it waits for the backward; `free` gives its memory back."""
+
+    verb: ClassVar[str] = "send"
+    resource: ClassVar[Resource | None] = Resource.WRITE
+    plane: Plane
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Fetch(Op):
+    """Start bringing the block's last input back that was sent and not fetched yet; `wait` makes it usable."""
+
+    verb: ClassVar[str] = "fetch"
+    resource: ClassVar[Resource | None] = Resource.READ
+    plane: Plane
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Copy(Op):
+    """Add the block, as it is now, to the commit under way: `num_bytes` of it live in memory and are copied to the disk."""
+
+    verb: ClassVar[str] = "copy"
+    resource: ClassVar[Resource | None] = Resource.WRITE
+    num_bytes: int

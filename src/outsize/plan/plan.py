@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from outsize.plan.op import Op
@@ -27,6 +27,10 @@ class Plan:
     def parse(cls, text: str) -> Plan:
         """The plan whose text is `text`, one operation a line; blank lines are passed over."""
         return cls(tuple(Op.parse(line) for line in text.splitlines() if line.strip()))
+
+    def expanded(self, replace: Callable[[Op], Iterable[Op]]) -> Plan:
+        """The plan with what `replace` gives in the place of each operation, which it is asked for in order."""
+        return Plan(tuple(new for op in self.ops for new in replace(op)))
 
     def excerpt(self, index: int, around: int = 3) -> str:
         """The lines around operation `index`, marked, for an error message."""

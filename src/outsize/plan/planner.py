@@ -17,10 +17,11 @@ from typing import Generic, TypeVar
 from outsize.block import Record
 from outsize.config import Pins
 from outsize.errors import BudgetError
-from outsize.plan.build import Visit
+from outsize.plan.context import Visit
+from outsize.plan.lower import Costs
 from outsize.plan.place import Placement
 from outsize.plan.profile import Profile
-from outsize.plan.simulate import Costs, Simulation, least_s, simulate
+from outsize.plan.simulate import Simulation, least_s, simulate
 
 SLOTS = ((3, 2), (2, 2), (2, 1), (1, 1), (4, 3), (6, 4))
 """Weight slots and gradient slots that are tried; the first is what is taken where nothing is known of the machine."""

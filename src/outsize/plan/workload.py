@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from outsize.plan.build import Visit
+from outsize.plan.context import Visit
 
 
 @dataclass(frozen=True, slots=True)
