@@ -60,10 +60,11 @@ def trainer(folder: Path, num_steps: int) -> None:
     """The same steps by `outsize.train`."""
     from rich.console import Console
 
+    from outsize.engine.api import Options
     from outsize.train.data import DataFile
     from outsize.train.loop import train
     from outsize.train.progress import LiveProgress
-    from outsize.train.settings import Length, Place, TrainSettings
+    from outsize.train.settings import Length, TrainSettings
     from outsize.train.watch import Watcher
 
     class Turns(Watcher):
@@ -85,7 +86,7 @@ def trainer(folder: Path, num_steps: int) -> None:
         Length(steps=num_steps),
         batch_size=BATCH_SIZE,
         seq_len=SEQ_LEN,
-        place=Place(disk=str(folder), dtype="float32"),
+        place=Options(disk=str(folder), dtype="float32"),
         from_scratch=True,
     )
     with open(os.devnull, "w") as nowhere:

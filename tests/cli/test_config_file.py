@@ -62,7 +62,7 @@ def test_a_file_says_all_that_options_say(config):
     assert from_file.data == (DataFile(Path("chat.jsonl"), 0.7), DataFile(Path("books.parquet"), 0.3))
     assert from_file.batch_size == 16 and from_file.learning.max_grad_norm is None
     assert (from_file.packing, from_file.too_long) == (Packing.PADDED, TooLong.SKIP)
-    assert from_file.learning.schedule is Shape.WSD and from_file.place.pins.weight_slots == 2
+    assert from_file.learning.schedule is Shape.WSD and from_file.place["pins"].weight_slots == 2
 
 
 def test_the_command_line_wins_and_drops_what_it_excludes(config):

@@ -1,6 +1,7 @@
 """Opening models: what `load`, `wrap` and the package itself promise."""
 
 import inspect
+import pydoc
 
 import pytest
 import torch
@@ -8,6 +9,8 @@ import transformers
 
 import outsize
 from outsize.engine import api
+from outsize.engine.api import Options, settings_of
+from outsize.engine.preview import PreviewOptions, preview
 from outsize.errors import ConfigError, ModelError, OutsizeError, UsageError, WeightsError
 from tests.running import adamw, opened, train
 from tests.seams import compute_dtype
@@ -64,6 +67,33 @@ def test_the_type_follows_the_module():
     assert compute_dtype(opened(ZOO["llama"].build(dtype=torch.bfloat16))) is torch.bfloat16
     assert compute_dtype(outsize.wrap(plain_stack(), dtype="bfloat16")) is torch.bfloat16
     assert compute_dtype(outsize.wrap(plain_stack(), dtype=torch.bfloat16)) is torch.bfloat16
+
+
+@pytest.mark.parametrize("name", ["load", "wrap", "preview", "pipeline"])
+def test_signatures_and_help_show_every_option(name):
+    parameters = inspect.signature(getattr(outsize, name)).parameters
+    expected = dict.fromkeys(Options.__annotations__) | {"on_device_full": "error"}
+    assert {option: parameters[option].default for option in expected} == expected
+    assert (
+        all(each.kind is not each.VAR_KEYWORD for each in parameters.values()) and "passes" not in parameters
+    )
+    assert str(inspect.signature(getattr(outsize, name))) in pydoc.plain(
+        pydoc.render_doc(getattr(outsize, name))
+    )
+
+
+def test_types_of_options_are_those_of_what_parses_them():
+    for options, function, also in ((Options, settings_of, set()), (PreviewOptions, preview, {"passes"})):
+        parameters = inspect.signature(function).parameters.values()
+        annotated = {each.name: each.annotation for each in parameters if each.kind is each.KEYWORD_ONLY}
+        typed = {name: each.__forward_arg__ for name, each in options.__annotations__.items()}
+        assert typed == {name: each for name, each in annotated.items() if name not in also}
+
+
+@pytest.mark.parametrize("keyword", ["hots", "attention", "weights"])
+def test_a_keyword_that_is_unknown_is_refused(keyword):
+    with pytest.raises(TypeError, match=keyword):
+        outsize.wrap(torch.nn.Linear(2, 2), **{keyword: None})
 
 
 def test_signatures_of_forwards_are_kept():

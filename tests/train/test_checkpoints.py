@@ -16,13 +16,14 @@ from safetensors.torch import load_file
 import outsize
 from outsize.checkpoint.catalogue import contents
 from outsize.cli.main import main
+from outsize.engine.api import Options
 from outsize.errors import ConfigError
 from outsize.train import evaluate
 from outsize.train.data import DataFile
 from outsize.train.evaluate import mean_loss
 from outsize.train.loop import train
 from outsize.train.schedule import Shape
-from outsize.train.settings import Checkpointing, Evaluating, Learning, Length, Place
+from outsize.train.settings import Checkpointing, Evaluating, Learning, Length
 from outsize.train.watch import Watcher
 from tests.running import settled  # noqa: F401
 from tests.seams import close_all
@@ -46,7 +47,7 @@ class Interrupt(Watcher):
 
 
 def settings(model, data, out, *, resume=False, every=2, **changes):
-    place = changes.pop("place", Place(disk=str(out.parent), home="disk", dtype="float32"))
+    place = changes.pop("place", Options(disk=str(out.parent), home="disk", dtype="float32"))
     return settings_for(
         model, data, out, checkpointing=Checkpointing(every=every, resume=resume), place=place, **changes
     )
@@ -66,7 +67,7 @@ def without_times(line):
 @pytest.mark.parametrize("home", ["disk", "host"])
 def test_a_run_that_goes_on_is_the_run(kind, home, model, data, tmp_path):
     evaluating = Evaluating(fraction=0.2, every=3)
-    place = Place(disk=str(tmp_path), home=home, dtype="float32")
+    place = Options(disk=str(tmp_path), home=home, dtype="float32")
     options = {"evaluating": evaluating, "place": place, "length": Length(steps=8)}
     whole = train(settings_for(model, data, tmp_path / "whole", **options))
     close_all()
@@ -97,7 +98,7 @@ def test_a_run_that_goes_on_is_the_run(kind, home, model, data, tmp_path):
 
 
 def test_an_evaluation_that_a_kill_broke_off_is_made_when_the_run_goes_on(model, data, tmp_path, monkeypatch):
-    place = Place(disk=str(tmp_path), home="disk", dtype="float32")
+    place = Options(disk=str(tmp_path), home="disk", dtype="float32")
     options = {"evaluating": Evaluating(fraction=0.2, every=2), "place": place, "length": Length(steps=8)}
     whole = train(settings_for(model, data, tmp_path / "whole", **options))
     close_all()
@@ -131,7 +132,7 @@ def test_a_longer_run_goes_on_from_one_that_is_complete(model, data, tmp_path):
     close_all()
     result = train(settings(model, data, out, resume=True, length=Length(steps=7), learning=learning))
     close_all()
-    place = Place(disk=str(tmp_path), home="disk", dtype="float32")
+    place = Options(disk=str(tmp_path), home="disk", dtype="float32")
     whole = train(
         settings_for(model, data, tmp_path / "whole", length=Length(steps=7), learning=learning, place=place)
     )
@@ -289,7 +290,7 @@ def test_a_killed_command_goes_on(model, data, tmp_path):
             every=1,
             length=Length(steps=committed + 2),
             learning=Learning(),
-            place=Place(disk=str(tmp_path), home="disk"),
+            place=Options(disk=str(tmp_path), home="disk"),
         )
     )
     assert result.num_steps == committed + 2 == len(lines(out))

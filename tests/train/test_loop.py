@@ -1,4 +1,3 @@
-import dataclasses
 import io
 import json
 import os
@@ -10,6 +9,7 @@ from rich.console import Console
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from outsize.config import Pins
+from outsize.engine.api import Options
 from outsize.errors import ConfigError, DataError, TrainingError
 from outsize.train.api import OptimizerName
 from outsize.train.data import DataFile, DataOptions, Packing, Position, TooLong, open_dataset
@@ -26,7 +26,7 @@ from outsize.train.progress import (
     where_time_goes,
 )
 from outsize.train.schedule import Shape
-from outsize.train.settings import Evaluating, Learning, Length, Place, TrainSettings
+from outsize.train.settings import Evaluating, Learning, Length, TrainSettings
 from outsize.train.watch import Watcher
 from tests.train.standin import WORDS, PlainAdamW, PlainApi, PlainReport
 
@@ -44,12 +44,14 @@ def weights(folder):
 
 def test_run_leaves_a_folder_that_loads_and_metrics(model, data, tmp_path):
     out = tmp_path / "out"
-    place = Place("2GiB", "1GiB", str(tmp_path), "disk", "float32", Pins(tile_rows=2))
+    place = Options(
+        device="2GiB", host="1GiB", disk=str(tmp_path), home="disk", dtype="float32", pins=Pins(tile_rows=2)
+    )
     result = train(settings_for(model, data, out, place=place), api=(api := PlainApi()))
     assert result.num_steps == 6 and not result.interrupted
     assert result.losses[-1] < result.losses[0]
     assert result.num_tokens == 6 * 4 * 16
-    assert api.loaded == [(model, dataclasses.asdict(place) | {"pins": place.pins, "profile": None})]
+    assert api.loaded == [(model, {**place, "attention": None, "profile": None})]
     weights(out)
     assert AutoTokenizer.from_pretrained(out).eos_token == "<eos>"
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
@@ -335,7 +337,7 @@ def test_every_optimizer_trains(model, data, tmp_path, name, monkeypatch):
         data,
         tmp_path / "out",
         length=Length(steps=3),
-        place=Place(disk=str(tmp_path / "scratch"), home="disk", dtype="float32"),
+        place=Options(disk=str(tmp_path / "scratch"), home="disk", dtype="float32"),
         learning=Learning(lr=1e-3, warmup_steps=1, optimizer=name),
     )
     monkeypatch.setenv("OUTSIZE_EAGER", "1")
@@ -397,7 +399,9 @@ def test_progress_tells_what_the_files_hold(model, data, tmp_path, is_terminal):
     assert "of the tokens" in text, "a part is told as if it were the whole"
 
 
-@pytest.mark.parametrize("place", [Place(host="lots"), Place(disk="/nowhere/at/all"), Place(device="big")])
+@pytest.mark.parametrize(
+    "place", [Options(host="lots"), Options(disk="/nowhere/at/all"), Options(device="big")]
+)
 def test_a_place_that_cannot_be_is_refused_before_text_is_read(model, data, tmp_path, place):
     class Listener(Watcher):
         said = ()

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import outsize
 from outsize.cli.main import main
+from outsize.engine.api import Options
 from outsize.errors import StorageError, StorageFullError
 from outsize.train import room, saver
 from outsize.train.data import DataFile, Dataset
@@ -20,7 +21,7 @@ from outsize.train.loop import train
 from outsize.train.progress import PlainProgress
 from outsize.train.room import Room
 from outsize.train.saver import weights_bytes
-from outsize.train.settings import Checkpointing, Evaluating, Length, Place
+from outsize.train.settings import Checkpointing, Evaluating, Length
 from outsize.train.watch import Watcher
 from tests.running import settled  # noqa: F401
 from tests.seams import close_all
@@ -90,7 +91,7 @@ def fresh(model, tmp_path):
 
 
 def test_what_is_held_is_what_is_written(model, data, tmp_path):
-    settings = settings_for(model, data, tmp_path / "out", place=Place(host="2GiB", dtype="float32"))
+    settings = settings_for(model, data, tmp_path / "out", place=Options(host="2GiB", dtype="float32"))
     train(settings)
     written = size_of(tmp_path / "out")
     held = weights_bytes(outsize.load(model, dtype="float32"), model)
@@ -163,7 +164,7 @@ def test_room_for_the_last_weights_stays_while_better_ones_are_kept(model, data,
 @pytest.mark.parametrize("has_disk", [False, True])
 def test_weights_that_out_cannot_hold_are_saved_elsewhere(model, data, tmp_path, home, error, has_disk):
     (tmp_path / "disk").mkdir()
-    place = Place(disk=str(tmp_path / "disk")) if has_disk else Place()
+    place = Options(disk=str(tmp_path / "disk")) if has_disk else Options()
     out = tmp_path / "out"
     train(settings_for(model, data, tmp_path / "good", seed=3), api=PlainApi())
     settings = settings_for(model, data, out, seed=3, place=place)
@@ -203,7 +204,7 @@ def test_places_without_room_are_not_tried_and_said(model, data, tmp_path, home,
 def test_weights_that_are_committed_are_exported_by_the_command_in_the_hint(
     model, data, tmp_path, monkeypatch
 ):
-    place = Place(disk=str(tmp_path), home="disk", dtype="float32")
+    place = Options(disk=str(tmp_path), home="disk", dtype="float32")
     checkpointing = Checkpointing(every=4)
     options = {"place": place, "checkpointing": checkpointing, "length": Length(steps=3)}
     train(settings_for(model, data, tmp_path / "good", **options))

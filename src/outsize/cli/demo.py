@@ -133,7 +133,7 @@ def _train(
     from outsize.train.data import DataFile
     from outsize.train.loop import train
     from outsize.train.progress import progress_on
-    from outsize.train.settings import Learning, Length, Place, TrainSettings
+    from outsize.train.settings import Learning, Length, TrainSettings
 
     console.print(
         f"Training on {files.num_files} source files of Python's standard library. Weights, gradients and "
@@ -148,7 +148,7 @@ def _train(
         batch_size=size.batch_size,
         seq_len=size.seq_len,
         learning=Learning(lr=1.5e-3, warmup_steps=8),
-        place=Place(disk=str(out / "store"), home="disk", pins=Pins(resident_bytes=RESIDENT_BYTES)),
+        place={"disk": str(out / "store"), "home": "disk", "pins": Pins(resident_bytes=RESIDENT_BYTES)},
         from_scratch=True,
     )
     return train(settings, api=api, watchers=[progress_on(console)])

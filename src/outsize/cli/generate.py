@@ -119,20 +119,10 @@ def run(options: argparse.Namespace) -> int:
     tokenizer = load_tokenizer(options.model)
     # What is malformed is refused before a model is loaded.
     requests = [request_of(tokenizer, prompt, given) for prompt in prompts or ["-"]]
-    place = shared.place_of(options)
+    place = shared.load_options(options)
 
     def opened(folder: Path, weights: str | None) -> Any:
-        model = outsize.load(
-            folder,
-            device=place.device,
-            host=place.host,
-            disk=place.disk,
-            home=place.home,
-            dtype=place.dtype,
-            weights=weights,
-            pins=place.pins,
-            attention=place.attention,
-        )
+        model = outsize.load(folder, weights=weights, attention=options.attention, **place)
         return model.requires_grad_(False)  # no memory for gradients
 
     generate = pipeline(

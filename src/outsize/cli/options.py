@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Mapping
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from outsize.config import HOME_CHOICES, ComputeType, Pins
 from outsize.errors import ConfigError
 
 if TYPE_CHECKING:
+    from outsize.engine.api import Options
     from outsize.plan.profile import Profile
-    from outsize.train.settings import Place
 
 Commands = argparse._SubParsersAction  # the type that add_subparsers returns has no public name
 
-PLACE_OPTIONS = ("device", "host", "disk", "home", "dtype", "attention", "pin")
-"""What `add_place` adds, by destination."""
+LOAD_OPTIONS = ("device", "host", "disk", "home", "dtype", "on_device_full", "compile")
+"""Options that are keywords of `outsize.load` as they are."""
 
 MODEL_HELP = "folder of a Hugging Face model"
 
@@ -37,7 +38,7 @@ def command(
 
 
 def add_place(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
-    """The options that say where bytes may live, as a group; `place_of` reads them."""
+    """The options that say where bytes may live, as a group; `load_options` reads them."""
     group = parser.add_argument_group(
         "where it may live", "Hard limits; what is not given is measured and planned."
     )
@@ -93,19 +94,11 @@ def profile_of(disk: str | None) -> Profile | None:
     return kept(budgets.disks[0].folder if budgets.disks else None)
 
 
-def place_of(options: argparse.Namespace) -> Place:
-    """The `Place` that `add_place`'s options describe."""
-    from outsize.train.settings import Place
-
-    return Place(
-        device=options.device,
-        host=options.host,
-        disk=options.disk,
-        home=options.home,
-        dtype=options.dtype,
-        attention=options.attention,
-        pins=pins_of(options.pin or []),
-    )
+def load_options(options: argparse.Namespace | Mapping[str, Any]) -> Options:
+    """The keywords of `outsize.load` that `add_place`'s options give, and `add_compile`'s and others if there are such."""
+    values = options if isinstance(options, Mapping) else vars(options)
+    given = {name: values[name] for name in LOAD_OPTIONS if values.get(name) is not None}
+    return cast("Options", {**given, "pins": pins_of(values.get("pin") or [])})
 
 
 def pins_of(texts: list[str]) -> Pins | None:

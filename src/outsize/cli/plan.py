@@ -67,19 +67,13 @@ def run(options: argparse.Namespace) -> int:
     others = OtherPrograms()
     summary = outsize.preview(
         options.model,
-        device=options.device,
-        host=options.host,
-        disk=options.disk,
-        home=options.home,
-        dtype=options.dtype,
-        pins=shared.pins_of(options.pin or []),
-        compile=options.compile,
         attention=options.attention,
         batch_size=options.batch_size,
         seq_len=options.seq_len,
         train=not options.generate,
         profile=profile,
         hardware=hardware,
+        **shared.load_options(options),
     )
     part = others.part()
     print(summary.to_json() if options.json else summary)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -199,7 +198,7 @@ def run(options: argparse.Namespace) -> int:
     from outsize.train.progress import RunConsole, progress_on
 
     console = RunConsole()
-    profile = shared.profile_of(settings.place.disk)
+    profile = shared.profile_of(values.get("disk"))
     result = train(settings, watchers=[progress_on(console)], profile=profile)
     console.print(str(result.report), markup=False, highlight=False)
     stopped = "stopped early; " if result.interrupted else ""
@@ -296,11 +295,8 @@ def settings_of(values: dict[str, Any]) -> TrainSettings:
             folder=Path(values["checkpoint"]) if get("checkpoint") else None,
             resume=values["resume"],
         ),
-        place=replace(
-            shared.place_of(argparse.Namespace(**{key: get(key) for key in shared.PLACE_OPTIONS})),
-            on_device_full=_choice(OnDeviceFull, "on_device_full", values["on_device_full"]),
-            compile=get("compile"),
-        ),
+        place=shared.load_options(values),
+        attention=get("attention"),
         from_scratch=values["from_scratch"],
         seed=values["seed"],
         overwrite=values["overwrite"],
@@ -317,21 +313,14 @@ def _dry_run(settings: TrainSettings, values: dict[str, Any]) -> int:
     if not settings.from_scratch:
         find_weights(resolve_folder(settings.model))
     print(write_config(values))
-    place = settings.place
     summary = outsize.preview(
         settings.model,
-        device=place.device,
-        host=place.host,
-        disk=place.disk,
-        home=place.home,
-        dtype=place.dtype,
-        pins=place.pins,
-        compile=place.compile,
-        attention=place.attention,
+        attention=settings.attention,
         batch_size=settings.batch_size,
         seq_len=settings.seq_len,
         from_scratch=settings.from_scratch,
-        profile=shared.profile_of(place.disk),
+        profile=shared.profile_of(values.get("disk")),
+        **settings.place,
     )
     print("\n".join(f"# {line}".rstrip() for line in str(summary).splitlines()))
     return 0 if summary.fits else 1

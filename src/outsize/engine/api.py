@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
+import inspect
+from collections.abc import Callable, Collection
+from enum import StrEnum
 from pathlib import Path
+from typing import ParamSpec, TypedDict, TypeVar, Unpack
 
 import torch
 from torch import nn
 
-from outsize.config import HOME_CHOICES, Budgets, ComputeType, Disk, Home, OnDeviceFull, Pins, Settings
+from outsize.config import (
+    HOME_CHOICES,
+    Budgets,
+    ComputeType,
+    Disk,
+    Home,
+    OnDeviceFull,
+    Pins,
+    Settings,
+    format_bytes,
+)
 from outsize.engine.methods import take_methods_over
 from outsize.engine.placeholder import OffloadedParameter
 from outsize.engine.rng_autocast import outside_inference_mode
@@ -39,26 +51,125 @@ from outsize.store.planes import DTYPES
 from outsize.store.scratch import packed_places
 from outsize.tier import CudaDevice, Device, HostDevice
 
+P = ParamSpec("P")
+R = TypeVar("R")
+E = TypeVar("E", bound=StrEnum)
 
-@plain_defaults()
-@outside_inference_mode()
-def load(
-    path: str | Path,
+
+class Options(TypedDict, total=False):
+    """Keywords that every function that opens a model takes; `settings_of` parses them."""
+
+    device: str | int | None
+    host: str | int | None
+    disk: Disk | None
+    home: str | None
+    dtype: str | torch.dtype | None
+    pins: Pins | None
+    on_device_full: str
+    compile: bool | None
+
+
+def settings_of(
+    default: ComputeType | None = None,
     *,
     device: str | int | None = None,
     host: str | int | None = None,
     disk: Disk | None = None,
     home: str | None = None,
     dtype: str | torch.dtype | None = None,
-    weights: str | None = None,
     pins: Pins | None = None,
     on_device_full: str = "error",
     compile: bool | None = None,
+) -> Settings:
+    """Parse the options of a function that opens a model: the only place where they become `Settings`.
+
+    Without `dtype` the compute type is `default`, else the one that this machine computes fastest. Raises ConfigError
+    naming an option that is malformed or contradicts another.
+    """
+    pins = pins or Pins()
+    for text, needs_folder in (
+        ('home="disk"', home == Home.DISK),
+        ('Pins(inputs="disk")', pins.inputs == Home.DISK),
+    ):
+        if needs_folder and disk is None:
+            raise ConfigError(f"{text} without a folder", hint='give one with disk="/path/on/an/ssd"')
+    if dtype is None:
+        compute_type = default or native_compute_type()
+    else:
+        compute_type = _one_of(list(ComputeType), "dtype", str(dtype).removeprefix("torch."))
+    return Settings(
+        Budgets.parse(device, host, disk),
+        None if home is None else _one_of(HOME_CHOICES, "home", home),
+        compute_type,
+        pins,
+        on_device_full=_one_of(list(OnDeviceFull), "on_device_full", on_device_full),
+        compile=compile,
+    )
+
+
+def _one_of(choices: Collection[E], name: str, value: str) -> E:
+    for choice in choices:
+        if choice == value:
+            return choice
+    raise ConfigError(f"{name}={value!r}", hint=f"one of {', '.join(choices)}")
+
+
+def settings_for_folder(
+    options: Options, *, is_quantized: bool, default: ComputeType | None = None
+) -> Settings:
+    """As `settings_of`; quantized weights compute in bfloat16. Raises ConfigError for any other type."""
+    settings = settings_of(ComputeType.BFLOAT16 if is_quantized else default, **options)
+    if is_quantized and settings.compute_type is not ComputeType.BFLOAT16:
+        raise ConfigError(
+            f'dtype="{settings.compute_type}" with weights in few bits',
+            hint="leave dtype= out: they are multiplied in bfloat16",
+        )
+    return settings
+
+
+def check_machine(settings: Settings) -> None:
+    """Raise ConfigError if `settings` name a device or a folder that this machine does not have."""
+    num_bytes = settings.budgets.device_bytes
+    if num_bytes is not None and not torch.cuda.is_available():
+        raise ConfigError(
+            f"device={format_bytes(num_bytes)}: this machine has no CUDA device", hint="leave device= out"
+        )
+    settings.budgets.check_folders()
+
+
+def spells_out(
+    source: Callable[..., object], *, without: Collection[str] = ()
+) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Let `inspect.signature` and `help()` show the keywords of `source` in the place of a function's `**options`."""
+    keywords = [
+        each
+        for each in inspect.signature(source).parameters.values()
+        if each.kind is each.KEYWORD_ONLY and each.name not in without
+    ]
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        signature = inspect.signature(function)
+        own = [each for each in signature.parameters.values() if each.kind is not each.VAR_KEYWORD]
+        shown = sorted([*own, *keywords], key=lambda each: each.kind)
+        function.__signature__ = signature.replace(parameters=shown)  # type: ignore[attr-defined]
+        return function
+
+    return decorate
+
+
+@spells_out(settings_of)
+@plain_defaults()
+@outside_inference_mode()
+def load(
+    path: str | Path,
+    *,
+    weights: str | None = None,
     attention: str | None = None,
     profile: Profile | None = None,
     from_scratch: bool = False,
     seed: int = 0,
     trust_remote_code: bool = False,
+    **options: Unpack[Options],
 ) -> nn.Module:
     """Open the Hugging Face model in folder `path` without reading its weights.
 
@@ -89,9 +200,8 @@ def load(
             f"from_scratch=True, and the weights of {folder} are in {stored}",
             hint="pass the folder of the original model",
         )
-    if wanted is not None or stored is not None:
-        dtype = few_bits_dtype(dtype)
-    settings = resolve_settings(device, host, disk, home, dtype, pins, on_device_full, compile)
+    settings = settings_for_folder(options, is_quantized=wanted is not None or stored is not None)
+    check_machine(settings)
     module = open_skeleton(
         folder, DTYPES[settings.compute_type], trust_remote_code=trust_remote_code, attention=attention
     )
@@ -106,21 +216,11 @@ def load(
     return _take_over(module, source, settings, profile)
 
 
+@spells_out(settings_of)
 @plain_defaults()
 @outside_inference_mode()
 def wrap(
-    module: nn.Module,
-    *,
-    device: str | int | None = None,
-    host: str | int | None = None,
-    disk: Disk | None = None,
-    home: str | None = None,
-    dtype: str | torch.dtype | None = None,
-    pins: Pins | None = None,
-    on_device_full: str = "error",
-    compile: bool | None = None,
-    profile: Profile | None = None,
-    seed: int = 0,
+    module: nn.Module, *, profile: Profile | None = None, seed: int = 0, **options: Unpack[Options]
 ) -> nn.Module:
     """Put any module with repeated blocks under Outsize, in place, and return it.
 
@@ -130,9 +230,9 @@ def wrap(
     Raises ModelError, UsageError or ConfigError, naming the parameter, before anything is changed.
     """
     _check_types(module)
-    if dtype is None:
-        dtype = "bfloat16" if main_dtype(module) is torch.bfloat16 else "float32"
-    settings = resolve_settings(device, host, disk, home, dtype, pins, on_device_full, compile)
+    is_bfloat16 = main_dtype(module) is torch.bfloat16
+    settings = settings_of(ComputeType.BFLOAT16 if is_bfloat16 else ComputeType.FLOAT32, **options)
+    check_machine(settings)
     parameters = dict(module.named_parameters())
     if any(isinstance(parameter, OffloadedParameter) for parameter in parameters.values()):
         raise UsageError(f"{type(module).__name__} is under Outsize already", hint="wrap a module once")
@@ -183,65 +283,6 @@ def save(
         tokenizer_from=tokenizer_from,
         watch=watch,
     )
-
-
-def resolve_settings(
-    device: str | int | None,
-    host: str | int | None,
-    disk: Disk | None,
-    home: str | None,
-    dtype: str | torch.dtype | None,
-    pins: Pins | None,
-    on_device_full: str = "error",
-    compile: bool | None = None,
-) -> Settings:
-    """The arguments of `load`, checked. Raises ConfigError naming the one that cannot be used."""
-    if device is not None and not torch.cuda.is_available():
-        raise ConfigError(f"device={device!r}: this machine has no CUDA device", hint="leave device= out")
-    if on_device_full not in list(OnDeviceFull):
-        raise ConfigError(f"on_device_full={on_device_full!r}", hint=f"one of {', '.join(OnDeviceFull)}")
-    settings = parse_settings(device, host, disk, home, dtype, pins)
-    settings = replace(settings, on_device_full=OnDeviceFull(on_device_full), compile=compile)
-    settings.budgets.check_folders()
-    return settings
-
-
-def parse_settings(
-    device: str | int | None,
-    host: str | int | None,
-    disk: Disk | None,
-    home: str | None,
-    dtype: str | torch.dtype | None,
-    pins: Pins | None,
-) -> Settings:
-    """The same for a machine that is not there. Raises ConfigError for what is malformed, or contradicts itself."""
-    if home is not None and home not in HOME_CHOICES:
-        raise ConfigError(f"home={home!r}", hint=f"one of {', '.join(HOME_CHOICES)}")
-    if home == Home.DISK and disk is None:
-        raise ConfigError('home="disk" without a folder', hint='give one with disk="/path/on/an/ssd"')
-    if pins is not None and pins.inputs == Home.DISK and disk is None:
-        raise ConfigError('Pins(inputs="disk") without a folder', hint='give one with disk="/path/on/an/ssd"')
-    budgets = Budgets.parse(device, host, disk)
-    return Settings(budgets, Home(home) if home is not None else None, _compute_type(dtype), pins or Pins())
-
-
-def few_bits_dtype(dtype: str | torch.dtype | None) -> str:
-    """The type to compute in beside weights in few bits. Raises ConfigError for any other."""
-    if dtype is not None and _compute_type(dtype) is not ComputeType.BFLOAT16:
-        raise ConfigError(
-            f"dtype={dtype!r} with weights in few bits",
-            hint="leave dtype= out: they are multiplied in bfloat16",
-        )
-    return ComputeType.BFLOAT16
-
-
-def _compute_type(dtype: str | torch.dtype | None) -> ComputeType:
-    name = str(dtype).removeprefix("torch.")
-    if dtype is None:
-        return native_compute_type()
-    if name not in list(ComputeType):
-        raise ConfigError(f"dtype={dtype!r}", hint=f"one of {', '.join(ComputeType)}")
-    return ComputeType(name)
 
 
 def _take_over(module: nn.Module, source: Source, settings: Settings, profile: Profile | None) -> nn.Module:

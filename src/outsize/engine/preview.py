@@ -6,13 +6,21 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Unpack
 
 import torch
 from torch import nn
 
 from outsize.block import Record
-from outsize.config import ComputeType, Disk, Pins, Settings, format_bytes
-from outsize.engine import api
+from outsize.config import ComputeType, Settings, format_bytes
+from outsize.engine.api import (
+    Options,
+    check_machine,
+    open_device,
+    settings_for_folder,
+    settings_of,
+    spells_out,
+)
 from outsize.engine.counting import on_paper
 from outsize.engine.predict import pins_text, predict_call
 from outsize.engine.report import placement_rows
@@ -60,16 +68,22 @@ TELLING = 1.01
 """A plan is named beside others where it is slower by this factor."""
 
 
+class PreviewOptions(Options, total=False):
+    """Keywords of `preview`."""
+
+    attention: str | None
+    batch_size: int
+    seq_len: int
+    train: bool
+    from_scratch: bool
+    profile: Profile | None
+    hardware: Profile | None
+
+
+@spells_out(settings_of)
 def preview(
     path: str | Path,
     *,
-    device: str | int | None = None,
-    host: str | int | None = None,
-    disk: Disk | None = None,
-    home: str | None = None,
-    dtype: str | torch.dtype | None = None,
-    pins: Pins | None = None,
-    compile: bool | None = None,
     attention: str | None = None,
     batch_size: int = 1,
     seq_len: int = 512,
@@ -78,6 +92,7 @@ def preview(
     profile: Profile | None = None,
     hardware: Profile | None = None,
     passes: Passes | None = None,
+    **options: Unpack[Options],
 ) -> PlanSummary:
     """Say what lives where, and whether it fits, for batches of `[batch_size, seq_len]` tokens.
 
@@ -93,17 +108,13 @@ def preview(
             raise ConfigError(f"{name}: {value} is less than 1", hint=f"pass {name} 1 or more")
     folder = resolve_folder(path)
     weights_are_there = from_scratch or has_weights(folder)
-    if stored_weights(folder) is not None:
-        dtype = api.few_bits_dtype(dtype)
+    is_quantized = stored_weights(folder) is not None
     if hardware is None:
-        settings = api.resolve_settings(device, host, disk, home, dtype, pins, compile=compile)
-        computes_on = api.open_device(settings)
+        settings = settings_for_folder(options, is_quantized=is_quantized)
+        check_machine(settings)
+        computes_on = open_device(settings)
     else:
-        if compile:
-            raise ConfigError(
-                "compile: what compiled layers take on another machine is not known", hint="leave it out"
-            )
-        settings = _settings_elsewhere(hardware, device, host, disk, home, dtype, pins)
+        settings = _settings_elsewhere(hardware, options, is_quantized=is_quantized)
         whole = hardware.device_bytes
         computes_on = PaperDevice(whole and min(whole, settings.budgets.device_bytes or whole))
     memory.keep_freed_memory()
@@ -245,23 +256,22 @@ def _dry_run(runtime: Runtime, rows: int, seq_len: int) -> Call:
     return runtime.calls.dry_run(kwargs, with_labels=True)
 
 
-def _settings_elsewhere(
-    hardware: Profile,
-    device: str | int | None,
-    host: str | int | None,
-    disk: Disk | None,
-    home: str | None,
-    dtype: str | torch.dtype | None,
-    pins: Pins | None,
-) -> Settings:
-    """The arguments of `load` on another machine, which has a disk, and the folders that are named."""
-    if dtype is None:
-        dtype = next((kind for kind in _PREFERRED if kind in hardware.matmul), None)
-    if device is not None and not hardware.has_device:
+def _settings_elsewhere(hardware: Profile, options: Options, *, is_quantized: bool) -> Settings:
+    """The options of `load` on another machine, which has a disk, and the folders that are named."""
+    default = next((kind for kind in _PREFERRED if kind in hardware.matmul), None)
+    disk = options.get("disk")
+    settings = settings_for_folder(
+        {**options, "disk": "." if disk is None else disk}, is_quantized=is_quantized, default=default
+    )
+    if settings.compile:
         raise ConfigError(
-            f"device={device!r}: {hardware.name} has no device of its own", hint="leave device= out"
+            "compile: what compiled layers take on another machine is not known", hint="leave it out"
         )
-    settings = api.parse_settings(device, host, "." if disk is None else disk, home, dtype, pins)
+    if settings.budgets.device_bytes is not None and not hardware.has_device:
+        raise ConfigError(
+            f"device={options['device']!r}: {hardware.name} has no device of its own",
+            hint="leave device= out",
+        )
     for name, given, there in (
         ("host", settings.budgets.host_bytes, hardware.host_bytes),
         ("device", settings.budgets.device_bytes, hardware.device_bytes),

@@ -12,12 +12,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, cast, overload
+from typing import Any, Unpack, cast, overload
 
 from torch import nn
 
-from outsize.config import Disk, Pins
-from outsize.engine.api import load
+from outsize.engine.api import Options, load, settings_of, spells_out
 from outsize.errors import ConfigError, RequestError, in_short
 from outsize.model import load_tokenizer, messages_for_template
 from outsize.plan.profile import Profile
@@ -34,6 +33,7 @@ SETTINGS = _SAMPLING | _REQUEST
 """What can be said of a prompt, by name: the fields of `Sampling` and `Request`."""
 
 
+@spells_out(settings_of)
 def pipeline(
     model: str | Path | nn.Module,
     *,
@@ -42,15 +42,11 @@ def pipeline(
     pass_tokens: int | None = None,
     deterministic: bool = False,
     draft: str | Path | nn.Module | None = None,
-    device: str | int | None = None,
-    host: str | int | None = None,
-    disk: Disk | None = None,
-    home: str | None = None,
-    dtype: str | None = None,
     weights: str | None = None,
-    pins: Pins | None = None,
+    attention: str | None = None,
     profile: Profile | None = None,
     concurrency: Concurrency | None = None,
+    **options: Unpack[Options],
 ) -> Pipeline:
     """Open a folder for generating text, within the budgets of `load`; or take a model that is open, and its tokenizer.
 
@@ -70,17 +66,7 @@ def pipeline(
     def opened(what: str | Path | nn.Module, weights: str | None) -> nn.Module:
         if isinstance(what, nn.Module):
             return what
-        module = load(
-            what,
-            device=device,
-            host=host,
-            disk=disk,
-            home=home,
-            dtype=dtype,
-            weights=weights,
-            pins=pins,
-            profile=profile,
-        )
+        module = load(what, weights=weights, attention=attention, profile=profile, **options)
         return module.requires_grad_(False)  # no memory for gradients
 
     engine = open_engine(

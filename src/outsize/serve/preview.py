@@ -4,37 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Unpack
 
-import torch
-
-from outsize.config import Disk, Pins
-from outsize.engine.preview import Call
+from outsize.engine.api import spells_out
+from outsize.engine.preview import Call, PreviewOptions
 from outsize.engine.preview import preview as preview_calls
 from outsize.engine.runtime import Runtime
 from outsize.engine.summary import PlanSummary
 from outsize.kv import NotPageableError
-from outsize.plan.profile import Profile
 from outsize.serve.runner import Concurrency, Runner
 
 
-def preview(
-    path: str | Path,
-    *,
-    device: str | int | None = None,
-    host: str | int | None = None,
-    disk: Disk | None = None,
-    home: str | None = None,
-    dtype: str | torch.dtype | None = None,
-    pins: Pins | None = None,
-    compile: bool | None = None,
-    attention: str | None = None,
-    batch_size: int = 1,
-    seq_len: int = 512,
-    train: bool = True,
-    from_scratch: bool = False,
-    profile: Profile | None = None,
-    hardware: Profile | None = None,
-) -> PlanSummary:
+@spells_out(preview_calls, without={"passes"})
+def preview(path: str | Path, **options: Unpack[PreviewOptions]) -> PlanSummary:
     """Say what lives where, and whether it fits, for batches of `[batch_size, seq_len]` tokens.
 
     With `train=False`: for generating, at most `batch_size` sequences at once, each of `seq_len` tokens with its answer.
@@ -45,24 +27,7 @@ def preview(
     Reads no weights and stores nothing: a `config.json` is enough. Raises ModelError or ConfigError for what cannot be
     opened at all, WeightsError for a folder whose weights `load` would refuse.
     """
-    return preview_calls(
-        path,
-        device=device,
-        host=host,
-        disk=disk,
-        home=home,
-        dtype=dtype,
-        pins=pins,
-        compile=compile,
-        attention=attention,
-        batch_size=batch_size,
-        seq_len=seq_len,
-        train=train,
-        from_scratch=from_scratch,
-        profile=profile,
-        hardware=hardware,
-        passes=_passes,
-    )
+    return preview_calls(path, passes=_passes, **options)
 
 
 def _passes(runtime: Runtime, sequences: int, tokens: int) -> Iterator[tuple[Call, Call]] | None:

@@ -7,12 +7,15 @@ import statistics
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from outsize.config import format_bytes
 from outsize.plan.profile import WORDS
-from outsize.train.api import Predicted, Report
 from outsize.train.metrics import StepMetrics
 from outsize.train.trace import MOST_DIFFERENCES, Trace, seconds
+
+if TYPE_CHECKING:
+    from outsize.engine import Prediction, Report
 
 FIRST_STEADY_STEP = 3
 """Steps before it read weights from their files and write state for the first time."""
@@ -70,7 +73,7 @@ class Figure:
 
 
 def compare(
-    predicted: Predicted, steady: Sequence[StepMetrics], report: Report, trace: Trace | None
+    predicted: Prediction, steady: Sequence[StepMetrics], report: Report, trace: Trace | None
 ) -> list[Figure]:
     """Time, memory, waiting and traffic per step, in this order; then what differs most in the step that was recorded.
 

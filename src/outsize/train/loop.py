@@ -22,10 +22,14 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
+from outsize import checkpoint
+from outsize.engine import Prediction, Report
+from outsize.engine.api import settings_of
+from outsize.engine.optimizer import Optimizer
 from outsize.errors import TrainingError
 from outsize.model import find_weights, resolve_folder
 from outsize.plan.profile import Profile
-from outsize.train.api import Api, ClippingOptimizer, Predicted, Report, optimizer_of, public_api
+from outsize.train.api import Api, optimizer_of, public_api
 from outsize.train.checkpoints import History, Progress, check_store, facts_of, read_history
 from outsize.train.compare import Steady, compare
 from outsize.train.data import Batch, DataOptions, Dataset, Position, check_files, open_dataset
@@ -87,7 +91,7 @@ def train(
     """
     files = (*settings.data, *settings.evaluating.files)
     check_files(files)
-    settings.place.check()
+    settings_of(**settings.place).budgets.check_folders()
     check_store(settings)
     if not settings.from_scratch:
         find_weights(resolve_folder(settings.model))
@@ -120,7 +124,7 @@ def _train(
     watchers.say(f"loading {settings.model}")
     run = Run.start(settings, api, training, profile)
     if settings.checkpointing.is_on:
-        stack.callback(api.checkpoint.close, run.model)
+        stack.callback(checkpoint.close, run.model)
     saver = Saver(settings, api, run.model, folder, watchers.say)
     stack.callback(saver.close)
     saver.hold_room()
@@ -193,7 +197,7 @@ class _Loop:
     saver: Saver
     tracing: Tracing
     interruption: Interruption
-    predicted: Predicted | None = None
+    predicted: Prediction | None = None
     steady: Steady = field(default_factory=Steady)
 
     def steps(self, history: History | None) -> None:
@@ -299,7 +303,7 @@ class Run:
     def __init__(
         self,
         model: nn.Module,
-        optimizer: ClippingOptimizer,
+        optimizer: Optimizer,
         scheduler: LRScheduler,
         batches: Batches,
         pace: Pace,
@@ -328,21 +332,14 @@ class Run:
         cls, settings: TrainSettings, api: Api, dataset: Dataset, profile: Profile | None = None
     ) -> Run:
         """Load the model, lay out its state, and stand before the first step."""
-        place, learning = settings.place, settings.learning
+        learning = settings.learning
         model = api.load(
             settings.model,
-            device=place.device,
-            host=place.host,
-            disk=place.disk,
-            home=place.home,
-            dtype=place.dtype,
-            pins=place.pins,
-            on_device_full=place.on_device_full,
-            compile=place.compile,
-            attention=place.attention,
+            attention=settings.attention,
             profile=profile,
             from_scratch=settings.from_scratch,
             seed=settings.seed,
+            **settings.place,
         )
         model.train()
         torch.manual_seed(settings.seed)
@@ -388,9 +385,7 @@ class Run:
         """Give the model a store, and go on from its last commit; what was done before, None where nothing was."""
         checkpointing = settings.checkpointing
         self._data = facts_of(self._batches.dataset)
-        resumed = self._api.checkpoint.resume(
-            self.model, self._optimizer, settings.checkpoint, keep=checkpointing.keep
-        )
+        resumed = checkpoint.resume(self.model, self._optimizer, settings.checkpoint, keep=checkpointing.keep)
         if resumed is None:
             if checkpointing.resume:
                 self.notes.append(f"{settings.checkpoint} holds no commit yet: the run begins")
@@ -416,7 +411,7 @@ class Run:
             settings=flat(settings),
             data=self._data,
         )
-        self._api.checkpoint.commit(
+        checkpoint.commit(
             self.model,
             self._optimizer,
             settings.checkpoint,
@@ -428,7 +423,7 @@ class Run:
         """Let the last commit be of the last step, and durable."""
         if self.num_steps:
             self.commit(settings)
-        self._api.checkpoint.finish(self.model)
+        checkpoint.finish(self.model)
 
     def _forward(self, batch: Batch) -> torch.Tensor:
         loss = loss_of(self.model, batch)

@@ -7,8 +7,10 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from outsize.train.api import Report
+if TYPE_CHECKING:
+    from outsize.engine import Report
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from outsize.model.writer import storage_errors
-from outsize.train.api import Report
 from outsize.train.metrics import Evaluation, StepMetrics
 from outsize.train.output import METRICS
 from outsize.train.watch import Watcher
+
+if TYPE_CHECKING:
+    from outsize.engine import Report
 
 
 class MetricsFile(Watcher):

@@ -8,6 +8,7 @@ import sys
 from collections import deque
 from collections.abc import Sequence
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 import rich.live
 import rich.progress
@@ -15,10 +16,12 @@ from rich.console import Console, Group
 from rich.text import Text
 
 from outsize.config import format_bytes
-from outsize.train.api import Report
 from outsize.train.compare import Figure
 from outsize.train.metrics import Evaluation, StepMetrics
 from outsize.train.watch import RunFacts, Watcher
+
+if TYPE_CHECKING:
+    from outsize.engine import Report
 
 
 def progress_on(console: Console) -> Watcher:

@@ -12,15 +12,18 @@ from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 from outsize.config import format_bytes
 from outsize.model.writer import storage_errors
-from outsize.train.api import Report
 from outsize.train.compare import Figure
 from outsize.train.metrics import Evaluation, StepMetrics
 from outsize.train.output import REPORT
 from outsize.train.page import cards, document, table
 from outsize.train.watch import RunFacts, Watcher
+
+if TYPE_CHECKING:
+    from outsize.engine import Report
 
 MOST_POINTS = 2000
 """Points of a chart; of a longer run every second, fourth, ... step is drawn."""

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from torch import nn
 
-from outsize.config import Budgets, format_bytes
+from outsize.config import format_bytes
+from outsize.engine.api import settings_of
 from outsize.errors import OutsizeError, StorageError, StorageFullError
 from outsize.files import is_memory_backed
 from outsize.train.api import Api
@@ -129,7 +130,7 @@ class Saver:
 
     def _places(self) -> list[Path]:
         """Folders that the weights may be saved in where OUT cannot hold them, and that have room for them."""
-        disks = [disk.folder for disk in Budgets.parse(None, None, self._settings.place.disk).disks]
+        disks = [disk.folder for disk in settings_of(**self._settings.place).budgets.disks]
         return [place for place in (*disks, Path.cwd(), Path.home()) if self._has_room(place)]
 
     def _has_room(self, place: Path) -> bool:

@@ -5,12 +5,16 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
-from outsize.config import Budgets, OnDeviceFull, Pins
+from outsize.config import Pins
 from outsize.errors import ConfigError
 from outsize.train.api import OptimizerName
 from outsize.train.data import DataFile, Packing, TooLong
 from outsize.train.schedule import Shape
+
+if TYPE_CHECKING:
+    from outsize.engine.api import Options
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,29 +76,6 @@ class Learning:
                 f"max_grad_norm: {self.max_grad_norm} is not positive",
                 hint="pass --max-grad-norm 1, or --max-grad-norm none to leave gradients as they are",
             )
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where the run may keep its bytes: the arguments of `outsize.load`, None where it should measure and plan.
-
-    Place(host="3GiB", disk="/x")                 hard budgets
-    Place(on_device_full=OnDeviceFull.RETRY)      go on in smaller tiles where the device's memory runs out
-    """
-
-    device: str | None = None
-    host: str | None = None
-    disk: str | None = None
-    home: str | None = None
-    dtype: str | None = None
-    pins: Pins | None = None
-    on_device_full: OnDeviceFull = OnDeviceFull.ERROR
-    compile: bool | None = None
-    attention: str | None = None
-
-    def check(self) -> None:
-        """Raise ConfigError for a size that is none and a disk folder that is not there, before any text is read."""
-        Budgets.parse(self.device, self.host, self.disk).check_folders()
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +150,7 @@ class TrainSettings:
 
     TrainSettings(model, (DataFile(path),), out, Length(steps=20))   train the model in folder `model` on `path`
     TrainSettings(..., batch_size=16)                                sequences per step: a weight is loaded once for all
-    TrainSettings(..., place=Place(host="3GiB", disk="/x"))          hard budgets
+    TrainSettings(..., place=Options(host="3GiB", disk="/x"))        hard budgets
     TrainSettings(..., overwrite=True)                               replace an earlier run in `out` once this is saved
     """
 
@@ -184,7 +165,9 @@ class TrainSettings:
     learning: Learning = field(default_factory=Learning)
     evaluating: Evaluating = field(default_factory=Evaluating)
     checkpointing: Checkpointing = field(default_factory=Checkpointing)
-    place: Place = field(default_factory=Place)
+    place: Options = field(default_factory=lambda: cast("Options", {}))
+    """How `outsize.load` opens the model."""
+    attention: str | None = None
     from_scratch: bool = False
     """Whether weights are drawn from `seed`, by the model's own rules, instead of read."""
     seed: int = 0
@@ -246,16 +229,17 @@ def flat(settings: TrainSettings) -> dict[str, str | int | float | bool | None]:
         "seed": settings.seed,
         "tracker": " ".join(settings.trackers) or None,
         "trace-step": settings.trace_step,
-        "device": place.device,
-        "host": place.host,
-        "disk": place.disk,
-        "home": place.home,
-        "dtype": place.dtype,
-        "on-device-full": place.on_device_full,
-        "compile": place.compile,
-        "attention": place.attention,
-        "pin": " ".join(f"{name}={value}" for name, value in pinned(place.pins).items()) or None,
+        **{
+            name.replace("_", "-"): _plain(place.get(name))
+            for name in ("device", "host", "disk", "home", "dtype", "on_device_full", "compile")
+        },
+        "attention": settings.attention,
+        "pin": " ".join(f"{name}={value}" for name, value in pinned(place.get("pins")).items()) or None,
     }
+
+
+def _plain(value: object) -> str | int | None:
+    return value if value is None or isinstance(value, int) else str(value)
 
 
 def pinned(pins: Pins | None) -> dict[str, int | bool]:

@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from torch import nn
 
 from outsize.errors import StorageError
 from outsize.model.writer import storage_errors
-from outsize.train.api import Api, Predicted
+from outsize.train.api import Api
 from outsize.train.trace import Trace
+
+if TYPE_CHECKING:
+    from outsize.engine import Prediction
 
 
 class Tracing:
@@ -36,7 +40,7 @@ class Tracing:
         """What was recorded, once it was."""
 
     @contextmanager
-    def step(self, number: int, predicted: Predicted | None) -> Iterator[None]:
+    def step(self, number: int, predicted: Prediction | None) -> Iterator[None]:
         """The body makes step `number` (from 1); it is recorded where it is the one."""
         if self._is_over or number < self._first_step or self._is_left_out:
             self._is_left_out = False

@@ -10,12 +10,14 @@ import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from outsize.errors import ConfigError, in_short
-from outsize.train.api import Report
 from outsize.train.metrics import Evaluation, StepMetrics
 from outsize.train.watch import RunFacts, Watcher
+
+if TYPE_CHECKING:
+    from outsize.engine import Report
 
 TENSORBOARD = "tensorboard"
 

@@ -12,12 +12,14 @@ from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from outsize.errors import in_short
-from outsize.train.api import Report
 from outsize.train.compare import Figure
 from outsize.train.metrics import Evaluation, StepMetrics
+
+if TYPE_CHECKING:
+    from outsize.engine import Report
 
 
 @dataclass(frozen=True, slots=True)
