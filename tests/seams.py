@@ -459,7 +459,7 @@ def updates_pending(model: nn.Module) -> set[str]:
 
 def blocks_that_move(model: nn.Module) -> list[str]:
     """The blocks of which nothing stays where blocks compute."""
-    return [state.name for state in _executor(model).store if not state.planes.resident]
+    return [state.name for state in _executor(model).store if not state.planes.num_bytes_in(Home.DEVICE)]
 
 
 def disk_of(model: nn.Module) -> Any:

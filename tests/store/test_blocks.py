@@ -32,7 +32,7 @@ def test_a_master_begins_with_every_bit_of_the_source(from_files, tmp_path):
     seen = 0
     for state in store:
         weight = state.planes.weights()
-        remainder = state.planes.resident_plane(Plane.REMAINDER)
+        remainder = state.planes.at_home(Plane.REMAINDER)
         for entry in state.record.entries:
             piece = entry.piece
             expected = plain.get_parameter(piece.parameter).detach()
@@ -67,7 +67,7 @@ def test_planes_live_where_the_placement_says(tmp_path):
         for plane in (Plane.WEIGHT, Plane.GRADIENT, *state.record.state):
             is_resident = placement.home(state.name, plane.group) is Home.DEVICE
             kinds.add(is_resident)
-            assert (plane in state.planes.resident) is is_resident
+            assert (plane in state.planes.regions) is is_resident
     assert kinds == {True, False}
 
 

@@ -61,8 +61,8 @@ def test_records_with_planes_on_disk_follow_one_another():
     records = [record_of(name, (500,)) for name in ("L00", "L01", "L02")]
     planes = Planes(records, placement_of(records, resident=("L01",)), HostDevice(), ADAMW)
     assert [planes[name].disk_offset for name in ("L00", "L02")] == [0, records[0].num_bytes]
-    assert planes["L01"].host_plane(Plane.WEIGHT) is not None
-    assert planes["L00"].host_plane(Plane.WEIGHT) is None
+    assert planes["L01"].at_home(Plane.WEIGHT) is not None
+    assert planes["L00"].at_home(Plane.WEIGHT) is None
     planes.free()
 
 
@@ -140,9 +140,9 @@ def test_eviction_moves_every_plane_to_host_memory():
     values = block.weights().clone()
     assert planes.updates_in_place(block)
     planes.evict(block, placement)
-    assert not planes.updates_in_place(block) and not block.resident
-    assert torch.equal(block.hosted_plane(Plane.WEIGHT), values)
-    assert set(block.hosted) == {Plane.WEIGHT, Plane.GRADIENT, *block.record.state}
+    assert not planes.updates_in_place(block) and not block.num_bytes_in(Home.DEVICE)
+    assert torch.equal(block.at_home(Plane.WEIGHT, Home.HOST), values)
+    assert set(block.regions) == {Plane.WEIGHT, Plane.GRADIENT, *block.record.state}
     planes.free()
 
 
@@ -161,6 +161,6 @@ def test_eviction_without_host_memory_changes_nothing(monkeypatch):
     with pytest.raises(BudgetError):
         planes.evict(block, placement)
     assert torch.equal(block.weights(), values)
-    assert not block.hosted and planes.host_arena.limit_bytes == limit_bytes
+    assert not block.num_bytes_in(Home.HOST) and planes.host_arena.limit_bytes == limit_bytes
     assert planes.host_arena.in_use_bytes == 0 and planes.placement is not placement
     planes.free()

@@ -10,7 +10,7 @@ from typing import final
 import torch
 
 from outsize.block import Entry
-from outsize.config import format_bytes
+from outsize.config import Home, format_bytes
 from outsize.engine.backing import Backing
 from outsize.engine.backward_checks import BackwardCheck
 from outsize.engine.budget import Budget
@@ -141,13 +141,13 @@ class Visits:
         chosen = executor.evict(
             lambda state: (
                 state.name not in budget.always_resident
-                and budget.has_room_for(sum(each.num_bytes for each in state.planes.resident.values()))
+                and budget.has_room_for(state.planes.num_bytes_in(Home.DEVICE))
             )
         )
         if chosen is None:
             return False
         budget.placement = executor.store.placement
         self.oom_retry.keeps_graphs = False  # a graph's weights stay where they are
-        num_bytes = sum(region.num_bytes for region in chosen.planes.hosted.values())
+        num_bytes = chosen.planes.num_bytes_in(Home.HOST)
         self.oom_retry.note(f"{chosen.name} stays in the host's memory, {format_bytes(num_bytes)}")
         return True

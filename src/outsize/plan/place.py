@@ -97,6 +97,10 @@ class Placement:
         """Where `group` of `block` lives between visits."""
         return self.homes[block, group]
 
+    def homes_of(self, block: str) -> dict[Group, Home]:
+        """Where each group of `block` lives."""
+        return {group: self.homes[block, group] for group in GROUPS}
+
     def at(self, home: Home) -> frozenset[Key]:
         """All that lives in `home`."""
         return frozenset(key for key, own in self.homes.items() if own is home)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 
 from outsize.block import CHUNK, Plane, Record
+from outsize.config import Home
 from outsize.errors import StateLostError
 from outsize.plan import sums_in_place
 from outsize.store.path import Path
@@ -71,9 +72,7 @@ class Gradients:
         planes, entry = state.planes, state.record.entries[index]
         _check(state, index)
         self.finish(state)
-        stored = planes.resident_plane(Plane.GRADIENT)
-        if stored is None:
-            stored = planes.hosted_plane(Plane.GRADIENT)
+        stored = planes.at_home(Plane.GRADIENT)
         dtype = planes.dtypes[Plane.GRADIENT]
         scratch: memoryview | None = None
         for start, stop in planes.record.chunks():
@@ -108,7 +107,7 @@ class Gradients:
     def read(self, state: BlockState) -> None:
         """Take a slot and start bringing what was summed so far into it."""
         self.claim(state)
-        if Plane.GRADIENT not in state.planes.resident:
+        if state.planes.home(Plane.GRADIENT) is not Home.DEVICE:
             route = state.planes.route(Plane.GRADIENT, _narrow_offset(state.planes))
             state.gradient.transfers = self._path.fill(route, tuple(state.gradient.transfers))
 
@@ -120,7 +119,7 @@ class Gradients:
             return
         slot = planes.gradient_slot
         assert slot is not None
-        stored = planes.resident_plane(Plane.GRADIENT)
+        stored = planes.at_home(Plane.GRADIENT, Home.DEVICE)
         if stored is None:
             # The narrow plane lies at the end of the slot; widening it front to back never overtakes it.
             dtype, num_elements = weight_dtype(planes.record), planes.record.num_trainable
@@ -157,7 +156,7 @@ class Gradients:
             self._norms.append((entry, norm))
         if self._planes.device.is_host:
             self.settle_norms()
-        if Plane.GRADIENT not in planes.resident and planes.gradient_slot is not None:
+        if planes.home(Plane.GRADIENT) is not Home.DEVICE and planes.gradient_slot is not None:
             gradient.transfers = self._path.drain(planes.route(Plane.GRADIENT))
             gradient.is_draining = True
         gradient.summing.clear()
@@ -168,7 +167,7 @@ class Gradients:
         if _sums_as_stored(planes.record):
             return total
         dtype = weight_dtype(planes.record)
-        rounded = planes.resident_plane(Plane.GRADIENT)
+        rounded = planes.at_home(Plane.GRADIENT, Home.DEVICE)
         if rounded is None:
             assert planes.gradient_slot is not None
             rounded = planes.gradient_slot.tensor(dtype, planes.record.num_trainable)
@@ -223,7 +222,7 @@ class Gradients:
 
 def _sum(planes: BlockPlanes) -> torch.Tensor:
     """The fp32 sum of the block's gradient, `[num_trainable]`."""
-    home = planes.gradient_slot or planes.resident[Plane.GRADIENT]
+    home = planes.gradient_slot or planes.regions[Plane.GRADIENT]
     return home.tensor(torch.float32, planes.record.num_trainable)
 
 

@@ -1,7 +1,7 @@
 """The address book of a model's blocks: where each plane of each record is.
 
-A plane has one home: memory where blocks compute (resident), memory of a host that does not compute (hosted), or the disk.
-What streams passes through slots. `Planes` owns all memory of a run but that of activation offload.
+A plane has one home (`outsize.config.Home`). What does not live where blocks compute passes through slots. `Planes` owns
+all memory of a run but that of activation offload.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from outsize.block import CHUNK, Extent, Plane, Record
+from outsize.block import CHUNK, Extent, Group, Plane, Record
 from outsize.config import ComputeType, Home
 from outsize.optim import Rule
 from outsize.plan import Placement, SlotClass, slot_class_of
@@ -41,15 +41,15 @@ def weight_dtype(record: Record) -> torch.dtype:
 class BlockPlanes:
     """Where the planes of one block are; changed by `Planes` alone.
 
-    `dtypes` are the types in which planes are stored, `resident` and `hosted` the memory of planes whose home it is, and
-    `slots` the slots that the block holds now, by plane.
+    `dtypes` are the types in which planes are stored, `homes` where they live, by group, `regions` the memory of those that
+    live in memory, and `slots` the slots that the block holds now.
     """
 
     record: Record
     disk_offset: int
     dtypes: Mapping[Plane, torch.dtype]
-    resident: dict[Plane, Region | DeviceRegion] = field(default_factory=dict)
-    hosted: dict[Plane, Region] = field(default_factory=dict)
+    homes: Mapping[Group, Home]
+    regions: Mapping[Plane, Region | DeviceRegion] = field(default_factory=dict)
     slots: dict[Plane, Slot] = field(default_factory=dict)
 
     @property
@@ -70,38 +70,32 @@ class BlockPlanes:
     # -- in memory -----------------------------------------------------------------------------------------------
 
     def weights(self) -> torch.Tensor:
-        """The weight plane where blocks compute, `[num_elements]`; it must be resident or in a slot."""
-        home = self.resident.get(Plane.WEIGHT) or self.weight_slot
-        assert home is not None, f"the weights of {self.name} are not in memory"
-        return home.tensor(self.dtypes[Plane.WEIGHT], self.record.num_elements)
+        """The weight plane where blocks compute, `[num_elements]`; it must live there or be in a slot."""
+        lives_here = self.home(Plane.WEIGHT) is Home.DEVICE
+        place = self.regions[Plane.WEIGHT] if lives_here else self.weight_slot
+        assert place is not None, f"the weights of {self.name} are not in memory"
+        return place.tensor(self.dtypes[Plane.WEIGHT], self.record.num_elements)
 
     def pieces(self) -> list[torch.Tensor]:
         """The weights as one view per entry, in the shape of its piece."""
         plane = self.weights()
         return [plane[e.start : e.stop].view(e.piece.shape) for e in self.record.entries]
 
-    def resident_plane(self, plane: Plane) -> torch.Tensor | None:
-        """The plane where blocks compute, if that is its home."""
-        return self._tensor(plane, self.resident.get(plane))
+    def home(self, plane: Plane) -> Home:
+        """Where the plane lives."""
+        return self.homes[plane.group]
 
-    def hosted_plane(self, plane: Plane) -> torch.Tensor | None:
-        """The plane in the memory of a host that does not compute, if that is its home."""
-        return self._tensor(plane, self.hosted.get(plane))
-
-    def host_region(self, plane: Plane) -> Region | None:
-        """The plane's home in host memory, if it has one, whether blocks compute there or not."""
-        region = self.hosted.get(plane) or self.resident.get(plane)
-        return region if isinstance(region, Region) else None
-
-    def host_plane(self, plane: Plane) -> torch.Tensor | None:
-        """The plane in host memory, if that is its home, whether blocks compute there or not."""
-        return self._tensor(plane, self.host_region(plane))
-
-    def _tensor(self, plane: Plane, region: Region | DeviceRegion | None) -> torch.Tensor | None:
-        if region is None:
+    def at_home(self, plane: Plane, home: Home | None = None) -> torch.Tensor | None:
+        """The plane where it lives, if that is memory, and `home` where that is given; else None."""
+        region = self.regions.get(plane)
+        if region is None or home not in (None, self.home(plane)):
             return None
         num_bytes = self.record.plane_elements(plane) * self.record.element_bytes[plane]
         return region.tensor(self.dtypes[plane], int(num_bytes) // self.dtypes[plane].itemsize)
+
+    def num_bytes_in(self, home: Home) -> int:
+        """Bytes of the planes that live in this memory."""
+        return sum(region.num_bytes for plane, region in self.regions.items() if self.home(plane) is home)
 
     # -- on disk -------------------------------------------------------------------------------------------------
 
@@ -130,7 +124,7 @@ class BlockPlanes:
         slot = self.slots.get(plane)
         assert slot is not None, f"{self.name}.{plane} has no slot"
         place = slot.tensor(self.dtypes[plane], self.record.plane_elements(plane), byte_offset)
-        return self._route(plane, self.hosted_plane(plane), slot, place, byte_offset)
+        return self._route(plane, self.at_home(plane, Home.HOST), slot, place, byte_offset)
 
     def routes_from_memory(self) -> list[Route]:
         """Weights and state whose home is memory, to and from their places on disk.
@@ -139,9 +133,9 @@ class BlockPlanes:
         """
         routes = []
         for plane in (Plane.WEIGHT, *self.record.state):
-            in_host = self.host_plane(plane)
-            place = in_host if in_host is not None else self.resident_plane(plane)
-            if place is not None and place.numel():
+            place = self.at_home(plane)
+            if place is not None:
+                in_host = place if isinstance(self.regions[plane], Region) else None
                 routes.append(self._route(plane, in_host, None, place))
         return routes
 
@@ -189,11 +183,14 @@ class Planes:
         else:
             self.arena = DeviceArena(device, placement.compute_bytes)
             self.host_arena = HostArena(placement.home_bytes, pinner=device)
+        self._arenas = {Home.DEVICE: self.arena, Home.HOST: self.host_arena}
         self._blocks: dict[str, BlockPlanes] = {}
         offset = 0
         for record in records:
             place = offset if disk_offsets is None else disk_offsets[record.name]
-            block = self._blocks[record.name] = BlockPlanes(record, place, _stored_dtypes(record, rule))
+            block = self._blocks[record.name] = BlockPlanes(
+                record, place, _stored_dtypes(record, rule), placement.homes_of(record.name)
+            )
             if not self._allocate_homes(block):
                 offset += record.num_bytes
         self._pools = {
@@ -208,17 +205,15 @@ class Planes:
         self._allocate_pieces()
 
     def _allocate_homes(self, block: BlockPlanes) -> bool:
-        """Allocate the planes whose home is memory; whether that is the home of all."""
+        """Allocate the planes that live in memory; whether all do."""
         record = block.record
         planes = [p for p in (Plane.WEIGHT, Plane.GRADIENT, *record.state) if record.plane_elements(p)]
-        for plane in planes:
-            name, num_bytes = f"{record.name}.{plane}", record.plane_bytes(plane)
-            home = self.placement.home(record.name, plane.group)
-            if home is Home.DEVICE:
-                block.resident[plane] = self.arena.allocate(num_bytes, name)
-            elif home is Home.HOST:
-                block.hosted[plane] = self.host_arena.allocate(num_bytes, name)
-        return len(block.resident) + len(block.hosted) == len(planes)
+        block.regions = {
+            plane: arena.allocate(record.plane_bytes(plane), f"{record.name}.{plane}")
+            for plane in planes
+            if (arena := self._arenas.get(block.home(plane))) is not None
+        }
+        return len(block.regions) == len(planes)
 
     def _slot_pools(self, plane: Plane, classes: Sequence[SlotClass], first: int = 0) -> list[SlotPool]:
         return [
@@ -280,7 +275,7 @@ class Planes:
 
     def updates_in_place(self, block: BlockPlanes) -> bool:
         """Whether the whole block is on a device, which updates it there."""
-        return not self.device.is_host and Plane.WEIGHT in block.resident
+        return isinstance(block.regions.get(Plane.WEIGHT), DeviceRegion)
 
     def free_pieces(self, keys: Sequence[tuple[str, int]]) -> None:
         """Free the memory of single entries, which nothing may be using."""
@@ -299,22 +294,23 @@ class Planes:
         The block must hold no slot, and nothing may move it. Raises BudgetError, having changed nothing, if the system
         cannot provide the memory.
         """
-        assert not self.device.is_host and not block.slots, block.name
+        assert not block.slots, block.name
         limit_bytes = self.host_arena.limit_bytes
-        self.host_arena.limit_bytes += sum(region.num_bytes for region in block.resident.values())
+        self.host_arena.limit_bytes += block.num_bytes_in(Home.DEVICE)
+        moved: dict[Plane, Region] = {}
         try:
-            for plane, region in block.resident.items():
-                block.hosted[plane] = self.host_arena.allocate(region.num_bytes, f"{block.name}.{plane}")
-                self._copy_to_host(block, plane)
+            for plane, region in block.regions.items():
+                label = f"{block.name}.{plane}"
+                moved[plane] = self.host_arena.allocate(region.num_bytes, label)
+                self._copy_to_host(block.at_home(plane), moved[plane], label)
         except BaseException:
-            for home in block.hosted.values():
-                home.free()
-            block.hosted.clear()
+            for new in moved.values():
+                new.free()
             self.host_arena.limit_bytes = limit_bytes
             raise
-        for region in block.resident.values():
-            region.free()
-        block.resident.clear()
+        for old in block.regions.values():
+            old.free()
+        block.regions, block.homes = moved, placement.homes_of(block.name)
         for plane, classes in (
             (Plane.WEIGHT, placement.weight_classes),
             (Plane.GRADIENT, placement.gradient_classes),
@@ -322,11 +318,10 @@ class Planes:
             self._pools[plane] += self._slot_pools(plane, classes, len(self._pools[plane]))
         self.placement = placement
 
-    def _copy_to_host(self, block: BlockPlanes, plane: Plane) -> None:
-        """Copy a plane from the device to its new home in host memory; no view of it outlives this."""
-        home, place = block.hosted_plane(plane), block.resident_plane(plane)
-        assert home is not None and place is not None, f"{block.name}.{plane}"
-        after, label = (self.device.mark(),), f"{block.name}.{plane}"
+    def _copy_to_host(self, place: torch.Tensor | None, region: Region, label: str) -> None:
+        """Copy a plane of the device to its new home; no view of it outlives this."""
+        assert place is not None, label
+        home, after = region.tensor(place.dtype, place.numel()), (self.device.mark(),)
         self.device.start_copy(Way.DOWN, home, place, after=after, label=label).wait()
 
     def free(self) -> None:
@@ -342,10 +337,9 @@ class Planes:
             for pool in self._all_pools():
                 stack.callback(pool.free)
             for block in self:
-                for home in (*block.resident.values(), *block.hosted.values()):
+                for home in block.regions.values():
                     stack.callback(home.free)
-                block.resident.clear()
-                block.hosted.clear()
+                block.regions = {}
 
 
 def _stored_dtypes(record: Record, rule: Rule | None) -> dict[Plane, torch.dtype]:

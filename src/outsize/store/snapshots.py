@@ -20,7 +20,7 @@ from outsize.errors import StorageError
 from outsize.store.path import Chunk, Path
 from outsize.store.planes import BlockPlanes
 from outsize.store.state import BlockState
-from outsize.tier import Stored, TaskTransfer, Transfer, VersionedTier, wait_all
+from outsize.tier import Region, Stored, TaskTransfer, Transfer, VersionedTier, wait_all
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,7 +227,7 @@ class Snapshots:
 def _chunks_in_host_memory(planes: BlockPlanes) -> Iterator[tuple[Chunk, memoryview]]:
     """The chunks of weights and state whose home is host memory, each with its bytes."""
     for route in planes.routes_from_memory():
-        region = planes.host_region(Plane(route.label.rpartition(".")[2]))
-        if region is not None:
+        region = planes.regions[Plane(route.label.rpartition(".")[2])]
+        if isinstance(region, Region):
             for chunk in route.chunks:
                 yield chunk, region.buffer[chunk.start * route.place.itemsize :]

@@ -54,13 +54,13 @@ class Updates:
 
     def _job(self, state: BlockState, pending: Pending) -> UpdateJob:
         planes, weights = state.planes, state.weights
-        found = [plane for name in planes.record.state if (plane := planes.host_plane(name)) is not None]
+        found = [plane for name in planes.record.state if (plane := planes.at_home(name)) is not None]
         state.update.job = job = UpdateJob(
             planes=planes,
             pending=pending,
             fill_remainder=None if state.update.is_stored else self._reader.fill_remainder,
             state_planes=found if len(found) == len(planes.record.state) else None,
-            gradient=planes.host_plane(Plane.GRADIENT),
+            gradient=planes.at_home(Plane.GRADIENT),
             after=state.update.job,
             before=() if state.snapshot.copy is None else (state.snapshot.copy,),
         )
@@ -68,7 +68,7 @@ class Updates:
             self._bring_weights(job, state)
             return job
         job.weight, job.weight_reads = planes.weights(), weights.reads
-        if Plane.WEIGHT not in planes.resident and planes.weight_slot is not None:
+        if planes.weight_slot is not None:
             job.weight_buffer = planes.weight_slot.buffer
         return job
 
@@ -76,7 +76,7 @@ class Updates:
         """Set where `job` finds the weights on a host that does not compute, and how it sends them to the device."""
         job.send_up = self._sender(state)
         job.before = (*job.before, *state.gradient.transfers, *state.weights.home_reads)
-        job.weight = state.planes.hosted_plane(Plane.WEIGHT)
+        job.weight = state.planes.at_home(Plane.WEIGHT)
         if job.weight is not None:
             job.weight_reads = [state.weights.loading] if state.weights.loading is not None else []
             if job.state_planes is not None and job.gradient is not None:
@@ -105,10 +105,10 @@ class Updates:
         if state.snapshot.copy is not None:
             state.snapshot.copy.wait()
         state.update.is_changing = True
-        found = [plane for name in record.state if (plane := planes.resident_plane(name)) is not None]
+        found = [plane for name in record.state if (plane := planes.at_home(name)) is not None]
         if record.num_trainable and not state.update.is_stored and Plane.REMAINDER in record.state:
             self._fill_remainder(state, found[record.state.index(Plane.REMAINDER)])
-        weights, gradient = planes.weights(), planes.resident_plane(Plane.GRADIENT)
+        weights, gradient = planes.weights(), planes.at_home(Plane.GRADIENT)
         for first, last, hyper in runs(record, pending, 0, record.num_trainable):
             assert gradient is not None and len(found) == len(record.state), state.name
             own = [part(plane, first, last) for plane in found]

@@ -12,6 +12,7 @@ from threading import Lock
 import torch
 
 from outsize.block import Block, Entry, Piece, Plane, Record
+from outsize.config import Home
 from outsize.model import READ_BUFFERS_BYTES, Source
 from outsize.optim import split
 from outsize.store import memory
@@ -94,13 +95,13 @@ class WeightReader:
     ) -> None:
         """Copy weights to the device, through their home in host memory or a staging buffer."""
         start_copy, label = self._planes.device.start_copy, f"{block.name}.weight"
-        hosted = block.hosted_plane(Plane.WEIGHT)
+        hosted = block.at_home(Plane.WEIGHT, Home.HOST)
         if hosted is not None:
             assert loading is not None, block.name
             loading.wait()  # a task of this thread, over by now; raises what went wrong
             start_copy(Way.UP, place, hosted, after=after, label=label).wait()
             return
-        if Plane.WEIGHT in block.resident:
+        if block.home(Plane.WEIGHT) is Home.DEVICE:
             self._fill_in_parts(block.record, place)
             return
         region = self._staging.take()

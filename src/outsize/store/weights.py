@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from outsize.block import Plane
+from outsize.config import Home
 from outsize.plan import Placement
 from outsize.store.path import Path
 from outsize.store.planes import Planes
@@ -26,10 +27,10 @@ class Weights:
         """Start reading weights whose home is memory from the source, once."""
         if state.weights.is_loaded or state.update.is_stored:
             return
-        if Plane.WEIGHT in state.planes.resident:
+        if state.planes.home(Plane.WEIGHT) is Home.DEVICE:
             self._read_source(state)
             state.weights.is_loaded = True
-        elif Plane.WEIGHT in state.planes.hosted:
+        else:
             self._load_hosted(state)
 
     def read(self, state: BlockState) -> None:
@@ -48,7 +49,7 @@ class Weights:
         ready: tuple[Transfer, ...] = ()
         job = state.update.job
         if job is not None and not self._planes.device.is_host:
-            if Plane.WEIGHT in state.planes.hosted:
+            if state.planes.home(Plane.WEIGHT) is Home.HOST:
                 job.wait_applied()
             else:
                 ready = (job,)
@@ -65,7 +66,7 @@ class Weights:
         state.weights.home_reads = state.weights.reads
 
     def _load_hosted(self, state: BlockState) -> None:
-        plane = state.planes.hosted_plane(Plane.WEIGHT)
+        plane = state.planes.at_home(Plane.WEIGHT, Home.HOST)
         if plane is not None and not state.weights.is_loaded:
             state.weights.loading = self._reader.start_read(state.planes, plane)
             state.weights.is_loaded = True
@@ -98,10 +99,10 @@ class Weights:
         """
         if not rows.numel():
             return
-        plane = state.planes.resident_plane(Plane.WEIGHT)
-        if plane is not None:
+        plane = state.planes.at_home(Plane.WEIGHT)
+        if state.planes.home(Plane.WEIGHT) is Home.DEVICE:
             follow_all(state.weights.reads)
-        elif (plane := state.planes.hosted_plane(Plane.WEIGHT)) is not None and state.weights.loading:
+        elif plane is not None and state.weights.loading:
             state.weights.loading.wait()
         if plane is None:
             target.copy_(sent(self._reader.read_rows(state.planes, index, rows), target.device))
@@ -130,7 +131,7 @@ class Weights:
         """Read weights again that did not arrive at their home in memory; see [Note: interruption]."""
         weights = state.weights
         reads = [*weights.reads, *([] if weights.loading is None else [weights.loading])]
-        is_at_home = Plane.WEIGHT in state.planes.resident or Plane.WEIGHT in state.planes.hosted
+        is_at_home = Plane.WEIGHT in state.planes.regions
         if not state.update.is_stored and is_at_home and any(failed(read) for read in reads):
             weights.is_loaded, weights.loading = False, None
         weights.reads = weights.home_reads = ()
