@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
+from tests.builds import builds_folder
+
 _FOLDER = pytest.StashKey[Path]()
 
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -37,7 +39,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """Make the session's folders, and point libraries to them, in the process that starts the others."""
     if hasattr(config, "workerinput"):
         return
-    builds = Path(os.environ.get("OUTSIZE_TEST_BUILDS") or config.rootpath / ".pytest_cache" / "builds")
+    builds = builds_folder()
     folder = Path(tempfile.mkdtemp(prefix="outsize-tests-", dir=os.environ.get("TMPDIR", "/var/tmp")))
     config.stash[_FOLDER] = folder
     for name in ("rules", "kernels"):

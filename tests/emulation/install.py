@@ -14,7 +14,7 @@ import tempfile
 import types
 from pathlib import Path
 
-from outsize.config import cache_folder
+from tests.builds import builds_folder
 
 SOURCES = [Path(__file__).with_name(name) for name in ("device.cpp", "memory.h")]
 TOTAL_BYTES = int(os.environ.get("OUTSIZE_EMULATED_BYTES", 8 << 30))
@@ -42,7 +42,7 @@ def compiler() -> str | None:
 def built(root: Path) -> Path:
     """The compiled device, from an earlier run where nothing has changed since."""
     key = b"".join(path.read_bytes() for path in [*SOURCES, root / "version.py"])
-    folder = cache_folder() / "emulation"
+    folder = builds_folder() / "emulation"
     target = folder / f"device-{hashlib.sha256(key).hexdigest()[:16]}.so"
     if target.exists():
         return target
