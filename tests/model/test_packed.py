@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 import outsize
 from outsize import Pins
 from outsize.config import DiskBudget, Weights
-from outsize.errors import ConfigError, StorageError, StorageFullError
+from outsize.errors import ConfigError, FileChangedError, StorageError, StorageFullError
 from outsize.model.packed import PackedCache
 from outsize.model.writer import Planned
 from outsize.quant import FORMATS
@@ -156,6 +156,64 @@ def test_contents_count_where_times_are_always_the_same(folder, monkeypatch):
     tensors["model.layers.1.mlp.up_proj.weight"] *= 2
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     assert shards.Shards(folder).fingerprint() != before
+
+
+def negated(folder):
+    """The weights of `folder` with the other sign, in as many bytes."""
+    tensors = load_file(folder / "model.safetensors")
+    save_file({name: -value for name, value in tensors.items()}, folder / "other", metadata={"format": "pt"})
+    return folder / "other"
+
+
+def replace_source(folder):
+    negated(folder).rename(folder / "model.safetensors")
+
+
+def rewrite_source(folder):
+    data = negated(folder).read_bytes()
+    with (folder / "model.safetensors").open("r+b") as stream:
+        stream.write(data)
+
+
+def truncate_source(folder):
+    file = folder / "model.safetensors"
+    os.truncate(file, file.stat().st_size // 2)
+
+
+def unlink_source(folder):
+    (folder / "model.safetensors").unlink()
+
+
+SOURCE_CHANGES = {
+    replace_source: "was replaced by another file",
+    rewrite_source: "was written to",
+    truncate_source: "was cut short",
+    unlink_source: "was removed",
+}
+
+
+@pytest.mark.parametrize("is_packing", [True, False])
+@pytest.mark.parametrize(("change", "said"), SOURCE_CHANGES.items())
+def test_files_that_change_before_they_are_packed_or_meanwhile_are_named(
+    change, said, is_packing, folder, tmp_path, monkeypatch
+):
+    model = streamed(folder, tmp_path / "scratch")
+    if is_packing:
+        form = type(FORMATS[Weights.INT4])
+        encode, calls = form.encode, []
+
+        def change_first(self, weight_NK):
+            if not calls:
+                change(folder)
+            calls.append(weight_NK)
+            return encode(self, weight_NK)
+
+        monkeypatch.setattr(form, "encode", change_first)
+    else:
+        change(folder)
+    with pytest.raises(FileChangedError, match=rf"model\.safetensors {said}"):
+        logits_of(model)
+    assert not entries(tmp_path / "scratch"), "what was packed of other weights is not kept"
 
 
 def flip(entry):

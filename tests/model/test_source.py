@@ -1,5 +1,7 @@
 import json
+import os
 import re
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from typing import ClassVar
 
@@ -10,7 +12,15 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from outsize.errors import FileChangedError, ModelError, WeightsError
-from outsize.model import InitSource, SafetensorsSource, TensorSource, cut, has_weights, open_skeleton
+from outsize.model import (
+    InitSource,
+    SafetensorsSource,
+    TensorSource,
+    cut,
+    file_digests,
+    has_weights,
+    open_skeleton,
+)
 from outsize.model.direct import FileReader
 from tests.model.helpers import assert_reads, edit_json, read, rows
 from tests.zoo import ZOO, plain_stack, seeded
@@ -370,6 +380,33 @@ def test_a_file_that_is_gone_or_replaced_is_still_read(is_replaced, llama):
         (llama / "model.safetensors").unlink()
     for block, values in zip(result.blocks, expected, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(read(source, block), values, strict=True))
+
+
+def test_another_header_is_told_whatever_the_times_say(llama):
+    source, _ = opened(llama)
+    source.check()
+    file = llama / "model.safetensors"
+    times = file.stat()
+    with file.open("r+b") as stream:
+        stream.write(file.read_bytes().replace(b"model.norm.weight", b"model.form.weight"))
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    with pytest.raises(
+        FileChangedError, match=r"model\.safetensors holds other tensors than when it was opened"
+    ):
+        source.check()
+
+
+def test_digests_tell_what_files_hold_and_not_where_they_lie(tmp_path):
+    ZOO["llama"].build().save_pretrained(tmp_path / "a", max_shard_size="20KB")
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    first = file_digests(tmp_path / "a")
+    assert len(first) > 2 and file_digests(tmp_path / "b") == first
+    file = sorted((tmp_path / "b").glob("*.safetensors"))[1]
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1  # the last tensor is small: all of it is sampled from its middle on
+    file.write_bytes(data)
+    changed = [name for name, digest in file_digests(tmp_path / "b").items() if digest != first[name]]
+    assert changed == [file.name]
 
 
 # Tensors in memory

@@ -31,6 +31,7 @@ import torch
 import transformers
 from torch import nn
 
+from outsize.checkpoint.base import Base
 from outsize.checkpoint.files import MODEL, to_jsonable
 from outsize.checkpoint.manifest import Manifest
 from outsize.checkpoint.module_state import ModuleState
@@ -39,7 +40,7 @@ from outsize.checkpoint.store import Committed, Store
 from outsize.engine.executor import Executor
 from outsize.engine.optimizer import Optimizer
 from outsize.engine.runtime import Runtime, runtime_of
-from outsize.errors import StorageError, UsageError
+from outsize.errors import FileChangedError, UsageError
 from outsize.hardware.identity import package_version
 from outsize.model import SafetensorsSource, attention_of, write_companions
 from outsize.model.names import persistent_buffers
@@ -69,8 +70,9 @@ def resume(
     a pin says otherwise; what is not (threads, libraries) is named in `notes`, and warned of. `keep` commits are kept;
     the store takes `1 + keep` times the state.
 
-    Raises StorageError where another process has the store, CorruptionError where it is damaged, UsageError where the
-    model was called before, or the commit is another optimizer's.
+    Raises StorageError where another process has the store, CorruptionError where it is damaged, FileChangedError where
+    the commit takes weights from the model's own files and these hold others now, UsageError where the model was called
+    before, or the commit is another optimizer's.
     """
     runtime, own = runtime_of(model), _own(optimizer)
     store = _attach(runtime, Path(path), keep)
@@ -78,7 +80,7 @@ def resume(
         manifest = store.resume()
         if manifest is None:
             return None
-        _check_source(runtime, manifest)
+        _check_base(runtime, manifest)
         own.restore_state(manifest.optimizer)
         if manifest.random is not None:
             _restore_random(manifest.random)
@@ -109,7 +111,8 @@ def commit(
     that resumes from the commit before. `extra` is what the loop wants back: anything that JSON can hold. Gradients are
     no part of a commit; a second one after the same `step()` changes nothing.
 
-    Raises what went wrong with an earlier commit, UsageError where the model was called before it had a store.
+    Raises what went wrong with an earlier commit, FileChangedError where weights that were never updated are not in the
+    model's own files any more, UsageError where the model was called before it had a store.
     """
     runtime, own = runtime_of(model), _own(optimizer)
     store = runtime.backing.commit_store
@@ -137,6 +140,7 @@ def commit(
         extra=to_jsonable(dict(extra or {}), "extra"),
         run=_run_facts(runtime),
         blocks=(),
+        base=_base(runtime),
     )
     if not (store.folder / MODEL).exists():
         write_companions(model, store.folder / MODEL)
@@ -199,20 +203,33 @@ def _attach(runtime: Runtime, path: Path, keep: int) -> Store:
     return store
 
 
-def _check_source(runtime: Runtime, manifest: Manifest) -> None:
-    """Weights that were never updated still come from the model's own files: those must be the same."""
-    before = manifest.run["source"]["files"]
-    if all(block.is_stored for block in manifest.blocks) or not before:
+def _check_base(runtime: Runtime, manifest: Manifest) -> None:
+    """Weights that were never updated still come from the model's own files, which must be those of the commit."""
+    source = runtime.backing.source
+    if manifest.is_whole or manifest.base is None:
         return
-    now = _source_files(runtime)["files"]
-    if now != before:
-        different = next(
-            (name for name in before if now.get(name) != before[name]), next(iter(now), "the model's folder")
-        )
-        raise StorageError(
-            f"{different} is missing or has another size: the commit takes weights from there that were never updated",
-            hint=f"open the model that the run began with: {manifest.run['source']['folder']}",
-        )
+    if isinstance(source, SafetensorsSource):
+        source.check()
+        manifest.base.check(source.folder, source.digests())
+    else:
+        manifest.base.check(manifest.base.folder, {})
+
+
+def _base(runtime: Runtime) -> Base | None:
+    """The model's own files, as a commit names them. Raises FileChangedError where it needs them and they changed."""
+    source = runtime.backing.source
+    if not isinstance(source, SafetensorsSource):
+        return None
+    updates = [state.update for state in runtime.backing.store]
+    if all(update.is_stored or update.pending is not None for update in updates):
+        return Base(source.folder.resolve())
+    try:
+        return Base.of(source)
+    except FileChangedError as error:
+        raise FileChangedError(
+            f"{error.message}; a commit takes weights from there that were never updated",
+            hint="put the file back as it was; outsize.save(model, folder) writes all weights as they are now",
+        ) from error
 
 
 def _restore_module(runtime: Runtime, reader: CommitReader) -> list[str]:
@@ -227,17 +244,6 @@ def _restore_module(runtime: Runtime, reader: CommitReader) -> list[str]:
     state.check(runtime.model.module, f"the commit of step {reader.manifest.step}")
     state.restore(runtime.model.module)
     return []
-
-
-def _source_files(runtime: Runtime) -> dict[str, Any]:
-    """The folder that weights come from until they are updated, and the sizes of its files."""
-    source = runtime.backing.source
-    if not isinstance(source, SafetensorsSource):
-        return {"folder": "", "files": {}}
-    return {
-        "folder": str(source.folder.resolve()),
-        "files": {name: each.num_bytes for name, each in source.digests().items()},
-    }
 
 
 def _updated_on_device(runtime: Runtime) -> list[str]:
@@ -298,7 +304,6 @@ def _run_facts(runtime: Runtime) -> dict[str, Any]:
         "backend": str(kernel.backend) if kernel is not None else None,
         "device": str(runtime.model.torch_device),
         "updated_on_device": _updated_on_device(runtime),
-        "source": _source_files(runtime),
         "libraries": {
             "outsize": package_version(),
             "torch": torch.__version__,

@@ -60,11 +60,15 @@ def _found(folder: Path) -> tuple[Header, list[Found], bool]:
     return header, commits, len(commits) == len(paths)
 
 
-def verify(folder: Path, step: int | None, tell: Callable[[str, int, int], None]) -> Manifest:
+def verify(
+    folder: Path, step: int | None, tell: Callable[[str, int, int], None], *, base: Path | None = None
+) -> Manifest:
     """Read and check all of a commit; `tell(block, bytes so far, bytes of all)` follows each block.
 
-    Where no `step` is given and a run replaces the commit meanwhile, the newest is begun with. Raises CorruptionError
-    naming file, block and plane, StorageError.
+    Where it does not store all blocks, the model's own files must hold what they held: their sizes, headers and samples
+    of their weights are checked. `base` is where they are, where they were moved. Where no `step` is given and a run
+    replaces the commit meanwhile, the newest is begun with. Raises CorruptionError naming file, block and plane,
+    FileChangedError, StorageError.
     """
 
     def check(reader: CommitReader) -> Manifest:
@@ -73,7 +77,10 @@ def verify(folder: Path, step: int | None, tell: Callable[[str, int, int], None]
             done += reader.verify(block)
             tell(block.record.name, done, reader.manifest.num_bytes)
         reader.module_state()
-        return reader.manifest
+        manifest = reader.manifest
+        if manifest.base is not None and not manifest.is_whole:
+            manifest.base.check(base or manifest.base.folder)
+        return manifest
 
     return read_commit(folder, step, check)
 
@@ -98,6 +105,8 @@ def describe(manifest: Manifest) -> Iterator[tuple[str, str]]:
     if groups is not None:  # what was imported has none
         yield "learning rate", ", ".join(f"{group['lr']:.3g}" for group in groups)
     yield "blocks", f"{len(blocks)}, {len(stored)} stored, {format_bytes(manifest.num_bytes)}"
+    if manifest.base is not None and not manifest.is_whole:
+        yield "other weights", f"in the files of {manifest.base.folder}"
     weights = sum(block.record.plane_bytes(Plane.WEIGHT) for block in stored)
     yield "of that weights", format_bytes(weights)
     if manifest.buffers is not None:

@@ -47,18 +47,25 @@ NAMES = {Plane.MOMENT1: "exp_avg", Plane.MOMENT2: "exp_avg_sq"}
 """What torch's AdamW calls its moments; of other rules' optimizers torch has none, or one of other numerics."""
 
 
-def export_dcp(folder: Path, out: Path, *, step: int | None = None, overwrite: bool = False) -> Manifest:
-    """Write the commit as the DCP folder `out`.
+def export_dcp(
+    folder: Path,
+    out: Path,
+    *,
+    step: int | None = None,
+    overwrite: bool = False,
+    base: Path | None = None,
+) -> Manifest:
+    """Write the commit as the DCP folder `out`; `base` is where the model's own files are, where they were moved.
 
     Raises ConfigError where its optimizer has no counterpart in torch, StorageFullError, before anything is written, where
     the disk has no room for it.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())) and not overwrite:
         raise ConfigError(f"{out} is not empty", hint="pass another folder, or --overwrite")
-    return read_commit(folder, step, lambda reader: _export(reader, folder, out))
+    return read_commit(folder, step, lambda reader: _export(reader, folder, out, base))
 
 
-def _export(reader: CommitReader, folder: Path, out: Path) -> Manifest:
+def _export(reader: CommitReader, folder: Path, out: Path, base: Path | None) -> Manifest:
     if reader.manifest.rule != "adamw":
         raise ConfigError(
             f"the commit was made with {reader.manifest.optimizer['kind']}, which torch does not have",
@@ -68,7 +75,7 @@ def _export(reader: CommitReader, folder: Path, out: Path) -> Manifest:
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        with weights_of(reader, module) as weights, storage_errors(out), _own_errors():
+        with weights_of(reader, module, base) as weights, storage_errors(out), _own_errors():
             values = _Values(reader, module, weights)
             state_dict = values.state_dict()
             check_room(out, _num_bytes(state_dict))
@@ -299,7 +306,7 @@ def _draft(reader: _DcpReader, step: int, compute_type: ComputeType) -> Manifest
         },
         random=None,
         extra={},
-        run={"tile_rows": None, "source": {"folder": "", "files": {}}, "libraries": {}},
+        run={"tile_rows": None, "libraries": {}},
         blocks=(),
     )
 

@@ -71,21 +71,30 @@ def read_commit(folder: Path, step: int | None, use: Callable[[CommitReader], T]
 
 
 def export(
-    folder: Path, out: Path, *, step: int | None = None, dtype: str | None = None, overwrite: bool = False
+    folder: Path,
+    out: Path,
+    *,
+    step: int | None = None,
+    dtype: str | None = None,
+    overwrite: bool = False,
+    base: Path | None = None,
 ) -> Manifest:
     """Write the commit as the Hugging Face folder `out`: weights, config, tokenizer.
 
-    Weights are written in the type that blocks computed in, or as `dtype`; "float32" gives the exact masters. Raises
-    ConfigError, StorageError; `out` is there completely or not at all.
+    Weights are written in the type that blocks computed in, or as `dtype`; "float32" gives the exact masters. `base` is
+    where the model's own files are, where they were moved. Raises ConfigError, StorageError, FileChangedError where the
+    commit needs the model's own files and they hold other weights; `out` is there completely or not at all.
     """
-    return read_commit(folder, step, lambda reader: _export(reader, folder, out, dtype, overwrite))
+    return read_commit(folder, step, lambda reader: _export(reader, folder, out, dtype, overwrite, base))
 
 
-def _export(reader: CommitReader, folder: Path, out: Path, dtype: str | None, overwrite: bool) -> Manifest:
+def _export(
+    reader: CommitReader, folder: Path, out: Path, dtype: str | None, overwrite: bool, base: Path | None
+) -> Manifest:
     torch_dtype = _DTYPES[ComputeType(dtype) if dtype is not None else reader.compute_type]
     module = open_skeleton(model_folder(folder), torch_dtype)
     dtypes = {name: parameter.dtype for name, parameter in module.named_parameters()}
-    with weights_of(reader, module) as source:
+    with weights_of(reader, module, base) as source:
 
         def fetch(block: Block) -> list[torch.Tensor]:
             memory.give_back()  # what other blocks have freed may fit into nothing of this one
@@ -109,21 +118,22 @@ def _export(reader: CommitReader, folder: Path, out: Path, dtype: str | None, ov
 
 
 @contextmanager
-def weights_of(reader: CommitReader, module: nn.Module) -> Iterator[CommitSource]:
-    """All weights of a commit; those that were never updated come from the files that the run took them from.
+def weights_of(reader: CommitReader, module: nn.Module, base: Path | None) -> Iterator[CommitSource]:
+    """All weights of a commit; those that were never updated come from the files that the run took them from, or `base`.
 
     `module`, a skeleton of the model, gets the commit's buffers.
     """
     with ExitStack() as stack:
 
         def open_files() -> SafetensorsSource:
-            opened = SafetensorsSource(source_folder(reader.manifest), module)
+            if reader.manifest.base is None:
+                raise StorageError(f"the commit of step {reader.manifest.step} names no files of a model")
+            opened = reader.manifest.base.open(module, base)
             stack.callback(opened.close)
             return opened
 
         # Opening the files fills the module's buffers, so those of the commit come after.
-        is_whole = all(block.is_stored for block in reader.manifest.blocks)
-        files = None if is_whole else open_files()
+        files = None if reader.manifest.is_whole else open_files()
         state = reader.module_state()
         if state is not None:
             state.check(module, f"the commit of step {reader.manifest.step}")
@@ -154,17 +164,3 @@ def model_folder(folder: Path) -> Path:
             hint="wrap the model, outsize.checkpoint.resume, and outsize.save it",
         )
     return folder / MODEL
-
-
-def source_folder(manifest: Manifest) -> Path:
-    """The folder that holds the weights that were never updated. Raises StorageError where it is not as it was."""
-    source = manifest.run["source"]
-    folder = Path(source["folder"])
-    for name, num_bytes in source["files"].items():
-        path = folder / name
-        if not path.is_file() or path.stat().st_size != num_bytes:
-            raise StorageError(
-                f"{path} is missing or has changed: the commit takes weights from there that were never updated",
-                hint="put the model's folder back where it was",
-            )
-    return folder

@@ -16,13 +16,14 @@ from typing import Any
 import xxhash
 
 from outsize.block import ALIGNMENT, Block, Extent, Piece, Plane, Record
+from outsize.checkpoint.base import Base
 from outsize.errors import CorruptionError, StorageError
 from outsize.tier.digests import Check
 
 FORMAT = "outsize-commit"
-VERSION = 2
-READ_VERSIONS = (1, VERSION)
-"""Version 1 has no `buffers` and no `extra_state`."""
+VERSION = 3
+READ_VERSIONS = (1, 2, VERSION)
+"""Version 1 has no `buffers` and no `extra_state`; versions 1 and 2 have `run.source`, with sizes alone, for `base`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +74,8 @@ class Manifest:
     run: Mapping[str, Any]
     """How it was computed: tiles, threads, backend, versions; what must be kept for the same bits."""
     blocks: tuple[StoredBlock, ...]
+    base: Base | None = None
+    """Where the weights of blocks are that are not stored; None where the model has no files."""
     buffers: StoredBuffers | None = None
     """None in a commit of version 1, which has none."""
     extra_state: Mapping[str, Any] = field(default_factory=dict)
@@ -80,6 +83,11 @@ class Manifest:
     def offsets(self) -> list[int]:
         """The extents that the commit holds."""
         return [cell.offset for block in self.blocks for cell in block.cells]
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all blocks are stored, so that the model's own files are not needed."""
+        return all(block.is_stored for block in self.blocks)
 
     @property
     def num_bytes(self) -> int:
@@ -101,6 +109,7 @@ class Manifest:
             "run": self.run,
             "buffers": None if self.buffers is None else [self.buffers.num_bytes, self.buffers.digest],
             "extra_state": self.extra_state,
+            "base": None if self.base is None else self.base.dump(),
             "blocks": [_dump_block(block) for block in self.blocks],
         }
         text = json.dumps(body, separators=(",", ":"))
@@ -133,6 +142,7 @@ class Manifest:
                 extra=dict(body["extra"]),
                 run=dict(body["run"]),
                 blocks=tuple(_load_block(block) for block in body["blocks"]),
+                base=_load_base(body),
                 buffers=None if buffers is None else StoredBuffers(int(buffers[0]), str(buffers[1])),
                 extra_state=dict(body.get("extra_state", {})),
             )
@@ -166,6 +176,13 @@ def _refuse_other_format(data: bytes, path: Path) -> None:
         return
     if isinstance(body, dict):
         check_format(body, FORMAT, READ_VERSIONS, path)
+
+
+def _load_base(body: Mapping[str, Any]) -> Base | None:
+    if body["version"] < VERSION:
+        source = body["run"]["source"]
+        return Base.load_sizes(source) if source["folder"] else None
+    return None if body["base"] is None else Base.load(body["base"])
 
 
 def _dump_block(block: StoredBlock) -> dict[str, Any]:

@@ -244,6 +244,11 @@ class CommitSource:
         """Never: planes are checked as a whole."""
         return False
 
+    def check(self) -> None:
+        """The model's own files; of the commit, every read is checked."""
+        if self._others is not None:
+            self._others.check()
+
     @property
     def bytes_read(self) -> int:
         """From the model's own files."""

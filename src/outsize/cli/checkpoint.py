@@ -44,16 +44,23 @@ def add_parser(commands: shared.Commands[argparse.ArgumentParser]) -> None:
     def with_step(one: argparse.ArgumentParser) -> None:
         one.add_argument("--step", type=int, metavar="N", help="the commit after step N (the last)")
 
+    def with_base(one: argparse.ArgumentParser) -> None:
+        one.add_argument(
+            "--base", type=Path, metavar="DIR", help="where the model's own files are, if they were moved"
+        )
+
     verb("list", "list the commits of a run").set_defaults(run=_list)
     show = verb("show", "say what a commit holds")
     with_step(show)
     show.set_defaults(run=_show)
     check = verb("verify", "read all of a commit and check every byte")
     with_step(check)
+    with_base(check)
     check.set_defaults(run=_verify)
     export = verb("export", "write a commit as a Hugging Face folder, or for torch.distributed.checkpoint")
     export.add_argument("out", metavar="OUT", type=Path, help="folder to make")
     with_step(export)
+    with_base(export)
     export.add_argument(
         "--dtype", choices=[str(kind) for kind in ComputeType], help="number type of the weights"
     )
@@ -121,8 +128,10 @@ def _verify(options: argparse.Namespace) -> int:
         def tell(block: str, done: int, total: int) -> None:
             progress.update(task, completed=done, total=total, description=f"verifying {block}")
 
-        manifest = verify(options.folder, options.step, tell)
+        manifest = verify(options.folder, options.step, tell, base=options.base)
     print(f"step {manifest.step}: {format_bytes(manifest.num_bytes)} are as they were written")
+    if manifest.base is not None and not manifest.is_whole:
+        print(f"weights that were never updated are in {options.base or manifest.base.folder}, as they were")
     return 0
 
 
@@ -133,12 +142,19 @@ def _export(options: argparse.Namespace) -> int:
             raise ConfigError("--dtype: --dcp writes fp32 masters", hint="leave one of them out")
         from outsize.checkpoint.dcp import export_dcp
 
-        manifest = export_dcp(options.folder, options.out, step=options.step, overwrite=options.overwrite)
+        manifest = export_dcp(
+            options.folder, options.out, step=options.step, overwrite=options.overwrite, base=options.base
+        )
     else:
         from outsize.checkpoint.export import export
 
         manifest = export(
-            options.folder, options.out, step=options.step, dtype=options.dtype, overwrite=options.overwrite
+            options.folder,
+            options.out,
+            step=options.step,
+            dtype=options.dtype,
+            overwrite=options.overwrite,
+            base=options.base,
         )
     print(f"step {manifest.step}: saved {options.out}")
     return 0

@@ -166,7 +166,11 @@ class Setup:
     # -- settling ------------------------------------------------------------------------------------------------
 
     def settle(self, workload: Workload, shape: BatchShape) -> None:
-        """Decide, allocate, and open the disk. Raises BudgetError, having changed nothing, if it does not fit."""
+        """Decide, allocate, and open the disk. Raises BudgetError, having changed nothing, if it does not fit.
+
+        Raises FileChangedError if a file of the model is not the one that was opened.
+        """
+        self._backing.own_source().check()
         self._compile(self.kernel)  # a compilation ends before the arenas are touched
         records, placement = self.decide(workload, shape)
         if (

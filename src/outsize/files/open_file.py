@@ -86,15 +86,22 @@ class OpenFile:
     def read_once(
         self, offset: int, target: memoryview, label: str, buffer: memoryview | None = None
     ) -> None:
-        """Fill `target` from any offset, and leave nothing in the page cache. Raises StorageError.
+        """Fill `target` from any offset, and leave nothing in the page cache.
 
         A direct file is read through `buffer`, which is aligned and large enough for the pages around the range; None:
-        one is allocated.
+        one is allocated. Raises StorageError; FileChangedError where that is because the file has changed.
         """
-        if not self.is_direct:
-            self.read(offset, target, label)
-            self.drop_pages(offset, len(target))
-            return
+        try:
+            if self.is_direct:
+                self._read_aligned(offset, target, label, buffer)
+            else:
+                self.read(offset, target, label)
+                self.drop_pages(offset, len(target))
+        except StorageError:
+            self.check_contents()
+            raise
+
+    def _read_aligned(self, offset: int, target: memoryview, label: str, buffer: memoryview | None) -> None:
         before = offset % ALIGNMENT
         needed = before + len(target)
         num_bytes = -(-needed // ALIGNMENT) * ALIGNMENT

@@ -19,10 +19,11 @@ from outsize.model.messages import messages_for_template
 from outsize.model.names import main_dtype
 from outsize.model.points import Binding, Cut, Point, PointKind
 from outsize.model.quantized import is_quantized, parse_weights, stored_weights
-from outsize.model.shards import READ_BUFFERS_BYTES, find_weights, has_weights
+from outsize.model.shards import READ_BUFFERS_BYTES, file_digests, find_weights, has_weights
 from outsize.model.skeleton import longest_sequence, open_skeleton, resolve_folder
 from outsize.model.source import SafetensorsSource, Source, TensorSource
 from outsize.model.tokenizer import load_tokenizer
+from outsize.model.weight_file import FileDigest
 
 __all__ = [
     "MAX_SHARD_BYTES",
@@ -31,6 +32,7 @@ __all__ = [
     "Cut",
     "EncodingSource",
     "Existing",
+    "FileDigest",
     "InitSource",
     "Point",
     "PointKind",
@@ -40,6 +42,7 @@ __all__ = [
     "attention_of",
     "cut",
     "encoded",
+    "file_digests",
     "find_weights",
     "has_adapters",
     "has_weights",

@@ -16,7 +16,6 @@ from itertools import pairwise
 
 import numpy as np
 
-from outsize.errors import StorageError
 from outsize.files import OpenFile
 
 PIECE_BYTES = 2 << 20
@@ -62,11 +61,7 @@ class FileReader:
     def _read(self, file: OpenFile, offset: int, target: memoryview, label: str) -> None:
         if file.is_direct and self._own.buffer is None:
             self._own.buffer = _buffer()
-        try:
-            file.read_once(offset, target, label, self._own.buffer)
-        except StorageError:
-            file.check_contents()  # says what became of the file where that is why it cannot be read
-            raise
+        file.read_once(offset, target, label, self._own.buffer)
 
 
 class _Own(threading.local):

@@ -16,7 +16,7 @@ from torch import nn
 
 from outsize.block import Block, Piece
 from outsize.config import DiskBudget, Weights
-from outsize.errors import ModelError, StorageError, WeightsError
+from outsize.errors import FileChangedError, ModelError, StorageError, WeightsError
 from outsize.model.packed import PackedCache, PackedWriter
 from outsize.model.quantized import put_in
 from outsize.model.source import SafetensorsSource, Source
@@ -93,7 +93,7 @@ class EncodingSource:
         """Write all matrices to the cache, unless it has them: no read encodes any more.
 
         Where the disk does not take them, that is logged once, and reads go on encoding. Takes the memory of a read. Raises
-        WeightsError where a weight is not finite.
+        WeightsError where a weight is not finite, FileChangedError where the model's files change meanwhile.
         """
         with self._lock:
             if self._packed is not None:
@@ -102,6 +102,8 @@ class EncodingSource:
                 if self._cache is None:
                     raise StorageError("the model has no files")
                 self._packed = self._cache.make(self._write, _log.warning)
+            except FileChangedError:
+                raise
             except StorageError as error:
                 self._go_without(error)
 
@@ -147,6 +149,10 @@ class EncodingSource:
     def gives_rows(self, parameter: str) -> bool:
         """Of what is not encoded, as the source does."""
         return parameter not in self._matrices and self.source.gives_rows(parameter)
+
+    def check(self) -> None:
+        """Raise FileChangedError where a file of the model is not the one that was opened; reads check the cache."""
+        self.source.check()
 
     @property
     def bytes_read(self) -> int:
@@ -207,6 +213,7 @@ class EncodingSource:
                 part.put_scales(scales)
                 writer.write(matrix.name, part.encoded.codes)
             writer.write(matrix.scale_name, scales)
+        self.source.check()
 
     def _encode(self, matrix: Matrix, codes: torch.Tensor | None, scales: torch.Tensor | None) -> None:
         """Into what is given of both."""

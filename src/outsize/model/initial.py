@@ -89,6 +89,9 @@ class InitSource:
         """Never: rows of a table have values of their own wherever it is cut."""
         return False
 
+    def check(self) -> None:
+        """Nothing to check."""
+
     @property
     def bytes_read(self) -> int:
         """None."""

@@ -24,7 +24,7 @@ import torch
 import xxhash
 
 from outsize.config import DiskBudget, format_bytes
-from outsize.errors import CorruptionError, StorageError, StorageFullError, WeightsError
+from outsize.errors import CorruptionError, FileChangedError, StorageError, StorageFullError, WeightsError
 from outsize.model.direct import wait_read
 from outsize.model.folder import Existing, written_folder
 from outsize.model.shards import Shards
@@ -158,6 +158,8 @@ class PackedCache:
         for place in self.places:
             try:
                 return self._make_in(place, fill, say)
+            except FileChangedError:
+                raise
             except StorageError as error:
                 failure = error
         raise failure

@@ -109,6 +109,15 @@ class Shards:
         return self._reader.start_read(stored.file, offset, buffer, stored.key)
 
 
+def file_digests(folder: Path) -> dict[str, FileDigest]:
+    """The digests of the weight files in `folder`, by name. Raises WeightsError, StorageError."""
+    shards = Shards(folder)
+    try:
+        return shards.digests()
+    finally:
+        shards.close()
+
+
 def find_weights(folder: Path) -> list[Path]:
     """The safetensors files of a model's folder; of these only the index is read.
 

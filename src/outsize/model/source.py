@@ -52,6 +52,10 @@ class Source(Protocol):
         has as a whole."""
         ...
 
+    def check(self) -> None:
+        """Raise FileChangedError where a file is not the one that was opened."""
+        ...
+
     @property
     def bytes_read(self) -> int:
         """Bytes read from files so far."""
@@ -320,6 +324,9 @@ class TensorSource:
     def gives_rows(self, parameter: str) -> bool:
         """Always."""
         return True
+
+    def check(self) -> None:
+        """Nothing to check."""
 
     @property
     def bytes_read(self) -> int:
