@@ -646,9 +646,9 @@ def settle_norms_of_paper(monkeypatch: Any) -> None:
     """Let gradients without values have a norm of 1."""
 
     def settle(gradients: Gradients) -> None:
-        for gradient, norm in gradients._norms:
+        for gradient, start, norm in gradients._norms:
             assert norm.device.type == "meta"
-            gradient.sum_of_squares = 1.0
+            gradient.squares[start] = 1.0
         gradients._norms = []
 
     monkeypatch.setattr(Gradients, "settle_norms", settle)

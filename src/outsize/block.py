@@ -8,15 +8,19 @@ planes is one read:
     | weight ............ | m1[0] m2[0] r[0] | m1[1] m2[1] r[1] | ... | gradient ......... |
 
 Offsets inside a plane never depend on where the plane lives: that is what makes placement invisible to the numbers.
+
+A record may be one rank's **shard** of a block: a range of elements that begins and ends where chunks do. Elements keep
+their numbers in the block; the shard's planes and extents hold those of the range and begin at its start.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from fractions import Fraction
 from functools import cached_property
+from itertools import pairwise
 from math import prod
 
 from outsize.config import ComputeType
@@ -121,11 +125,12 @@ class Extent:
 
 @dataclass(frozen=True)
 class Record:
-    """A block with its bytes laid out. Build with `Record.lay_out`.
+    """A block, or a shard of one, with its bytes laid out. Build with `Record.lay_out`.
 
     `state` lists the state planes in the order in which a chunk interleaves them; `element_bytes` gives the size of an
-    element per plane (a fraction for state where groups of `ENTRY_ALIGNMENT` elements share some bytes). Offsets of
-    extents are relative to the record; the engine adds the record's base.
+    element per plane (a fraction for state where groups of `ENTRY_ALIGNMENT` elements share some bytes). `num_elements` and
+    `num_trainable` count those of the whole block, padding included; `shard` has the elements whose planes this record
+    holds. Offsets of extents are relative to the record; the engine adds the record's base.
     """
 
     block: Block
@@ -134,6 +139,7 @@ class Record:
     element_bytes: Mapping[Plane, int | Fraction]
     num_elements: int
     num_trainable: int
+    shard: range
 
     @classmethod
     def lay_out(
@@ -154,7 +160,15 @@ class Record:
                     start = align(start + piece.num_elements, ENTRY_ALIGNMENT)
             if wanted:
                 num_trainable = start
-        return cls(block, tuple(entries), tuple(state), dict(element_bytes), start, num_trainable)
+        return cls(
+            block, tuple(entries), tuple(state), dict(element_bytes), start, num_trainable, range(start)
+        )
+
+    def shards(self, count: int) -> list[Record]:
+        """The record cut into `count` shards whose sizes differ by at most a chunk; some may be empty."""
+        num_chunks = -(-self.num_elements // CHUNK)
+        cuts = [min(CHUNK * (num_chunks * i // count), self.num_elements) for i in range(count + 1)]
+        return [replace(self, shard=range(start, stop)) for start, stop in pairwise(cuts)]
 
     @property
     def name(self) -> str:
@@ -166,33 +180,48 @@ class Record:
         """The type of its weights, which is fp32 for some blocks of a model in bf16."""
         return ComputeType.FLOAT32 if self.element_bytes[Plane.WEIGHT] == 4 else ComputeType.BFLOAT16
 
+    def plane_range(self, plane: Plane) -> range:
+        """The elements of `plane` that the shard holds: of weights any, of the other planes those that train."""
+        total = self.num_elements if plane is Plane.WEIGHT else self.num_trainable
+        return range(min(self.shard.start, total), min(self.shard.stop, total))
+
     def plane_elements(self, plane: Plane) -> int:
-        """Elements of `plane`: all for weights, the trainable prefix for the others."""
-        return self.num_elements if plane is Plane.WEIGHT else self.num_trainable
+        """The number of elements of `plane` that the shard holds."""
+        return len(self.plane_range(plane))
 
     def plane_bytes(self, plane: Plane) -> int:
-        """Bytes of `plane` when it stands alone (a slot, or resident), aligned."""
+        """Bytes of the shard's part of `plane` when it stands alone, aligned."""
         return self._plane_bytes[plane]
 
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of a slot for the weights of the whole block, aligned."""
+        return align(self.num_elements * self.element_bytes[Plane.WEIGHT])
+
     def chunks(self, plane: Plane = Plane.GRADIENT) -> Iterator[tuple[int, int]]:
-        """Element ranges `[start, stop)` of the chunks that cover `plane`."""
-        total = self.plane_elements(plane)
-        for start in range(0, total, CHUNK):
-            yield start, min(start + CHUNK, total)
+        """Element ranges `[start, stop)` of the chunks that cover the shard's part of `plane`."""
+        held = self.plane_range(plane)
+        for start in held[::CHUNK]:
+            yield start, min(start + CHUNK, held.stop)
+
+    def entry_parts(self, entry: Entry) -> Iterator[tuple[int, int]]:
+        """Element ranges of a trainable entry that the shard holds, cut where chunks end."""
+        for start, stop in self.chunks():
+            if start < entry.stop and entry.start < stop:
+                yield max(entry.start, start), min(entry.stop, stop)
 
     def chunk_extent(self, plane: Plane, start: int, stop: int) -> Extent:
         """Where elements `[start, stop)` of the weight or gradient plane lie on disk; `start` begins a chunk."""
         assert plane in (Plane.WEIGHT, Plane.GRADIENT) and start % CHUNK == 0, (plane, start)
         size = self.element_bytes[plane]
         base = 0 if plane is Plane.WEIGHT else self._gradient_offset
-        return Extent(base + int(start * size), align((stop - start) * size))
+        return Extent(base + int((start - self.shard.start) * size), align((stop - start) * size))
 
     def state_extent(self, start: int, stop: int) -> Extent:
         """Where all state planes of the chunk `[start, stop)` lie on disk, as one run."""
         assert start % CHUNK == 0, start
-        return Extent(
-            self._state_offset + start // CHUNK * self._state_chunk_bytes, self.state_bytes(stop - start)
-        )
+        index = (start - self.shard.start) // CHUNK
+        return Extent(self._state_offset + index * self._state_chunk_bytes, self.state_bytes(stop - start))
 
     def state_bytes(self, num_elements: int) -> int:
         """Bytes of one chunk of `num_elements` over all state planes, each part aligned."""
@@ -226,17 +255,13 @@ class Record:
     @property
     def gradient_extent(self) -> Extent | None:
         """Where the gradient plane lies on disk; None where nothing trains."""
-        if not self.num_trainable:
-            return None
-        size = align(self.num_trainable * self.element_bytes[Plane.GRADIENT])
-        return Extent(self._gradient_offset, size)
+        size = self.plane_bytes(Plane.GRADIENT)
+        return Extent(self._gradient_offset, size) if size else None
 
     @cached_property
     def num_bytes(self) -> int:
         """Bytes of the whole record on disk."""
-        return self._gradient_offset + (
-            align(self.num_trainable * self.element_bytes[Plane.GRADIENT]) if self.num_trainable else 0
-        )
+        return self._gradient_offset + self.plane_bytes(Plane.GRADIENT)
 
     @cached_property
     def _plane_bytes(self) -> Mapping[Plane, int]:
@@ -250,11 +275,13 @@ class Record:
     @cached_property
     def chunk_bytes(self) -> tuple[int, int, int]:
         """Bytes of the largest chunk of the weights, of the gradient, and of all state planes."""
-        num_elements = min(CHUNK, self.num_trainable)
+        weights, trained = (
+            min(CHUNK, self.plane_elements(plane)) for plane in (Plane.WEIGHT, Plane.GRADIENT)
+        )
         return (
-            align(min(CHUNK, self.num_elements) * self.element_bytes[Plane.WEIGHT]),
-            align(num_elements * self.element_bytes[Plane.GRADIENT]),
-            self.state_bytes(num_elements),
+            align(weights * self.element_bytes[Plane.WEIGHT]),
+            align(trained * self.element_bytes[Plane.GRADIENT]),
+            self.state_bytes(trained),
         )
 
     @cached_property
@@ -267,5 +294,5 @@ class Record:
 
     @cached_property
     def _gradient_offset(self) -> int:
-        full, rest = divmod(self.num_trainable, CHUNK)
+        full, rest = divmod(self.plane_elements(Plane.GRADIENT), CHUNK)
         return self._state_offset + full * self._state_chunk_bytes + (self.state_bytes(rest) if rest else 0)

@@ -190,9 +190,8 @@ def test_gradients_wait_where_they_were_put(tmp_path):
         for _ in range(2):
             model(**BATCH).loss.backward()
         placement = placement_of(model)
-        assert placement is not None and placement.home("L00", Group.GRADIENT) is Home.DEVICE is (
-            home == "host"
-        )
+        assert placement is not None
+        assert (placement.home("L00", Group.GRADIENT) is Home.DEVICE) is (home == "host")
         grads.append({n: p.grad.clone() for n, p in model.named_parameters()})
         close(model)
     assert all(torch.equal(grads[0][name], grads[1][name]) for name in grads[0])

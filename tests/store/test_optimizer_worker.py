@@ -33,7 +33,7 @@ def make_record(sizes=SIZES, trainable=(True, True, True)):
 def make_job(record, hypers, after=None, weight=None, planes=None, gradient=None):
     n = record.num_trainable
     return UpdateJob(
-        planes=BlockPlanes(record, 0, ADAMW.dtypes(TYPE)),
+        planes=BlockPlanes(record, 0, ADAMW.dtypes(TYPE), {}),
         pending=Pending(tuple(hypers)),
         weight=torch.ones(record.num_elements) if weight is None else weight,
         state_planes=planes or [torch.zeros(n), torch.zeros(n)],

@@ -330,9 +330,7 @@ def lay_out(
         return sum(group_bytes(r, group) for r in records for group in GROUPS if homes[r.name, group] is home)
 
     is_apart = buffers_in is Home.HOST
-    streamed = {
-        r.name: r.plane_bytes(Plane.WEIGHT) for r in records if homes[r.name, Group.WEIGHT] is not Home.DEVICE
-    }
+    streamed = {r.name: r.slot_bytes for r in records if homes[r.name, Group.WEIGHT] is not Home.DEVICE}
     summed = {
         r.name: sum_bytes(r)
         for r in records
@@ -351,7 +349,7 @@ def lay_out(
         ),
         default=0,
     )
-    staged = [r.plane_bytes(Plane.WEIGHT) for r in records if is_apart and moves(r, Group.WEIGHT)]
+    staged = [r.slot_bytes for r in records if is_apart and moves(r, Group.WEIGHT)]
     is_bounced = is_apart and (
         any(moves(r, group) for r in records for group in (Group.WEIGHT, Group.GRADIENT))
         or (commits and Home.DEVICE in homes.values())
@@ -436,7 +434,7 @@ def evicted(placement: Placement, record: Record) -> Placement:
         homes={**placement.homes, **dict.fromkeys(keys, Home.HOST)},
         resident_bytes=placement.resident_bytes - num_bytes,
         hosted_bytes=placement.hosted_bytes + num_bytes,
-        weight_classes=_with_block(placement.weight_classes, record.name, record.plane_bytes(Plane.WEIGHT)),
+        weight_classes=_with_block(placement.weight_classes, record.name, record.slot_bytes),
         gradient_classes=gradients,
         kept=frozenset(),
     )

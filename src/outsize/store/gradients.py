@@ -10,7 +10,7 @@ import torch
 from outsize.block import CHUNK, Plane, Record
 from outsize.config import Home
 from outsize.errors import StateLostError
-from outsize.plan import sums_in_place
+from outsize.plan import GRADIENT_SUM_BYTES, sums_in_place
 from outsize.store.path import Path
 from outsize.store.planes import BlockPlanes, Planes, weight_dtype
 from outsize.store.recovery import failed
@@ -28,7 +28,7 @@ class Gradients:
         self._planes = planes
         self._path = path
         self._disk = disk
-        self._norms: list[tuple[EntryGradient, torch.Tensor]] = []
+        self._norms: list[tuple[EntryGradient, int, torch.Tensor]] = []
 
     # -- sums ----------------------------------------------------------------------------------------------------
 
@@ -74,17 +74,15 @@ class Gradients:
         self.finish(state)
         stored = planes.at_home(Plane.GRADIENT)
         dtype = planes.dtypes[Plane.GRADIENT]
-        scratch: memoryview | None = None
-        for start, stop in planes.record.chunks():
-            first, last = max(entry.start, start), min(entry.stop, stop)
-            if first >= last:
-                continue
-            if stored is not None:
-                yield stored[first:last]
-                continue
-            if scratch is None:
-                num_bytes = planes.record.chunk_extent(Plane.GRADIENT, 0, CHUNK).num_bytes
-                scratch = memoryview(mmap.mmap(-1, num_bytes))
+        if stored is not None:
+            base = planes.record.shard.start
+            for first, last in planes.record.entry_parts(entry):
+                yield stored[first - base : last - base]
+            return
+        scratch = memoryview(mmap.mmap(-1, planes.record.chunk_bytes[1] or 1))
+        for first, last in planes.record.entry_parts(entry):
+            start = first // CHUNK * CHUNK
+            stop = min(start + CHUNK, planes.record.plane_range(Plane.GRADIENT).stop)
             planes.chunk(Plane.GRADIENT, start, stop).start_read(self._disk, scratch).wait()
             inside = scratch[(first - start) * dtype.itemsize : (last - start) * dtype.itemsize]
             yield torch.frombuffer(bytearray(inside), dtype=dtype)
@@ -122,11 +120,11 @@ class Gradients:
         stored = planes.at_home(Plane.GRADIENT, Home.DEVICE)
         if stored is None:
             # The narrow plane lies at the end of the slot; widening it front to back never overtakes it.
-            dtype, num_elements = weight_dtype(planes.record), planes.record.num_trainable
+            dtype, num_elements = weight_dtype(planes.record), planes.record.plane_elements(Plane.GRADIENT)
             stored = slot.tensor(dtype, num_elements, _narrow_offset(planes))
-        total = _sum(planes)
-        for start, stop in planes.record.chunks():
-            total[start:stop] = stored[start:stop].float()
+        total = _own_sum(planes)
+        for start in range(0, total.numel(), CHUNK):
+            total[start : start + CHUNK] = stored[start : start + CHUNK].float()
 
     def begin(self, state: BlockState) -> None:
         """Prepare the sum for a backward visit: apply the factor that clipping left on what is there already."""
@@ -147,42 +145,42 @@ class Gradients:
         """Round the sum to the gradient type, take its norm, and start moving it home."""
         planes, gradient = state.planes, state.gradient
         gradient.summing |= gradient.summed
-        rounded = self._rounded(planes)
+        rounded, base = self._rounded(planes), planes.record.shard.start
         for index in gradient.summed:
-            place, entry = planes.record.entries[index], gradient.entries[index]
-            values = rounded[place.start : place.stop].to(weight_dtype(planes.record))
-            norm = torch.linalg.vector_norm(values, dtype=torch.float32)
+            entry = gradient.entries[index]
             entry.present, entry.scale = True, 1.0
-            self._norms.append((entry, norm))
+            for start, stop in planes.record.entry_parts(planes.record.entries[index]):
+                values = rounded[start - base : stop - base].to(weight_dtype(planes.record))
+                norm = torch.linalg.vector_norm(values, dtype=torch.float32)
+                self._norms.append((entry, start, norm))
         if self._planes.device.is_host:
             self.settle_norms()
         if planes.home(Plane.GRADIENT) is not Home.DEVICE and planes.gradient_slot is not None:
-            gradient.transfers = self._path.drain(planes.route(Plane.GRADIENT))
+            gradient.transfers = self._path.drain(planes.route(Plane.GRADIENT, _own_offset(planes)))
             gradient.is_draining = True
         gradient.summing.clear()
 
     def _rounded(self, planes: BlockPlanes) -> torch.Tensor:
-        """The sum as it will be stored: rounded where it is wider, into its home or the front of its slot."""
-        total = _sum(planes)
+        """The shard's part of the sum, rounded into its home or the front of its slot unless fp32 is stored."""
+        total = _own_sum(planes)
         if _sums_as_stored(planes.record):
             return total
         dtype = weight_dtype(planes.record)
         rounded = planes.at_home(Plane.GRADIENT, Home.DEVICE)
         if rounded is None:
             assert planes.gradient_slot is not None
-            rounded = planes.gradient_slot.tensor(dtype, planes.record.num_trainable)
+            rounded = planes.gradient_slot.tensor(dtype, total.numel())
         stride = CHUNK if self._planes.device.is_host else _CHUNKS_ROUNDED * CHUNK
-        for start in range(0, planes.record.num_trainable, stride):
-            stop = min(start + stride, planes.record.num_trainable)
-            rounded[start:stop] = total[start:stop].to(dtype)
+        for start in range(0, total.numel(), stride):
+            rounded[start : start + stride] = total[start : start + stride].to(dtype)
         return rounded
 
     def settle_norms(self) -> None:
         """Compute the sums of squares of gradients written since the last call: on a device, one wait for all."""
         if self._norms:
-            norms = torch.stack([norm for _, norm in self._norms]).tolist()
-            for (entry, _), norm in zip(self._norms, norms, strict=True):
-                entry.sum_of_squares = norm**2
+            norms = torch.stack([norm for _, _, norm in self._norms]).tolist()
+            for (entry, start, _), norm in zip(self._norms, norms, strict=True):
+                entry.squares[start] = norm**2
             self._norms = []
 
     def free(self, state: BlockState) -> None:
@@ -226,6 +224,12 @@ def _sum(planes: BlockPlanes) -> torch.Tensor:
     return home.tensor(torch.float32, planes.record.num_trainable)
 
 
+def _own_sum(planes: BlockPlanes) -> torch.Tensor:
+    """The shard's part of the sum."""
+    own = planes.record.plane_range(Plane.GRADIENT)
+    return _sum(planes)[own.start : own.stop]
+
+
 def _changing_sum(state: BlockState, index: int) -> torch.Tensor:
     """The sum of entry `index`, in the shape of its piece, which is about to change; undefined until something was added.
 
@@ -252,9 +256,16 @@ def _sums_as_stored(record: Record) -> bool:
     return sums_in_place(record, gradient_is_resident=True)
 
 
+def _own_offset(planes: BlockPlanes) -> int:
+    """Where the shard's gradient is in the slot as it will be stored: in its place, or rounded at the front."""
+    if _sums_as_stored(planes.record):
+        return planes.record.plane_range(Plane.GRADIENT).start * GRADIENT_SUM_BYTES
+    return 0
+
+
 def _narrow_offset(planes: BlockPlanes) -> int:
     """Where a stored gradient is put into its slot: at the end, where it has to be widened."""
     if _sums_as_stored(planes.record):
-        return 0
+        return _own_offset(planes)
     assert planes.gradient_slot is not None
     return planes.gradient_slot.num_bytes - planes.record.plane_bytes(Plane.GRADIENT)

@@ -222,7 +222,8 @@ class OptimizerWorker:
     def _apply_chunk(self, chunk: _Chunk, writes: list[Transfer]) -> None:
         job, record = chunk.job, chunk.job.planes.record
         reads = job.weight_reads
-        for read in reads if len(reads) == 1 else reads[chunk.start // CHUNK : chunk.start // CHUNK + 1]:
+        index = (chunk.start - record.shard.start) // CHUNK
+        for read in reads if len(reads) == 1 else reads[index : index + 1]:
             read.wait()
         weight = self._weight(chunk)
         state, gradient = self._state_and_gradient(chunk)
@@ -249,7 +250,7 @@ class OptimizerWorker:
         job, record = chunk.job, chunk.job.planes.record
         if job.weight_buffer is not None or job.streams_weight:
             if job.weight_buffer is not None:
-                data = job.weight_buffer[chunk.start * weight_bytes :]
+                data = job.weight_buffer[(chunk.start - record.shard.start) * weight_bytes :]
             else:
                 assert chunk.buffer is not None
                 data = chunk.buffer.buffer[chunk.weight_offset :]
@@ -265,7 +266,8 @@ class OptimizerWorker:
     def _weight(self, chunk: _Chunk) -> torch.Tensor:
         """The chunk's weights, in host memory."""
         if chunk.job.weight is not None:
-            return chunk.job.weight[chunk.start : chunk.stop]
+            base = chunk.job.planes.record.shard.start
+            return chunk.job.weight[chunk.start - base : chunk.stop - base]
         assert chunk.buffer is not None and chunk.job.streams_weight
         dtype = chunk.job.planes.dtypes[Plane.WEIGHT]
         return chunk.buffer.tensor(dtype, chunk.stop - chunk.start, chunk.weight_offset)
@@ -273,11 +275,12 @@ class OptimizerWorker:
     def _state_and_gradient(self, chunk: _Chunk) -> tuple[list[torch.Tensor], torch.Tensor]:
         """The chunk's part of each state plane and of the gradient, wherever they are."""
         job, record, dtypes = chunk.job, chunk.job.planes.record, chunk.job.planes.dtypes
-        num_elements = chunk.trainable_stop - chunk.start
+        first, last = chunk.start - record.shard.start, chunk.trainable_stop - record.shard.start
+        num_elements = last - first
         offset = 0
         state: list[torch.Tensor] = []
         if job.state_planes is not None:
-            state = [part(plane, chunk.start, chunk.trainable_stop) for plane in job.state_planes]
+            state = [part(plane, first, last) for plane in job.state_planes]
         elif num_elements:
             for plane in record.state:
                 assert chunk.buffer is not None
@@ -285,7 +288,7 @@ class OptimizerWorker:
                 state.append(chunk.buffer.tensor(dtype, int(num_bytes) // dtype.itemsize, offset))
                 offset += align(num_bytes)
         if job.gradient is not None:
-            return state, job.gradient[chunk.start : chunk.trainable_stop]
+            return state, job.gradient[first:last]
         if not num_elements:
             return state, torch.empty(0, dtype=torch.float32, device="cpu")
         assert chunk.buffer is not None

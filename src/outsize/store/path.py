@@ -109,8 +109,9 @@ class DirectPath(Path):
     @staticmethod
     def _buffers(route: Route) -> list[tuple[Chunk, memoryview]]:
         assert route.slot is not None, route.label
-        begin = route.chunks[0].extent.offset - route.byte_offset
-        return [(chunk, route.slot.buffer[chunk.extent.offset - begin :]) for chunk in route.chunks]
+        begins = [chunk.extent.offset - route.chunks[0].extent.offset for chunk in route.chunks]
+        places = [route.slot.buffer[route.byte_offset + begin :] for begin in begins]
+        return list(zip(route.chunks, places, strict=True))
 
 
 class BufferedPath(Path):

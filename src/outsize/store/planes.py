@@ -70,9 +70,9 @@ class BlockPlanes:
     # -- in memory -----------------------------------------------------------------------------------------------
 
     def weights(self) -> torch.Tensor:
-        """The weight plane where blocks compute, `[num_elements]`; it must live there or be in a slot."""
+        """The whole weight plane where blocks compute, `[num_elements]`; it must be in a slot or live there."""
         lives_here = self.home(Plane.WEIGHT) is Home.DEVICE
-        place = self.regions[Plane.WEIGHT] if lives_here else self.weight_slot
+        place = self.weight_slot or (self.regions[Plane.WEIGHT] if lives_here else None)
         assert place is not None, f"the weights of {self.name} are not in memory"
         return place.tensor(self.dtypes[Plane.WEIGHT], self.record.num_elements)
 
@@ -120,7 +120,7 @@ class BlockPlanes:
     # -- moves ---------------------------------------------------------------------------------------------------
 
     def route(self, plane: Plane, byte_offset: int = 0) -> Route:
-        """The weights or the gradient between their home and the block's slot, from `byte_offset` of the slot."""
+        """The shard's weights or gradient between their home and the block's slot, from `byte_offset` of the slot."""
         slot = self.slots.get(plane)
         assert slot is not None, f"{self.name}.{plane} has no slot"
         place = slot.tensor(self.dtypes[plane], self.record.plane_elements(plane), byte_offset)
@@ -147,16 +147,17 @@ class BlockPlanes:
         place: torch.Tensor,
         byte_offset: int = 0,
     ) -> Route:
-        # Elements of `place` are bytes where the plane is stored in codes.
+        # Elements of `place`, which begins with the shard, are bytes where the plane is stored in codes.
         size, label = self.record.element_bytes[plane], f"{self.name}.{plane}"
+        base = self.record.shard.start
         chunks = tuple(
             Chunk(
-                int(start * size) // place.itemsize,
-                int(stop * size) // place.itemsize,
+                int((start - base) * size) // place.itemsize,
+                int((stop - base) * size) // place.itemsize,
                 self._on_disk(extent),
-                f"{label}[{index}]",
+                f"{label}[{start // CHUNK}]",
             )
-            for index, (start, stop, extent) in enumerate(self.record.plane_parts(plane))
+            for start, stop, extent in self.record.plane_parts(plane)
         )
         return Route(label, chunks, home, slot, place, byte_offset)
 

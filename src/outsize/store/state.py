@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import fsum
 
 from outsize.block import Record
 from outsize.store.planes import BlockPlanes
@@ -27,11 +28,17 @@ class WeightState:
 
 @dataclass(slots=True)
 class EntryGradient:
-    """Whether the gradient of one entry exists, its sum of squares, and the factor that clipping set."""
+    """Whether the gradient of one entry exists, its squares, and the factor that clipping set."""
 
     present: bool = False
-    sum_of_squares: float = 0.0
     scale: float = 1.0
+    squares: dict[int, float] = field(default_factory=dict)
+    """Sums of squares by the first element of each part (`Record.entry_parts`): those of shards add up to the same bits."""
+
+    @property
+    def sum_of_squares(self) -> float:
+        """The sum of squares of all parts, rounded once whatever their order."""
+        return fsum(self.squares.values())
 
 
 @dataclass(eq=False)

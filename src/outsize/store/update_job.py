@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from outsize.block import CHUNK, Record
+from outsize.block import CHUNK, Plane, Record
 from outsize.optim import Hyper
 from outsize.store.planes import BlockPlanes
 from outsize.tier import Transfer, wait_all
@@ -25,8 +25,9 @@ class Pending:
 class UpdateJob:
     """One block's pending update on its way through the optimizer worker.
 
-    `weight` is the whole weight plane in host memory, and `weight_buffer` those of its bytes that are written to disk;
-    `state_planes` and `gradient` are planes in host memory. What is None streams; so do weights with `streams_weight`.
+    `weight` is the weight plane in host memory, and `weight_buffer` those of its bytes that are written to disk;
+    `state_planes` and `gradient` are planes in host memory; all begin with the record's shard. What is None streams; so do
+    weights with `streams_weight`.
 
     The first update of a block has `fill_remainder(record, start, stop, target)`. Nothing of the record is on disk yet:
     state starts as zero, the remainder is filled, and the frozen part of the weights is stored too.
@@ -117,14 +118,12 @@ class UpdateJob:
         self.after = None  # a chain of jobs would keep every tensor of the past alive
 
     def chunks(self) -> Iterator[tuple[int, int, int]]:
-        """`(start, trainable stop, weight stop)` of each chunk of the update, in elements."""
-        record = self.planes.record
-        is_whole = self.is_first or self.send_up is not None
-        total = record.num_elements if is_whole else record.num_trainable
+        """`(start, trainable stop, weight stop)` of each chunk of the update, in elements of the block."""
+        weights, trained = map(self.planes.record.plane_range, (Plane.WEIGHT, Plane.GRADIENT))
         stride = self.chunks_at_once * CHUNK
-        for start in range(0, total, stride):
-            stop = min(start + stride, record.num_elements)
-            yield start, max(start, min(stop, record.num_trainable)), stop
+        for start in (weights if self.is_first or self.send_up is not None else trained)[::stride]:
+            stop = min(start + stride, weights.stop)
+            yield start, max(start, min(stop, trained.stop)), stop
 
 
 def runs(record: Record, pending: Pending, start: int, stop: int) -> list[tuple[int, int, Hyper]]:

@@ -67,9 +67,10 @@ class Updates:
         if not self._planes.device.is_host:
             self._bring_weights(job, state)
             return job
-        job.weight, job.weight_reads = planes.weights(), weights.reads
+        first = planes.record.shard.start
+        job.weight, job.weight_reads = planes.weights()[first:], weights.reads
         if planes.weight_slot is not None:
-            job.weight_buffer = planes.weight_slot.buffer
+            job.weight_buffer = planes.weight_slot.buffer[first * job.weight.itemsize :]
         return job
 
     def _bring_weights(self, job: UpdateJob, state: BlockState) -> None:
@@ -108,9 +109,12 @@ class Updates:
         found = [plane for name in record.state if (plane := planes.at_home(name)) is not None]
         if record.num_trainable and not state.update.is_stored and Plane.REMAINDER in record.state:
             self._fill_remainder(state, found[record.state.index(Plane.REMAINDER)])
-        weights, gradient = planes.weights(), planes.at_home(Plane.GRADIENT)
-        for first, last, hyper in runs(record, pending, 0, record.num_trainable):
-            assert gradient is not None and len(found) == len(record.state), state.name
+        weights, gradient = planes.at_home(Plane.WEIGHT), planes.at_home(Plane.GRADIENT)
+        trained = record.plane_range(Plane.GRADIENT)
+        for start, stop, hyper in runs(record, pending, trained.start, trained.stop):
+            assert weights is not None and gradient is not None, state.name
+            assert len(found) == len(record.state), state.name
+            first, last = start - trained.start, stop - trained.start
             own = [part(plane, first, last) for plane in found]
             rounded = gradient[first:last].to(weight_dtype(record))
             self._device_kernel(record.compute_type)(weights[first:last], own, rounded, hyper)
@@ -123,7 +127,8 @@ class Updates:
         for start, stop in state.record.chunks():
             values = torch.empty(stop - start, dtype=target.dtype, device="cpu")
             self._reader.fill_remainder(state.record, start, stop, values)
-            target[start:stop].copy_(values)
+            base = state.record.shard.start
+            target[start - base : stop - base].copy_(values)
 
     def import_block(self, state: BlockState) -> None:
         """Make an update pending that changes nothing: it stores weights that were never stored."""

@@ -116,9 +116,9 @@ class WeightReader:
         region = self._staging.take()
         job.done = partial(self._staging.give, region)
         record = job.planes.record
-        job.weight = region.tensor(weight_dtype(record), record.num_elements)
-        job.weight_buffer = region.buffer
-        self._fill(record, job.weight)
+        plane, first = region.tensor(weight_dtype(record), record.num_elements), record.shard.start
+        job.weight, job.weight_buffer = plane[first:], region.buffer[first * plane.itemsize :]
+        self._fill(record, plane)
 
     def _fill_in_parts(self, record: Record, plane: torch.Tensor) -> None:
         """Fill a weight plane of a device, through a small part of host memory."""

@@ -8,7 +8,7 @@ from outsize.block import Plane
 from outsize.config import Home
 from outsize.plan import Placement
 from outsize.store.path import Path
-from outsize.store.planes import Planes
+from outsize.store.planes import Planes, weight_dtype
 from outsize.store.recovery import failed
 from outsize.store.state import BlockState
 from outsize.store.weight_reader import WeightReader
@@ -53,7 +53,8 @@ class Weights:
                 job.wait_applied()
             else:
                 ready = (job,)
-        state.weights.reads = self._path.fill(state.planes.route(Plane.WEIGHT), ready)
+        offset = state.record.shard.start * weight_dtype(state.record).itemsize
+        state.weights.reads = self._path.fill(state.planes.route(Plane.WEIGHT, offset), ready)
         state.weights.home_reads = state.weights.reads
 
     def _read_source(self, state: BlockState) -> None:
