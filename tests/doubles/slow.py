@@ -8,11 +8,12 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 
 from outsize.errors import UsageError
 from outsize.tier.base import Tier
 from outsize.tier.stats import TierStats
-from outsize.tier.transfer import Listener, PieceTransfer, Verb
+from outsize.tier.transfer import Listener, TaskTransfer, Verb
 
 
 class SlowTier:
@@ -29,11 +30,11 @@ class SlowTier:
         self._lock = threading.Lock()
         self._is_open = True
 
-    def start_read(self, offset: int, buffer: memoryview, label: str) -> PieceTransfer:
+    def start_read(self, offset: int, buffer: memoryview, label: str) -> TaskTransfer:
         """Start a read that begins after the delay."""
         return self._start(Verb.READ, offset, buffer, label)
 
-    def start_write(self, offset: int, buffer: memoryview, label: str) -> PieceTransfer:
+    def start_write(self, offset: int, buffer: memoryview, label: str) -> TaskTransfer:
         """Start a write that begins after the delay, with the bytes that are in the buffer then."""
         return self._start(Verb.WRITE, offset, buffer, label)
 
@@ -58,25 +59,25 @@ class SlowTier:
             thread.join()
         self._inner.close()
 
-    def _start(self, verb: Verb, offset: int, buffer: memoryview, label: str) -> PieceTransfer:
+    def _start(self, verb: Verb, offset: int, buffer: memoryview, label: str) -> TaskTransfer:
         if not self._is_open:
             raise UsageError(f"slow tier: {label} was started on a closed tier")
         delay_s = self._delay(verb, label) if callable(self._delay) else self._delay
-        transfer = PieceTransfer(1)
+        task: Future[None] = Future()
 
         def run(view: memoryview) -> None:
-            error: BaseException | None = None
             try:
                 with view:
                     time.sleep(delay_s)
                     start = self._inner.start_read if verb is Verb.READ else self._inner.start_write
                     start(offset, view, label).wait()
-            except BaseException as caught:
-                error = caught
-            transfer.finish_piece(error)
+            except BaseException as error:
+                task.set_exception(error)
+            else:
+                task.set_result(None)
 
         thread = threading.Thread(target=run, args=(memoryview(buffer),), name=f"outsize-slow {label}")
         thread.start()
         with self._lock:  # transfers are started from several threads
             self._threads = [*(other for other in self._threads if other.is_alive()), thread]
-        return transfer
+        return TaskTransfer(task)

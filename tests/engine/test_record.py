@@ -4,6 +4,7 @@ import itertools
 import threading
 import time
 from collections import Counter
+from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext
 
 import pytest
@@ -17,7 +18,7 @@ from outsize.plan.timeline import Span
 from outsize.store import offload
 from outsize.store.recorder import ENDS_A_FREE, ENDS_A_WAIT, SHORTEST_STALL_S, causes
 from outsize.tier import Verb
-from outsize.tier.transfer import PieceTransfer
+from outsize.tier.transfer import TaskTransfer
 from tests.running import adamw, loss_of, opened
 from tests.seams import (
     call_plan_step,
@@ -96,22 +97,22 @@ class LateTier:
     def _start(self, verb, start, offset, buffer, label):
         if self._waits.is_open or not self._is_late(verb, label):
             return start(offset, buffer, label)
-        transfer, view = PieceTransfer(1), memoryview(buffer)
+        task, view = Future(), memoryview(buffer)
 
         def run():
-            error = None
             try:
                 with view:
                     self._waits.reach(label)
                     time.sleep(DELAY_S)
                     start(offset, view, label).wait()
-            except BaseException as caught:
-                error = caught
-            transfer.finish_piece(error)
+            except BaseException as error:
+                task.set_exception(error)
+            else:
+                task.set_result(None)
 
         self.late.append(label)
         threading.Thread(target=run).start()
-        return transfer
+        return TaskTransfer(task)
 
     def __getattr__(self, name):
         return getattr(self._inner, name)

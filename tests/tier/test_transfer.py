@@ -1,5 +1,6 @@
 import mmap
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,7 @@ import pytest
 from outsize.block import Extent
 from outsize.errors import StorageError
 from outsize.tier import DiskTier, Slab, StripedTier, Tier, VersionedTier, follow_all, wait_all
-from outsize.tier.transfer import DoneTransfer, PieceTransfer, Verb, checked_bytes
+from outsize.tier.transfer import DoneTransfer, TaskTransfer, Verb, checked_bytes
 from tests.doubles import FaultyTier, SlowTier
 
 from .helpers import pages
@@ -36,15 +37,21 @@ def test_a_buffer_of_any_type_comes_back_as_bytes():
 
 
 def test_a_transfer_is_over_with_its_last_piece_and_raises_its_first_error_each_time():
-    transfer = PieceTransfer(3)
-    transfer.finish_piece(ValueError("first"))
-    transfer.finish_piece(ValueError("second"))
+    pieces = [Future() for _ in range(3)]
+    transfer = TaskTransfer(*pieces)
+    pieces[1].set_exception(ValueError("first"))
+    pieces[2].set_exception(ValueError("second"))
     assert not transfer.is_done()
-    transfer.finish_piece(None)
-    assert transfer.is_done()
-    for _ in range(2):
+    with ThreadPoolExecutor() as threads:
+        waiting = threads.submit(transfer.wait)
+        with pytest.raises(TimeoutError):
+            waiting.result(0.05)
+        pieces[0].set_result(None)
         with pytest.raises(ValueError, match="first"):
-            transfer.wait()
+            waiting.result()
+    assert transfer.is_done()
+    with pytest.raises(ValueError, match="first"):
+        transfer.wait()
 
 
 def test_done_is_done():
@@ -81,13 +88,13 @@ def test_an_error_is_raised_when_nothing_is_under_way_any_more(verb):
 @pytest.mark.parametrize("kind", ["disk", "slow", "faulty", "striped", "versioned"])
 def test_memory_can_be_closed_as_soon_as_its_transfer_is_over(kind: str, disk_folder: Path, monkeypatch):
     """However long the thread that moved the last bytes takes to get out of what it ran."""
-    finish = PieceTransfer.finish_piece
+    end = Future.set_result
 
-    def linger(transfer: PieceTransfer, error: BaseException | None) -> None:
-        finish(transfer, error)
+    def linger(task: Future[None], result: None) -> None:
+        end(task, result)
         time.sleep(0.1)
 
-    monkeypatch.setattr(PieceTransfer, "finish_piece", linger)
+    monkeypatch.setattr(Future, "set_result", linger)
     disk = DiskTier(disk_folder, 1 << 20, name="one")
     tier: Tier = disk
     match kind:

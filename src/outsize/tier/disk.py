@@ -21,7 +21,7 @@ from outsize.errors import CorruptionError, UsageError
 from outsize.tier.digests import Check, DigestMap, ReadPiece, cut
 from outsize.tier.stats import Meter, TierStats
 from outsize.tier.store import StoreFile
-from outsize.tier.transfer import Listener, PieceTransfer, Verb, checked_bytes
+from outsize.tier.transfer import Listener, TaskTransfer, Verb, checked_bytes
 
 PIECE_BYTES = 4 << 20
 """Most bytes that one thread moves at once."""
@@ -90,7 +90,7 @@ class DiskTier:
         """Tell `listener` of each piece that a thread moved."""
         self._meter.listener = listener
 
-    def start_read(self, offset: int, buffer: memoryview, label: str) -> PieceTransfer:
+    def start_read(self, offset: int, buffer: memoryview, label: str) -> TaskTransfer:
         """Start filling `buffer` from `offset`; the buffer must stay alive and untouched until `wait`.
 
         `wait` raises StorageError where the disk fails, CorruptionError where a digest does not match. What
@@ -101,7 +101,7 @@ class DiskTier:
         pieces = self._digests.cut(extent, PIECE_BYTES) if self.verify else cut(extent, PIECE_BYTES)
         return self._start(self._read, pieces, view, offset, label)
 
-    def start_write(self, offset: int, buffer: memoryview, label: str) -> PieceTransfer:
+    def start_write(self, offset: int, buffer: memoryview, label: str) -> TaskTransfer:
         """Start storing `buffer` at `offset`; the buffer must stay alive and unchanged until `wait`.
 
         `wait` raises StorageFullError or StorageError where the disk fails; the bytes are then undefined, and
@@ -136,20 +136,20 @@ class DiskTier:
         view: memoryview,
         offset: int,
         label: str,
-    ) -> PieceTransfer:
+    ) -> TaskTransfer:
         if not self._file.is_open:
             raise UsageError(f"{self.path}: {label} was started on a closed tier")
-        transfer = PieceTransfer(len(pieces))
 
         def run_piece(piece: ReadPiece, part: memoryview) -> None:
             with part:  # released before the future resolves: its owner may free the memory from then on
                 run(piece, part, label)
 
-        for piece in pieces:
-            done = self._threads.submit(run_piece, piece, view[piece.start - offset : piece.stop - offset])
-            # Whatever is raised in the thread, and wherever: a piece that nobody counts is waited for without end.
-            done.add_done_callback(lambda done: transfer.finish_piece(done.exception()))
-        return transfer
+        return TaskTransfer(
+            *(
+                self._threads.submit(run_piece, piece, view[piece.start - offset : piece.stop - offset])
+                for piece in pieces
+            )
+        )
 
     def _read(self, piece: ReadPiece, view: memoryview, label: str) -> None:
         with self._meter.busy(Verb.READ, len(view), label):

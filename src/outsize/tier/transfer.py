@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from enum import StrEnum
 
 import numpy as np
@@ -53,22 +52,28 @@ def checked_bytes(verb: Verb, offset: int, buffer: memoryview, label: str, tier_
 
 
 class TaskTransfer:
-    """The task of a worker thread as a transfer."""
+    """Tasks of worker threads as one transfer, which is over when all of them are, failed ones included.
 
-    def __init__(self, future: Future[None]) -> None:
-        self._future = future
+    Waiting for the rest after a failure keeps threads from writing into a buffer that its owner has back already. What ends
+    a task is its future alone: a task that fails at any line, of an interrupt or for want of memory, is over as well.
+    """
+
+    def __init__(self, *tasks: Future[None]) -> None:
+        self._tasks = tasks
 
     def wait(self) -> None:
-        """Wait, and raise what the task raised."""
-        self._future.result()
+        """Block until the last task is over; raise the error of the first one that failed, at every call."""
+        wait(self._tasks)
+        for task in self._tasks:
+            task.result()
 
     def follow(self) -> None:
         """As `wait`: computing does not run ahead of the host."""
-        self._future.result()
+        self.wait()
 
     def is_done(self) -> bool:
-        """Whether `wait` would not block."""
-        return self._future.done()
+        """Whether `wait` would return (or raise) at once."""
+        return all(task.done() for task in self._tasks)
 
 
 class DoneTransfer:
@@ -83,42 +88,3 @@ class DoneTransfer:
     def is_done(self) -> bool:
         """Always True."""
         return True
-
-
-class PieceTransfer:
-    """A transfer that is over when all of its `num_pieces` pieces are, failed ones included.
-
-    Waiting for the rest after a failure keeps threads from writing into a buffer that its owner has back
-    already.
-    """
-
-    def __init__(self, num_pieces: int) -> None:
-        assert num_pieces > 0
-        self._remaining = num_pieces
-        self._lock = threading.Lock()
-        self._over = threading.Event()
-        self._error: BaseException | None = None
-
-    def finish_piece(self, error: BaseException | None) -> None:
-        """Count one piece as over; the first `error` is what `wait` raises."""
-        with self._lock:
-            self._remaining -= 1
-            if self._error is None:
-                self._error = error
-            is_last = self._remaining == 0
-        if is_last:
-            self._over.set()
-
-    def wait(self) -> None:
-        """Block until the last piece is over; raise the first error met, at every call."""
-        self._over.wait()
-        if self._error is not None:
-            raise self._error
-
-    def follow(self) -> None:
-        """As `wait`."""
-        self.wait()
-
-    def is_done(self) -> bool:
-        """Whether `wait` would return (or raise) at once."""
-        return self._over.is_set()
