@@ -22,7 +22,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from outsize.block import Group, Record
+from outsize.block import Record
 from outsize.config import Home, Pins
 from outsize.engine import api, budget, head, signature
 from outsize.engine import executor as executor_module
@@ -48,7 +48,7 @@ from outsize.plan import (
     memory_estimate,
     place,
 )
-from outsize.plan.place import Room, group_bytes
+from outsize.plan.place import GROUPS, Room, group_bytes
 from outsize.serve.speculate import Guesser
 from outsize.store import memory, offload, scratch
 from outsize.store.gradients import Gradients
@@ -277,7 +277,7 @@ def homes(model: nn.Module) -> dict[tuple[str, str], str]:
     computes_in = "host" if computes_on_host(model) else "device"
     found = {}
     for record in records_of(model).values():
-        for group in Group:
+        for group in GROUPS:
             if group_bytes(record, group):
                 home = placement.home(record.name, group)
                 found[record.name, str(group)] = computes_in if home is Home.DEVICE else str(home)

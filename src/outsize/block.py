@@ -47,6 +47,8 @@ class Group(StrEnum):
     GRADIENT = "gradient"
     STATE = "state"
     """All planes of optimizer state, the remainder of split weights among them."""
+    INPUT = "input"
+    """What visits of the block are given; in no record."""
 
 
 class Plane(StrEnum):
@@ -66,7 +68,7 @@ class Plane(StrEnum):
     @property
     def group(self) -> Group:
         """The group that the plane belongs to."""
-        return Group(self.value) if self in (Plane.WEIGHT, Plane.GRADIENT) else Group.STATE
+        return Group(self.value) if self.value in list(Group) else Group.STATE
 
 
 @dataclass(frozen=True, slots=True)

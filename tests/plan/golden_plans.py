@@ -18,6 +18,7 @@ from typing import Any
 from outsize.block import Block, Group, Piece, Plane, Record
 from outsize.config import Home, Pins
 from outsize.plan import Context, Direction, Occupancy, Placement, Visit, check, make_plan, place
+from outsize.plan.place import GROUPS
 
 FOLDER = Path(__file__).with_name("golden")
 PLENTY = 1 << 40
@@ -74,7 +75,7 @@ def placed(records: Sequence[Record], options: Mapping[str, Any]) -> Placement:
 
 
 def _homes(placement: Placement, record: Record) -> Iterable[str]:
-    for group in Group if record.num_trainable else (Group.WEIGHT,):
+    for group in GROUPS if record.num_trainable else (Group.WEIGHT,):
         yield f"{group} {_WHERE[placement.home(record.name, group)]}"
 
 

@@ -6,11 +6,12 @@ from itertools import pairwise
 import pytest
 import torch
 
-from outsize.block import CHUNK, Block, Group, Piece, Plane, Record, align
+from outsize.block import CHUNK, Block, Piece, Plane, Record, align
 from outsize.config import ComputeType, Home
 from outsize.errors import BudgetError
 from outsize.optim import ADAMW, ADAMW8BIT
 from outsize.plan import Placement, SlotClass
+from outsize.plan.place import GROUPS
 from outsize.store.planes import Planes
 from outsize.tier import DoneTransfer, HostDevice
 from tests.doubles import TwinDevice
@@ -44,7 +45,7 @@ def placement_of(records, resident=(), hosted=(), **changed):
             if r.name in hosted
             else Home.DISK
             for r in records
-            for group in Group
+            for group in GROUPS
         },
         weight_classes=classes(lambda r: r.plane_bytes(Plane.WEIGHT)),
         gradient_classes=classes(lambda r: align(4 * r.num_trainable)),

@@ -30,16 +30,13 @@ from outsize.plan.op import (
     Write,
 )
 from outsize.plan.passes.commits import copied_bytes
-from outsize.plan.place import Placement, slot_class_of, sums_in_place
+from outsize.plan.path import DRIVE
+from outsize.plan.place import GROUPS, Placement, slot_class_of, sums_in_place
 from outsize.plan.plan import Plan
 from outsize.plan.profile import Profile, Resource
 
 PARTS = 4
 """Into which an update, and a plane that goes through buffers, is cut."""
-
-_OUT = (Resource.DOWN, Resource.WRITE)
-_BACK = (Resource.READ, Resource.UP)
-"""The legs of the longest path: from a device with memory of its own to the disk, and back."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +117,8 @@ class Lowering:
         self._blocks: defaultdict[str, _Block] = defaultdict(_Block)
         self._updating: set[str] = set()
         """Blocks that the plan has yet to update."""
-        self._is_apart = profile.has_device
+        self._link = placement.legs(placement.host)
+        """What is between the host's memory and where blocks compute, if these are two."""
         self._slots: defaultdict[int | None, list[tuple[int, ...]]] = defaultdict(list)
         self._rates = {
             Resource.READ: profile.disk_read,
@@ -147,7 +145,7 @@ class Lowering:
         match op:
             case Read(block, Plane.WEIGHT):
                 state.weights = []
-                if not (self._is_apart and block in self._updating):  # on a device the update brings them
+                if not (self._link and block in self._updating):  # else the update sends them up
                     state.weights = self._bring(block, Plane.WEIGHT, (*self._main, *state.weight_writes))
             case Update(block):
                 self._updating.discard(block)
@@ -170,11 +168,11 @@ class Lowering:
             case Write(block, Plane.GRADIENT):
                 self._send_gradient(block)
             case Free(block, Plane.WEIGHT):
-                if not self._is_apart:
+                if not self._link:
                     self._wait([*state.weights, *state.weight_writes])
             case Free(block, Plane.GRADIENT):
                 group = slot_class_of(self._placement.gradient_classes, block)
-                if self._is_apart:
+                if self._link:
                     self._slots[group].append(tuple(state.gradient))
                 else:
                     self._wait(state.gradient)
@@ -182,9 +180,8 @@ class Lowering:
                 state.inputs.append(_Input([], is_away=True))
             case Send(_, _, num_bytes):
                 label = f"{op.block}.input"
-                state.inputs.append(
-                    _Input(self._move(_OUT, num_bytes, self._placement.inputs, self._main, label))
-                )
+                home = self._placement.home(op.block, Group.INPUT)
+                state.inputs.append(_Input(self._send(home, num_bytes, label)))
             case Free(_, Plane.INPUT):
                 leaving = next((each for each in state.inputs if not each.is_away), None)
                 if leaving is not None:
@@ -193,7 +190,9 @@ class Lowering:
             case Fetch(block, _, num_bytes):
                 away = next(each for each in reversed(state.inputs) if each.is_away and each.up is None)
                 after = (*self._main, *away.down)
-                away.up = self._move(_BACK, num_bytes, self._placement.inputs, after, f"{block}.input")
+                away.up = self._fetch(
+                    self._placement.home(block, Group.INPUT), num_bytes, after, f"{block}.input"
+                )
             case Wait(_, Plane.INPUT):
                 index = max(i for i, each in enumerate(state.inputs) if each.up is not None)
                 self._wait(state.inputs.pop(index).up or ())
@@ -212,23 +211,23 @@ class Lowering:
         weight_bytes = float(record.element_bytes[Plane.WEIGHT])
         gradient_bytes = float(record.element_bytes[Plane.GRADIENT])
         touched = record.num_trainable * (2 * element_bytes + 2 * weight_bytes + gradient_bytes)
-        if self._is_apart and self._placement.home(block, Group.STATE) is Home.DEVICE:
+        if self._link and self._placement.home(block, Group.STATE) is Home.DEVICE:
             rate = self._profile.device_update or self._profile.device_memory or self._profile.update
             self._wait(state.copies)
             self._compute(touched / rate, f"update {block}")
             return
-        streams_state = not self._is_here(block, Group.STATE)
-        streams_gradient = not self._is_here(block, Group.GRADIENT)
-        streams_weight = not self._is_here(block, Group.WEIGHT)
+        streams_weight, streams_gradient, streams_state = (
+            self._placement.home(block, group) is not self._placement.host for group in GROUPS
+        )
         reads = record.num_trainable * (streams_state * element_bytes + streams_gradient * gradient_bytes)
-        if self._is_apart and streams_weight:
+        if self._link and streams_weight:
             reads += record.num_elements * weight_bytes
         ready = (
             *self._main,
             *state.gradient,
             *state.state_writes,
             *state.copies,
-            *(state.weight_writes if self._is_apart else ()),
+            *(state.weight_writes if self._link else ()),
         )
         arrived: list[int] = []
         state_writes: list[int] = []
@@ -237,7 +236,7 @@ class Lowering:
             needs = list(ready)
             if reads:
                 needs.append(self._transfer(Resource.READ, reads / PARTS, ready, f"read {block}.state"))
-            if not self._is_apart and state.weights:
+            if not self._link and state.weights:
                 needs.append(state.weights[min(part, len(state.weights) - 1)])
             rule = self._task(
                 Resource.UPDATE, touched / PARTS / self._profile.update, tuple(needs), f"update {block}"
@@ -252,9 +251,9 @@ class Lowering:
                 weight_writes.append(
                     self._transfer(Resource.WRITE, num_bytes, (rule,), f"write {block}.weight")
                 )
-            if self._is_apart:
+            for leg in self._link:
                 num_bytes = record.num_elements * weight_bytes / PARTS
-                rule = self._transfer(Resource.UP, num_bytes, (rule,), f"up {block}.weight")
+                rule = self._transfer(leg.inward, num_bytes, (rule,), f"{leg.inward} {block}.weight")
             arrived.append(rule)
         state.weights = arrived
         state.weight_writes, state.state_writes = weight_writes, state_writes
@@ -264,67 +263,57 @@ class Lowering:
         state, label = self._blocks[block], "for a commit"
         state.copies = []
         for plane, num_bytes in copied_bytes(self._records[block], self._placement).items():
-            is_beside = self._is_apart and self._placement.home(block, plane.group) is Home.DEVICE
-            legs = _OUT if is_beside else _OUT[1:]
-            state.copies += self._along(legs, num_bytes, self._main, f"{block}.{plane} {label}")
+            home = self._placement.home(block, plane.group)
+            state.copies += self._send(Home.DISK, num_bytes, f"{block}.{plane} {label}", start=home)
 
     def _bring(self, block: str, plane: Plane, after: Sequence[int]) -> list[int]:
         """Tasks that bring a plane from its home to a slot."""
         record = self._records[block]
         num_bytes = int(record.plane_elements(plane) * record.element_bytes[plane])
-        return self._move(
-            _BACK, num_bytes, self._placement.home(block, plane.group), after, f"{block}.{plane}"
-        )
+        home = self._placement.home(block, plane.group)
+        return self._fetch(home, num_bytes, after, f"{block}.{plane}")
 
     def _send_gradient(self, block: str) -> None:
         record, state = self._records[block], self._blocks[block]
         size = float(record.element_bytes[Plane.GRADIENT])
         home = self._placement.home(block, Group.GRADIENT)
         if not sums_in_place(record, home is Home.DEVICE):
-            rate = self._profile.device_memory if self._is_apart else self._profile.host_copy
+            rate = self._profile.device_memory if self._link else self._profile.host_copy
             # Read the sum, write it rounded, read that for the norm.
             self._compute(
                 record.num_trainable * (4 + 2 * size) / (rate or self._profile.host_copy), f"round {block}"
             )
-        num_bytes = record.num_trainable * size
-        state.gradient = self._move(_OUT, num_bytes, home, self._main, f"{block}.gradient")
+        state.gradient = self._send(home, record.num_trainable * size, f"{block}.gradient")
 
     def _claim(self, block: str) -> None:
         """On a device a slot may still be on its way down: computing comes after that."""
         group = slot_class_of(self._placement.gradient_classes, block)
-        if self._is_apart and group is not None and self._slots[group]:
+        if group is not None and self._slots[group]:
             self._wait(self._slots[group].pop(0))
 
     # -- tasks -----------------------------------------------------------------------------------------------------
 
-    def _move(
-        self, way: Sequence[Resource], num_bytes: float, home: Home | None, after: Sequence[int], label: str
-    ) -> list[int]:
-        """Tasks that move bytes between their home and where blocks compute; the last of each part."""
-        if home is Home.DEVICE:
-            return []
-        link, disk = {Resource.UP, Resource.DOWN}, {Resource.READ, Resource.WRITE}
-        if home is Home.HOST and self._is_apart:
-            (resource,) = link.intersection(way)
-            return [self._transfer(resource, num_bytes, after, f"{resource} {label}")]
-        legs = [each for each in way if each in disk or self._is_apart]
-        return self._along(legs, num_bytes, after, label)
+    def _fetch(self, home: Home, num_bytes: float, after: Sequence[int], label: str) -> list[int]:
+        """Tasks that move bytes from their home to where blocks compute; the last of each part."""
+        return self._along([leg.inward for leg in self._placement.legs(home)], num_bytes, after, label)
+
+    def _send(self, home: Home, num_bytes: float, label: str, start: Home = Home.DEVICE) -> list[int]:
+        """Tasks that move to its home what was computed, or what is in `start`; the last of each part."""
+        legs = reversed(self._placement.legs(home, start))
+        return self._along([leg.outward for leg in legs], num_bytes, self._main, label)
 
     def _along(
-        self, legs: Sequence[Resource], num_bytes: float, after: Sequence[int], label: str
+        self, way: Sequence[Resource], num_bytes: float, after: Sequence[int], label: str
     ) -> list[int]:
-        """Tasks that move bytes along `legs` in parts, through buffers; the last of each part."""
+        """Tasks that move bytes leg by leg, in parts where they pass through buffers; the last task of each part."""
+        num_parts = PARTS if set(way) & set(DRIVE) else len(way)
         ends: list[int] = []
-        for _ in range(PARTS):
+        for _ in range(num_parts):
             needed = after
-            for leg in legs:
-                needed = (self._transfer(leg, num_bytes / PARTS, needed, f"{leg} {label}"),)
+            for resource in way:
+                needed = (self._transfer(resource, num_bytes / num_parts, needed, f"{resource} {label}"),)
             ends += needed
         return ends
-
-    def _is_here(self, block: str, group: Group) -> bool:
-        """Whether planes are at home in the memory in which the host updates them."""
-        return self._placement.home(block, group) is (Home.HOST if self._is_apart else Home.DEVICE)
 
     def _compute(self, alone_s: float, label: str) -> None:
         self._main = (self._task(Resource.COMPUTE, alone_s, self._main, label),)

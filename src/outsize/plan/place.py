@@ -21,6 +21,7 @@ from typing import TypeAlias
 from outsize.block import ALIGNMENT, CHUNK, Group, Plane, Record, align
 from outsize.config import Home, Pins, format_bytes
 from outsize.errors import BudgetError
+from outsize.plan.path import Leg, legs
 
 GRADIENT_SUM_BYTES = 4
 """Gradients are summed in fp32, whatever the type they are stored in."""
@@ -64,10 +65,10 @@ class SlotClass:
 class Placement:
     """Where every group of planes lives between visits, and the buffers it passes through. Figures are bytes or counts.
 
-    `homes` has one word for every group of every block. DEVICE is the memory where blocks compute: the host's own where
-    the processor computes, and then no group has HOST. Buffers are in the memory that `buffers_in` names: HOST beside a
-    device with memory of its own, where everything that moves passes through them: chunks, `bounce_buffers` between disk
-    and device, and `staging_buffers` for whole weight planes that come from a checkpoint. `kept` holds layers whose
+    `homes` has one word for every group of every block, and `host` is the word for the host's memory: HOST beside a device
+    with memory of its own; DEVICE where the processor computes, and then no group has HOST. Buffers are in the host's
+    memory. Beside a device all that moves passes through them: chunks, `bounce_buffers` between disk and device, and
+    `staging_buffers` for whole weight planes that come from a checkpoint. `kept` holds layers whose
     activations wait for the backward, which then does not compute them again; their weights stay where they compute.
     `inputs` is where the inputs of blocks wait, at most `inputs_bytes` there; None where they stay where blocks compute.
     `pieces` holds `(block, index)` of single entries of streamed blocks whose weights stay in memory as well: a slot is
@@ -82,7 +83,7 @@ class Placement:
     resident_bytes: int
     disk_bytes: int
     hosted_bytes: int = 0
-    buffers_in: Home = Home.DEVICE
+    host: Home = Home.DEVICE
     bounce_buffers: int = 0
     bounce_bytes: int = 0
     staging_buffers: int = 0
@@ -95,7 +96,13 @@ class Placement:
 
     def home(self, block: str, group: Group) -> Home:
         """Where `group` of `block` lives between visits."""
+        if group is Group.INPUT:
+            return Home.DEVICE if self.inputs is None or block in self.kept else self.inputs
         return self.homes[block, group]
+
+    def legs(self, start: Home, end: Home = Home.DEVICE) -> tuple[Leg, ...]:
+        """The path from one home to another, which is nearer to where blocks compute."""
+        return legs(start, end, self.host)
 
     def homes_of(self, block: str) -> dict[Group, Home]:
         """Where each group of `block` lives."""
@@ -132,7 +139,7 @@ class Placement:
     def bytes_in(self, home: Home) -> int:
         """Memory of `home`, DEVICE or HOST, that planes, slots and buffers take."""
         planes = self.compute_bytes if home is Home.DEVICE else self.hosted_bytes
-        return planes + (self.passage_bytes if home is self.buffers_in else 0)
+        return planes + (self.passage_bytes if home is self.host else 0)
 
     @property
     def compute_bytes(self) -> int:
@@ -310,15 +317,15 @@ class _Placer:
 
     def placement(self) -> Placement:
         """The placement with the homes that were given, and the slots that were taken."""
-        buffers_in = Home.HOST if self._is_apart else Home.DEVICE
-        return lay_out(self._records, self._homes, self._slots, buffers_in, self._commits)
+        host = Home.HOST if self._is_apart else Home.DEVICE
+        return lay_out(self._records, self._homes, self._slots, host, self._commits)
 
 
 def lay_out(
     records: Sequence[Record],
     homes: Mapping[Key, Home],
     slots: tuple[int, int],
-    buffers_in: Home = Home.DEVICE,
+    host: Home = Home.DEVICE,
     commits: bool = False,
 ) -> Placement:
     """The placement with these homes, at most so many weight and gradient slots per class, and the buffers it needs."""
@@ -329,7 +336,7 @@ def lay_out(
     def bytes_at(home: Home) -> int:
         return sum(group_bytes(r, group) for r in records for group in GROUPS if homes[r.name, group] is home)
 
-    is_apart = buffers_in is Home.HOST
+    is_apart = host is Home.HOST
     streamed = {r.name: r.slot_bytes for r in records if homes[r.name, Group.WEIGHT] is not Home.DEVICE}
     summed = {
         r.name: sum_bytes(r)
@@ -367,7 +374,7 @@ def lay_out(
             if any(moves(r, group) and homes[r.name, group] is Home.DISK for group in GROUPS)
         ),
         hosted_bytes=bytes_at(Home.HOST),
-        buffers_in=buffers_in,
+        host=host,
         bounce_buffers=BOUNCE_BUFFERS if is_bounced else 0,
         bounce_bytes=CHUNK * GRADIENT_SUM_BYTES if is_bounced else 0,
         staging_buffers=STAGING_BUFFERS if staged else 0,
