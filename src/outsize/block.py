@@ -35,6 +35,10 @@ CHUNK = 1 << 20
 """Elements of a plane that are updated, and transferred, at once."""
 
 
+NORM_ELEMENTS = 1 << 20
+"""Elements of a plane whose squares are summed as one; CHUNK is a multiple of it. Norms depend on it, and not on CHUNK."""
+
+
 def align(value: int | Fraction, alignment: int = ALIGNMENT) -> int:
     """`value` rounded up to a multiple of `alignment`."""
     return -(-value // alignment) * alignment
@@ -206,11 +210,12 @@ class Record:
         for start in held[::CHUNK]:
             yield start, min(start + CHUNK, held.stop)
 
-    def entry_parts(self, entry: Entry) -> Iterator[tuple[int, int]]:
-        """Element ranges of a trainable entry that the shard holds, cut where chunks end."""
-        for start, stop in self.chunks():
-            if start < entry.stop and entry.start < stop:
-                yield max(entry.start, start), min(entry.stop, stop)
+    def entry_parts(self, entry: Entry, size: int) -> Iterator[tuple[int, int]]:
+        """Element ranges of a trainable entry that the shard holds, cut at multiples of `size`."""
+        held = self.plane_range(Plane.GRADIENT)
+        first, last = max(entry.start, held.start), min(entry.stop, held.stop)
+        for start in range(first // size * size, last, size) if first < last else ():
+            yield max(start, first), min(start + size, last)
 
     def chunk_extent(self, plane: Plane, start: int, stop: int) -> Extent:
         """Where elements `[start, stop)` of the weight or gradient plane lie on disk; `start` begins a chunk."""

@@ -6,11 +6,12 @@ from itertools import chain, pairwise
 import pytest
 import torch
 
-from outsize.block import CHUNK, Block, Group, Piece, Plane, Record
+from outsize.block import CHUNK, NORM_ELEMENTS, Block, Group, Piece, Plane, Record
 from outsize.config import ComputeType, Home
 from outsize.optim import ADAMW, ADAMW8BIT, AdamWHyper, compile_rule
 from outsize.plan import Read, Update, Wait
 from outsize.plan.place import lay_out
+from outsize.store import gradients
 from outsize.store.blocks import BlockStore
 from outsize.store.optimizer_worker import OptimizerWorker
 from outsize.store.planes import BlockPlanes
@@ -61,8 +62,8 @@ def test_planes_and_chunks_of_shards_add_up_to_the_whole(rule, kind, trainable, 
         parts = [(a, b, e.num_bytes) for s in shards for a, b, e in s.plane_parts(plane)]
         assert parts == [(a, b, e.num_bytes) for a, b, e in whole.plane_parts(plane)]
     for entry in whole.entries:
-        parts = list(chain.from_iterable(s.entry_parts(entry) for s in shards))
-        assert parts == list(whole.entry_parts(entry))
+        parts = list(chain.from_iterable(s.entry_parts(entry, NORM_ELEMENTS) for s in shards))
+        assert parts == list(whole.entry_parts(entry, NORM_ELEMENTS))
     assert sum(s.num_bytes for s in shards) == whole.num_bytes
     for shard in shards:
         extents = sorted(
@@ -115,28 +116,28 @@ def run(record, rule, kind, disk, resident=(), device=HostDevice):
         kernel=lambda kind: kernel,
         device_kernel=None,
     )
-    state, gradients = store[record.name], store.gradients
+    state, sums = store[record.name], store.gradients
     trained = [index for index, entry in enumerate(record.entries) if entry.trainable]
     norms = []
     for step in range(1, 4):
         for backward in range(2 if step > 1 else 1):
-            (gradients.read if state.gradient.exists else gradients.claim)(state)
+            (sums.read if state.gradient.exists else sums.claim)(state)
             if state.gradient.exists:
-                gradients.wait(state)
-            gradients.begin(state)
+                sums.wait(state)
+            sums.begin(state)
             for index in trained:
                 shape = record.entries[index].piece.shape
                 generator = torch.Generator().manual_seed(100 * step + 10 * backward + index)
-                gradients.add(state, index, torch.randn(shape, generator=generator))
-            gradients.write(state)
-            gradients.free(state)
-        gradients.settle_norms()
+                sums.add(state, index, torch.randn(shape, generator=generator))
+            sums.write(state)
+            sums.free(state)
+        sums.settle_norms()
         norms.append([dict(state.gradient.entries[index].squares) for index in trained])
         hyper = AdamWHyper(lr=1e-2, step=step)
         hypers = tuple(hyper if entry.trainable else None for entry in record.entries)
         state.update.freeze(Pending(hypers), step)
         for index in range(len(record.entries)):
-            gradients.drop(state, index)
+            sums.drop(state, index)
         for op in ((Read, Plane.WEIGHT), (Update, None), (Wait, Plane.WEIGHT)):
             store.runners[op](state)
         store.weights.free(state)
@@ -158,14 +159,15 @@ def run(record, rule, kind, disk, resident=(), device=HostDevice):
             num_bytes = int(record.plane_elements(plane) * record.element_bytes[plane])
             planes.append(bytes(stored.view(torch.uint8).numpy())[:num_bytes])
     store.weights.free(state)
-    sums = [gradient.sum_of_squares for gradient in state.gradient.entries]
+    squares = [gradient.sum_of_squares for gradient in state.gradient.entries]
     store.close()
-    return weights, planes, norms, sums
+    return weights, planes, norms, squares
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_updates_and_norms_of_shards_add_up_to_the_whole(case, monkeypatch):
     set_chunk(monkeypatch, SMALL_CHUNK)
+    monkeypatch.setattr(gradients, "NORM_ELEMENTS", SMALL_CHUNK)
     rule, kind, trainable, resident, device = case
     whole = record_of(rule, kind, SIZES, trainable)
     assert whole.shards(1) == [whole]
@@ -174,7 +176,7 @@ def test_updates_and_norms_of_shards_add_up_to_the_whole(case, monkeypatch):
         return run(record, rule, kind, MemoryTier(max(record.num_bytes, 1)), resident, device)
 
     expected = outcome(whole)
-    assert any(len(parts) > 1 for parts in expected[2][0]), "no entry crosses a chunk"
+    assert any(len(parts) > 1 for parts in expected[2][0]), "no entry has two parts"
     for count in COUNTS[1:]:
         assert_adds_up(whole, [outcome(shard) for shard in whole.shards(count)], expected)
 

@@ -33,7 +33,7 @@ class EntryGradient:
     present: bool = False
     scale: float = 1.0
     squares: dict[int, float] = field(default_factory=dict)
-    """Sums of squares by the first element of each part (`Record.entry_parts`): those of shards add up to the same bits."""
+    """Sums of squares by the first element of each part (of `NORM_ELEMENTS`): those of shards add up to the same bits."""
 
     @property
     def sum_of_squares(self) -> float:
