@@ -2,6 +2,7 @@ import json
 import os
 import re
 import shutil
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from typing import ClassVar
 
@@ -10,7 +11,9 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers.core_model_loading import Chunk, Interleave, PermuteForRope, Transpose, WeightConverter
 
+from outsize.block import Block, Piece
 from outsize.errors import FileChangedError, ModelError, WeightsError
 from outsize.model import (
     InitSource,
@@ -21,6 +24,7 @@ from outsize.model import (
     has_weights,
     open_skeleton,
 )
+from outsize.model.conversion import Group, Layouts, Run
 from outsize.model.direct import FileReader
 from tests.model.helpers import assert_reads, edit_json, read, rows
 from tests.zoo import ZOO, plain_stack, seeded
@@ -91,6 +95,64 @@ def test_a_read_touches_only_its_keys_and_rows(tmp_path, monkeypatch):
     layer = next(block for block in cut(skeleton).blocks if block.name == "L01")
     assert {key.split(".")[2] for key in source.keys(layer)} == {"1"}
     assert len(source.keys(layer)) == 4 * 3 + 7
+
+
+def count_reads(monkeypatch):
+    """Bytes that are read of each key from now on."""
+    counts = Counter()
+    original = FileReader.start_read
+
+    def spy(self, file, offset, buffer, label):
+        counts[label] += len(buffer)
+        return original(self, file, offset, buffer, label)
+
+    monkeypatch.setattr(FileReader, "start_read", spy)
+    return counts
+
+
+@pytest.mark.parametrize("file_type", [torch.bfloat16, torch.float32])
+def test_experts_that_are_read_one_by_one_are_read_once(file_type, tmp_path, monkeypatch):
+    """Each expert is a piece of the stack that the model has, in a block of its own, and several keys in the file."""
+    model = ZOO["mixtral"].build(dtype=file_type)
+    model.save_pretrained(tmp_path)
+    skeleton = open_skeleton(tmp_path, torch.bfloat16)
+    source = SafetensorsSource(tmp_path, skeleton)
+    stacks = {name: value for name, value in model.named_parameters() if ".experts." in name}
+    assert stacks and all(len(stack) > 2 for stack in stacks.values())
+    counts = count_reads(monkeypatch)
+    for name, stack in stacks.items():
+        assert source.gives_rows(name)
+        for expert, value in enumerate(stack):
+            piece = Piece(name, (1, *value.shape), expert, expert + 1)
+            assert source.conversion_bytes(piece) == 0
+            (found,) = read(source, Block(f"{name}.{expert}", (piece,)), torch.bfloat16)
+            assert torch.equal(found[0], value.to(torch.bfloat16))
+    stored = load_file(tmp_path / "model.safetensors")
+    assert counts == {key: value.nbytes for key, value in stored.items() if ".experts." in key}
+    assert sum(counts.values()) == sum(stack.nbytes for stack in stacks.values())
+
+
+def test_projections_that_a_file_has_as_one_are_read_in_place_and_once(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    fused = torch.randn(12, 4)
+    save_file({"qkv.weight": fused}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    names = ("q.weight", "k.weight", "v.weight")
+    converter = WeightConverter("qkv.weight", list(names), operations=[Chunk(dim=0)])
+    group = Group("q.weight", (("qkv.weight", "qkv.weight"),), converter)
+    layouts = Layouts(transformers.LlamaForCausalLM(ZOO["llama"].config()), {"qkv.weight": (12, 4)})
+    runs = layouts.runs(group, dict.fromkeys(names, (4, 4)))
+    assert runs == {name: (Run("qkv.weight", 16 * at, 16),) for at, name in enumerate(names)}
+
+
+@pytest.mark.parametrize(
+    ("operation", "shape"),
+    [(Transpose(0, 1), (4, 12)), (Interleave(dim=0), (12, 4)), (PermuteForRope(), (12, 4))],
+)
+def test_values_that_change_their_order_are_converted_as_a_whole(operation, shape):
+    converter = WeightConverter("a.weight", "b.weight", operations=[operation])
+    group = Group("b.weight", (("a.weight", "a.weight"),), converter)
+    model = transformers.LlamaForCausalLM(ZOO["llama"].config())
+    assert Layouts(model, {"a.weight": (12, 4)}).runs(group, {"b.weight": shape}) == {}
 
 
 def test_views_on_a_slot_and_other_strides_are_filled(llama):

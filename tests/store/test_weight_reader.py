@@ -1,5 +1,7 @@
 """Weights before their first update: what reading and splitting them takes."""
 
+from collections import Counter
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -8,6 +10,7 @@ import outsize
 from outsize import Pins
 from outsize.block import Plane
 from outsize.model import READ_BUFFERS_BYTES
+from outsize.model.direct import FileReader
 from outsize.store import weight_reader
 from outsize.store.live_bytes import LiveBytes
 from outsize.store.weight_reader import SPLIT_BYTES, reading_bytes
@@ -25,6 +28,58 @@ def folders(tmp_path):
     tensors = {key: value.float() for key, value in load_file(narrow / "model.safetensors").items()}
     save_file(tensors, wide / "model.safetensors", metadata={"format": "pt"})
     return narrow, wide
+
+
+def count_reads(monkeypatch):
+    """Bytes that are read from weight files from now on, by key."""
+    counts = Counter()
+    original = FileReader.start_read
+
+    def spy(self, file, offset, buffer, label):
+        counts[label] += len(buffer)
+        return original(self, file, offset, buffer, label)
+
+    monkeypatch.setattr(FileReader, "start_read", spy)
+    return counts
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+@pytest.mark.parametrize("home", ["host", "disk"])
+def test_training_in_bf16_from_a_bf16_file_reads_each_weight_once(name, home, tmp_path, monkeypatch):
+    """Where weights stay in memory; where they stream, once per visit until the first update has stored them."""
+    folder = saved(tmp_path / "model", name)
+    counts = count_reads(monkeypatch)
+    model = outsize.load(folder, dtype="bfloat16", disk=tmp_path, home=home).train()
+    train(model, [ZOO[name].batch(seed=seed) for seed in (1, 2, 3)], adamw(model))
+    stored = load_file(folder / "model.safetensors")
+    assert {value.dtype for value in stored.values()} == {torch.bfloat16}
+    assert counts.keys() == stored.keys()
+    for key, value in stored.items():
+        visits = counts[key] / value.nbytes
+        assert visits == 1 if home == "host" else 1 <= visits <= 2, (key, visits)
+
+
+def test_a_large_part_of_an_expert_is_read_once_for_all_chunks_of_the_first_update(tmp_path, monkeypatch):
+    """A row of a stack of experts is larger than what is split at once, and than a chunk."""
+    monkeypatch.setattr(weight_reader, "SPLIT_ELEMENTS", 64)
+    folder = saved(tmp_path / "model", "mixtral")
+    tensors = {key: value.float() for key, value in load_file(folder / "model.safetensors").items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    model = outsize.load(folder, dtype="bfloat16", disk=tmp_path, pins=Pins(resident_bytes=0)).train()
+    adamw(model)
+    model(**ZOO["mixtral"].batch(seed=1)).loss.backward()
+    store = store_of(model)
+    record = max(store.records.values(), key=lambda record: record.num_trainable)
+    counts = count_reads(monkeypatch)
+    remainder = torch.empty(record.num_trainable, dtype=torch.int16)
+    for start in range(0, record.num_trainable, 1000):
+        stop = min(start + 1000, record.num_trainable)
+        store.weight_reader.fill_remainder(record, start, stop, remainder[start:stop])
+    experts = {key: value.nbytes for key, value in tensors.items() if ".experts." in key and key in counts}
+    assert len(experts) > 4 and {key: counts[key] for key in experts} == experts
+    whole = torch.empty_like(remainder)
+    store.weight_reader.fill_remainder(record, 0, record.num_trainable, whole)
+    assert torch.equal(remainder, whole)
 
 
 def trained(folder, tmp_path, **options):

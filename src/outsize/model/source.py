@@ -19,7 +19,7 @@ from torch import nn
 
 from outsize.block import Block, Piece
 from outsize.errors import WeightsError
-from outsize.model.conversion import Group, group_keys
+from outsize.model.conversion import Group, Layouts, Run, group_keys
 from outsize.model.direct import wait_read
 from outsize.model.initial import InitSource
 from outsize.model.names import parameter_aliases, parameter_shapes, persistent_buffers
@@ -96,6 +96,7 @@ class SafetensorsSource:
         self._stored_name, absent = self._choose_names(aliases)
         self._initial = self._compute(absent) if absent else None
         self._check_shapes(found)
+        self._runs = self._find_runs(shapes, found)
         self._dtypes = {name: parameter.dtype for name, parameter in module.named_parameters()}
         self._fill_buffers(buffers, found)
         self._report(buffers)
@@ -119,30 +120,48 @@ class SafetensorsSource:
 
     def read(self, block: Block, targets: Sequence[torch.Tensor]) -> None:
         """Fill one tensor per piece of `block`; raises StorageError where a file can no longer be read."""
-        converted: dict[str, torch.Tensor] = {}
-        last: Group | None = None
         reading: list[Future[None]] = []
+        converting: dict[int, list[tuple[Piece, torch.Tensor]]] = {}
         for piece, target in zip(block.pieces, targets, strict=True):
+            assert tuple(target.shape) == piece.shape, (block.name, piece, target.shape)
             if piece.parameter in self._computed and self._initial is not None:
                 self._initial.read(Block(piece.parameter, (piece,)), [target])
-        stored = [index for index, piece in enumerate(block.pieces) if piece.parameter not in self._computed]
-        for index in sorted(stored, key=lambda index: self._group(block.pieces[index]).target):
-            piece, target = block.pieces[index], targets[index]
-            assert tuple(target.shape) == piece.shape, (block.name, piece, target.shape)
-            group = self._group(piece)
-            first_row = piece.row_start or 0
-            if group.converter is None:
-                row_elements = piece.num_elements // max(piece.shape[0], 1) if piece.shape else 1
-                reading += self._shards.start_read(group.keys[0][1], target, first_row * row_elements)
-                continue
-            if group is not last:
-                converted.clear()
-                dtype = None if group.moves_only else self._dtypes[piece.parameter]
-                converted = group.convert(self._module, partial(self._shards.read, dtype=dtype))
-                last = group
+            elif piece.parameter in self._runs:
+                reading += self._start_runs(piece, target)
+            else:
+                converting.setdefault(id(self._group(piece)), []).append((piece, target))
+        for members in converting.values():
+            self._convert(members)
+        wait_read(reading)
+
+    def _start_runs(self, piece: Piece, target: torch.Tensor) -> list[Future[None]]:
+        """Start reading the runs of stored tensors that `piece` is made of."""
+        if target.device.type != "cpu" or not target.is_contiguous():
+            value = torch.empty(target.shape, dtype=target.dtype, device="cpu")
+            wait_read(self._start_runs(piece, value))
+            target.copy_(value)
+            return []
+        flat = target.detach().view(-1)
+        first = (piece.row_start or 0) * (flat.numel() // max(piece.shape[0], 1) if piece.shape else 1)
+        reading: list[Future[None]] = []
+        begin = 0
+        for run in self._runs[piece.parameter]:
+            low, high = max(first, begin), min(first + flat.numel(), begin + run.num_elements)
+            if low < high:
+                part = flat[low - first : high - first]
+                reading += self._shards.start_read(run.key, part, run.start + low - begin)
+            begin += run.num_elements
+        return reading
+
+    def _convert(self, members: Sequence[tuple[Piece, torch.Tensor]]) -> None:
+        """Fill pieces that come from one group of keys, which is read once."""
+        first = members[0][0]
+        group = self._group(first)
+        dtype = None if group.moves_only else self._dtypes[first.parameter]
+        converted = group.convert(self._module, partial(self._shards.read, dtype=dtype))
+        for piece, target in members:
             value = converted[self._stored_name[piece.parameter]]
             target.copy_(value if piece.is_whole else value[piece.row_start : piece.row_stop])
-        wait_read(reading)
 
     def stored_dtype(self, piece: Piece) -> torch.dtype | None:
         """The type in the files; None where a conversion computes the values, or the model's rules do."""
@@ -155,11 +174,9 @@ class SafetensorsSource:
         """What the model's own rules or a conversion take; a cast takes two small buffers."""
         if piece.parameter in self._computed:
             return 8 * piece.num_elements
-        group = self._group(piece)
-        if group.converter is None:
+        if piece.parameter in self._runs:
             return 0
-        stored = [self._shards.tensors[key] for _, key in group.keys]
-        return 3 * sum(each.num_elements * each.dtype.itemsize for each in stored)
+        return 3 * sum(self._shards.tensors[key].num_bytes for _, key in self._group(piece).keys)
 
     def keys(self, block: Block) -> list[str]:
         """The checkpoint keys that `read(block)` opens."""
@@ -168,9 +185,8 @@ class SafetensorsSource:
         return [key for group in groups.values() for _, key in group.keys]
 
     def gives_rows(self, parameter: str) -> bool:
-        """Whether the files hold `parameter` as one tensor, as it is."""
-        name = self._stored_name.get(parameter)
-        return name is not None and self._groups[name].converter is None
+        """Whether the files hold the values of `parameter` in its order."""
+        return parameter in self._runs
 
     @property
     def bytes_read(self) -> int:
@@ -203,6 +219,19 @@ class SafetensorsSource:
                         hint='set "tie_word_embeddings": false in config.json to train them separately',
                     )
         return chosen, absent
+
+    def _find_runs(
+        self, shapes: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]
+    ) -> dict[str, tuple[Run, ...]]:
+        """The runs of parameters that are made of a few, by the parameter."""
+        layouts = Layouts(self._module, shapes)
+        members: dict[int, dict[str, tuple[int, ...]]] = {}
+        for name, group in self._groups.items():
+            members.setdefault(id(group), {})[name] = found[name]
+        runs: dict[str, tuple[Run, ...]] = {}
+        for targets in members.values():
+            runs |= layouts.runs(self._groups[next(iter(targets))], targets)
+        return {first: runs[name] for first, name in self._stored_name.items() if name in runs}
 
     def _compute(self, absent: Sequence[str]) -> InitSource:
         """Take parameters that are in no file from the model's own rules. Raises WeightsError for those that the model

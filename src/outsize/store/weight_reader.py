@@ -40,8 +40,8 @@ class WeightReader:
         self._planes = planes
         self._staging = Staging(planes.staging_buffers)
         self._splitting = Lock()
-        self._converted: tuple[Entry, torch.Tensor] | None = None
-        """The entry whose chunks are being updated for the first time, and its remainder, where that comes as a whole."""
+        self._large_part: tuple[Entry, int, torch.Tensor] | None = None
+        """The last part of an entry that is larger than a split, its first element, and its remainders."""
         self._filled: set[tuple[str, int]] = set()
         """Single entries in memory (`Planes.pieces`) that hold their weights."""
 
@@ -157,13 +157,19 @@ class WeightReader:
             view = plane[entry.start : entry.stop].view(entry.piece.shape)
             is_converted |= source.stored_dtype(entry.piece) is not plane.dtype
             if _is_rounded(source, entry.piece, plane.dtype):
-                self._split(record, entry, 0, entry.piece.num_elements, weight=view.view(-1))
+                self._fill_rounded(record, entry.piece, view.view(-1))
             else:
                 as_read.append((entry.piece, view))
         pieces = tuple(piece for piece, _ in as_read)
         source.read(Block(record.name, pieces), [view for _, view in as_read])
         if is_converted:
             memory.give_back()  # what casts and conversions took is not needed again soon
+
+    def _fill_rounded(self, record: Record, piece: Piece, weights: torch.Tensor) -> None:
+        with self._splitting:
+            for part, first in _parts(self._open_source(record), piece, SPLIT_ELEMENTS):
+                for start, rounded, _ in self._split(record, part):
+                    weights[first + start : first + start + rounded.numel()] = rounded
 
     def fill_remainder(self, record: Record, start: int, stop: int, remainder: torch.Tensor) -> None:
         """Fill `remainder` with elements `[start, stop)` of the remainder plane of a block that was never stored.
@@ -175,50 +181,54 @@ class WeightReader:
         for entry in record.entries:
             first, last = max(entry.start, start), min(entry.stop, stop)
             if entry.trainable and first < last and _is_rounded(source, entry.piece, dtype):
-                part = remainder[first - start : last - start]
-                if source.gives_rows(entry.piece.parameter):
-                    self._split(record, entry, first - entry.start, last - entry.start, remainder=part)
-                else:
-                    part.copy_(self._whole_remainder(record, entry)[first - entry.start : last - entry.start])
-                    if last == entry.stop:
-                        self._converted = None
-                        memory.give_back()
+                with self._splitting:
+                    part = remainder[first - start : last - start]
+                    self._copy_remainder(record, entry, first - entry.start, last - entry.start, part)
 
-    def _whole_remainder(self, record: Record, entry: Entry) -> torch.Tensor:
-        """The remainder of an entry that the source converts as a whole, computed once for all its chunks."""
-        if self._converted is None or self._converted[0] is not entry:
-            dtype = self._planes[record.name].dtypes[Plane.REMAINDER]
-            rest = torch.empty(entry.piece.num_elements, dtype=dtype, device="cpu")
-            self._split(record, entry, 0, rest.numel(), remainder=rest)
-            self._converted = entry, rest
-        return self._converted[1]
-
-    def _split(
-        self,
-        record: Record,
-        entry: Entry,
-        start: int,
-        stop: int,
-        *,
-        weight: torch.Tensor | None = None,
-        remainder: torch.Tensor | None = None,
+    def _copy_remainder(
+        self, record: Record, entry: Entry, start: int, stop: int, target: torch.Tensor
     ) -> None:
-        """Split the fp32 values of elements `[start, stop)` of an entry into weights and remainders, part by part."""
+        """Fill `target` with the remainders of elements `[start, stop)` of `entry`."""
         source = self._open_source(record)
-        with self._splitting:  # one at a time: what it takes is counted once
-            for piece, first in _parts(source, entry.piece, SPLIT_ELEMENTS, start, stop):
-                exact = torch.empty(piece.shape, dtype=torch.float32, device="cpu")
-                source.read(Block(record.name, (piece,)), [exact])
-                values = exact.view(-1)
-                low, high = max(start, first), min(stop, first + values.numel())
-                for at in range(low, high, SPLIT_ELEMENTS):
-                    until = min(at + SPLIT_ELEMENTS, high)
-                    rounded, rest = split(values[at - first : until - first])
-                    if weight is not None:
-                        weight[at - start : until - start] = rounded
-                    if remainder is not None:
-                        remainder[at - start : until - start] = rest
-                del exact, values
+        for piece, at in _parts(source, entry.piece, SPLIT_ELEMENTS, start, stop):
+            for first, rest in self._remainders(record, entry, piece, at):
+                low, high = max(start, first), min(stop, first + rest.numel())
+                if low < high:
+                    target[low - start : high - start] = rest[low - first : high - first]
+        if stop == entry.piece.num_elements and self._large_part is not None:
+            self._large_part = None
+            memory.give_back()
+
+    def _remainders(
+        self, record: Record, entry: Entry, piece: Piece, at: int
+    ) -> Iterator[tuple[int, torch.Tensor]]:
+        """The remainders of `piece`, which begins at element `at` of `entry`, each with its first element in the entry.
+
+        Those of a large part are kept for the chunks that follow: it is read once.
+        """
+        if not _is_large(self._open_source(record), piece):
+            for first, _, rest in self._split(record, piece):
+                yield at + first, rest
+            return
+        if self._large_part is None or self._large_part[:2] != (entry, at):
+            self._large_part = None
+            dtype = self._planes[record.name].dtypes[Plane.REMAINDER]
+            values = torch.empty(piece.num_elements, dtype=dtype, device="cpu")
+            for first, _, rest in self._split(record, piece):
+                values[first : first + rest.numel()] = rest
+            self._large_part = entry, at, values
+        yield at, self._large_part[2]
+
+    def _split(self, record: Record, piece: Piece) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+        """Read `piece` in fp32; weights and remainders of some of its elements at once, with the first of them.
+
+        The caller holds `_splitting`: what this takes is counted once.
+        """
+        exact = torch.empty(piece.shape, dtype=torch.float32, device="cpu")
+        self._open_source(record).read(Block(record.name, (piece,)), [exact])
+        values = exact.view(-1)
+        for first in range(0, values.numel(), SPLIT_ELEMENTS):
+            yield first, *split(values[first : first + SPLIT_ELEMENTS])
 
 
 def reading_bytes(source: Source, records: Sequence[Record], *, is_host: bool = True) -> int:
@@ -233,10 +243,13 @@ def reading_bytes(source: Source, records: Sequence[Record], *, is_host: bool = 
             piece, dtype = entry.piece, weight_dtype(record)
             taken = source.conversion_bytes(piece)
             if _is_rounded(source, piece, dtype):
-                part = max(part.num_elements for part, _ in _parts(source, piece, SPLIT_ELEMENTS))
+                parts = [part for part, _ in _parts(source, piece, SPLIT_ELEMENTS)]
+                part = max(part.num_elements for part in parts)
                 taken += 4 * part + SPLIT_BYTES * min(part, SPLIT_ELEMENTS)
-                if Plane.REMAINDER in record.state and not source.gives_rows(piece.parameter):
-                    taken += 2 * piece.num_elements
+                if Plane.REMAINDER in record.state:
+                    taken += 2 * max(
+                        (each.num_elements for each in parts if _is_large(source, each)), default=0
+                    )
             if not is_host:
                 most_sent = max(part.num_elements for part, _ in _parts(source, piece, SENT_ELEMENTS))
                 taken += most_sent * dtype.itemsize
@@ -261,6 +274,11 @@ def _parts(
         end = min(row + step, -(-stop // row_elements))
         part = Piece(piece.parameter, (end - row, *piece.shape[1:]), base + row, base + end)
         yield part, row * row_elements
+
+
+def _is_large(source: Source, part: Piece) -> bool:
+    """Whether reading `part` again for each chunk of an update would take long: it is no small number of rows."""
+    return part.num_elements > SPLIT_ELEMENTS or not source.gives_rows(part.parameter)
 
 
 def _is_rounded(source: Source, piece: Piece, dtype: torch.dtype) -> bool:
