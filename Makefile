@@ -67,7 +67,7 @@ soak-kills: $(READY)
 
 # Tests that have a long form.
 soak-faults: $(READY)
-	OUTSIZE_SOAK=1 $(BIN)/python -m pytest -n $(JOBS) --timeout 0 $$(grep -rl OUTSIZE_SOAK tests --include='test_*.py')
+	OUTSIZE_SOAK=1 $(BIN)/python -m pytest -n $(JOBS) --timeout 0 $$(grep -rlE 'OUTSIZE_SOAK|pairwise' tests --include='test_*.py')
 
 # Small faults in the source, each of which a test must notice; what was tried already is left out (remove the file to try all).
 mutants: $(READY)

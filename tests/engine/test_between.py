@@ -1,8 +1,7 @@
 """Parameters read, and models saved, at any moment: between forward and backward, and after a loss that was dropped."""
 
-import pytest
-
 import outsize
+from tests.pairs import pairwise
 from tests.running import adamw, assert_same_weights, opened, values_of
 from tests.zoo import ZOO, seeded
 
@@ -19,9 +18,11 @@ def save(model, folder):
     outsize.save(model, folder)
 
 
-@pytest.mark.parametrize("drops", [False, True], ids=["before backward", "instead of backward"])
-@pytest.mark.parametrize("look", [read_all, read_table, save])
-@pytest.mark.parametrize("name", ["llama", "llama_tied", "gpt2"])
+@pairwise(
+    name=["llama", "llama_tied", "gpt2"],
+    look={look.__name__: look for look in (read_all, read_table, save)},
+    drops={"before backward": False, "instead of backward": True},
+)
 def test_looking_at_a_model_changes_nothing(name, look, drops, tmp_path):
     with seeded(0):
         plain = ZOO[name].build().train()

@@ -19,6 +19,7 @@ from outsize.plan.limits import DEVICE_SLACK_BYTES
 from outsize.plan.profile import Resource
 from outsize.store import memory
 from outsize.tier import CudaDevice, Way
+from tests.pairs import pairwise
 from tests.running import adamw, assert_same_losses, assert_same_weights, opened, train
 from tests.seams import budget_of, close, flush, move_small_inputs, placement_of, visits_off_plan
 from tests.zoo import ZOO
@@ -80,9 +81,15 @@ def test_training_is_that_of_plain_pytorch(name, home, tmp_path):
     assert_same_weights(model, plain)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("options", [{"weight_slots": 1}, {"weight_slots": 3}, {"inputs": "host"}])
-@pytest.mark.parametrize("home", ["host", "disk"])
+@pairwise(
+    home=["host", "disk"],
+    options={
+        "one slot": {"weight_slots": 1},
+        "three slots": {"weight_slots": 3},
+        "inputs": {"inputs": "host"},
+    },
+    dtype=["float32", "bfloat16"],
+)
 def test_placement_changes_no_bit(dtype, options, home, tmp_path, monkeypatch):
     move_small_inputs(monkeypatch)
     expected = trained(dtype=dtype, home="host", pins=Pins(weight_slots=2))
@@ -91,9 +98,7 @@ def test_placement_changes_no_bit(dtype, options, home, tmp_path, monkeypatch):
     assert all(torch.equal(values[name], expected[1][name]) for name in values)
 
 
-@pytest.mark.parametrize("home", ["host", "disk"])
-@pytest.mark.parametrize("part", ["weight", "gradient", "input"])
-@pytest.mark.parametrize("way", list(Way))
+@pairwise(part=["weight", "gradient", "input"], way=list(Way), home=["host", "disk"])
 def test_late_copies_are_waited_for(way, part, home, tmp_path, monkeypatch):
     move_small_inputs(monkeypatch)
     pins = Pins(weight_slots=2, gradient_slots=1, inputs="host")

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, load_model
 from outsize.errors import StorageError, StorageFullError, UsageError
 from outsize.model import Existing, SafetensorsSource, TensorSource, cut, open_skeleton, write_folder
 from tests.model.helpers import read, stored
+from tests.pairs import pairwise
 from tests.zoo import ZOO, plain_stack
 
 
@@ -36,9 +37,7 @@ def write(model, path, **options):
     )
 
 
-@pytest.mark.parametrize("name", ZOO)
-@pytest.mark.parametrize("shard", [10**9, 20_000])
-@pytest.mark.parametrize("loaded", [True, False])
+@pairwise(name=ZOO.keys(), shard=[10**9, 20_000], loaded=[True, False])
 def test_round_trip(name, shard, loaded, tmp_path):
     model = ZOO[name].build()
     model.save_pretrained(tmp_path / "a", max_shard_size=shard)

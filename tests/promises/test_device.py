@@ -5,6 +5,7 @@ or sent before it is computed, shows.
 """
 
 import gc
+import os
 import random
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -25,6 +26,7 @@ from outsize.store import finalizers
 from outsize.tier import Way
 from outsize.tier.transfer import DoneTransfer
 from tests.doubles import SlowTier, TwinDevice
+from tests.pairs import pairwise
 from tests.promises.test_placement import RUNS, Run, assert_same_bits, small_chunks, trained
 from tests.running import around_forward, opened
 from tests.seams import (
@@ -79,7 +81,7 @@ PLACEMENTS = st.fixed_dictionaries(
 @example(Run("t5", "bfloat16", 1, 0.1), {"weight_slots": 2, "gradient_slots": 1, "resident_bytes": 90_000}, 6)
 @example(Run("albert", "bfloat16"), {"weight_slots": 1, "gradient_slots": 1, "home": "host"}, 7)
 @settings(
-    max_examples=8,
+    max_examples=100 if os.environ.get("OUTSIZE_SOAK") else 5,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
@@ -107,10 +109,7 @@ def test_every_placement_gives_the_same_bits(monkeypatch, run, placement, seed):
     assert not twins[0].pinned
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("home", ["host", "disk"])
-@pytest.mark.parametrize("plane", ["weight", "gradient"])
-@pytest.mark.parametrize("way", list(Way))
+@pairwise(way=list(Way), plane=["weight", "gradient"], home=["host", "disk"], dtype=["float32", "bfloat16"])
 def test_one_slow_plane_is_waited_for(dtype, home, plane, way, tmp_path, monkeypatch):
     """Each kind of copy alone is late: the others' waits cannot hide that its own is missing."""
 
@@ -284,9 +283,7 @@ class LateDevice(TwinDevice):
         return super().start_copy(way, target, source, after=after, label=label)
 
 
-@pytest.mark.parametrize("home", ["host", "disk"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("slots", [1, 3])
+@pairwise(slots=[1, 3], dtype=["float32", "bfloat16"], home=["host", "disk"])
 def test_no_copy_overtakes_computing(home, dtype, slots, tmp_path, monkeypatch):
     device = LateDevice()
     compute_on(monkeypatch, lambda: device)

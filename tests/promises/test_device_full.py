@@ -17,6 +17,7 @@ import outsize
 from outsize import Pins
 from outsize.config import Home
 from outsize.errors import BudgetError, ConfigError
+from tests.pairs import pairwise
 from tests.running import around_forward, opened, values_of
 from tests.seams import (
     around_backwards_of_layers,
@@ -212,9 +213,7 @@ def holds_blocks(count, monkeypatch, *, from_call=0):
     around_tiles_of_layers(monkeypatch, limited)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("count", [2, 5])
-@pytest.mark.parametrize("from_call", [0, 6, 11])
+@pairwise(from_call=[0, 6, 11], count=[2, 5], dtype=["float32", "bfloat16"])
 def test_blocks_leave_a_device_that_is_too_small_for_a_row(count, from_call, dtype, tmp_path, monkeypatch):
     """In the forward or the backward of any step, with gradients, moments and updates that are pending."""
     with_twin(monkeypatch, lambda way, label: 0.001)

@@ -28,6 +28,7 @@ from outsize.errors import (
 )
 from outsize.tier import Verb
 from tests.doubles import Fault, FaultKind, FaultyTier
+from tests.pairs import pairwise
 from tests.running import adamw, around_forward, assert_same_weights, opened, train, values_of
 from tests.seams import (
     abandon,
@@ -69,9 +70,11 @@ ERRORS = {
 }
 
 
-@pytest.mark.parametrize("plane", ["weight", "state", "gradient"])
-@pytest.mark.parametrize("verb", [Verb.READ, Verb.WRITE])
-@pytest.mark.parametrize("kind", [FaultKind.EIO, FaultKind.ENOSPC, FaultKind.CORRUPTION])
+@pairwise(
+    kind=[FaultKind.EIO, FaultKind.ENOSPC, FaultKind.CORRUPTION],
+    verb=[Verb.READ, Verb.WRITE],
+    plane=["weight", "state", "gradient"],
+)
 def test_a_failing_transfer_is_named_and_nothing_hangs(kind, verb, plane, tmp_path, monkeypatch):
     fault = Fault(kind, verb, label=f"L01.{plane}", nth=2)
     with wrapped_disk(monkeypatch, lambda disk: FaultyTier(disk, [fault])) as tiers:

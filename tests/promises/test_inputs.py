@@ -17,6 +17,7 @@ from outsize.plan.memory_estimate import MemoryEstimate, estimate
 from outsize.store import offload
 from outsize.tier import DoneTransfer, HostDevice, Verb
 from tests.doubles import Fault, FaultKind, FaultyTier, MemoryTier, SlowTier, TwinDevice
+from tests.pairs import pairwise
 from tests.promises.test_placement import Run, assert_same_bits, small_chunks, trained
 from tests.running import adamw, assert_same_losses, assert_same_weights, opened, train
 from tests.seams import (
@@ -58,9 +59,11 @@ def llama(tmp_path, **options):
     return opened(ZOO["llama"].build().train(), **{"disk": tmp_path, "pins": ON_DISK, **options})
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", ["llama_tied", "mixtral", "t5", "albert", "vit", "llava"])
-@pytest.mark.parametrize("home", ["host", "disk"])
+@pairwise(
+    name=["llama_tied", "mixtral", "t5", "albert", "vit", "llava"],
+    dtype=["float32", "bfloat16"],
+    home=["host", "disk"],
+)
 def test_inputs_on_disk_change_no_bit(home, name, dtype, tmp_path, monkeypatch):
     run = Run(name, dtype, accumulation=2, tile_rows=1)
     pins = Pins(inputs="disk", tile_rows=1, weight_slots=1)

@@ -19,6 +19,7 @@ from outsize.optim import Kernel, gpu_kernel
 from outsize.optim.rules import RULES
 from outsize.tier import Device, LinkStats, Way
 from outsize.tier.transfer import DoneTransfer
+from tests.pairs import pairwise
 from tests.running import opened
 from tests.seams import (
     arguments_of,
@@ -90,10 +91,10 @@ def paper(monkeypatch):
 NAMES = ["llama", "llama_tied", "qwen3", "gpt2", "mixtral"]
 
 
-@pytest.mark.parametrize("home", ["device", "host", "disk"])
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize(
-    "pins", [Pins(), Pins(tile_rows=1, inputs="host", weight_slots=1)], ids=["whole", "tiled"]
+@pairwise(
+    name=NAMES,
+    home=["device", "host", "disk"],
+    pins={"whole": Pins(), "tiled": Pins(tile_rows=1, inputs="host", weight_slots=1)},
 )
 def test_a_step_reads_no_value_of_the_device(name, home, pins, paper, tmp_path, monkeypatch):
     move_small_inputs(monkeypatch)

@@ -4,6 +4,7 @@ The reference keeps everything in memory, undisturbed. Against it stand placemen
 transfers are begun late: a missing wait reads old bytes, and shows.
 """
 
+import os
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 import outsize
 from outsize import Pins
 from tests.doubles import SlowTier
+from tests.pairs import pairwise
 from tests.running import opened, values_of
 from tests.seams import close, set_chunk, store_of, wrapped_disk
 from tests.zoo import ZOO
@@ -110,7 +112,7 @@ PLACEMENTS = st.fixed_dictionaries(
 @example(Run("t5", "bfloat16", 1, 0.1), {"weight_slots": 2, "gradient_slots": 1, "resident_bytes": 90_000}, 4)
 @example(Run("albert", "bfloat16"), {"weight_slots": 1, "gradient_slots": 1, "home": "disk"}, 5)
 @settings(
-    max_examples=10,
+    max_examples=100 if os.environ.get("OUTSIZE_SOAK") else 6,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
@@ -133,9 +135,7 @@ def test_every_placement_gives_the_same_bits(monkeypatch, run, placement, seed):
     assert len(tiers) == 1 and report.bytes_written > 0 and report.off_plan == ()
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("slow", ["weight", "state", "gradient"])
-@pytest.mark.parametrize("verb", ["read", "write"])
+@pairwise(slow=["weight", "state", "gradient"], verb=["read", "write"], dtype=["float32", "bfloat16"])
 def test_one_slow_plane_is_waited_for(dtype, slow, verb, tmp_path, monkeypatch):
     """Each kind of transfer alone is late: the others' waits cannot hide that its own is missing."""
 
