@@ -42,12 +42,13 @@ from outsize.plan import (
     Placement,
     Plan,
     Visit,
-    candidates,
     check,
     limits,
     memory_estimate,
     place,
+    planner,
 )
+from outsize.plan.ledger import ACTIVATIONS, WAITING, Ledger
 from outsize.plan.place import GROUPS, Room, group_bytes
 from outsize.serve.speculate import Guesser
 from outsize.store import memory, offload, scratch
@@ -499,20 +500,20 @@ def recorder_of(model: nn.Module) -> Any:
 
 
 def budget_of(model: nn.Module) -> Any:
-    """What divides a limit: `limits`, `host_bytes()`, `device_bytes()`, `activation_bytes`, `inputs_bytes`."""
+    """What divides a limit: `limits`, `ledger`, `placement`, `choices`."""
     return runtime_of(model).budget
 
 
 def set_room(model: nn.Module, num_bytes: int) -> None:
     """Let planes and activations have had `num_bytes` of the host's memory when they were placed."""
     own = runtime_of(model).budget
-    more = own.limits.host_room_bytes - num_bytes
+    more = own.limits.room_bytes(Home.HOST) - num_bytes
     own.limits = replace(own.limits, reading_bytes=own.limits.reading_bytes + more)
 
 
 def set_limit(model: nn.Module, num_bytes: int) -> None:
     """Let the limit of the process be `num_bytes`, and the room for planes and activations stay."""
-    own, room = runtime_of(model).budget, runtime_of(model).budget.limits.host_room_bytes
+    own, room = runtime_of(model).budget, runtime_of(model).budget.limits.room_bytes(Home.HOST)
     own.limits = replace(own.limits, host_bytes=num_bytes)
     set_room(model, room)
 
@@ -521,12 +522,18 @@ def planned_bytes(model: nn.Module) -> dict[str, int]:
     """What was planned: bytes of the host and of the device, activations, and what the process is expected to have."""
     own = runtime_of(model).budget
     return {
-        "host": own.host_bytes(),
-        "device": own.device_bytes(),
-        "activations": own.activation_bytes,
-        "inputs": own.inputs_bytes,
-        "expected": own.expected_bytes(),
+        "host": own.ledger.total(Home.HOST),
+        "device": own.ledger.total(Home.DEVICE),
+        "activations": activation_bytes(model),
+        "inputs": own.ledger.total(Home.HOST, *WAITING),
+        "expected": own.expected_bytes,
     }
+
+
+def activation_bytes(model: nn.Module) -> int:
+    """What activations take where blocks compute, as placed."""
+    own = runtime_of(model).budget
+    return own.ledger.total(own.limits.computes_in, *ACTIVATIONS)
 
 
 def flush(model: nn.Module) -> None:
@@ -556,7 +563,7 @@ def set_device_slack(monkeypatch: Any, num_bytes: int) -> None:
 
 def set_fewest_tile_tokens(monkeypatch: Any, num_tokens: int) -> None:
     """Before tiles have fewer tokens than this, inputs of blocks go to the disk."""
-    monkeypatch.setattr(candidates, "FEWEST_TILE_TOKENS", num_tokens)
+    monkeypatch.setattr(planner, "FEWEST_TILE_TOKENS", num_tokens)
 
 
 def set_loss_tiles(monkeypatch: Any, num_elements: int) -> None:
@@ -567,12 +574,12 @@ def set_loss_tiles(monkeypatch: Any, num_elements: int) -> None:
 
 def use_tiles_as_placed(monkeypatch: Any) -> None:
     """Let calls use the tiles that memory was placed for, whatever is left for them."""
-    monkeypatch.setattr(budget.Budget, "begin_call", lambda own, workload, shape: own._candidate.tile_rows)
+    monkeypatch.setattr(budget.Budget, "begin_call", lambda own, workload, shape: own._way.tile_rows)
 
 
 def tile_rows_placed(model: nn.Module) -> int:
     """Rows of the tiles that memory was placed for."""
-    return budget_of(model)._candidate.tile_rows
+    return budget_of(model)._way.tile_rows
 
 
 def fill_host(monkeypatch: Any) -> None:
@@ -582,12 +589,12 @@ def fill_host(monkeypatch: Any) -> None:
 
 def around_placing(monkeypatch: Any, act: Callable[[Callable[[], Placement], dict[str, Any]], Any]) -> None:
     """Let `act(run, options)` stand for each placing; `options` hold the bytes that it may use."""
-    place = candidates.place
+    place = planner.place
 
     def placing(records: Any, room: Any, **options: Any) -> Any:
         return act(partial(place, records, room, **options), {"room": room, **options})
 
-    monkeypatch.setattr(candidates, "place", placing)
+    monkeypatch.setattr(planner, "place", placing)
 
 
 def around_tiles_of_layers(monkeypatch: Any, act: Callable[[Callable[[], Any], Any, Any], Any]) -> None:
@@ -686,10 +693,20 @@ def move_small_inputs(monkeypatch: Any, least_bytes: int = 1, part_bytes: int | 
         monkeypatch.setattr(memory_estimate, "INPUT_PART_BYTES", part_bytes)
 
 
-def set_activations(monkeypatch: Any, estimate: Callable[..., Any]) -> None:
-    """From now on activations take what `estimate(workload, shape, tile_rows, inputs, kept)` says."""
-    for module in (budget, memory_estimate):
-        monkeypatch.setattr(module, "estimate", estimate)
+def set_activations(monkeypatch: Any, estimate: Callable[..., tuple[int, ...]]) -> None:
+    """From now on activations take what `estimate(workload, shape, tile_rows, inputs, kept)` says.
+
+    It gives bytes between visits, of the largest visit, and of inputs that wait elsewhere; without `inputs` they stay.
+    """
+
+    def own(
+        workload: Any, shape: Any, tile_rows: int, computes_in: Home, inputs: Home, kept: Any = frozenset()
+    ) -> Ledger:
+        elsewhere = None if inputs is computes_in else inputs
+        here, visit, *moved = estimate(workload, shape, tile_rows, elsewhere, kept)
+        return memory_estimate.activations(computes_in, here, visit, elsewhere if moved else None, sum(moved))
+
+    monkeypatch.setattr(memory_estimate, "estimate", own)
 
 
 def compute_on(monkeypatch: Any, make_device: Callable[[], Any], host_bytes: int | None = None) -> None:
@@ -700,7 +717,7 @@ def compute_on(monkeypatch: Any, make_device: Callable[[], Any], host_bytes: int
         return place(records, room, **options)
 
     monkeypatch.setattr(api, "open_device", lambda settings: make_device())
-    monkeypatch.setattr(candidates, "place", place_within)
+    monkeypatch.setattr(planner, "place", place_within)
 
 
 def with_twin(

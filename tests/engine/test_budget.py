@@ -21,8 +21,8 @@ from outsize.engine.predict import pins_text
 from outsize.errors import BudgetError
 from outsize.hardware import machine
 from outsize.plan import Backward, Forward
-from outsize.plan.candidates import Planner
 from outsize.plan.limits import SLACK_BYTES
+from outsize.plan.planner import Planner
 from outsize.store import memory
 from tests.plan.test_simulate import HOST
 from tests.running import assert_same_losses, assert_same_weights, opened, train
@@ -52,11 +52,11 @@ def test_under_pressure_every_visit_gives_freed_memory_back_first_and_nothing_ch
     plain, model = llama(tmp_path)
     losses = train(model, batches(1))
     budget = budget_of(model)
-    assert budget.num_times_given_back == 0
+    assert budget._ceiling.num_times == 0
     budget._ceiling.limit_bytes = 0
     losses += train_more(model, batches(3)[1:])
     visits = sum(isinstance(op, Forward | Backward) for op in plan_executed(model))
-    assert budget.num_times_given_back >= 2 * visits - 2 > 0
+    assert budget._ceiling.num_times >= 2 * visits - 2 > 0
     assert_same_losses(losses, train(plain, batches(1)) + train_more(plain, batches(3)[1:]))
     assert_same_weights(model, plain)
 
@@ -119,7 +119,7 @@ def test_tiles_become_smaller_before_a_batch_is_refused(tmp_path):
     train(model, batches(1, rows=8))
     budget, call = budget_of(model), current_call(model)
     sizes = []
-    room = budget.limits.host_room_bytes
+    room = budget.limits.room_bytes(Home.HOST)
     for left in (1 << 40, *range(1 << 20, 0, -(1 << 12))):
         set_room(model, budget.placement.arena_bytes + left)
         try:
@@ -319,8 +319,8 @@ def test_on_a_device_plans_that_keep_inputs_there_are_compared_with_those_that_d
         summary = outsize.preview(
             wide(tmp_path), device=f"{device}MiB", home="host", dtype="float32", **options
         )
-        if summary.fits and compared[0].variant.inputs is Home.HOST:
+        if summary.fits and compared[0].inputs is Home.HOST:
             cramped = [fit for fit in compared[1:] if fit.tile_rows == compared[0].tile_rows]
-            if any(fit.variant.inputs is None for fit in cramped):
+            if any(fit.inputs is Home.DEVICE for fit in cramped):
                 return
     raise AssertionError("what has few slots and no traffic of inputs was not compared")

@@ -13,10 +13,10 @@ from transformers.models.llama import modeling_llama
 import outsize
 from outsize.config import ComputeType
 from outsize.engine.counting import estimated_s, on_paper
-from outsize.engine.report import Row
 from outsize.engine.summary import WIDTH, PlanSummary, bar
 from outsize.errors import ConfigError, ModelError
 from outsize.hardware import machine
+from outsize.plan.ledger import Row
 from outsize.plan.profile import Resource
 from outsize.store import memory
 from outsize.store.live_bytes import LiveBytes

@@ -21,7 +21,6 @@ from outsize.block import Group
 from outsize.config import Home
 from outsize.engine import api
 from outsize.errors import BudgetError, DeviceError, UsageError, WeightsError
-from outsize.plan.memory_estimate import MemoryEstimate
 from outsize.store import finalizers
 from outsize.tier import Way
 from outsize.tier.transfer import DoneTransfer
@@ -441,8 +440,8 @@ def test_a_long_sequence_moves_inputs_where_the_device_is_too_small(tmp_path, mo
     set_device_slack(monkeypatch, 0)
     set_activations(
         monkeypatch,
-        lambda workload, shape, tile_rows, inputs=None, kept=frozenset(): MemoryEstimate(
-            *((100, 50, 900, inputs) if inputs else (1000, 50))
+        lambda workload, shape, tile_rows, inputs=None, kept=frozenset(): (
+            (100, 50, 900) if inputs else (1000, 50)
         ),
     )
     with_twin(monkeypatch, limit_bytes=LIMIT)
@@ -471,8 +470,8 @@ def _first_fits(spare):
 def test_budgets_that_are_named_hold_the_inputs_that_wait(pins, tmp_path, monkeypatch):
     set_activations(
         monkeypatch,
-        lambda workload, shape, tile_rows, inputs=None, kept=frozenset(): MemoryEstimate(
-            *((1 << 20, 1 << 20, 300 << 20, inputs) if inputs else (80 << 30, 1 << 20))
+        lambda workload, shape, tile_rows, inputs=None, kept=frozenset(): (
+            (1 << 20, 1 << 20, 300 << 20) if inputs else (80 << 30, 1 << 20)
         ),
     )
     with_twin(monkeypatch, limit_bytes=LIMIT)
@@ -495,8 +494,8 @@ def test_budgets_that_are_named_hold_the_inputs_that_wait(pins, tmp_path, monkey
 def test_smaller_tiles_do_where_the_host_has_no_room_for_inputs(tmp_path, monkeypatch):
     set_activations(
         monkeypatch,
-        lambda workload, shape, tile_rows, inputs=None, kept=frozenset(): MemoryEstimate(
-            *((0, 0, 1 << 50, inputs) if inputs else (0, tile_rows << 36 if tile_rows > 1 else 0))
+        lambda workload, shape, tile_rows, inputs=None, kept=frozenset(): (
+            (0, 0, 1 << 50) if inputs else (0, tile_rows << 36 if tile_rows > 1 else 0)
         ),
     )
     with_twin(monkeypatch, limit_bytes=1 << 30)

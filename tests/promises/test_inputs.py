@@ -13,7 +13,8 @@ from outsize import Pins
 from outsize.config import Home
 from outsize.errors import BudgetError, ConfigError, CorruptionError, StorageError, UsageError
 from outsize.plan import memory_estimate
-from outsize.plan.memory_estimate import MemoryEstimate, estimate
+from outsize.plan.ledger import Purpose
+from outsize.plan.memory_estimate import estimate
 from outsize.store import offload
 from outsize.tier import DoneTransfer, HostDevice, Verb
 from tests.doubles import Fault, FaultKind, FaultyTier, MemoryTier, SlowTier, TwinDevice
@@ -168,9 +169,12 @@ def test_memory_for_inputs_does_not_grow_with_depth(tmp_path):
         )
         model(**ZOO["llama"].batch(rows=16, length=16)).loss.backward()
         call, placement, keeper = current_call(model), placement_of(model), activation_offload(model)
-        inputs = estimate(call.workload, call.shape, 16, placement.inputs)
-        stay = estimate(call.workload, call.shape, 16)
-        needs.append((inputs.boundary_bytes, stay.boundary_bytes, keeper.high_water_bytes))
+        here = Home.HOST if computes_on_host(model) else Home.DEVICE
+        inputs, stay = (
+            estimate(call.workload, call.shape, 16, here, home)[here, Purpose.ACTIVATIONS]
+            for home in (placement.inputs, here)
+        )
+        needs.append((inputs, stay, keeper.high_water_bytes))
         each = 16 * 16 * 32 * 4
         assert keeper.high_water_bytes == (depth + 1) * each
         assert keeper.high_water_bytes <= placement.inputs_bytes
@@ -388,10 +392,11 @@ def attempts_of(model, room, monkeypatch, **options):
     """Where inputs wait, and rows of a tile, where blocks compute in `room` bytes beside the arenas."""
 
     def limited(workload, shape, tile_rows, inputs=None, kept=frozenset()):
-        own = estimate(workload, shape, tile_rows, inputs, kept)
+        here, there = Home.HOST if computes_on_host(model) else Home.DEVICE, inputs or Home.DISK
+        moved = estimate(workload, shape, tile_rows, here, there, kept)[there, Purpose.INPUTS]
         boundary, visit = (1000, 100 * tile_rows) if inputs is None else (200, 100 * tile_rows)
         short = 1 << 50 if boundary + visit > room else 0
-        return MemoryEstimate(boundary + short, visit, own.moved_bytes if inputs else 0, inputs)
+        return (boundary + short, visit, moved) if inputs else (boundary + short, visit)
 
     with monkeypatch.context() as patch:
         set_activations(patch, limited)
@@ -532,10 +537,13 @@ def test_buffers_of_inputs_are_taken_from_what_is_left_for_arenas(tmp_path, monk
     if not computes_on_host(model):
         pytest.skip("a device has a budget of its own")
     model(**ZOO["llama"].batch())
-    assert own.limits.room_bytes - own.activation_bytes - own.inputs_bytes in rooms
+    planned = planned_bytes(model)
+    assert own.limits.room_bytes(Home.HOST) - planned["activations"] - planned["inputs"] in rooms
     assert (
-        own.host_bytes()
-        >= own.limits.base_bytes + own.placement.arena_bytes + memory_estimate.input_buffers_bytes()
+        planned["host"]
+        >= own.limits.taken.total(Home.HOST)
+        + own.placement.arena_bytes
+        + memory_estimate.input_buffers_bytes()
     )
 
 

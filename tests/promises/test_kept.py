@@ -325,7 +325,7 @@ import torch, outsize
 from transformers import LlamaConfig, LlamaForCausalLM
 from outsize.store import memory
 from outsize.plan.memory_estimate import saved_bytes
-from tests.seams import budget_of, close_unchecked, current_call, placement_of
+from tests.seams import activation_bytes, close_unchecked, current_call, placement_of
 torch.set_num_threads(1)
 figures = []
 config = LlamaConfig(vocab_size=500, hidden_size=384, intermediate_size=1024, num_hidden_layers=3,
@@ -342,7 +342,7 @@ for count in (0, 2):
     memory.give_back()
     call, tile_rows = current_call(model), int(sys.argv[1])
     counted = saved_bytes(call.workload, call.shape, tile_rows, placement_of(model).kept)
-    figures.append((memory.resident_bytes() - before, counted, budget_of(model).activation_bytes))
+    figures.append((memory.resident_bytes() - before, counted, activation_bytes(model)))
     loss.backward()
     close_unchecked(model)
 print(json.dumps(figures))

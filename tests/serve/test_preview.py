@@ -3,10 +3,12 @@
 import pytest
 
 import outsize
+from outsize.config import Home
 from outsize.errors import BudgetError
+from outsize.plan.ledger import Purpose
 from outsize.serve import Concurrency, open_engine
 from outsize.serve.runner import Runner
-from tests.seams import budget_of, set_process_memory
+from tests.seams import activation_bytes, budget_of, set_process_memory
 from tests.zoo import ZOO, seeded
 
 BASE = 300 << 20
@@ -36,11 +38,10 @@ def test_a_plan_for_generating_is_what_an_engine_takes(sequences, tokens, folder
     summary = outsize.preview(folder, host=host, **options)
     assert summary.fits, summary.reason
     model, engine = engine_of(folder, host, Concurrency(sequences, tokens))
-    assert summary.host_bytes == budget_of(model).host_bytes()
-    assert engine.runner.kv.num_bytes == budget_of(model).reserved_bytes
-    assert ("KV cache", budget_of(model).reserved_bytes) in [
-        (row.what, row.num_bytes) for row in summary.rows
-    ]
+    assert summary.host_bytes == budget_of(model).ledger.total(Home.HOST)
+    pages = budget_of(model).ledger[Home.HOST, Purpose.KV]
+    assert engine.runner.kv.num_bytes == pages
+    assert ("KV cache", pages) in [(row.what, row.num_bytes) for row in summary.rows]
 
 
 def test_what_a_plan_refuses_an_engine_refuses(folder, monkeypatch):
@@ -56,9 +57,9 @@ def test_what_a_plan_refuses_an_engine_refuses(folder, monkeypatch):
 def test_only_rows_that_are_wanted_have_logits(folder):
     """Of a short prompt one row and its guesses, not as many as a pass may have tokens."""
     model, _ = engine_of(folder, None, Concurrency(1, 20))
-    few = budget_of(model).activation_bytes
+    few = activation_bytes(model)
     model, _ = engine_of(folder, None, Concurrency(8, 200))
-    assert few < 17 * 20_000 * 4 * 2 < budget_of(model).activation_bytes
+    assert few < 17 * 20_000 * 4 * 2 < activation_bytes(model)
 
 
 def test_one_sequence_longer_than_the_share_is_served(folder):

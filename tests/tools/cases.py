@@ -20,6 +20,7 @@ import traceback
 import warnings
 import weakref
 from collections import Counter
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -30,6 +31,9 @@ PROCESS_BYTES = 1 << 30
 """What the process is said to have, so that a budget leaves the same wherever and whenever it is asked for."""
 
 FREE_BYTES = 64 << 30
+LEDGER_ROWS = ("device Python and libraries", "disk places of planes in memory, and commits")
+"""Rows of the report that checkouts before the ledger do not have."""
+
 SLACK_BYTES = (96 << 20) + (12 << 20)
 """What a budget leaves for what is not planned, and for reading checkpoints."""
 
@@ -226,7 +230,7 @@ class Notes:
         self.found["planned"] = {
             "placement": seams.placement_lines(model),
             "bytes": seams.planned_bytes(model),
-            "rows": [f"{row.tier} {row.what}: {row.num_bytes}" for row in told.rows],
+            "rows": rows_of(told.rows),
             "budgets": [
                 told.host_budget_bytes,
                 told.device_budget_bytes,
@@ -514,7 +518,14 @@ def run_preview(case: Case, folder: Path, notes: Notes) -> None:
     )
     told = json.loads(summary.to_json(), parse_float=lambda text: float(f"{float(text):.9g}"))
     notes.found["planned"] = {key: value for key, value in told.items() if key != "reason"}
+    notes.found["planned"]["rows"] = rows_of(summary.rows)
     notes.found["reason"] = numbers_in(told["reason"])
+
+
+def rows_of(rows: Iterable[Any]) -> list[str]:
+    """Rows of the report in any order, without those of 0 bytes and those that checkouts before the ledger do not have."""
+    lines = (f"{row.tier} {row.what}: {row.num_bytes}" for row in rows if row.num_bytes)
+    return sorted(line for line in lines if not line.startswith(LEDGER_ROWS))
 
 
 RUNS = {

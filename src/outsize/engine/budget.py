@@ -12,20 +12,21 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import final
 
 import torch
 
 from outsize.block import Record
-from outsize.config import OnDeviceFull, Settings, format_bytes
+from outsize.config import Home, OnDeviceFull, Settings, format_bytes
 from outsize.errors import BudgetError
-from outsize.plan import Placement, is_stored
-from outsize.plan.candidates import Candidate, CostModel, Planner, wanted_tile_rows
-from outsize.plan.limits import DeviceLimits, Limits
-from outsize.plan.memory_estimate import estimate
+from outsize.plan import Placement, is_stored, memory_estimate
+from outsize.plan.ledger import ACTIVATIONS, WAITING, Ledger, Purpose, placed
+from outsize.plan.limits import Limits
 from outsize.plan.place import with_pieces
-from outsize.plan.planner import Choice
+from outsize.plan.planner import Planner, wanted_tile_rows
+from outsize.plan.search import Choice, CostModel, Way
 from outsize.plan.workload import BatchShape, Workload
 from outsize.store import finalizers, memory
 from outsize.store.commit_store import Layout
@@ -63,10 +64,10 @@ class Budget:
     ) -> None:
         self.limits = Limits(settings.budgets.host_bytes or 0)
         """As they were when memory was placed."""
-        self.reserved_bytes = 0
-        """Memory of the host that is promised to something else: a KV cache, allocated once everything is placed."""
+        self.reserved = Ledger()
+        """Promised to something else, or taken by it: a KV cache, which may be allocated once everything is placed."""
         self.placement: Placement | None = None
-        self.choices: list[Choice[Candidate]] = []
+        self.choices: list[Choice] = []
         """What was simulated, the fastest first; empty if nothing is known of the machine."""
         self.visit_bytes = 0
         """What a visit of the call that began last takes of the host's memory beside weights, at most."""
@@ -78,29 +79,29 @@ class Budget:
         self._reading_bytes = reading_bytes
         self._free_host_bytes = free_host_bytes
         self._most_tile_tokens: int | None = None
-        self._candidate: Candidate | None = None
         self._planner: Planner | None = None
+        self._way: Way | None = None
+        self._planned: Placement | None = None
+        self._placed = Ledger()
         self._ceiling: memory.Ceiling | None = None
 
     @property
-    def num_times_given_back(self) -> int:
-        """How often freed memory went back to the system before a visit."""
-        return self._ceiling.num_times if self._ceiling is not None else 0
+    def ledger(self) -> Ledger:
+        """All that is taken, as placed; before anything is, what is taken or promised already."""
+        taken = self.limits.taken | self.reserved
+        return taken if self._way is None else taken + self._way.activations + self._placed
 
     @property
-    def device_limit_bytes(self) -> int:
-        """The limit of a device with memory of its own; 0 if the host computes."""
-        return self.limits.device.limit_bytes if self.limits.device is not None else 0
+    def expected(self) -> Ledger:
+        """What the process will have had at most: beside what is placed, freed memory that is kept where there is room."""
+        assert self._way is not None
+        freed = self._way.activations[Home.HOST, Purpose.VISIT] if self._way.is_roomy else 0
+        return self.ledger + Ledger.of(Home.HOST, freed=freed, slack=UNPLANNED_BYTES)
 
     @property
-    def activation_bytes(self) -> int:
-        """What activations take where blocks compute, as placed."""
-        return self._candidate.memory.num_bytes if self._candidate is not None else 0
-
-    @property
-    def inputs_bytes(self) -> int:
-        """Memory of the host for inputs of blocks that wait for their backward there, or pass through to the disk."""
-        return self._candidate.memory.host_bytes if self._candidate is not None else 0
+    def expected_bytes(self) -> int:
+        """Bytes of the host's memory that the process will have had at most."""
+        return min(self.expected.total(Home.HOST), self.limits.host_bytes)
 
     def change_settings(self, settings: Settings) -> None:
         """Place what comes by other settings."""
@@ -118,23 +119,36 @@ class Budget:
         Raises BudgetError if they do not fit, naming what does.
         """
         self._planner = self._planner_for(records, workload, shape)
-        self._candidate, self.choices = self._planner.plan(cost_model)
-        self.placement = self._candidate.placement
+        self._way, self._planned, self.choices = self._planner.plan(cost_model)
+        self.use(self._planned)
         self._ceiling = memory.Ceiling(self.limits.host_bytes - self.limits.slack_bytes // 4)
-        if self.limits.is_host and self._candidate.variant.is_roomy:
-            freed = max(self._candidate.memory.visit_bytes, LEAST_FREED_BYTES)
-            expected = self.host_bytes() + freed
+        if self._way.is_roomy:
+            freed = max(self._way.activations[Home.HOST, Purpose.VISIT], LEAST_FREED_BYTES)
+            expected = self.ledger.total(Home.HOST) + freed
             self._ceiling.expected_bytes = min(expected, self._ceiling.limit_bytes)
-        return self.placement
+        return self._planned
+
+    def use(self, placement: Placement | None) -> None:
+        """Account for `placement` from now on, which may differ from the plan; None: nothing is placed any more."""
+        self.placement, self._placed = placement, Ledger()
+        if placement is None or self._planner is None:
+            self._way = None
+            return
+        records = self._planner.records
+        self._placed = placed(records, placement, self.limits.computes_in)
+        store_bytes = _disk_bytes(self._settings, placement, records)
+        if placement.inputs is Home.DISK:
+            store_bytes -= placement.inputs_bytes
+        self._placed += Ledger.of(Home.DISK, spare=store_bytes - self._placed.total(Home.DISK))
 
     def fits(self, records: Sequence[Record], workload: Workload, shape: BatchShape) -> bool:
         """Whether calls of this shape fit, with the margin that a hint has; nothing is placed."""
         return self._planner_for(records, workload, shape).fits()
 
-    def choices_with(self, more_bytes: int, cost_model: CostModel) -> list[Choice[Candidate]]:
+    def choices_with(self, more_bytes: int, cost_model: CostModel) -> list[Choice]:
         """What could be chosen with `more_bytes` of the host's memory, the fastest first; nothing is placed."""
-        assert self._planner is not None and self._candidate is not None
-        return self._planner.with_more(more_bytes, self._candidate, cost_model)
+        assert self._planner is not None and self._way is not None
+        return self._planner.with_more(more_bytes, self._way, cost_model)
 
     def _planner_for(self, records: Sequence[Record], workload: Workload, shape: BatchShape) -> Planner:
         self.limits = self._measured(self._reading_bytes(records))
@@ -156,18 +170,22 @@ class Budget:
             gc.collect()  # they may be dropped, and wait in cycles for the collector
             finalizers.finish()
         memory.give_back()
-        base, device = memory.resident_bytes(), None
-        if not self._device.is_host:
-            free = self._device.free_bytes()
-            limit = self._settings.budgets.device_bytes or int(0.95 * free)
-            device = DeviceLimits(limit, free, self._device.taken_bytes())
-        return Limits(
-            host_bytes=self._settings.budgets.host_bytes or base + int(0.9 * self._free_host_bytes()),
-            base_bytes=base,
-            reserved_bytes=self.reserved_bytes,
-            reading_bytes=reading_bytes,
-            device=device,
+        base = memory.resident_bytes()
+        limits = Limits(
+            self._settings.budgets.host_bytes or base + int(0.9 * self._free_host_bytes()),
+            Ledger.of(Home.HOST, process=base) + self.reserved,
+            reading_bytes,
             others=_open_models_text(),
+        )
+        if self._device.is_host:
+            return limits
+        free = self._device.free_bytes()
+        others = self._device.taken_bytes() - self.reserved.total(Home.DEVICE)
+        return replace(
+            limits,
+            taken=limits.taken + Ledger.of(Home.DEVICE, process=others),
+            device_bytes=self._settings.budgets.device_bytes or int(0.95 * free),
+            device_free_bytes=free,
         )
 
     def begin_call(self, workload: Workload, shape: BatchShape) -> int:
@@ -175,34 +193,37 @@ class Budget:
 
         Raises BudgetError where not even the smallest is.
         """
-        assert self.placement is not None
-        arenas = self.placement.arena_bytes if self.limits.is_host else self.placement.compute_bytes
-        planned = self._candidate.placement if self._candidate is not None else self.placement
-        unplanned = self.placement.pieces_bytes - planned.pieces_bytes  # kept since, in memory that was left
-        waiting = self.inputs_bytes if self.limits.is_host else 0
-        room = self.limits.room_bytes + unplanned - waiting - arenas
-        tile_rows = wanted_tile_rows(
-            shape, self._settings.pins, is_host=self.limits.is_host, most_tokens=self._most_tile_tokens
-        )
-        inputs, kept = self.placement.inputs, self.placement.kept
-        moved = estimate(workload, shape, tile_rows, inputs).moved_bytes
-        if inputs is not None and moved > self.placement.inputs_bytes:
+        assert self.placement is not None and self._planned is not None
+        computes_in, pins = self.limits.computes_in, self._settings.pins
+        arenas = self._placed.total(computes_in) + self.ledger.total(computes_in, *WAITING)
+        arenas -= (
+            self.placement.pieces_bytes - self._planned.pieces_bytes
+        )  # kept since, in memory that was left
+        room = self.limits.room_bytes(computes_in) - arenas
+        tile_rows = wanted_tile_rows(shape, pins, computes_in, self._most_tile_tokens)
+        inputs, kept = self.placement.inputs or computes_in, self.placement.kept
+
+        def needed() -> Ledger:
+            return memory_estimate.estimate(workload, shape, tile_rows, computes_in, inputs, kept)
+
+        moved = needed()[inputs, Purpose.INPUTS]
+        if moved > self.placement.inputs_bytes:
             raise BudgetError(
                 f"the inputs of blocks take {format_bytes(moved)} for a batch of {shape.rows or 1} rows, "
                 f"{format_bytes(self.placement.inputs_bytes)} of the {inputs} were set aside for them",
                 hint="make the first call with the largest batch",
             )
-        while (needed := estimate(workload, shape, tile_rows, inputs, kept)).num_bytes > room:
-            if tile_rows == 1 or self._settings.pins.tile_rows is not None:
+        while (num_bytes := needed().total(computes_in, *ACTIVATIONS)) > room:
+            if tile_rows == 1 or pins.tile_rows is not None:
                 raise BudgetError(
-                    f"a batch of {shape.rows or 1} rows takes {format_bytes(needed.num_bytes)} of activations, "
+                    f"a batch of {shape.rows or 1} rows takes {format_bytes(num_bytes)} of activations, "
                     f"{format_bytes(room)} are left beside the arenas",
                     hint="use fewer rows or shorter sequences, give more memory with "
-                    f"{self.limits.computes_in}=, or make the first call with the largest batch",
+                    f"{computes_in}=, or make the first call with the largest batch",
                 )
             tile_rows = -(-tile_rows // 2)
-        self.visit_bytes = needed.visit_bytes if self.limits.is_host else 0
-        self.call_bytes = needed.num_bytes
+        self.visit_bytes = needed()[Home.HOST, Purpose.VISIT]
+        self.call_bytes = num_bytes
         return tile_rows
 
     def with_what_is_left(self, records: Sequence[Record], needed_bytes: int) -> Placement | None:
@@ -211,22 +232,21 @@ class Budget:
 
         Call it between calls, after one was made: what the plan left for the unforeseen is then known.
         """
-        assert self.placement is not None and self._candidate is not None and self._planner is not None
+        assert self.placement is not None and self._planned is not None and self._planner is not None
         pins = self._settings.pins
         is_pinned = pins.resident is not None or pins.resident_bytes is not None
-        if not self.limits.is_host or is_stored(records) or is_pinned or self._settings.home is not None:
+        if not self._device.is_host or is_stored(records) or is_pinned or self._settings.home is not None:
             return None
         left = self.limits.host_bytes - self.limits.slack_bytes // 2 - needed_bytes - memory.resident_bytes()
         if left >= WORTH_FILLING_BYTES:
             placement = with_pieces(self.placement, records, left, self._planner.idle)
         elif left < 0:
-            planned = self._candidate.placement
-            extra = self.placement.pieces_bytes - planned.pieces_bytes
-            placement = with_pieces(planned, records, max(0, extra + left), self._planner.idle)
+            extra = self.placement.pieces_bytes - self._planned.pieces_bytes
+            placement = with_pieces(self._planned, records, max(0, extra + left), self._planner.idle)
         else:
             return None
         changed = placement if placement.pieces != self.placement.pieces else None
-        self.placement = placement
+        self.use(placement)
         return changed
 
     def shrink_tiles(self, num_tokens: int) -> None:
@@ -235,33 +255,7 @@ class Budget:
 
     def has_room_for(self, num_bytes: int) -> bool:
         """Whether a host that does not compute has so much memory left beside what is placed."""
-        return self.host_bytes() + num_bytes + self.limits.slack_bytes <= self.limits.host_bytes
-
-    def host_bytes(self) -> int:
-        """What the process takes of the host's memory, as placed."""
-        assert self.placement is not None
-        if self.limits.is_host:
-            arenas = self.placement.arena_bytes + self.inputs_bytes
-            return self.limits.base_bytes + self.reserved_bytes + self.activation_bytes + arenas
-        return self.limits.base_bytes + self.reserved_bytes + self.placement.home_bytes + self.inputs_bytes
-
-    def expected_bytes(self) -> int:
-        """What the process will have had at most: beside what is placed, freed memory that is kept where there is room."""
-        assert self._candidate is not None
-        kept = (
-            self._candidate.memory.visit_bytes
-            if self.limits.is_host and self._candidate.variant.is_roomy
-            else 0
-        )
-        return min(self.host_bytes() + kept + UNPLANNED_BYTES, self.limits.host_bytes)
-
-    def device_bytes(self) -> int:
-        """What is taken of a device with memory of its own, as placed, and what was taken before; else 0."""
-        assert self.placement is not None
-        if self.limits.is_host:
-            return 0
-        taken = self.limits.device.taken_bytes if self.limits.device is not None else 0
-        return taken + self.activation_bytes + self.placement.compute_bytes
+        return self.ledger.total(Home.HOST) + num_bytes + self.limits.slack_bytes <= self.limits.host_bytes
 
     @contextmanager
     def guarded(self) -> Iterator[None]:
@@ -274,8 +268,8 @@ class Budget:
             if self._settings.on_device_full is OnDeviceFull.ERROR:
                 fewer += ', or try again with fewer by itself (on_device_full="retry")'
             raise BudgetError(
-                f"the device ran out of memory ({what}); {format_bytes(self.device_bytes())} of "
-                f"{format_bytes(self.device_limit_bytes)} were planned",
+                f"the device ran out of memory ({what}); {format_bytes(self.ledger.total(Home.DEVICE))} of "
+                f"{format_bytes(self.limits.device_bytes or 0)} were planned",
                 hint=f"another process may have taken it; else {fewer}, or give less with device=",
             ) from error
 

@@ -21,6 +21,7 @@ from outsize.engine.visits import Visits
 from outsize.errors import BudgetError, UsageError
 from outsize.model import attention_of
 from outsize.plan import Direction, Visit
+from outsize.plan.ledger import ACTIVATIONS
 from outsize.plan.workload import BatchShape, Workload
 from outsize.store import memory
 
@@ -87,7 +88,7 @@ class CallTracker:
                 self._settle_with_cache(args, kwargs, shape)
             # A cache grows with every call; the order of visits is that of a call without.
             call.running = None
-            self._use_what_is_left(self._budget.activation_bytes)
+            self._use_what_is_left(self._budget.ledger.total(self._budget.limits.computes_in, *ACTIVATIONS))
             self._backing.running.begin(self._forward_order)
             return self._model.arguments.moved(args, kwargs)
         workload = self._workload(args, kwargs, shape)

@@ -9,14 +9,13 @@ import torch
 from torch import nn
 
 from outsize.block import Record
-from outsize.config import format_bytes
+from outsize.config import Home, format_bytes
 from outsize.engine.runtime import Runtime, runtime_of
 from outsize.errors import UsageError
 from outsize.plan import Placement
-from outsize.plan.candidates import Candidate, CostModel
 from outsize.plan.lower import Costs
-from outsize.plan.planner import Choice
 from outsize.plan.profile import WORDS, Profile, Resource
+from outsize.plan.search import Choice, CostModel
 from outsize.plan.simulate import Simulation, simulate
 from outsize.plan.timeline import Timeline
 from outsize.plan.workload import BatchShape, Workload
@@ -210,12 +209,12 @@ def predict_call(
     return Prediction(
         simulation.step_s,
         num_tokens,
-        budget.expected_bytes(),
+        budget.expected_bytes,
         simulation,
         costs,
         profile.disk_endurance_bytes,
         tuple(sorted((r for r in found if r.speedup >= WORTH_SAYING), key=lambda r: -r.speedup)),
-        budget.device_bytes(),
+        budget.ledger.total(Home.DEVICE),
         commit_every,
         committed.step_s - plain.step_s,
         committed.bytes_moved.get(Resource.WRITE, 0) - plain.bytes_moved.get(Resource.WRITE, 0),
@@ -252,7 +251,7 @@ def advise(model: nn.Module, profile: Profile, step_s: float, stalled_s: float) 
     busy_s = taken.simulation.busy_s.get(Resource.COMPUTE, 0.0)
     factor = (step_s - stalled_s) / busy_s if busy_s else 1.0
 
-    def simulated_s(choice: Choice[Candidate], slower: float) -> float:
+    def simulated_s(choice: Choice, slower: float) -> float:
         own = replace(
             profile,
             disk_read=profile.disk_read / slower,
@@ -271,7 +270,7 @@ def advise(model: nn.Module, profile: Profile, step_s: float, stalled_s: float) 
     return Advice(step_s, step_s * best_s / now_s, pins_text(best))
 
 
-def pins_text(choice: Choice[Candidate]) -> str:
+def pins_text(choice: Choice) -> str:
     """The options of the command line that choose a plan."""
     pins = choice.pins
     values = {

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from outsize.block import Record
-from outsize.config import ComputeType, Settings, format_bytes
+from outsize.config import ComputeType, Home, Settings, format_bytes
 from outsize.engine.api import (
     Options,
     check_machine,
@@ -23,7 +23,6 @@ from outsize.engine.api import (
 )
 from outsize.engine.counting import on_paper
 from outsize.engine.predict import pins_text, predict_call
-from outsize.engine.report import placement_rows
 from outsize.engine.runtime import Runtime
 from outsize.engine.summary import Alternative, PlanSummary
 from outsize.errors import BudgetError, ConfigError, ModelError
@@ -41,13 +40,11 @@ from outsize.model import (
 )
 from outsize.optim import ADAMW
 from outsize.plan import Placement, SlotClass
-from outsize.plan.candidates import Candidate
-from outsize.plan.planner import Choice
 from outsize.plan.profile import Profile
+from outsize.plan.search import Choice
 from outsize.plan.workload import BatchShape, Workload
 from outsize.store import memory
 from outsize.store.planes import DTYPES
-from outsize.store.scratch import disk_bytes
 from outsize.tier import PaperDevice
 
 Call = tuple[Workload, BatchShape]
@@ -158,7 +155,6 @@ def _summary(runtime: Runtime, batch_size: int, seq_len: int, passes: Passes | N
     num_parameters = sum(parameter.numel() for parameter in runtime.model.parameters.values())
     try:
         records, placement, (workload, shape), cached = _decided(runtime, batch_size, seq_len, passes)
-        num_disk_bytes = disk_bytes(placement, runtime.setup.settings)
     except BudgetError as error:
         return PlanSummary(
             fits=False,
@@ -170,7 +166,7 @@ def _summary(runtime: Runtime, batch_size: int, seq_len: int, passes: Passes | N
             host_budget_bytes=budget.limits.host_bytes,
             host_bytes=0,
             disk_bytes=0,
-            device_budget_bytes=budget.device_limit_bytes,
+            device_budget_bytes=budget.limits.device_bytes or 0,
         )
     prediction = None
     if profile is not None:
@@ -183,17 +179,17 @@ def _summary(runtime: Runtime, batch_size: int, seq_len: int, passes: Passes | N
     return PlanSummary(
         fits=True,
         reason="",
-        rows=placement_rows(runtime, records, placement),
+        rows=budget.ledger.rows(),
         slots=_slots(placement),
         compiled=tuple(runtime.visits.compiler.compiled),
         attention=attention_of(runtime.model.module),
         num_parameters=num_parameters,
         num_blocks=len(records),
         host_budget_bytes=budget.limits.host_bytes,
-        host_bytes=budget.host_bytes(),
-        disk_bytes=num_disk_bytes,
-        device_budget_bytes=budget.device_limit_bytes,
-        device_bytes=budget.device_bytes(),
+        host_bytes=budget.ledger.total(Home.HOST),
+        disk_bytes=budget.ledger.total(Home.DISK),
+        device_budget_bytes=budget.limits.device_bytes or 0,
+        device_bytes=budget.ledger.total(Home.DEVICE),
         disk_budget_bytes=_disk_budget(runtime.setup.settings),
         prediction=prediction,
         alternatives=_alternatives(budget.choices),
@@ -284,7 +280,7 @@ def _settings_elsewhere(hardware: Profile, options: Options, *, is_quantized: bo
     return settings
 
 
-def _alternatives(choices: Sequence[Choice[Candidate]]) -> tuple[Alternative, ...]:
+def _alternatives(choices: Sequence[Choice]) -> tuple[Alternative, ...]:
     """The next best, each slower than the one before by more than nothing."""
     found: list[Alternative] = []
     slowest = choices[0].step_s if choices else 0.0

@@ -2,39 +2,26 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from torch import nn
 
-from outsize.block import Plane, Record
-from outsize.config import Home, format_bytes
+from outsize.config import format_bytes
 from outsize.engine.hooks import has_user_hooks
 from outsize.engine.layer import Layer
 from outsize.engine.runtime import Runtime, runtime_of
 from outsize.model import attention_of
-from outsize.plan import Placement
+from outsize.plan.ledger import Ledger, Row
+from outsize.plan.place import GROUPS, group_bytes
 from outsize.store import memory
-
-_NAMES = {Plane.WEIGHT: "weights", Plane.GRADIENT: "gradients"}
-_TIERS = ("device", "host", "disk")
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """`num_bytes` of `what` live in `tier`."""
-
-    tier: str
-    what: str
-    num_bytes: int
 
 
 @dataclass(frozen=True)
 class Report:
     """Figures of a model under Outsize since it was loaded; bytes and seconds."""
 
-    rows: tuple[Row, ...]
+    ledger: Ledger
     num_parameters: int
     state_bytes: int
     host_budget_bytes: int
@@ -57,9 +44,13 @@ class Report:
     uncut: tuple[str, ...] = ()
     """Why calls, or the layers that are named, were computed as a whole instead of in tiles."""
 
+    @property
+    def rows(self) -> tuple[Row, ...]:
+        """The ledger as the rows of a table."""
+        return self.ledger.rows()
+
     def __str__(self) -> str:
-        width = max((len(row.what) for row in self.rows), default=0)
-        lines = [f"{row.tier:<5} {row.what:<{width}}  {format_bytes(row.num_bytes):>10}" for row in self.rows]
+        lines = [str(self.ledger)] if self.rows else []
         lines.append(
             f"{self.num_parameters / 1e6:.1f} M parameters, training state {format_bytes(self.state_bytes)}; "
             f"process peak {format_bytes(self.host_peak_bytes)} of {format_bytes(self.host_budget_bytes)}"
@@ -93,22 +84,20 @@ def report(model: nn.Module) -> Report:
     num_parameters = sum(parameter.numel() for parameter in runtime.model.parameters.values())
     executor, placement, budget = runtime.backing.executor, runtime.budget.placement, runtime.budget
     if executor is None or placement is None:
-        return Report((), num_parameters, 0, budget.limits.host_bytes, memory.peak_bytes(), 0, 0)
-    records = [state.record for state in executor.store]
-    rows = placement_rows(runtime, records, placement)
+        return Report(Ledger(), num_parameters, 0, budget.limits.host_bytes, memory.peak_bytes(), 0, 0)
     offload, source = runtime.backing.offload, executor.store.weight_reader.source
     stats = [tier.stats() for tier in (executor.store.disk, offload) if tier is not None]
     return Report(
-        rows=rows,
+        ledger=budget.ledger,
         num_parameters=num_parameters,
-        state_bytes=sum(num_bytes for record in records for num_bytes in _planes(record).values()),
+        state_bytes=sum(group_bytes(state.record, group) for state in executor.store for group in GROUPS),
         host_budget_bytes=budget.limits.host_bytes,
         host_peak_bytes=memory.peak_bytes(),
         bytes_read=sum(each.bytes_read for each in stats) + (source.bytes_read if source is not None else 0),
         bytes_written=sum(each.bytes_written for each in stats),
         wait_s=executor.wait_s | (offload.wait_s if offload is not None else {}),
         off_plan=tuple(f"{visit} x{count}" for visit, count in executor.off_plan.items()),
-        device_budget_bytes=budget.device_limit_bytes,
+        device_budget_bytes=budget.limits.device_bytes or 0,
         device_peak_bytes=memory.device_peak_bytes(runtime.model.torch_device),
         bytes_up=runtime.model.device.links().bytes_up,
         bytes_down=runtime.model.device.links().bytes_down,
@@ -131,43 +120,3 @@ def _uncut_layers(runtime: Runtime) -> Iterator[str]:
         if named:
             more = f" (and {len(named) - 1} more)" if len(named) > 1 else ""
             yield f"{named[0]}{more} {reason}"
-
-
-def placement_rows(runtime: Runtime, records: Sequence[Record], placement: Placement) -> tuple[Row, ...]:
-    """What lives where: planes by tier, then the buffers they pass through, then the process itself."""
-    figures: Counter[tuple[str, str]] = Counter()
-    computes_in = "host" if runtime.model.device.is_host else "device"
-    tiers = {Home.DEVICE: computes_in, Home.FILE: "disk"}
-    for record in records:
-        for plane, num_bytes in _planes(record).items():
-            home = placement.home(record.name, plane.group)
-            what = _NAMES.get(plane, "optimizer state") + (", in their files" if home is Home.FILE else "")
-            figures[tiers.get(home, str(home)), what] += num_bytes
-    for name, index in placement.pieces:
-        record = next(record for record in records if record.name == name)
-        num_bytes = int(record.entries[index].piece.num_elements * record.element_bytes[Plane.WEIGHT])
-        figures["host", "weights"] += num_bytes
-        figures["disk", "weights, in their files"] -= num_bytes
-    by_name = sorted(figures.items(), key=lambda item: item[0][1], reverse=True)
-    planes = sorted(by_name, key=lambda item: _TIERS.index(item[0][0]))
-    rows = [Row(tier, what, num_bytes) for (tier, what), num_bytes in planes]
-    if runtime.model.device.is_host:
-        rows.append(Row("host", "slots and buffers", placement.slots_bytes + placement.passage_bytes))
-    else:
-        rows.append(Row("device", "slots", placement.slots_bytes))
-        rows.append(Row("host", "buffers", placement.passage_bytes))
-    if placement.inputs is not None:
-        rows.append(Row(str(placement.inputs), "inputs of blocks", placement.inputs_bytes))
-        if placement.inputs is Home.DISK:
-            rows.append(Row("host", "buffers of inputs", runtime.budget.inputs_bytes))
-    rows.append(Row(computes_in, "activations (most)", runtime.budget.activation_bytes))
-    if runtime.budget.reserved_bytes:
-        rows.append(Row("host", "KV cache", runtime.budget.reserved_bytes))
-    rows.append(Row("host", "Python and libraries", runtime.budget.limits.base_bytes))
-    return tuple(rows)
-
-
-def _planes(record: Record) -> dict[Plane, int]:
-    """Bytes of each plane of a record."""
-    planes = (Plane.WEIGHT, *((Plane.GRADIENT, *record.state) if record.num_trainable else ()))
-    return {plane: record.plane_bytes(plane) for plane in planes}

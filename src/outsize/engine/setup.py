@@ -22,9 +22,9 @@ from outsize.errors import UsageError
 from outsize.model import EncodingSource, InitSource, TensorSource
 from outsize.optim import Kernel, Rule
 from outsize.plan import IN_MEMORY, Direction, Placement, is_stored
-from outsize.plan.candidates import CostModel
 from outsize.plan.lower import Costs
 from outsize.plan.profile import Profile
+from outsize.plan.search import CostModel
 from outsize.plan.workload import BatchShape, Workload
 from outsize.store import memory
 from outsize.store.blocks import BlockStore
@@ -291,7 +291,8 @@ class Setup:
     def close(self) -> None:
         """Give memory and disk back. Weights that were updated or taken over are gone: save them before."""
         backing, commit_store = self._backing, self._backing.commit_store
-        executor, backing.executor, self._budget.placement = backing.executor, None, None
+        executor, backing.executor = backing.executor, None
+        self._budget.use(None)
         offload, backing.offload = backing.offload, None
         with ExitStack() as stack:  # the last callback runs first, and all run, whatever one of them raises
             if commit_store is not None:

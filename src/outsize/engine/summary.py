@@ -9,7 +9,7 @@ from typing import Any
 
 from outsize.config import format_bytes
 from outsize.engine.predict import Prediction
-from outsize.engine.report import Row
+from outsize.plan.ledger import Row
 
 WIDTH = 40
 """Characters of a bar."""

@@ -146,7 +146,7 @@ class Visits:
         )
         if chosen is None:
             return False
-        budget.placement = executor.store.placement
+        budget.use(executor.store.placement)
         self.oom_retry.keeps_graphs = False  # a graph's weights stay where they are
         num_bytes = chosen.planes.num_bytes_in(Home.HOST)
         self.oom_retry.note(f"{chosen.name} stays in the host's memory, {format_bytes(num_bytes)}")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from outsize.config import format_bytes
+from outsize.config import Home, format_bytes
+from outsize.plan.ledger import EMPTY, Ledger, Purpose
+from outsize.plan.place import IN_MEMORY
 
 SLACK_BYTES = 96 << 20
 """Memory left for what is not planned: malloc's remains, Python objects, thread stacks."""
@@ -18,45 +20,31 @@ for small ones, and more than one stays partly used."""
 
 
 @dataclass(frozen=True, slots=True)
-class DeviceLimits:
-    """A device with memory of its own: the limit, what is free of it, and what was taken before anything was placed."""
-
-    limit_bytes: int
-    free_bytes: int
-    taken_bytes: int
-
-    @property
-    def room_bytes(self) -> int:
-        """What planes and activations may take."""
-        return min(self.limit_bytes, self.free_bytes) - DEVICE_SLACK_BYTES
-
-
-@dataclass(frozen=True, slots=True)
 class Limits:
     """All that a plan must stay within. Nothing in here is measured again while plans are compared."""
 
     host_bytes: int
     """The most that the process may take of the host's memory."""
-    base_bytes: int = 0
-    """What it takes before anything is placed."""
-    reserved_bytes: int = 0
-    """Promised to something else: a KV cache, allocated once everything is placed."""
+    taken: Ledger = EMPTY
+    """Taken before anything is placed, or promised to something else: the process, a KV cache."""
     reading_bytes: int = 0
-    """What reading a block from its source takes beside the memory that it is read into."""
-    device: DeviceLimits | None = None
-    """None if the host computes."""
+    """Host memory that reading a block from its source takes beside the memory that it is read into."""
+    device_bytes: int | None = None
+    """The most that may be taken of a device with memory of its own; None if the host computes."""
+    device_free_bytes: int = 0
+    """What is free of it, beside what is taken."""
     others: str = ""
     """Names other models that hold memory, as a part of a sentence."""
 
     @property
-    def is_host(self) -> bool:
-        """Whether the host computes."""
-        return self.device is None
+    def computes_in(self) -> Home:
+        """The memory where blocks compute."""
+        return Home.HOST if self.device_bytes is None else Home.DEVICE
 
     @property
-    def computes_in(self) -> str:
-        """The option that gives memory where blocks compute."""
-        return "host" if self.is_host else "device"
+    def memories(self) -> dict[Home, Home]:
+        """What each home of a placement is in this machine: where the host computes, its memory is DEVICE."""
+        return {Home.DEVICE: Home.HOST} if self.device_bytes is None else {home: home for home in IN_MEMORY}
 
     @property
     def slack_bytes(self) -> int:
@@ -64,17 +52,20 @@ class Limits:
         return max(SLACK_BYTES, self.host_bytes // SLACK_SHARE)
 
     @property
-    def host_room_bytes(self) -> int:
-        """What planes, buffers and, if the host computes, activations may take of the host's memory."""
-        return self.host_bytes - self.base_bytes - self.reserved_bytes - self.slack_bytes - self.reading_bytes
+    def spare(self) -> Ledger:
+        """What is left free beside what is planned."""
+        host = Ledger.of(Home.HOST, reading=self.reading_bytes, slack=self.slack_bytes)
+        return host + Ledger.of(Home.DEVICE, slack=DEVICE_SLACK_BYTES)
 
-    @property
-    def room_bytes(self) -> int:
-        """What planes and activations may take where blocks compute."""
-        return self.host_room_bytes if self.device is None else self.device.room_bytes
+    def room_bytes(self, home: Home) -> int:
+        """What planes, buffers and, where blocks compute, activations may take; less than nothing where it is short."""
+        if home is Home.DEVICE:
+            return min(self.device_bytes or 0, self.device_free_bytes) - self.spare.total(home)
+        return self.host_bytes - (self.taken + self.spare).total(home)
 
     @property
     def taken_text(self) -> str:
         """What is taken already, as a part of a sentence."""
-        kv = f"the KV cache takes {format_bytes(self.reserved_bytes)}, " if self.reserved_bytes else ""
-        return f"the process itself has {format_bytes(self.base_bytes)}, {self.others}{kv}"
+        process, pages = self.taken[Home.HOST, Purpose.PROCESS], self.taken[Home.HOST, Purpose.KV]
+        kv = f"the KV cache takes {format_bytes(pages)}, " if pages else ""
+        return f"the process itself has {format_bytes(process)}, {self.others}{kv}"

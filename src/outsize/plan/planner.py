@@ -1,220 +1,385 @@
-"""Which of the placements that fit takes the least time: each is simulated, and the fastest is taken.
+"""The planner: which ways to compute a call fit within limits, and which of them is the fastest.
 
-What is tried: how many slots weights and gradients pass through, of how many blocks weights, gradients and state stay in
-memory, and, for each way of computing that the caller offers (rows of a tile, where inputs wait), what that leaves room
-for. A way with smaller tiles never computes faster, so it is tried only where computing waits for something else.
+A pure function of its inputs: it asks neither the clock nor the system, so that all processes of a run decide alike, and a
+plan can be made for any machine.
 """
 
 from __future__ import annotations
 
-import gc
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Generic, TypeVar
+from typing import final
 
-from outsize.block import Record
-from outsize.config import Pins
+from outsize.block import Group, Record
+from outsize.config import Home, Pins, Settings, format_bytes
 from outsize.errors import BudgetError
-from outsize.plan.context import Visit
-from outsize.plan.lower import Costs
-from outsize.plan.place import Placement
-from outsize.plan.profile import Profile
-from outsize.plan.simulate import Simulation, least_s, simulate
+from outsize.plan import memory_estimate
+from outsize.plan.ledger import ACTIVATIONS, WAITING, Ledger, Purpose, placed
+from outsize.plan.limits import Limits
+from outsize.plan.place import GROUPS, Placement, group_bytes, is_stored, place
+from outsize.plan.search import Choice, CostModel, Search, Way, prefer, waits
+from outsize.plan.workload import BatchShape, Workload
 
-SLOTS = ((3, 2), (2, 2), (2, 1), (1, 1), (4, 3), (6, 4))
-"""Weight slots and gradient slots that are tried; the first is what is taken where nothing is known of the machine."""
+HINT_MARGIN_BYTES = 16 << 20
+"""Added to what a hint names: the process may have grown when it is tried."""
 
-NUM_GRIDS = 4
-"""Of these, the first are tried with all that may stay in memory."""
+TILE_TOKENS = 2048
+"""Tokens that a tile aims at: enough for full matmul speed; fewer if memory is short. Adding up the gradients of
+512 instead costs 8 % of a step, of 2,048 less than 2."""
 
-PARTS = 4
-"""Into as many parts the blocks are taken whose weights, or gradients, stay in memory."""
+TILE_TOKENS_ON_DEVICE = 8192
+"""The same on an accelerator: its products need more rows for full speed."""
 
-WORTH_A_CHANGE = 0.02
-"""A way that computes less at once is tried only where computing waits for more than this part of a step, and taken only
-where it saves as much: costs are timed, and times are never exact."""
-
-FAR = 1.5
-"""What takes longer than the fastest by this factor, even if the busiest resource never waited, is not simulated."""
-
-CLOSE = 0.01
-ENOUGH = 48
-"""After so many simulations, what cannot be faster by more than this part is not simulated either."""
-
-Way = TypeVar("Way")
+FEWEST_TILE_TOKENS = 512
+"""Before tiles become smaller than this, inputs of blocks go to the disk, if there is one."""
 
 
-@dataclass(frozen=True)
-class Choice(Generic[Way]):
-    """A placement that fits, and the figures of its simulation; `pins` lead to it."""
+class DiskShortage(BudgetError):
+    """The disk is what is short; the hint names a size of it that works."""
 
-    way: Way
-    pins: Pins
-    placement: Placement
-    costs: Costs
-    simulation: Simulation
+
+def wanted_tile_rows(shape: BatchShape, pins: Pins, computes_in: Home, most_tokens: int | None = None) -> int:
+    """Rows of the largest tile that is worth computing, of at most `most_tokens`; at least one."""
+    tokens = TILE_TOKENS_ON_DEVICE if computes_in is Home.DEVICE else TILE_TOKENS
+    wanted = pins.tile_rows or -(-tokens // shape.row_tokens)
+    if most_tokens is not None:
+        wanted = min(wanted, most_tokens // shape.row_tokens)
+    return max(1, min(shape.rows or 1, wanted))
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Planner:
+    """Plans calls of one `shape` of a `workload` on `records`.
+
+    `always_resident`: blocks that cannot be streamed. `disk_bytes` says what a placement takes on disk, and raises
+    BudgetError if that is more than the disks may hold. `most_tile_tokens` limits tiles whatever is pinned.
+    """
+
+    records: Sequence[Record]
+    workload: Workload
+    shape: BatchShape
+    limits: Limits
+    settings: Settings
+    disk_bytes: Callable[[Placement, Sequence[Record]], int]
+    always_resident: frozenset[str] = frozenset()
+    most_tile_tokens: int | None = None
 
     @property
-    def step_s(self) -> float:
-        """Seconds of a step."""
-        return self.simulation.step_s
+    def idle(self) -> frozenset[str]:
+        """Blocks that no visit of the call needs."""
+        return frozenset(r.name for r in self.records) - {visit.block for visit in self.workload.visits}
 
+    # -- what fits -----------------------------------------------------------------------------------------------
 
-def choose(
-    ways: Iterable[tuple[Way, Callable[[Pins], Placement], Callable[[], Costs]]],
-    visits: Sequence[Visit],
-    records: Mapping[str, Record],
-    profile: Profile,
-    pins: Pins,
-    *,
-    has_home: bool = False,
-) -> list[Choice[Way]]:
-    """What fits, the fastest first; of equals, what was tried first. What is pinned is left as it is, and what stays in
-    memory also where planes have a home (`has_home`) that says so.
+    def plan(self, cost_model: CostModel | None = None) -> tuple[Way, Placement, list[Choice]]:
+        """The way and the placement to take: the fastest by the cost model, else those with the largest tiles. And all
+        choices that were compared, the fastest first.
 
-    Each way comes with a function that places planes beside it, which raises BudgetError where they do not fit, and one
-    that gives what computing costs, asked only where something fits. Of all ways the numbers of slots are tried; of the
-    fastest, what stays in memory too. Empty where nothing fits.
-    """
-    found: dict[int, list[Choice[Way]]] = {}
-    known = list(ways)
-    for index, (way, place, costs_of) in enumerate(known):
-        tried = _placements(place, _slots(pins), set())
-        found[index] = _simulated(tried, way, costs_of, visits, records, profile)
-    if not any(found.values()):
-        return []
-    best = min((index for index in found if found[index]), key=lambda index: found[index][0].step_s)
-    way, place, costs_of = known[best]
-    seen = {choice.placement for choice in found[best]}
-    stays = () if has_home else _stays(place, records, pins)
-    tried = _placements(place, stays, seen)
-    found[best] += _simulated(tried, way, costs_of, visits, records, profile, found[best][0].step_s)
-    return sorted((each for some in found.values() for each in some), key=lambda choice: choice.step_s)
+        Raises BudgetError if nothing fits, naming what does.
+        """
+        fitting = self._fitting()
+        way, placement = self._simplest(fitting)
+        if cost_model is None:
+            return way, placement, []
+        choices = self._compared(way, [other for other, _ in fitting if other is not way], cost_model)
+        return choices[0].way, choices[0].placement, choices
 
+    def fits(self, rows: int | None = None) -> bool:
+        """Whether the call fits, or one of `rows`, with the margin that a hint has."""
+        for way in self._ways(self.shape if rows is None else replace(self.shape, rows=rows)):
+            with suppress(BudgetError):
+                self._fit(way, HINT_MARGIN_BYTES)
+                return True
+        return False
 
-def _simulated(
-    tried: Iterable[tuple[Pins, Placement]],
-    way: Way,
-    costs_of: Callable[[], Costs],
-    visits: Sequence[Visit],
-    records: Mapping[str, Record],
-    profile: Profile,
-    best_s: float = math.inf,
-) -> list[Choice[Way]]:
-    """Those of `tried` that may be as fast as `best_s`, or not much slower, the fastest first."""
-    known = list(tried)
-    found: dict[int, Choice[Way]] = {}
-    with _uncollected():
-        least = [least_s(visits, records, placement, profile, costs_of()) for _, placement in known]
-        for index in sorted(range(len(known)), key=lambda index: least[index]):
-            if least[index] > best_s * (FAR if len(found) < ENOUGH else 1 - CLOSE):
-                break
-            own, placement = known[index]
-            simulation = simulate(visits, records, placement, profile, costs_of()).figures()
-            found[index] = Choice(way, own, placement, costs_of(), simulation)
-            best_s = min(best_s, simulation.step_s)
-    return [choice for _, choice in sorted(found.items(), key=lambda item: (item[1].step_s, item[0]))]
+    def _ways(self, shape: BatchShape) -> Iterator[Way]:
+        """What is tried, the fastest first: inputs go to the disk only if tiles would become too small otherwise.
 
+        A call that only reads has one large visit, of the head: there is nothing that freed memory has to fit into.
+        """
+        pins, computes_in = self.settings.pins, self.limits.computes_in
+        sizes = [wanted_tile_rows(shape, pins, computes_in, self.most_tile_tokens)]
+        while sizes[-1] > 1 and pins.tile_rows is None:
+            sizes.append(-(-sizes[-1] // 2))
+        near = list(dict.fromkeys((computes_in, Home.HOST)))
+        far = [Home.DISK] if self.settings.budgets.disks else []
+        if pins.inputs is not None:
+            near, far = [computes_in if pins.inputs == Home.DEVICE else Home(pins.inputs)], []
+        kept, with_memory = pins.kept_blocks or 0, self._with_memory
+        if computes_in is Home.HOST and is_stored(self.records):
+            yield with_memory(Way(sizes[0], near[0], kept, is_roomy=True), shape)
+        enough = [rows for rows in sizes if rows == sizes[0] or rows * shape.row_tokens >= FEWEST_TILE_TOKENS]
+        for some, homes in ((enough, near), (sizes, far), (sizes[len(enough) :], near)):
+            yield from (with_memory(Way(rows, home, kept), shape) for rows in some for home in homes)
 
-@contextmanager
-def _uncollected() -> Iterator[None]:
-    """Without the collector of cycles: a simulation makes none, but so many objects that all of the process is searched."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
-
-
-def waits(simulation: Simulation) -> bool:
-    """Whether computing waits so long that computing less at once may pay."""
-    return sum(simulation.stall_s.values()) > WORTH_A_CHANGE * simulation.step_s
-
-
-def prefer(own: list[Choice[Way]], others: list[Choice[Way]]) -> list[Choice[Way]]:
-    """All, the fastest first, but `own` first where the others are hardly faster."""
-    both = sorted([*own, *others], key=lambda choice: choice.step_s)
-    if others and others[0].step_s < own[0].step_s * (1 - WORTH_A_CHANGE):
-        return both
-    return [own[0], *(choice for choice in both if choice is not own[0])]
-
-
-def _placements(
-    place: Callable[[Pins], Placement], variants: Iterable[Pins], seen: set[Placement]
-) -> Iterator[tuple[Pins, Placement]]:
-    """The placements that differ from each other and those in `seen`, with pins that lead to them."""
-    for own in variants:
-        placement = _try(place, own)
-        if placement is not None and placement not in seen:
-            seen.add(placement)
-            yield own, placement
-
-
-def _slots(pins: Pins) -> Iterator[Pins]:
-    """`pins`, and with all numbers of slots that they leave open."""
-    yield pins
-    for weight_slots, gradient_slots in SLOTS:
-        yield replace(
-            pins,
-            weight_slots=pins.weight_slots or weight_slots,
-            gradient_slots=pins.gradient_slots or gradient_slots,
+    def _with_memory(self, way: Way, shape: BatchShape) -> Way:
+        """The way with what its activations take."""
+        kept = self.workload.last_layers(way.kept_blocks)
+        return replace(
+            way,
+            activations=memory_estimate.estimate(
+                self.workload, shape, way.tile_rows, self.limits.computes_in, way.inputs, kept
+            ),
         )
 
+    def _fit(self, way: Way, spare_bytes: int = 0) -> tuple[Way, Placement]:
+        """The way with the room it leaves, and a placement there. Raises BudgetError if it does not fit with `spare_bytes`
+        left."""
+        limits, needed = self.limits, way.activations
+        if way.is_roomy:
+            # Freed activations fit badly into one another; with room for a second visit, which is then all the slack there
+            # is, nothing has to be given back.
+            visit = needed[limits.computes_in, Purpose.VISIT]
+            needed += Ledger.of(limits.computes_in, freed=max(0, visit - limits.slack_bytes))
+        waiting, host_room = needed.total(Home.HOST, *WAITING), limits.room_bytes(Home.HOST)
+        if waiting + spare_bytes > host_room:
+            what = f"the inputs of blocks take {format_bytes(waiting)} of the host's memory"
+            raise BudgetError(
+                f"{what if waiting else 'nothing fits beside the process itself'}, "
+                f"the budget leaves {format_bytes(max(0, host_room))} for it"
+            )
+        rooms = {
+            home: max(0, limits.room_bytes(where) - needed.total(where) - spare_bytes)
+            for home, where in limits.memories.items()
+        }
+        way = replace(way, rooms=rooms)
+        return way, self._place(way, self.settings.pins)
 
-def _stays(place: Callable[[Pins], Placement], records: Mapping[str, Record], pins: Pins) -> Iterator[Pins]:
-    """The same with what stays in memory, where that is left open: of so many blocks, or, on a device, parts of all."""
-    num_blocks, whole = len(records), sum(record.num_bytes for record in records.values())
-    sizes = [whole * part // PARTS for part in range(PARTS)]
-    if pins.resident is not None or pins.resident_bytes is not None:
-        return
-    for own in list(_slots(pins))[1 : 1 + NUM_GRIDS]:
-        if _try(place, replace(own, resident=(0, 0, 0))) is None:
-            for num_bytes in sizes:
-                yield replace(own, resident_bytes=num_bytes)
+    def _fitting(self) -> list[tuple[Way, Placement]]:
+        """What fits: activations get memory first, then arenas. Raises BudgetError if nothing does."""
+        fitting: list[tuple[Way, Placement]] = []
+        error: BudgetError | None = None
+        shortage: DiskShortage | None = None
+        for way in self._ways(self.shape):
+            try:
+                fitting.append(self._fit(way))
+            except BudgetError as failure:
+                # With its frames it would hold, in a cycle, all that they hold: pages that are to be made smaller.
+                error = failure.with_traceback(None)
+                if isinstance(error, DiskShortage):
+                    shortage = shortage or error  # memory was enough
+        if fitting:
+            return fitting
+        if shortage is not None:
+            raise DiskShortage(shortage.message, hint=shortage.hint)
+        assert error is not None
+        raise self._too_large(error) from error
+
+    def _simplest(self, fitting: Sequence[tuple[Way, Placement]]) -> tuple[Way, Placement]:
+        """The largest tiles that fit, unless too few slots are then left for transfers beside computing."""
+        computes_in, pins = self.limits.computes_in, self.settings.pins
+        moves_for_slots = computes_in is Home.DEVICE and pins.inputs is None
+        cramped: tuple[Way, Placement] | None = None
+        for way, placement in fitting:
+            is_moving = way.inputs is not computes_in
+            if cramped is not None and not is_moving:
+                break
+            if is_moving or not moves_for_slots or placement.is_roomy(pins):
+                return way, placement
+            cramped = way, placement
+        assert cramped is not None
+        return cramped
+
+    # -- what is fastest -----------------------------------------------------------------------------------------
+
+    def fastest(self, ways: Iterable[Way], cost_model: CostModel) -> list[Choice]:
+        """All placements for these ways that are worth simulating, the fastest first."""
+        search = Search(
+            self.workload.visits,
+            {record.name: record for record in self.records},
+            cost_model,
+            self.settings.pins,
+            self._place,
+            has_home=self.settings.home is not None,
+        )
+        return [replace(choice, pins=self._exact_pins(choice)) for choice in search.choose(ways)]
+
+    def with_more(self, more_bytes: int, way: Way, cost_model: CostModel) -> list[Choice]:
+        """What could be chosen with `more_bytes` of the host's memory, the fastest first."""
+        rooms = {
+            home: num_bytes + more_bytes if self.limits.memories[home] is Home.HOST else num_bytes
+            for home, num_bytes in way.rooms.items()
+        }
+        return self.fastest([replace(way, rooms=rooms)], cost_model)
+
+    def _compared(self, way: Way, others: Sequence[Way], cost_model: CostModel) -> list[Choice]:
+        """All plans that are worth simulating, the fastest first: with more saved activations, and with smaller tiles.
+
+        Tiles that are too small are among them if larger ones cost traffic of inputs to the disk.
+        """
+        saving: list[Way] = []
+        if self.settings.pins.kept_blocks is None:
+            count = len(self.workload.activations)
+            for part in (count, 3 * count // 4, count // 2, count // 4):
+                with suppress(BudgetError):
+                    saving.append(self._fit(self._with_memory(replace(way, kept_blocks=part), self.shape))[0])
+        best = self.fastest([way, *saving], cost_model)
+        if waits(best[0].simulation):
+            tokens = self.shape.row_tokens
+            smaller = [
+                other
+                for other in others
+                if min(way.tile_rows, other.tile_rows) * tokens >= FEWEST_TILE_TOKENS
+            ]
+            if way.inputs is Home.DISK:
+                smaller += [other for other in others if other.inputs is not Home.DISK][:1]
+            best = prefer(best, self.fastest(smaller, cost_model))
+        return best
+
+    def _exact_pins(self, choice: Choice) -> Pins:
+        """Pins that lead to this choice and no other, whatever is known of the machine."""
+        pins, placement = choice.pins, choice.placement
+        weight_slots = max((each.count for each in placement.weight_classes), default=pins.weight_slots)
+        gradient_slots = max((each.count for each in placement.gradient_classes), default=pins.gradient_slots)
+        resident_bytes = pins.resident_bytes
+        if pins.resident is None:
+            resident_bytes = self._chosen_bytes(placement) + placement.pieces_bytes
+        return replace(
+            pins,
+            weight_slots=weight_slots,
+            gradient_slots=gradient_slots,
+            tile_rows=choice.way.tile_rows,
+            kept_blocks=choice.way.kept_blocks,
+            inputs=str(choice.way.inputs),
+            resident_bytes=resident_bytes,
+        )
+
+    def _chosen_bytes(self, placement: Placement) -> int:
+        """Bytes of the planes that stay where blocks compute, unless all do: without those that stay in any case."""
+        is_host = self.limits.computes_in is Home.HOST
+        forced = whole = 0
+        for record in self.records:
+            for group in GROUPS:
+                num_bytes = group_bytes(record, group)
+                whole += num_bytes
+                is_kept = record.name in placement.kept and (group is Group.WEIGHT or not is_host)
+                is_forced = is_kept or record.name in self.always_resident
+                if is_forced and placement.home(record.name, group) is Home.DEVICE:
+                    forced += num_bytes
+        return whole if placement.resident_bytes == whole else placement.resident_bytes - forced
+
+    # -- placing -------------------------------------------------------------------------------------------------
+
+    def _place(self, way: Way, pins: Pins) -> Placement:
+        """The placement that uses the room that a way leaves best.
+
+        If the rule's takes too much of the disk, on which a record lies whole: one with whole blocks in memory.
+        Raises BudgetError if none fits.
+        """
+        placement = self._place_anywhere(way, pins, self.settings.home)
+        try:
+            self.disk_bytes(placement, self.records)
+        except BudgetError:
+            is_apart = self.limits.computes_in is Home.DEVICE
+            if is_apart or self.settings.home is not None or pins.resident is not None:
+                raise
+            for count in range(len(self.records) if pins.resident_bytes is None else 0, 0, -1):
+                with suppress(BudgetError):
+                    return self._place(way, replace(pins, resident=(count, count, count)))
+            raise
+        return placement
+
+    def _place_anywhere(self, way: Way, pins: Pins, home: Home | None) -> Placement:
+        """The same, however much of the disk that takes."""
+        kept = self.workload.last_layers(way.kept_blocks)
+        placement = place(
+            self.records,
+            way.rooms,
+            home=home,
+            has_disk=self._can_stream,
+            always_resident=self.always_resident,
+            kept=kept,
+            idle=self.idle,
+            pins=pins,
+            commits=self.settings.commits > 0,
+        )
+        moved = way.activations[way.inputs, Purpose.INPUTS]
+        return replace(placement, kept=kept, inputs=way.inputs if moved else None, inputs_bytes=moved)
+
+    @property
+    def _can_stream(self) -> bool:
+        """Whether planes may be outside of memory: there is a disk, or nothing is ever written to one."""
+        return self.settings.budgets.disks != () or not is_stored(self.records)
+
+    # -- the error if nothing fits -------------------------------------------------------------------------------
+
+    def _too_large(self, error: BudgetError) -> BudgetError:
+        """What is short, and the smallest budgets that work."""
+        limits = self.limits
+        way, placement = self._least()
+        needed = (
+            limits.taken
+            + limits.spare
+            + way.activations
+            + placed(self.records, placement, limits.computes_in)
+        )
+        host, device = (_mib(needed.total(home) + HINT_MARGIN_BYTES) for home in (Home.HOST, Home.DEVICE))
+        activations = format_bytes(way.activations.total(limits.computes_in, *ACTIVATIONS))
+        if limits.device_bytes is None:
+            message = f"{format_bytes(limits.host_bytes)}: {error.message}; {limits.taken_text}"
+            message += f"activations take {activations}, "
+            message += f"{format_bytes(limits.spare.total(Home.HOST))} are kept free"
+            budgets = f'host="{host}"'
         else:
-            for weights in _parts(num_blocks):
-                for gradients in _parts(num_blocks):
-                    yield _filled(place, num_blocks, own, (weights, gradients, 0))
+            message = (
+                f"{format_bytes(limits.device_bytes)} of the device and "
+                f"{format_bytes(limits.host_bytes)} of the host: {error.message}; "
+                f"activations take {activations} of the device"
+            )
+            budgets = f'device="{device}" with host="{host}"'
+        hint = (
+            f"{budgets}{self._with_disk(placement)} works with this batch{self._fewer_rows()}{self._pinned()}"
+        )
+        return BudgetError(
+            f"the model does not fit into {message}",
+            hint=hint if self._can_stream else f'{hint}; or give a folder on an SSD with disk="..."',
+        )
 
+    def _least(self) -> tuple[Way, Placement]:
+        """The way and the placement that take the least memory."""
+        ways = [*self._ways(self.shape)]
+        way = min(reversed(ways), key=lambda each: sum(map(each.activations.total, (Home.DEVICE, Home.HOST))))
+        pins, home = self.settings.pins, self.settings.home
+        if home is None and pins.resident is None:
+            home = Home.DISK if self._can_stream else Home.HOST
+        slots = replace(
+            pins,
+            weight_slots=pins.weight_slots or 1,
+            gradient_slots=pins.gradient_slots or 1,
+            resident_bytes=0,
+        )
+        return way, self._place_anywhere(
+            replace(way, rooms=dict.fromkeys(self.limits.memories, 1 << 60)), slots, home
+        )
 
-def _parts(count: int) -> list[int]:
-    return sorted({round(count * part / PARTS) for part in range(PARTS + 1)})
-
-
-def _filled(
-    place: Callable[[Pins], Placement], num_blocks: int, pins: Pins, counts: tuple[int, int, int]
-) -> Pins:
-    """`pins` with as much in memory as there is room for beside `counts`: state first, which is what they leave out."""
-    own = replace(pins, resident=counts)
-    if _try(place, own) is None:
-        return own
-    for index in (2, 0, 1):
-        fits, least = counts[index], counts[index]
-        most = num_blocks
-        if _try(place, replace(pins, resident=_with(counts, index, min(fits + 1, most)))) is None:
-            continue
-        while least <= most:
-            middle = (least + most + 1) // 2
-            trial = _with(counts, index, middle)
-            if _try(place, replace(pins, resident=trial)) is None:
-                most = middle - 1
+    def _fewer_rows(self) -> str:
+        """The largest batch that fits, of fewer rows, as a part of a hint."""
+        most, too_many = 0, self.shape.rows or 1
+        while too_many - most > 1:
+            rows = (most + too_many) // 2
+            if self.fits(rows):
+                most = rows
             else:
-                fits, least = middle, middle + 1
-        counts = _with(counts, index, fits)
-    return replace(pins, resident=counts)
+                too_many = rows
+        return f"; or a batch of {most} instead of {self.shape.rows}" if most else ""
+
+    def _with_disk(self, placement: Placement) -> str:
+        """What a hint says of the disk, if less was given than the placement that it names takes."""
+        try:
+            self.disk_bytes(placement, self.records)
+        except BudgetError as error:
+            return f" with {(error.hint or '').removesuffix(' works')}"
+        return ""
+
+    def _pinned(self) -> str:
+        """The pins that take memory, as the end of a hint."""
+        pins = self.settings.pins
+        values = ((name, getattr(pins, name)) for name in ("weight_slots", "gradient_slots", "resident"))
+        named = [f"{name}={value}" for name, value in values if value is not None]
+        return f"; or pin less than {', '.join(named)}" if named else ""
 
 
-def _try(place: Callable[[Pins], Placement], pins: Pins) -> Placement | None:
-    try:
-        return place(pins)
-    except BudgetError:
-        return None
-
-
-def _with(counts: tuple[int, int, int], index: int, count: int) -> tuple[int, int, int]:
-    weights, gradients, state = (count if at == index else each for at, each in enumerate(counts))
-    return weights, gradients, state
+def _mib(num_bytes: int) -> str:
+    return f"{-(-num_bytes // (1 << 20))}MiB"

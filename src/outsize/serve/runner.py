@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from outsize.config import format_bytes, parse_bytes
+from outsize.config import Home, format_bytes, parse_bytes
 from outsize.engine.preview import Call
 from outsize.engine.runtime import Runtime, find_runtime
 from outsize.errors import BudgetError, ConfigError
@@ -31,6 +31,7 @@ from outsize.kv import (
     probe,
     switched,
 )
+from outsize.plan.ledger import Ledger
 from outsize.serve.fixed import TILE_ROWS, FixedTiles
 from outsize.store import memory
 
@@ -142,6 +143,7 @@ class Runner:
             self.kv = self._made(num_pages)
             return
         self.kv = self._made(num_pages)
+        self._reserve(num_pages)
         try:
             self._settle(runtime, self.kv)
         except BudgetError:
@@ -151,11 +153,17 @@ class Runner:
     def stand_in(self, num_pages: int) -> PagedKV:
         """Few pages that stand for `num_pages`, whose memory the budget reserves: a dry run writes them all alike."""
         assert self._runtime is not None
-        self._runtime.budget.reserved_bytes = num_pages * self.page_bytes
+        self._reserve(num_pages)
         pages = self._made(2)
         pages.num_pages = num_pages
         pages.most_pages = min(num_pages, pages_for(self.pageable.most_positions))
         return pages
+
+    def _reserve(self, num_pages: int) -> None:
+        """Enter pages into the ledger of the model's memory."""
+        if self._runtime is not None:
+            home = Home.HOST if self._runtime.model.device.is_host else Home.DEVICE
+            self._runtime.budget.reserved = Ledger.of(home, kv=num_pages * self.page_bytes)
 
     def _made(self, num_pages: int) -> PagedKV:
         """Pages on the device. Raises BudgetError."""
@@ -304,7 +312,7 @@ class Runner:
 def _check_beside(runtime: Runtime, num_bytes: int) -> None:
     """Raise BudgetError where pages do not fit beside a model that has its place already."""
     budget = runtime.budget
-    room = budget.limits.host_bytes - budget.expected_bytes()
+    room = budget.limits.host_bytes - budget.expected_bytes
     if runtime.model.device.is_host and num_bytes > room:
         raise BudgetError(
             f"the KV cache takes {format_bytes(num_bytes)}, {format_bytes(max(0, room))} are left beside the model, which "

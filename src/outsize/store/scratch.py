@@ -6,7 +6,7 @@ from pathlib import Path
 
 from outsize.config import DiskBudget, Home, Settings, cache_folder, cache_limit, format_bytes
 from outsize.plan import Placement
-from outsize.plan.candidates import DiskShortage
+from outsize.plan.planner import DiskShortage
 from outsize.tier import DiskTier, StripedTier, Tier
 from outsize.tier.striped import part_bytes
 
