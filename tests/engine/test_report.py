@@ -42,7 +42,7 @@ def test_rows_are_the_bytes_of_the_model(home, dtype, tmp_path):
     assert parameters <= figures[home, "optimizer state"] / per_parameter <= 1.7 * parameters
     assert report.state_bytes == sum(figures.values()) and len(figures) == 3
     in_arena = sum(n for (tier, _), n in figures.items() if tier == "host")
-    buffers = sum(row.num_bytes for row in report.rows if row.what == "slots and buffers")
+    buffers = sum(row.num_bytes for row in report.rows if row.what in ("slots", "buffers"))
     assert in_arena + buffers == arena_of(model).in_use_bytes
     assert max(resident) <= report.host_peak_bytes <= memory.peak_bytes()
     assert report.host_budget_bytes == budget_of(model).limits.host_bytes > max(resident)
@@ -77,7 +77,7 @@ def test_a_preview_is_what_the_run_will_be(home, folder):
     optimizer = outsize.AdamW(model)
     train(model, [ZOO["llama"].batch(rows=3, length=12)], optimizer)
     report = outsize.report(model)
-    names = ("weights", "gradients", "optimizer state", "slots and buffers")
+    names = ("weights", "gradients", "optimizer state", "slots", "buffers")
     assert tiers(preview.rows, *names) == tiers(report.rows, *names)
     assert preview.num_parameters == report.num_parameters
     assert preview.num_blocks == len(records_of(model))

@@ -34,7 +34,8 @@ def test_a_table_has_a_row_for_each_line_by_home_and_purpose():
     rows = [(row.tier, row.what, row.num_bytes) for row in ledger.rows()]
     assert rows == [
         ("device", "slots", 32),
-        ("host", "slots and buffers", 9),
+        ("host", "slots", 8),
+        ("host", "buffers", 1),
         ("host", "activations (most)", 18),
         ("host", "Python and libraries", 4),
         ("disk", "optimizer state", 1 << 30),

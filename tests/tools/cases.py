@@ -31,8 +31,14 @@ PROCESS_BYTES = 1 << 30
 """What the process is said to have, so that a budget leaves the same wherever and whenever it is asked for."""
 
 FREE_BYTES = 64 << 30
-LEDGER_ROWS = ("device Python and libraries", "disk places of planes in memory, and commits")
-"""Rows of the report that checkouts before the ledger do not have."""
+LEDGER_ROWS = (
+    "device Python and libraries:",
+    "disk places of planes in memory, and commits:",
+    "host slots:",
+    "host buffers:",
+    "host slots and buffers:",
+)
+"""Rows of the report that checkouts before the ledger do not have, or one in the place of two."""
 
 SLACK_BYTES = (96 << 20) + (12 << 20)
 """What a budget leaves for what is not planned, and for reading checkpoints."""

@@ -92,16 +92,22 @@ class Budget:
         return taken if self._way is None else taken + self._way.activations + self._placed
 
     @property
-    def expected(self) -> Ledger:
-        """What the process will have had at most: beside what is placed, freed memory that is kept where there is room."""
+    def expected_bytes(self) -> int:
+        """The most host memory that the process will have had: freed memory that is kept, where there is room, and slack
+        come on top of the ledger."""
+        freed = self._freed_bytes()
+        expected = self.ledger + Ledger.of(Home.HOST, freed=freed, slack=UNPLANNED_BYTES)
+        return min(expected.total(Home.HOST), self.limits.host_bytes)
+
+    def _freed_bytes(self) -> int:
+        """Freed memory of a visit that is kept for the next, where there is room for two."""
         assert self._way is not None
-        freed = self._way.activations[Home.HOST, Purpose.VISIT] if self._way.is_roomy else 0
-        return self.ledger + Ledger.of(Home.HOST, freed=freed, slack=UNPLANNED_BYTES)
+        return self._way.activations[Home.HOST, Purpose.VISIT] if self._way.is_roomy else 0
 
     @property
-    def expected_bytes(self) -> int:
-        """Bytes of the host's memory that the process will have had at most."""
-        return min(self.expected.total(Home.HOST), self.limits.host_bytes)
+    def records(self) -> Sequence[Record]:
+        """The records that were placed; none before."""
+        return self._planner.records if self._planner is not None else ()
 
     def change_settings(self, settings: Settings) -> None:
         """Place what comes by other settings."""
@@ -123,20 +129,18 @@ class Budget:
         self.use(self._planned)
         self._ceiling = memory.Ceiling(self.limits.host_bytes - self.limits.slack_bytes // 4)
         if self._way.is_roomy:
-            freed = max(self._way.activations[Home.HOST, Purpose.VISIT], LEAST_FREED_BYTES)
-            expected = self.ledger.total(Home.HOST) + freed
+            expected = self.ledger.total(Home.HOST) + max(self._freed_bytes(), LEAST_FREED_BYTES)
             self._ceiling.expected_bytes = min(expected, self._ceiling.limit_bytes)
         return self._planned
 
     def use(self, placement: Placement | None) -> None:
         """Account for `placement` from now on, which may differ from the plan; None: nothing is placed any more."""
         self.placement, self._placed = placement, Ledger()
-        if placement is None or self._planner is None:
+        if placement is None:
             self._way = None
             return
-        records = self._planner.records
-        self._placed = placed(records, placement, self.limits.computes_in)
-        store_bytes = _disk_bytes(self._settings, placement, records)
+        self._placed = placed(self.records, placement, self.limits.computes_in)
+        store_bytes = _disk_bytes(self._settings, placement, self.records)
         if placement.inputs is Home.DISK:
             store_bytes -= placement.inputs_bytes
         self._placed += Ledger.of(Home.DISK, spare=store_bytes - self._placed.total(Home.DISK))
@@ -193,13 +197,10 @@ class Budget:
 
         Raises BudgetError where not even the smallest is.
         """
-        assert self.placement is not None and self._planned is not None
+        assert self.placement is not None
         computes_in, pins = self.limits.computes_in, self._settings.pins
         arenas = self._placed.total(computes_in) + self.ledger.total(computes_in, *WAITING)
-        arenas -= (
-            self.placement.pieces_bytes - self._planned.pieces_bytes
-        )  # kept since, in memory that was left
-        room = self.limits.room_bytes(computes_in) - arenas
+        room = self.limits.room_bytes(computes_in) - (arenas - self._extra_bytes)
         tile_rows = wanted_tile_rows(shape, pins, computes_in, self._most_tile_tokens)
         inputs, kept = self.placement.inputs or computes_in, self.placement.kept
 
@@ -226,7 +227,13 @@ class Budget:
         self.call_bytes = num_bytes
         return tile_rows
 
-    def with_what_is_left(self, records: Sequence[Record], needed_bytes: int) -> Placement | None:
+    @property
+    def _extra_bytes(self) -> int:
+        """Single entries that were kept since the plan was made, in memory that it left."""
+        assert self.placement is not None and self._planned is not None
+        return self.placement.pieces_bytes - self._planned.pieces_bytes
+
+    def with_what_is_left(self, needed_bytes: int) -> Placement | None:
         """The placement for a call that takes `needed_bytes`: with more single entries of streamed blocks in memory where
         the process leaves some unused, with fewer where it would not suffice; None where nothing changes.
 
@@ -235,14 +242,19 @@ class Budget:
         assert self.placement is not None and self._planned is not None and self._planner is not None
         pins = self._settings.pins
         is_pinned = pins.resident is not None or pins.resident_bytes is not None
-        if not self._device.is_host or is_stored(records) or is_pinned or self._settings.home is not None:
+        if (
+            not self._device.is_host
+            or is_stored(self.records)
+            or is_pinned
+            or self._settings.home is not None
+        ):
             return None
         left = self.limits.host_bytes - self.limits.slack_bytes // 2 - needed_bytes - memory.resident_bytes()
         if left >= WORTH_FILLING_BYTES:
-            placement = with_pieces(self.placement, records, left, self._planner.idle)
+            placement = with_pieces(self.placement, self.records, left, self._planner.idle)
         elif left < 0:
-            extra = self.placement.pieces_bytes - self._planned.pieces_bytes
-            placement = with_pieces(self._planned, records, max(0, extra + left), self._planner.idle)
+            num_bytes = max(0, self._extra_bytes + left)
+            placement = with_pieces(self._planned, self.records, num_bytes, self._planner.idle)
         else:
             return None
         changed = placement if placement.pieces != self.placement.pieces else None

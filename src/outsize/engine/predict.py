@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
-from outsize.block import Record
 from outsize.config import Home, format_bytes
 from outsize.engine.runtime import Runtime, runtime_of
 from outsize.errors import UsageError
-from outsize.plan import Placement
 from outsize.plan.lower import Costs
 from outsize.plan.profile import WORDS, Profile, Resource
-from outsize.plan.search import Choice, CostModel
+from outsize.plan.search import Choice
 from outsize.plan.simulate import Simulation, simulate
 from outsize.plan.timeline import Timeline
 from outsize.plan.workload import BatchShape, Workload
@@ -32,6 +29,10 @@ SLOWEST = 16.0
 
 WORTH_SAYING = 1.05
 """A remedy that makes a step faster by less is not named."""
+
+
+_PINS = ("tile_rows", "kept_blocks", "inputs", "weight_slots", "gradient_slots", "resident", "resident_bytes")
+"""Of a plan, in the order in which they are printed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +96,7 @@ class Prediction:
     @property
     def bytes_written(self) -> int:
         """To the disk, per step."""
-        return self.simulation.bytes_moved.get(Resource.WRITE, 0)
+        return _written(self.simulation)
 
     def timeline(self) -> Timeline:
         """The step in time; memory is what each tier has at most."""
@@ -146,80 +147,69 @@ def predict(model: nn.Module, profile: Profile, *, commit_every: int = 0) -> Pre
     gradients on.
     """
     runtime = runtime_of(model)
-    call, executor, placement = (
-        runtime.visits.call.last_training,
-        runtime.backing.executor,
-        runtime.budget.placement,
-    )
-    if call is None or executor is None or placement is None:
+    call = runtime.visits.call.last_training
+    if call is None or runtime.backing.executor is None:
         raise UsageError(
             "a prediction needs the shape of a batch",
             hint="call the model once with gradients on, then predict",
         )
-    records = [state.record for state in executor.store]
     memory.give_back()  # what is timed takes a visit's memory, and leaves none behind
     try:
         with torch.enable_grad():
-            cost_model = runtime.setup.cost_model(profile, call.workload, call.shape, records)
-            return predict_call(
-                runtime,
-                call.workload,
-                call.shape,
-                call.tile_rows,
-                records,
-                placement,
-                cost_model,
-                commit_every,
-            )
+            return predict_call(runtime, (call.workload, call.shape), call.tile_rows, commit_every, profile)
     finally:
         memory.give_back()
 
 
 def predict_call(
     runtime: Runtime,
-    workload: Workload,
-    shape: BatchShape,
+    call: tuple[Workload, BatchShape],
     tile_rows: int,
-    records: Sequence[Record],
-    placement: Placement,
-    cost_model: CostModel,
     commit_every: int = 0,
+    profile: Profile | None = None,
 ) -> Prediction:
-    """Simulate steps of such calls, with blocks timed where they were not yet."""
-    profile = cost_model.profile
+    """Simulate steps of such calls as they are placed, with blocks timed where they were not yet.
+
+    Without gradients all rows of a call are computed at once, as with a cache. `profile`: by default the one that the model
+    was opened with.
+    """
+    (workload, shape), budget, setup = call, runtime.budget, runtime.setup
+    profile, placement = profile or setup.profile, budget.placement
+    assert profile is not None and placement is not None
+    cost_model = setup.cost_model(profile, workload, shape, budget.records)
+    if not torch.is_grad_enabled():
+        cost_model = cost_model.uncut(shape.rows or 1)
     costs = cost_model.costs(tile_rows)
-    by_name = {record.name: record for record in records}
-    plain = simulate(workload.visits, by_name, placement, profile, costs)
-    committed = plain
-    if commit_every:
-        committed = simulate(workload.visits, by_name, placement, profile, costs, commits=True)
-    simulation = committed if commit_every == 1 else plain
-    num_tokens = (shape.rows or 1) * shape.row_tokens
+    by_name = {record.name: record for record in budget.records}
+    is_each = commit_every == 1
 
-    def step_with(other: Profile, own: Costs = costs) -> float:
-        return simulate(workload.visits, by_name, placement, other, own, commits=commit_every == 1).step_s
+    def step(profile: Profile, costs: Costs = costs, commits: bool = is_each) -> Simulation:
+        return simulate(workload.visits, by_name, placement, profile, costs, commits=commits)
 
-    remedies = _remedies(profile, costs, step_with)
-    budget = runtime.budget
-    if placement.disk_bytes and runtime.setup.settings.home is None:
+    plain = step(profile, commits=False)
+    committed = step(profile, commits=True) if commit_every else plain
+    simulation = committed if is_each else plain
+    remedies = {what: step(*changed).step_s for what, changed in _remedies(profile, costs).items()}
+    if placement.disk_bytes and setup.settings.home is None:
         more = max(1 << 30, budget.limits.host_bytes // 4)
-        larger = budget.choices_with(more, cost_model)
-        remedies[f"{format_bytes(more)} more memory"] = larger[0].step_s
+        remedies[f"{format_bytes(more)} more memory"] = budget.choices_with(more, cost_model)[0].step_s
     found = [Remedy(what, simulation.step_s / step_s) for what, step_s in remedies.items()]
+    fast = step(profile.at_the_end(fast=True), costs.scaled(1 / (1 + costs.spread)))
+    slow = step(profile.at_the_end(fast=False), costs.scaled(1 + costs.spread))
     return Prediction(
-        simulation.step_s,
-        num_tokens,
-        budget.expected_bytes,
-        simulation,
-        costs,
-        profile.disk_endurance_bytes,
-        tuple(sorted((r for r in found if r.speedup >= WORTH_SAYING), key=lambda r: -r.speedup)),
-        budget.ledger.total(Home.DEVICE),
-        commit_every,
-        committed.step_s - plain.step_s,
-        committed.bytes_moved.get(Resource.WRITE, 0) - plain.bytes_moved.get(Resource.WRITE, 0),
-        step_with(profile.at_the_end(fast=True), costs.scaled(1 / (1 + costs.spread))) * (1 - MODEL_SPREAD),
-        step_with(profile.at_the_end(fast=False), costs.scaled(1 + costs.spread)) * (1 + MODEL_SPREAD),
+        step_s=simulation.step_s,
+        num_tokens=(shape.rows or 1) * shape.row_tokens,
+        host_bytes=budget.expected_bytes,
+        simulation=simulation,
+        costs=costs,
+        disk_endurance_bytes=profile.disk_endurance_bytes,
+        remedies=tuple(sorted((r for r in found if r.speedup >= WORTH_SAYING), key=lambda r: -r.speedup)),
+        device_bytes=budget.ledger.total(Home.DEVICE),
+        commit_every=commit_every,
+        commit_s=committed.step_s - plain.step_s,
+        commit_bytes=_written(committed) - _written(plain),
+        least_s=fast.step_s * (1 - MODEL_SPREAD),
+        most_s=slow.step_s * (1 + MODEL_SPREAD),
     )
 
 
@@ -272,28 +262,23 @@ def advise(model: nn.Module, profile: Profile, step_s: float, stalled_s: float) 
 
 def pins_text(choice: Choice) -> str:
     """The options of the command line that choose a plan."""
-    pins = choice.pins
-    values = {
-        "tile_rows": pins.tile_rows,
-        "kept_blocks": pins.kept_blocks,
-        "inputs": pins.inputs,
-        "weight_slots": pins.weight_slots,
-        "gradient_slots": pins.gradient_slots,
-        "resident": None if pins.resident is None else ",".join(map(str, pins.resident)),
-        "resident_bytes": pins.resident_bytes,
-    }
+    values = {name: getattr(choice.pins, name) for name in _PINS}
+    if choice.pins.resident is not None:
+        values["resident"] = ",".join(map(str, choice.pins.resident))
     return " ".join(f"--pin {name}={value}" for name, value in values.items() if value is not None)
 
 
-def _remedies(profile: Profile, costs: Costs, step_with: Callable[..., float]) -> dict[str, float]:
-    """Steps with twice of each thing that could be bought, in seconds."""
+def _remedies(profile: Profile, costs: Costs) -> dict[str, tuple[Profile, Costs]]:
+    """The machine, and what computing costs on it, with twice of each thing that could be bought."""
     halved = costs.scaled(0.5)
     disks = replace(profile, disk_read=2 * profile.disk_read, disk_write=2 * profile.disk_write)
-    found = {"a second disk": step_with(disks)}
+    found = {"a second disk": (disks, costs)}
     if profile.up is None or profile.down is None:
         faster = replace(profile, update=2 * profile.update, host_copy=2 * profile.host_copy)
-        found["a processor twice as fast"] = step_with(faster, halved)
-    else:
-        found["a device twice as fast"] = step_with(profile, halved)
-        found["a link twice as fast"] = step_with(replace(profile, up=2 * profile.up, down=2 * profile.down))
-    return found
+        return found | {"a processor twice as fast": (faster, halved)}
+    link = replace(profile, up=2 * profile.up, down=2 * profile.down)
+    return found | {"a device twice as fast": (profile, halved), "a link twice as fast": (link, costs)}
+
+
+def _written(simulation: Simulation) -> int:
+    return simulation.bytes_moved.get(Resource.WRITE, 0)

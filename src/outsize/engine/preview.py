@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Unpack
 
 import torch
 from torch import nn
 
-from outsize.block import Record
 from outsize.config import ComputeType, Home, Settings, format_bytes
 from outsize.engine.api import (
     Options,
@@ -39,7 +39,7 @@ from outsize.model import (
     stored_weights,
 )
 from outsize.optim import ADAMW
-from outsize.plan import Placement, SlotClass
+from outsize.plan import Placement
 from outsize.plan.profile import Profile
 from outsize.plan.search import Choice
 from outsize.plan.workload import BatchShape, Workload
@@ -151,45 +151,33 @@ def _check(module: nn.Module, seq_len: int, train: bool) -> None:
 
 def _summary(runtime: Runtime, batch_size: int, seq_len: int, passes: Passes | None) -> PlanSummary:
     """The plan for training, or, without gradients, for generating."""
-    budget, profile = runtime.budget, runtime.setup.profile
-    num_parameters = sum(parameter.numel() for parameter in runtime.model.parameters.values())
+    budget, model, reason = runtime.budget, runtime.model, ""
     try:
-        records, placement, (workload, shape), cached = _decided(runtime, batch_size, seq_len, passes)
+        largest, decoding = _decided(runtime, batch_size, seq_len, passes)
     except BudgetError as error:
-        return PlanSummary(
-            fits=False,
-            reason=f"{error}{_shorter(runtime, batch_size, seq_len, passes)}",
-            rows=(),
-            slots=(),
-            num_parameters=num_parameters,
-            num_blocks=len(runtime.model.cut.blocks),
-            host_budget_bytes=budget.limits.host_bytes,
-            host_bytes=0,
-            disk_bytes=0,
-            device_budget_bytes=budget.limits.device_bytes or 0,
-        )
-    prediction = None
-    if profile is not None:
-        tile_rows = budget.begin_call(workload, shape)
-        timed = cached or (workload, shape)
-        cost_model = runtime.setup.cost_model(profile, *timed, records)
-        if cached is not None:
-            cost_model = cost_model.uncut(cached[1].rows or 1)
-        prediction = predict_call(runtime, *timed, tile_rows, records, placement, cost_model)
-    return PlanSummary(
-        fits=True,
-        reason="",
-        rows=budget.ledger.rows(),
-        slots=_slots(placement),
-        compiled=tuple(runtime.visits.compiler.compiled),
-        attention=attention_of(runtime.model.module),
-        num_parameters=num_parameters,
-        num_blocks=len(records),
+        reason = f"{error}{_shorter(runtime, batch_size, seq_len, passes)}"
+    summary = PlanSummary(
+        fits=not reason,
+        reason=reason,
+        num_parameters=sum(parameter.numel() for parameter in model.parameters.values()),
+        num_blocks=len(model.cut.blocks),
         host_budget_bytes=budget.limits.host_bytes,
-        host_bytes=budget.ledger.total(Home.HOST),
-        disk_bytes=budget.ledger.total(Home.DISK),
         device_budget_bytes=budget.limits.device_bytes or 0,
-        device_bytes=budget.ledger.total(Home.DEVICE),
+    )
+    if budget.placement is None:
+        return summary
+    prediction, ledger = None, budget.ledger
+    if runtime.setup.profile is not None:
+        prediction = predict_call(runtime, decoding or largest, budget.begin_call(*largest))
+    return replace(
+        summary,
+        rows=ledger.rows(),
+        slots=_slots(budget.placement),
+        compiled=tuple(runtime.visits.compiler.compiled),
+        attention=attention_of(model.module),
+        host_bytes=ledger.total(Home.HOST),
+        disk_bytes=ledger.total(Home.DISK),
+        device_bytes=ledger.total(Home.DEVICE),
         disk_budget_bytes=_disk_budget(runtime.setup.settings),
         prediction=prediction,
         alternatives=_alternatives(budget.choices),
@@ -199,30 +187,34 @@ def _summary(runtime: Runtime, batch_size: int, seq_len: int, passes: Passes | N
 
 def _decided(
     runtime: Runtime, batch_size: int, seq_len: int, passes: Passes | None
-) -> tuple[list[Record], Placement, Call, Call | None]:
-    """Records and their placement, the call that memory is laid out for, and, for generating, the one that is to be fast:
-    a token of each sequence. Raises BudgetError."""
-    if torch.is_grad_enabled():
-        largest = _dry_run(runtime, batch_size, seq_len)
-        return *runtime.setup.decide(*largest), largest, None
+) -> tuple[Call, Call | None]:
+    """Place for the largest call there is memory for. Raises BudgetError."""
     error: BudgetError | None = None
-    for largest, decoding in _generating(runtime, batch_size, seq_len, passes):
+    for largest, decoding in _calls(runtime, batch_size, seq_len, passes):
         try:
-            return *runtime.setup.decide(*largest, decoding), largest, decoding
+            runtime.setup.decide(*largest, decoding)
         except BudgetError as failure:
             error = failure.with_traceback(None)
+        else:
+            return largest, decoding
     assert error is not None
     raise error
 
 
-def _generating(
+def _calls(
     runtime: Runtime, batch_size: int, seq_len: int, passes: Passes | None
-) -> Iterator[tuple[Call, Call]]:
-    """Ways to generate, each the largest call and that of a token of each sequence; those first that serve more at once."""
-    found = passes(runtime, batch_size, seq_len) if passes is not None else None
-    if found is None:
-        return iter([(_dry_run(runtime, batch_size, seq_len), _dry_run(runtime, batch_size, 1))])
-    return found
+) -> Iterator[tuple[Call, Call | None]]:
+    """The call that memory is laid out for and, for generating, the one that is to be fast: a token of each sequence.
+
+    Passes of an engine come with fewer and fewer pages: those first that serve more at once.
+    """
+    largest = partial(_dry_run, runtime, batch_size, seq_len)
+    if torch.is_grad_enabled():
+        yield largest(), None
+    elif passes is None or (found := passes(runtime, batch_size, seq_len)) is None:
+        yield largest(), _dry_run(runtime, batch_size, 1)
+    else:
+        yield from found
 
 
 def _disk_budget(settings: Settings) -> int:
@@ -234,14 +226,8 @@ def _disk_budget(settings: Settings) -> int:
 def _shorter(runtime: Runtime, batch_size: int, seq_len: int, passes: Passes | None) -> str:
     """The longest of some shorter sequences that fits, as a part of a hint."""
     for length in (seq_len * 3 // 4, seq_len // 2, seq_len // 4, seq_len // 8):
-        if length < LEAST_LENGTH:
-            break
-        if torch.is_grad_enabled():
-            fits = runtime.setup.fits(*_dry_run(runtime, batch_size, length))
-        else:
-            ways = _generating(runtime, batch_size, length, passes)
-            fits = any(runtime.setup.fits(*largest) for largest, _ in ways)
-        if fits:
+        calls = _calls(runtime, batch_size, length, passes) if length >= LEAST_LENGTH else ()
+        if any(runtime.setup.fits(*largest) for largest, _ in calls):
             return f"; or sequences of {length}"
     return ""
 
@@ -292,24 +278,25 @@ def _alternatives(choices: Sequence[Choice]) -> tuple[Alternative, ...]:
 
 
 def _slots(placement: Placement) -> tuple[str, ...]:
-    def describe(what: str, group: SlotClass) -> str:
-        slots = (
-            f"{group.count} {what} slot{'s' if group.count != 1 else ''} of {format_bytes(group.slot_bytes)}"
-        )
-        return f"{slots} for {len(group.blocks)} block{'s' if len(group.blocks) != 1 else ''}"
-
-    lines = [describe("weight", group) for group in placement.weight_classes]
-    lines += [describe("gradient", group) for group in placement.gradient_classes]
+    """The slots and buffers that planes pass through, each kind as a line."""
+    classes = [("weight slot", group) for group in placement.weight_classes]
+    classes += [("gradient slot", group) for group in placement.gradient_classes]
+    lines = [
+        f"{_counted(group.count, what)} of {format_bytes(group.slot_bytes)} for {_counted(len(group.blocks), 'block')}"
+        for what, group in classes
+    ]
     if placement.kept:
         lines.append(f"{len(placement.kept)} blocks keep their activations, and compute them once")
-    if placement.chunk_buffers:
-        lines.append(f"{placement.chunk_buffers} chunk buffers of {format_bytes(placement.chunk_bytes)}")
-    if placement.bounce_buffers:
-        lines.append(
-            f"{placement.bounce_buffers} buffers of {format_bytes(placement.bounce_bytes)} between disk and device"
-        )
-    if placement.staging_buffers:
-        lines.append(
-            f"{placement.staging_buffers} buffers of {format_bytes(placement.staging_bytes)} for the first reading"
-        )
+    buffers = (
+        (placement.chunk_buffers, "chunk buffers", placement.chunk_bytes, ""),
+        (placement.bounce_buffers, "buffers", placement.bounce_bytes, " between disk and device"),
+        (placement.staging_buffers, "buffers", placement.staging_bytes, " for the first reading"),
+    )
+    lines += [
+        f"{count} {what} of {format_bytes(size)}{where}" for count, what, size, where in buffers if count
+    ]
     return tuple(lines)
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}{'s' if count != 1 else ''}"

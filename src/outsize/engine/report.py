@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -64,10 +64,7 @@ class Report:
             f"read {format_bytes(self.bytes_read)}, wrote {format_bytes(self.bytes_written)}; "
             f"waited {sum(self.wait_s.values()):.1f} s"
         )
-        if self.attention is not None:
-            lines.append(f"attention: {self.attention}")
-        if self.compiled:
-            lines.append(f"compiled: {', '.join(self.compiled)}")
+        lines += how_it_computes(self.attention, self.compiled)
         if self.stepped_down:
             lines.append(f"the device ran out of memory: {'; '.join(self.stepped_down)}")
         lines += [f"layers compute the whole batch at once: {reason}" for reason in self.uncut]
@@ -76,6 +73,12 @@ class Report:
                 "visits that no plan foresaw (right, but not overlapped): " + ", ".join(self.off_plan[:8])
             )
         return "\n".join(lines)
+
+
+def how_it_computes(attention: str | None, compiled: Sequence[str]) -> list[str]:
+    """Lines that say what attention is computed with, and which classes of layers run compiled."""
+    values = {"attention": attention, "compiled": ", ".join(compiled)}
+    return [f"{name}: {value}" for name, value in values.items() if value]
 
 
 def report(model: nn.Module) -> Report:

@@ -279,7 +279,7 @@ class Setup:
     def use_what_is_left(self, needed_bytes: int) -> None:
         """Keep as many weights in memory as a call that takes `needed_bytes` leaves room for."""
         store = self._backing.store
-        placement = self._budget.with_what_is_left([state.record for state in store], needed_bytes)
+        placement = self._budget.with_what_is_left(needed_bytes)
         if placement is not None:
             store.weights.keep_pieces(placement)
 

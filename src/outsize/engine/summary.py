@@ -9,6 +9,7 @@ from typing import Any
 
 from outsize.config import format_bytes
 from outsize.engine.predict import Prediction
+from outsize.engine.report import how_it_computes
 from outsize.plan.ledger import Row
 
 WIDTH = 40
@@ -32,13 +33,13 @@ class PlanSummary:
 
     fits: bool
     reason: str
-    rows: tuple[Row, ...]
-    slots: tuple[str, ...]
-    num_parameters: int
-    num_blocks: int
-    host_budget_bytes: int
-    host_bytes: int
-    disk_bytes: int
+    rows: tuple[Row, ...] = ()
+    slots: tuple[str, ...] = ()
+    num_parameters: int = 0
+    num_blocks: int = 0
+    host_budget_bytes: int = 0
+    host_bytes: int = 0
+    disk_bytes: int = 0
     device_budget_bytes: int = 0
     device_bytes: int = 0
     disk_budget_bytes: int = 0
@@ -62,46 +63,34 @@ class PlanSummary:
             lines.append("the folder has no weights: this plan is made from config.json alone")
         if not self.fits:
             return "\n".join([*lines, f"does not fit: {self.reason}"])
-        lines += ["", *self._drawn(), ""]
-        lines += list(self.slots)
-        if self.attention is not None:
-            lines.append(f"attention: {self.attention}")
-        if self.compiled:
-            lines.append(f"compiled: {', '.join(self.compiled)}")
-        lines.append(
-            "fits: "
-            + (
-                f"{format_bytes(self.device_bytes)} of {format_bytes(self.device_budget_bytes)} of the device, "
-                if self.device_bytes
-                else ""
-            )
-            + f"{format_bytes(self.host_bytes)} of {format_bytes(self.host_budget_bytes)} of memory"
-            + (
-                f", {format_bytes(self.disk_bytes)} "
-                + (f"of {format_bytes(self.disk_budget_bytes)} " if self.disk_budget_bytes else "")
-                + "of disk"
-                if self.disk_bytes
-                else ""
-            )
-        )
+        lines += ["", *self._drawn(), "", *self.slots, *how_it_computes(self.attention, self.compiled)]
+        used = [
+            format_bytes(used) + (f" of {format_bytes(budget)}" if budget else "") + f" of {name}"
+            for _, name, used, budget in self._tiers()
+            if used
+        ]
+        lines.append(f"fits: {', '.join(used)}")
         if self.prediction is not None:
             lines += ["", str(self.prediction)]
         lines += [f"next best: {each.step_s:.2f} s with {each.pins}" for each in self.alternatives]
         return "\n".join(lines)
 
+    def _tiers(self) -> list[tuple[str, str, int, int]]:
+        """Each tier, its name in a sentence, and what is used and may be used of it."""
+        return [
+            ("device", "the device", self.device_bytes, self.device_budget_bytes),
+            ("host", "memory", self.host_bytes, self.host_budget_bytes),
+            ("disk", "disk", self.disk_bytes, self.disk_budget_bytes),
+        ]
+
     def _drawn(self) -> list[str]:
         """A bar for each tier, and under it what its parts are."""
-        budgets = {
-            "device": self.device_budget_bytes,
-            "host": self.host_budget_bytes,
-            "disk": self.disk_budget_bytes,
-        }
         lines = []
-        for tier in ("device", "host", "disk"):
-            rows = [row for row in self.rows if row.tier == tier and row.num_bytes]
+        for tier, _, _, budget in self._tiers():
+            rows = [row for row in self.rows if row.tier == tier]
             if not rows:
                 continue
-            whole = max(budgets[tier], sum(row.num_bytes for row in rows))
+            whole = max(budget, sum(row.num_bytes for row in rows))
             lines.append(f"{tier:<6} {bar([row.num_bytes for row in rows], whole)} {format_bytes(whole)}")
             lines += [
                 f"       {shade} {row.what}  {format_bytes(row.num_bytes)}"
@@ -125,16 +114,16 @@ class PlanSummary:
 def _prediction(prediction: Prediction) -> Mapping[str, Any]:
     simulation = prediction.simulation
     return {
-        "step_s": prediction.step_s,
+        **{
+            name: getattr(prediction, name) for name in ("step_s", "tokens_per_s", "num_tokens", "host_bytes")
+        },
         "step_s_least": prediction.least_s,
         "step_s_most": prediction.most_s,
-        "tokens_per_s": prediction.tokens_per_s,
-        "num_tokens": prediction.num_tokens,
-        "host_bytes": prediction.host_bytes,
         "bottleneck": str(simulation.bottleneck),
-        "busy_s": {str(resource): seconds for resource, seconds in simulation.busy_s.items()},
-        "stall_s": {str(resource): seconds for resource, seconds in simulation.stall_s.items()},
-        "bytes_moved": {str(resource): count for resource, count in simulation.bytes_moved.items()},
+        **{
+            name: {str(resource): value for resource, value in getattr(simulation, name).items()}
+            for name in ("busy_s", "stall_s", "bytes_moved")
+        },
         "remedies": [asdict(remedy) for remedy in prediction.remedies],
         "disk_endurance_steps": prediction.endurance_steps,
     }

@@ -8,7 +8,7 @@ figures of the same memory cannot differ.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import final
@@ -34,10 +34,10 @@ class Purpose(StrEnum):
     INPUTS = "inputs of blocks"
     """They wait here for their backward."""
     INPUT_BUFFERS = "buffers of inputs"
-    ACTIVATIONS = "activations"
+    ACTIVATIONS = "activations (most)"
     """Tensors between visits, where blocks compute."""
     VISIT = "a visit"
-    """The most that one visit takes beside its weights."""
+    """The most that one visit takes beside its weights; a table adds it to the activations."""
     KV = "KV cache"
     PROCESS = "Python and libraries"
     """What was taken before anything was placed; of a device, by libraries and by tensors of others."""
@@ -62,12 +62,6 @@ ACTIVATIONS = (Purpose.ACTIVATIONS, Purpose.VISIT)
 WAITING = (Purpose.INPUTS, Purpose.INPUT_BUFFERS)
 """Of a call, where inputs wait and on their way there."""
 
-_TOGETHER = {
-    "slots and buffers": (Purpose.SLOTS, Purpose.BUFFERS),
-    "activations (most)": ACTIVATIONS,
-}
-"""Rows of a table that stand for two lines in the same home."""
-
 
 @dataclass(frozen=True, slots=True)
 class Row:
@@ -80,7 +74,7 @@ class Row:
 
 @final
 @dataclass(frozen=True)
-class Ledger(Mapping[tuple[Home, Purpose], int]):
+class Ledger:
     """Bytes by home and purpose; a line that is not there reads as 0."""
 
     lines: Mapping[tuple[Home, Purpose], int] = field(default_factory=dict)
@@ -92,12 +86,6 @@ class Ledger(Mapping[tuple[Home, Purpose], int]):
 
     def __getitem__(self, line: tuple[Home, Purpose]) -> int:
         return self.lines.get(line, 0)
-
-    def __iter__(self) -> Iterator[tuple[Home, Purpose]]:
-        return iter(self.lines)
-
-    def __len__(self) -> int:
-        return len(self.lines)
 
     def __add__(self, other: Ledger) -> Ledger:
         return Ledger({line: self[line] + other[line] for line in {**self.lines, **other.lines}})
@@ -116,19 +104,14 @@ class Ledger(Mapping[tuple[Home, Purpose], int]):
 
     def rows(self) -> tuple[Row, ...]:
         """The lines of a table, by home and in the order of purposes; those of 0 bytes are left out."""
-        found: Counter[tuple[Home, str]] = Counter()
+        found: Counter[tuple[Home, Purpose]] = Counter()
         for home in Home:
             for purpose in Purpose:
                 # What is in the model's own files is told beside what is on disks of ours.
                 where = Home.DISK if home is Home.FILE else home
-                found[where, self._row_of(home, purpose)] += self[home, purpose]
-        return tuple(Row(str(home), what, size) for (home, what), size in found.items() if size)
-
-    def _row_of(self, home: Home, purpose: Purpose) -> str:
-        for what, pair in _TOGETHER.items():
-            if purpose in pair and all((home, each) in self.lines for each in pair):
-                return what
-        return str(purpose)
+                row = Purpose.ACTIVATIONS if purpose is Purpose.VISIT else purpose
+                found[where, row] += self[home, purpose]
+        return tuple(Row(str(home), str(row), size) for (home, row), size in found.items() if size)
 
     def __str__(self) -> str:
         rows = self.rows()

@@ -248,17 +248,13 @@ class Planner:
 
     def _chosen_bytes(self, placement: Placement) -> int:
         """Bytes of the planes that stay where blocks compute, unless all do: without those that stay in any case."""
-        is_host = self.limits.computes_in is Home.HOST
-        forced = whole = 0
-        for record in self.records:
-            for group in GROUPS:
-                num_bytes = group_bytes(record, group)
-                whole += num_bytes
-                is_kept = record.name in placement.kept and (group is Group.WEIGHT or not is_host)
-                is_forced = is_kept or record.name in self.always_resident
-                if is_forced and placement.home(record.name, group) is Home.DEVICE:
-                    forced += num_bytes
-        return whole if placement.resident_bytes == whole else placement.resident_bytes - forced
+        sizes = {(r.name, group): group_bytes(r, group) for r in self.records for group in GROUPS}
+        here = placement.at(Home.DEVICE)
+        if placement.resident_bytes == sum(sizes.values()):
+            return placement.resident_bytes
+        groups = (Group.WEIGHT,) if self.limits.computes_in is Home.HOST else GROUPS
+        kept = {(name, group) for name in placement.kept for group in groups}
+        return sum(sizes[key] for key in here - kept if key[0] not in self.always_resident)
 
     # -- placing -------------------------------------------------------------------------------------------------
 
