@@ -130,10 +130,10 @@ def test_single_entries_are_kept_within_the_limit_of_the_arena():
 
 def on_device():
     record = record_of("L00", (1000,))
-    planes = Planes([record], placement_of([record], resident=("L00",)), TwinDevice(), ADAMW)
+    planes = Planes([record], placement_of([record], resident=("L00",), host=Home.HOST), TwinDevice(), ADAMW)
     block = planes["L00"]
     block.weights().copy_(torch.arange(record.num_elements))
-    return planes, block, placement_of([record], hosted=("L00",))
+    return planes, block, placement_of([record], hosted=("L00",), host=Home.HOST)
 
 
 def test_eviction_moves_every_plane_to_host_memory():

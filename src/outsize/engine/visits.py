@@ -136,7 +136,7 @@ class Visits:
     def _evict(self) -> bool:
         """Move a resident block from the device to host memory; return False if no block can move or none would fit."""
         executor, budget = self.backing.executor, self._budget
-        if executor is None or self.model.device.is_host:
+        if executor is None or not executor.store.planes.link:
             return False
         chosen = executor.evict(
             lambda state: (

@@ -16,7 +16,7 @@ from outsize.optim import Kernel, Rule
 from outsize.plan import Claim, Free, Held, Op, Placement, Read, Update, Wait, Write
 from outsize.store.gradients import Gradients
 from outsize.store.optimizer_worker import OptimizerWorker
-from outsize.store.path import BufferedPath, DirectPath, Path
+from outsize.store.path import Path
 from outsize.store.planes import Planes
 from outsize.store.snapshots import Snapshots
 from outsize.store.state import BlockState
@@ -52,9 +52,7 @@ class BlockStore:
         self.records = {record.name: record for record in records}
         self.planes = planes = Planes(records, placement, device, rule, disk_offsets)
         self.states = {block.name: BlockState.of(block) for block in planes}
-        self.path: Path = (
-            DirectPath(disk) if device.is_host else BufferedPath(device, disk, planes.bounce_buffers)
-        )
+        self.path = Path(device, disk, planes.bounce_buffers)
         self.weight_reader = WeightReader(planes, source)
         self.weights = Weights(planes, self.path, self.weight_reader)
         self.gradients = Gradients(planes, self.path, disk)
@@ -110,8 +108,7 @@ class BlockStore:
         if self.planes.updates_in_place(state.planes):
             self.weights.follow(state)
         self.updates.start(state)
-        if not self.device.is_host:
-            self.gradients.hand_over(state)  # the update waits for its transfers
+        self.gradients.hand_over(state)  # the update waits for its transfers
 
     def evict(self, state: BlockState, placement: Placement) -> None:
         """Move a block that stays on the device to host memory, where `placement` has it, and wait until it is there.

@@ -153,8 +153,6 @@ class Gradients:
                 values = rounded[start - base : stop - base].to(weight_dtype(planes.record))
                 norm = torch.linalg.vector_norm(values, dtype=torch.float32)
                 self._norms.append((entry, start, norm))
-        if self._planes.device.is_host:
-            self.settle_norms()
         if planes.home(Plane.GRADIENT) is not Home.DEVICE and planes.gradient_slot is not None:
             gradient.transfers = self._path.drain(planes.route(Plane.GRADIENT, _own_offset(planes)))
             gradient.is_draining = True
@@ -170,7 +168,7 @@ class Gradients:
         if rounded is None:
             assert planes.gradient_slot is not None
             rounded = planes.gradient_slot.tensor(dtype, total.numel())
-        stride = CHUNK if self._planes.device.is_host else _CHUNKS_ROUNDED * CHUNK
+        stride = _CHUNKS_ROUNDED * CHUNK if self._planes.link else CHUNK
         for start in range(0, total.numel(), stride):
             rounded[start : start + stride] = total[start : start + stride].to(dtype)
         return rounded
@@ -188,10 +186,10 @@ class Gradients:
         slot = state.planes.gradient_slot
         assert slot is not None, f"{state.name} holds no gradient slot"
         after: tuple[Transfer, ...] = ()
-        if self._planes.device.is_host:
-            self.finish(state)
-        else:
+        if self._planes.link:
             after = slot.after
+        else:
+            self.finish(state)
         self._planes.free_slot(state.planes, Plane.GRADIENT, after)
 
     # -- transfers -----------------------------------------------------------------------------------------------

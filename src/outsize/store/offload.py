@@ -26,9 +26,10 @@ from outsize.block import Extent, align
 from outsize.config import format_bytes
 from outsize.errors import BudgetError, StorageError, UsageError
 from outsize.plan import memory_estimate
+from outsize.plan.path import DRIVE, LINK
 from outsize.plan.profile import Resource
 from outsize.store.finalizers import when_dropped
-from outsize.store.path import BufferedPath, Chunk, Route
+from outsize.store.path import Chunk, Path, Route
 from outsize.store.recorder import ENDS_A_FREE, ENDS_A_WAIT, Recorder
 from outsize.store.workers import Workers
 from outsize.tier import Device, DoneTransfer, HostArena, Tier, TierStats, Transfer, wait_over
@@ -47,14 +48,13 @@ class ActivationOffload:
         self._places = Places(num_bytes)
         self._device = device
         self._disk = disk
-        pinner = None if device.is_host else device
-        self.arena = HostArena(num_bytes if disk is None else memory_estimate.input_buffers_bytes(), pinner)
+        self.arena = HostArena(num_bytes if disk is None else memory_estimate.input_buffers_bytes(), device)
         self._home = self.arena.allocate(num_bytes, "inputs") if disk is None else None
         self._buffers = [
             self.arena.allocate(memory_estimate.INPUT_PART_BYTES, f"inputs[{index}]")
             for index in range(memory_estimate.INPUT_BUFFERS if disk is not None else 0)
         ]
-        self._path = BufferedPath(device, disk, self._buffers)
+        self._path = Path(device, disk, self._buffers)
         self._workers = Workers(self._path, device, disk)
         self._visits: _Visits = []
         self._known: dict[int, tuple[weakref.ref[torch.Tensor], weakref.ref[_Kept]]] = {}
@@ -248,7 +248,9 @@ class ActivationOffload:
             stop = min(start + step, place.numel())
             extent = Extent(offset + start * size, align((stop - start) * size))
             chunks.append(Chunk(start, stop, extent, f"{each.label}[{index}]"))
-        return Route(each.label, tuple(chunks), home, None, place)
+        # Even where the processor computes: the disk cannot read into a tensor of torch's, so it is copied.
+        legs = (LINK,) if home is not None else (DRIVE, LINK)
+        return Route(each.label, legs, tuple(chunks), place, home)
 
 
 @dataclass(eq=False)

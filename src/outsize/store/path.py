@@ -1,17 +1,15 @@
-"""How a tensor gets from its home to where blocks compute, and back.
+"""How a tensor gets from its home to where blocks compute, and back, along the legs of `outsize.plan.path`.
 
-`DirectPath` serves a device that is the host: the disk reads straight into a slot. `BufferedPath` serves a device with
-memory of its own: from a home in host memory it makes one copy; from a home on disk the bytes pass, chunk by chunk,
-through pinned bounce buffers, which keeps the disk and the link busy at once. Both return transfers, which need not be
-waited for before the bytes are needed; `after` keeps them in order.
+Over the drive alone the disk reads straight into a slot; over the link alone one copy is made. Over both the bytes pass,
+chunk by chunk, through pinned bounce buffers, which keeps the disk and the link busy at once. All return transfers, which
+need not be waited for before the bytes are needed; `after` keeps them in order.
 """
 
 from __future__ import annotations
 
 import threading
-from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from queue import SimpleQueue
@@ -19,6 +17,7 @@ from queue import SimpleQueue
 import torch
 
 from outsize.block import Extent
+from outsize.plan.path import DRIVE, Leg
 from outsize.tier import Device, Region, Slot, Tier, Transfer, Way, follow_all, wait_all, wait_over
 
 
@@ -44,84 +43,38 @@ class Chunk:
 
 @dataclass(eq=False)
 class Route:
-    """The two ends of a move: the home of a plane, or of a block's input, and the place where it is computed with.
+    """The two ends of a move, and the legs between them: the home of a plane, or of a block's input, and its place.
 
-    `home` is its host memory; None where its home is on disk, in `chunks`, each of which fits into a bounce buffer.
-    `place` is `[num_elements]`: the first `place.nbytes` bytes from `byte_offset` of `slot`, or newly allocated memory.
+    `place` is where it is computed with, `[num_elements]`: the first `place.nbytes` bytes from `byte_offset` of `slot`, or
+    memory of its own. `home` is its home in host memory; None where that is on disk, in `chunks`, each of which fits into a
+    bounce buffer. `buffer` are the bytes that `place` is in, where the disk reads and writes them there.
     """
 
     label: str
+    legs: tuple[Leg, ...]
     chunks: tuple[Chunk, ...]
-    home: torch.Tensor | None
-    slot: Slot | None
     place: torch.Tensor
+    home: torch.Tensor | None = None
+    slot: Slot | None = None
+    buffer: memoryview | None = None
     byte_offset: int = 0
 
-
-class Path(ABC):
-    """Moves tensors between their homes and where blocks compute."""
-
-    @abstractmethod
-    def fill(self, route: Route, ready: Sequence[Transfer] = ()) -> list[Transfer]:
-        """Start moving a tensor to its place; its home holds it once `ready` is over.
-
-        A `DirectPath` returns one transfer per chunk.
-        """
-
-    @abstractmethod
-    def drain(self, route: Route) -> list[Transfer]:
-        """Start moving a tensor from its place to its home, and set `after` of its slot."""
-
-    @abstractmethod
-    def finish(self) -> None:
-        """Wait until the last leg of every move has started: only the disk and the device may still be busy."""
-
-    @abstractmethod
-    def close(self) -> None:
-        """Finish what was started."""
+    def buffers(self) -> Iterator[tuple[Chunk, memoryview]]:
+        """Each chunk, with the bytes of `buffer` that begin with its own."""
+        assert self.buffer is not None, self.label
+        for chunk in self.chunks:
+            yield chunk, self.buffer[self.byte_offset + chunk.start * self.place.itemsize :]
 
 
-class DirectPath(Path):
-    """Between the disk and slots in host memory, where blocks compute."""
+class Path:
+    """Moves tensors between their homes and where blocks compute.
 
-    def __init__(self, disk: Tier | None) -> None:
-        self._disk = disk
-
-    def fill(self, route: Route, ready: Sequence[Transfer] = ()) -> list[Transfer]:
-        """Read into the slot."""
-        for transfer in ready:
-            transfer.wait()
-        return [chunk.start_read(self._disk, buffer) for chunk, buffer in self._buffers(route)]
-
-    def drain(self, route: Route) -> list[Transfer]:
-        """Write from the slot, which stays in use until the transfers are over."""
-        assert route.slot is not None, route.label
-        transfers = [chunk.start_write(self._disk, buffer) for chunk, buffer in self._buffers(route)]
-        route.slot.after = tuple(transfers)
-        return transfers
-
-    def finish(self) -> None:
-        """Return at once: all transfers are the disk's."""
-
-    def close(self) -> None:
-        """Return at once: all transfers are the disk's."""
-
-    @staticmethod
-    def _buffers(route: Route) -> list[tuple[Chunk, memoryview]]:
-        assert route.slot is not None, route.label
-        begins = [chunk.extent.offset - route.chunks[0].extent.offset for chunk in route.chunks]
-        places = [route.slot.buffer[route.byte_offset + begin :] for begin in begins]
-        return list(zip(route.chunks, places, strict=True))
-
-
-class BufferedPath(Path):
-    """Between host memory, or the disk by way of it, and a device, or host memory that the disk cannot address.
-
-    `buffers` are pinned, each as large as the largest chunk, at least two for each way.
+    `buffers` are pinned, each as large as the largest chunk, at least two for each way; a path over both legs needs them.
     """
 
     def __init__(self, device: Device, disk: Tier | None, buffers: Sequence[Region]) -> None:
         self._device = device
+        self._disk = disk
         half = len(buffers) // 2
         self._bouncers = (
             {
@@ -133,39 +86,46 @@ class BufferedPath(Path):
         )
 
     def fill(self, route: Route, ready: Sequence[Transfer] = ()) -> list[Transfer]:
-        """Copy from host memory, or bounce from the disk, after the last use of the slot.
+        """Start moving a tensor to its place; its home holds it once `ready` is over.
 
-        Without a slot the place was just allocated, and its memory may still be used by what was computed before.
+        Over the drive alone this waits for `ready`, and returns one transfer per chunk. Over the link it comes after the
+        last use of the slot; without a slot the place was just allocated, and what was computed before may still use it.
         """
+        if route.legs == (DRIVE,):
+            for transfer in ready:
+                transfer.wait()
+            return [chunk.start_read(self._disk, buffer) for chunk, buffer in route.buffers()]
         after = route.slot.after if route.slot is not None else (self._device.mark(),)
-        if route.home is not None:
-            return [
-                self._device.start_copy(
-                    Way.UP, route.place, route.home, after=(*ready, *after), label=route.label
-                )
-            ]
-        return [self._bouncers[Way.UP].start(route, after, ready)]
+        if route.home is None:
+            return [self._bouncers[Way.UP].start(route, after, ready)]
+        copied_after = (*ready, *after)
+        return [
+            self._device.start_copy(Way.UP, route.place, route.home, after=copied_after, label=route.label)
+        ]
 
     def drain(self, route: Route) -> list[Transfer]:
-        """Copy to host memory, or bounce to the disk, what was computed so far."""
+        """Start moving what was computed so far to its home; `after` of its slot says until when that is in use."""
+        left: Sequence[Transfer]
         after = (self._device.mark(),)
-        if route.home is not None:
-            copy = self._device.start_copy(Way.DOWN, route.home, route.place, after=after, label=route.label)
-            left: Transfer = copy
-        else:
+        if route.legs == (DRIVE,):
+            moved = left = [chunk.start_write(self._disk, buffer) for chunk, buffer in route.buffers()]
+        elif route.home is None:
             bounced = self._bouncers[Way.DOWN].start(route, after)
-            copy, left = bounced, bounced.left
+            moved, left = [bounced], [bounced.left]
+        else:
+            copy = self._device.start_copy(Way.DOWN, route.home, route.place, after=after, label=route.label)
+            moved = left = [copy]
         if route.slot is not None:
-            route.slot.after = (left,)
-        return [copy]
+            route.slot.after = tuple(left)
+        return moved
 
     def finish(self) -> None:
-        """Wait until the threads that fill and empty bounce buffers are idle."""
+        """Wait until the last leg of every move has started: only the disk and the device may still be busy."""
         for bouncer in self._bouncers.values():
             bouncer.finish()
 
     def close(self) -> None:
-        """End the threads that fill and empty bounce buffers."""
+        """Finish what was started, and end the threads that fill and empty bounce buffers."""
         for bouncer in self._bouncers.values():
             bouncer.close()
 

@@ -16,6 +16,7 @@ from outsize.block import CHUNK, Extent, Group, Plane, Record
 from outsize.config import ComputeType, Home
 from outsize.optim import Rule
 from outsize.plan import Placement, SlotClass, slot_class_of
+from outsize.plan.path import Leg, legs
 from outsize.store.path import Chunk, Route
 from outsize.tier import (
     Device,
@@ -41,14 +42,15 @@ def weight_dtype(record: Record) -> torch.dtype:
 class BlockPlanes:
     """Where the planes of one block are; changed by `Planes` alone.
 
-    `dtypes` are the types in which planes are stored, `homes` where they live, by group, `regions` the memory of those that
-    live in memory, and `slots` the slots that the block holds now.
+    `dtypes` are the types in which planes are stored, `homes` where they live, by group (`host` is the host's memory, as in
+    `Placement`), `regions` the memory of those that live in memory, and `slots` the slots that the block holds now.
     """
 
     record: Record
     disk_offset: int
     dtypes: Mapping[Plane, torch.dtype]
     homes: Mapping[Group, Home]
+    host: Home
     regions: Mapping[Plane, Region | DeviceRegion] = field(default_factory=dict)
     slots: dict[Plane, Slot] = field(default_factory=dict)
 
@@ -124,27 +126,30 @@ class BlockPlanes:
         slot = self.slots.get(plane)
         assert slot is not None, f"{self.name}.{plane} has no slot"
         place = slot.tensor(self.dtypes[plane], self.record.plane_elements(plane), byte_offset)
-        return self._route(plane, self.at_home(plane, Home.HOST), slot, place, byte_offset)
+        way, home = legs(self.home(plane), Home.DEVICE, self.host), self.at_home(plane, Home.HOST)
+        return self._route(plane, way, place, slot.region, home=home, slot=slot, byte_offset=byte_offset)
 
     def routes_from_memory(self) -> list[Route]:
-        """Weights and state whose home is memory, to and from their places on disk.
-
-        `home` is None where that memory is a device's.
-        """
+        """Weights and state that live in memory, to and from their places on disk."""
         routes = []
         for plane in (Plane.WEIGHT, *self.record.state):
             place = self.at_home(plane)
             if place is not None:
-                in_host = place if isinstance(self.regions[plane], Region) else None
-                routes.append(self._route(plane, in_host, None, place))
+                way = legs(Home.DISK, self.home(plane), self.host)
+                region = self.regions[plane]
+                home = place if isinstance(region, Region) else None
+                routes.append(self._route(plane, way, place, region, home=home))
         return routes
 
     def _route(
         self,
         plane: Plane,
-        home: torch.Tensor | None,
-        slot: Slot | None,
+        way: tuple[Leg, ...],
         place: torch.Tensor,
+        region: Region | DeviceRegion,
+        *,
+        home: torch.Tensor | None = None,
+        slot: Slot | None = None,
         byte_offset: int = 0,
     ) -> Route:
         # Elements of `place`, which begins with the shard, are bytes where the plane is stored in codes.
@@ -159,7 +164,8 @@ class BlockPlanes:
             )
             for start, stop, extent in self.record.plane_parts(plane)
         )
-        return Route(label, chunks, home, slot, place, byte_offset)
+        buffer = region.buffer if isinstance(region, Region) else None
+        return Route(label, way, chunks, place, home, slot, buffer, byte_offset)
 
 
 class Planes:
@@ -179,18 +185,18 @@ class Planes:
         self.placement = placement
         self.device = device
         self.arena: HostArena | DeviceArena
-        if device.is_host:
-            self.arena = self.host_arena = HostArena(placement.arena_bytes)
-        else:
-            self.arena = DeviceArena(device, placement.compute_bytes)
-            self.host_arena = HostArena(placement.home_bytes, pinner=device)
+        self.link = placement.legs(placement.host)
+        """What is between the host's memory and where blocks compute; nothing where the processor computes."""
+        self.arena = self.host_arena = HostArena(placement.bytes_in(placement.host), pinner=device)
+        if self.link:
+            self.arena = DeviceArena(device, placement.bytes_in(Home.DEVICE))
         self._arenas = {Home.DEVICE: self.arena, Home.HOST: self.host_arena}
         self._blocks: dict[str, BlockPlanes] = {}
         offset = 0
         for record in records:
             place = offset if disk_offsets is None else disk_offsets[record.name]
             block = self._blocks[record.name] = BlockPlanes(
-                record, place, _stored_dtypes(record, rule), placement.homes_of(record.name)
+                record, place, _stored_dtypes(record, rule), placement.homes_of(record.name), placement.host
             )
             if not self._allocate_homes(block):
                 offset += record.num_bytes

@@ -10,17 +10,16 @@ can be made durable.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 
-from outsize.block import Plane
 from outsize.errors import StorageError
-from outsize.store.path import Chunk, Path
-from outsize.store.planes import BlockPlanes
+from outsize.plan.path import LINK
+from outsize.store.path import Path
 from outsize.store.state import BlockState
-from outsize.tier import Region, Stored, TaskTransfer, Transfer, VersionedTier, wait_all
+from outsize.tier import Stored, TaskTransfer, Transfer, VersionedTier, wait_all
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,10 +145,7 @@ class Snapshots:
         for state in states:
             state.snapshot.copying_at = state.snapshot.copied_at = state.update.num_steps
             for route in state.planes.routes_from_memory():
-                if route.home is None:
-                    transfers += self._path.fill(route)
-            for chunk, buffer in _chunks_in_host_memory(state.planes):
-                transfers.append(chunk.start_read(self._tier, buffer))
+                transfers += self._path.fill(route)
         wait_all(transfers)
 
     # -- taking a block ------------------------------------------------------------------------------------------
@@ -170,7 +166,7 @@ class Snapshots:
             for route in routes if is_new else []:
                 for chunk in route.chunks:
                     self._tier.claim(chunk.extent, route.label)
-                if route.home is None:
+                if LINK in route.legs:
                     # A device's planes are copied in the order of computing, beginning here.
                     drained += self._path.drain(route)
         except Exception as error:
@@ -208,8 +204,9 @@ class Snapshots:
         try:
             if drained is not None:
                 wait_all(drained)
-                for chunk, buffer in _chunks_in_host_memory(state.planes):
-                    chunk.start_write(self._tier, buffer).wait()
+                for route in state.planes.routes_from_memory():
+                    for chunk, buffer in route.buffers() if LINK not in route.legs else ():
+                        chunk.start_write(self._tier, buffer).wait()
                 state.snapshot.copied_at = num_steps
             if state.snapshot.copied_at != num_steps:
                 raise StorageError(f"{state.name} could not be copied to the disk for an earlier commit")
@@ -222,12 +219,3 @@ class Snapshots:
         planes, is_stored = state.planes, state.update.is_stored
         cells = self._tier.capture(planes.kept_extent) if is_stored else ()
         snapshot.add(SnapshotBlock(planes.name, planes.disk_offset, cells, is_stored), transfers)
-
-
-def _chunks_in_host_memory(planes: BlockPlanes) -> Iterator[tuple[Chunk, memoryview]]:
-    """The chunks of weights and state whose home is host memory, each with its bytes."""
-    for route in planes.routes_from_memory():
-        region = planes.regions[Plane(route.label.rpartition(".")[2])]
-        if isinstance(region, Region):
-            for chunk in route.chunks:
-                yield chunk, region.buffer[chunk.start * route.place.itemsize :]

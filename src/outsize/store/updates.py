@@ -64,7 +64,7 @@ class Updates:
             after=state.update.job,
             before=() if state.snapshot.copy is None else (state.snapshot.copy,),
         )
-        if not self._planes.device.is_host:
+        if self._planes.link:
             self._bring_weights(job, state)
             return job
         first = planes.record.shard.start

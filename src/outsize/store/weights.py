@@ -39,7 +39,7 @@ class Weights:
         On a device, a pending update fills it: it sends the weights on as it updates them in host memory.
         """
         self._planes.take_slot(state.planes, Plane.WEIGHT)
-        if state.update.pending is None or self._planes.device.is_host:
+        if state.update.pending is None or not self._planes.link:
             self._fill(state)
 
     def _fill(self, state: BlockState) -> None:
@@ -48,7 +48,7 @@ class Weights:
             return
         ready: tuple[Transfer, ...] = ()
         job = state.update.job
-        if job is not None and not self._planes.device.is_host:
+        if job is not None and self._planes.link:
             if state.planes.home(Plane.WEIGHT) is Home.HOST:
                 job.wait_applied()
             else:
@@ -59,7 +59,7 @@ class Weights:
 
     def _read_source(self, state: BlockState) -> None:
         planes = state.planes
-        if self._planes.device.is_host:
+        if not self._planes.link:
             state.weights.reads = [self._reader.start_read(planes, planes.weights())]
             return
         self._load_hosted(state)
