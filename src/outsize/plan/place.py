@@ -12,16 +12,17 @@ backward, and stays in its slot.
 
 from __future__ import annotations
 
-import copy
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import compress
 from typing import TypeAlias
 
 from outsize.block import ALIGNMENT, CHUNK, Group, Plane, Record, align
 from outsize.config import Home, Pins, format_bytes
 from outsize.errors import BudgetError
-from outsize.plan.path import Leg, legs
+from outsize.plan.path import DRIVE, Leg, legs
 
 GRADIENT_SUM_BYTES = 4
 """Gradients are summed in fp32, whatever the type they are stored in."""
@@ -188,14 +189,14 @@ def place(
     `commits`, what lives on a device passes through bounce buffers to the disk. Raises BudgetError, naming what is short,
     where nothing fits.
     """
-    is_apart = Home.HOST in room
-    if is_apart and pins.resident is not None:
+    host = Home.HOST if Home.HOST in room else Home.DEVICE
+    if host is Home.HOST and pins.resident is not None:
         raise BudgetError(
             "Pins(resident=...) is for machines whose blocks compute in the host's memory",
             hint="with a device, give resident_bytes= instead",
         )
-    if not is_apart and (home is Home.HOST or not has_disk):
-        home = Home.DEVICE  # the host's memory is where blocks compute
+    if host is Home.DEVICE and (home is Home.HOST or not has_disk):
+        home = Home.DEVICE  # the only memory, and the only home
     if home is Home.DISK and pins.resident is not None:
         raise BudgetError(
             f"Pins(resident={pins.resident}) keeps planes in memory, and home=disk keeps none",
@@ -204,89 +205,92 @@ def place(
     limit = pins.resident_bytes if home is None or pins.resident_bytes is not None else 0
     if pins.resident is not None:
         limit = 0  # nothing beside the blocks that are pinned
-    placer = _Placer(records, room, commits)
+    placer = _Placer(records, room, host, commits)
     whole = placer.with_all(Home.DEVICE)
-    fits = whole.bytes_in(Home.DEVICE) <= room[Home.DEVICE]
+    fits = placer.left(whole, Home.DEVICE) >= 0
     if home is Home.DEVICE and not fits:
-        hint = "leave home= out: weights and state then live in the host's memory or on disk"
-        if not is_apart:
-            hint = 'give a folder on an SSD with disk="...", or more memory with host="..."'
-        raise _too_little("all planes take", whole, Home.DEVICE, room, hint)
+        raise placer.too_little(whole, Home.DEVICE, "all planes take", _WHOLE_HINTS[host])
     if home is Home.DEVICE or (fits and (limit is None or whole.resident_bytes <= limit)):
         return whole
     placer.pin(always_resident, kept, pins.resident or (0, 0, 0))
     left = placer.take_slots(pins)
-    left = placer.fill(Home.DEVICE, idle, left if limit is None else min(left, limit))
-    if is_apart:
-        return placer.beside_device(home if has_disk else Home.HOST, has_disk)
+    left = placer.fill(Home.DEVICE, left if limit is None else min(left, limit), idle)
+    if host is Home.HOST:
+        return placer.beside_device(home, has_disk)
     placement = placer.placement()
     return placement if limit == 0 else with_pieces(placement, records, left, idle)
 
 
-def _too_little(what: str, placement: Placement, home: Home, room: Room, hint: str) -> BudgetError:
-    taken, left = format_bytes(placement.bytes_in(home)), format_bytes(room[home])
-    where = f"{home}'s" if Home.HOST in room else "host's"
-    return BudgetError(f"{what} {taken} of the {where} memory, the budget leaves {left} for them", hint=hint)
+_WHOLE_HINTS = {
+    Home.DEVICE: 'give a folder on an SSD with disk="...", or more memory with host="..."',
+    Home.HOST: "leave home= out: weights and state then live in the host's memory or on disk",
+}
 
 
 class _Placer:
     """Gives homes to groups of planes. At first all live where they move from: on disk, or in the model's files."""
 
-    def __init__(self, records: Sequence[Record], room: Room, commits: bool) -> None:
+    def __init__(self, records: Sequence[Record], room: Room, host: Home, commits: bool) -> None:
         self._num_bytes = {(r.name, group): group_bytes(r, group) for r in records for group in GROUPS}
         self._homes = dict.fromkeys(self._num_bytes, Home.DISK if is_stored(records) else Home.FILE)
         self._slots = (1, 1)
+        self._lay_out = partial(lay_out, records, host=host, commits=commits)
         self._records = records
         self._room = room
-        self._is_apart = Home.HOST in room
-        self._commits = commits
+        self._host = host
+
+    def placement(self) -> Placement:
+        """The placement with the homes that were given, and the slots that were taken."""
+        return self._lay_out(self._homes, self._slots)
 
     def with_all(self, home: Home) -> Placement:
         """The placement where all that has no home in memory lives in `home`."""
-        other = copy.copy(self)
-        other._homes = dict(self._homes)
-        other._give(home, self._homes)
-        return other.placement()
+        return self._lay_out({**self._homes, **self._given(home, self._homes)}, self._slots)
+
+    def left(self, placement: Placement, home: Home) -> int:
+        """Bytes of the room that `placement` leaves of a memory."""
+        return self._room[home] - placement.bytes_in(home)
 
     def pin(self, whole: frozenset[str], weights: frozenset[str], counts: tuple[int, int, int]) -> None:
         """Let all of the blocks in `whole`, the weights of those in `weights`, and groups of `counts` blocks stay.
 
         A device with memory of its own holds whole blocks.
         """
-        self._give(Home.DEVICE, ((name, group) for name in whole for group in GROUPS))
-        groups = GROUPS if self._is_apart else (Group.WEIGHT,)
-        self._give(Home.DEVICE, ((name, group) for name in weights for group in groups))
-        for group, count in zip(GROUPS, counts, strict=True):
-            self._give(Home.DEVICE, ((r.name, group) for r in _spread_evenly(self._records)[:count]))
+        stays = weights | whole if self._host is Home.HOST else whole
+        order = _spread_evenly(self._records)
+        keys = {(r.name, group) for group, count in zip(GROUPS, counts, strict=True) for r in order[:count]}
+        keys |= {(name, group) for name, group in self._homes if name in stays}
+        keys |= {(name, Group.WEIGHT) for name in weights}
+        self._homes |= self._given(Home.DEVICE, keys & self._homes.keys())
 
     def take_slots(self, pins: Pins) -> int:
         """Take as many slots as fit, and say how many bytes are left where blocks compute. Raises BudgetError."""
         for slots in _fewer_and_fewer(self._records, pins):
             self._slots = slots
             placement = self.placement()
-            left = self._room[Home.DEVICE] - placement.bytes_in(Home.DEVICE)
+            left = self.left(placement, Home.DEVICE)
             if left >= 0:
                 return left
-        computes_in = "device" if self._is_apart else "host"
+        computes_in = "device" if self._host is Home.HOST else "host"
         hint = f"give more memory with {computes_in}=, a smaller batch or shorter sequences"
-        what = "the slots and buffers that streaming needs take"
-        raise _too_little(what, placement, Home.DEVICE, self._room, hint)
+        raise self.too_little(placement, Home.DEVICE, "the slots and buffers that streaming needs take", hint)
 
-    def fill(self, home: Home, idle: frozenset[str], num_bytes: int) -> int:
-        """Give homes in `num_bytes` of memory to what has none, except blocks in `idle`; say how many bytes are left.
+    def fill(self, home: Home, num_bytes: int, idle: frozenset[str] = frozenset()) -> int:
+        """Give homes in `num_bytes` of memory to what has none; say how many bytes are left.
 
-        A device with memory of its own takes whole blocks, all other memory single groups.
+        A device with memory of its own takes whole blocks, all other memory single groups, and none of blocks in `idle`.
         """
-        if self._is_apart and home is Home.DEVICE:
-            order = _spread_evenly(self._records)
-            units = [tuple((record.name, group) for group in GROUPS) for record in order]
+        units: list[tuple[Key, ...]]
+        if home is Home.DEVICE and self._host is Home.HOST:
+            units = [tuple((r.name, group) for group in GROUPS) for r in _spread_evenly(self._records)]
         else:
             order = _spread_evenly([record for record in self._records if record.name not in idle])
             units = [((record.name, group),) for group in GROUPS for record in order]
         for unit in units:
-            cost = sum(self._num_bytes[key] for key in unit if self._homes[key] not in IN_MEMORY)
+            given = self._given(home, unit)
+            cost = sum(self._num_bytes[key] for key in given)
             if cost <= num_bytes:
-                self._give(home, unit)
+                self._homes |= given
                 num_bytes -= cost
         return num_bytes
 
@@ -295,30 +299,27 @@ class _Placer:
 
         Raises BudgetError where that memory does not suffice.
         """
-        placement, room = self.placement(), self._room[Home.HOST]
-        if home is not Home.DISK:
-            hosted = self.with_all(Home.HOST)
-            if home is None and hosted.bytes_in(Home.HOST) > room:
-                self.fill(Home.HOST, frozenset(), room - placement.passage_bytes)
-                hosted = self.placement()
+        placement, hosted = self.placement(), self.with_all(Home.HOST)
+        if home is Home.HOST or not has_disk or (home is None and self.left(hosted, Home.HOST) >= 0):
             placement = hosted
-        if placement.bytes_in(Home.HOST) > room:
-            hint = "give more memory with host="
-            if not has_disk:
-                hint = f'give a folder on an SSD with disk="...", or {hint.removeprefix("give ")}'
-            raise _too_little("what lives there takes", placement, Home.HOST, self._room, hint)
+        elif home is None:
+            self.fill(Home.HOST, self._room[Home.HOST] - placement.passage_bytes)
+            placement = self.placement()
+        if self.left(placement, Home.HOST) < 0:
+            more = "" if has_disk else 'give a folder on an SSD with disk="...", or '
+            hint = f"{more}give more memory with host="
+            raise self.too_little(placement, Home.HOST, "what lives there takes", hint)
         return placement
 
-    def _give(self, home: Home, keys: Iterable[Key]) -> None:
-        """Give a home to those of `keys` that take memory and have none there yet."""
-        self._homes |= {
-            key: home for key in keys if self._num_bytes.get(key) and self._homes[key] not in IN_MEMORY
-        }
+    def too_little(self, placement: Placement, home: Home, what: str, hint: str) -> BudgetError:
+        """The error if `placement` takes more of a memory than there is room for."""
+        memory = "host" if home is self._host else str(home)
+        taken, room = format_bytes(placement.bytes_in(home)), format_bytes(self._room[home])
+        return BudgetError(f"{what} {taken} of the {memory}'s memory, the budget leaves {room}", hint=hint)
 
-    def placement(self) -> Placement:
-        """The placement with the homes that were given, and the slots that were taken."""
-        host = Home.HOST if self._is_apart else Home.DEVICE
-        return lay_out(self._records, self._homes, self._slots, host, self._commits)
+    def _given(self, home: Home, keys: Iterable[Key]) -> dict[Key, Home]:
+        """A home for those of `keys` that take memory and have none there yet."""
+        return {key: home for key in keys if self._num_bytes[key] and self._homes[key] not in IN_MEMORY}
 
 
 def lay_out(
@@ -328,57 +329,46 @@ def lay_out(
     host: Home = Home.DEVICE,
     commits: bool = False,
 ) -> Placement:
-    """The placement with these homes, at most so many weight and gradient slots per class, and the buffers it needs."""
+    """The placement with these homes, at most so many weight and gradient slots per class, and the buffers it needs.
 
-    def moves(record: Record, group: Group) -> bool:
-        return homes[record.name, group] not in IN_MEMORY and bool(group_bytes(record, group))
-
-    def bytes_at(home: Home) -> int:
-        return sum(group_bytes(r, group) for r in records for group in GROUPS if homes[r.name, group] is home)
-
-    is_apart = host is Home.HOST
+    A path of two legs needs bounce buffers, and staging buffers for weights that come from a checkpoint. An update needs
+    chunk buffers for what comes from the disk; where weights pass the drive alone, it changes them in their slot.
+    """
+    num_bytes = {(r.name, group): group_bytes(r, group) for r in records for group in GROUPS}
+    paths = {key: legs(home, Home.DEVICE, host) if num_bytes[key] else () for key, home in homes.items()}
+    is_far = len(legs(Home.DISK, Home.DEVICE, host)) > 1
+    moving = [
+        (r, [DRIVE in paths[r.name, group] and (is_far or group is not Group.WEIGHT) for group in GROUPS])
+        for r in records
+    ]
+    chunk_bytes = max(
+        (sum(compress(r.chunk_bytes, moves)) for r, moves in moving if r.num_trainable and r.state), default=0
+    )
+    staged = max((r.slot_bytes for r in records if len(paths[r.name, Group.WEIGHT]) > 1), default=0)
+    is_bounced = any(len(path) > 1 for (_, group), path in paths.items() if group is not Group.STATE) or (
+        commits and is_far and Home.DEVICE in homes.values()
+    )
+    stored = {name for (name, group), home in homes.items() if home is Home.DISK and num_bytes[name, group]}
     streamed = {r.name: r.slot_bytes for r in records if homes[r.name, Group.WEIGHT] is not Home.DEVICE}
     summed = {
         r.name: sum_bytes(r)
         for r in records
         if r.num_trainable and not sums_in_place(r, homes[r.name, Group.GRADIENT] is Home.DEVICE)
     }
-    chunked = GROUPS if is_apart else (Group.GRADIENT, Group.STATE)  # a host updates weights in the slot
-    chunk_bytes = max(
-        (
-            sum(
-                size
-                for group, size in zip(GROUPS, r.chunk_bytes, strict=True)
-                if group in chunked and moves(r, group)
-            )
-            for r in records
-            if r.num_trainable and r.state
-        ),
-        default=0,
-    )
-    staged = [r.slot_bytes for r in records if is_apart and moves(r, Group.WEIGHT)]
-    is_bounced = is_apart and (
-        any(moves(r, group) for r in records for group in (Group.WEIGHT, Group.GRADIENT))
-        or (commits and Home.DEVICE in homes.values())
-    )
     return Placement(
         homes=dict(homes),
+        host=host,
         weight_classes=_classes(streamed, slots[0]),
         gradient_classes=_classes(summed, slots[1]),
         chunk_buffers=CHUNK_BUFFERS if chunk_bytes else 0,
         chunk_bytes=chunk_bytes,
-        resident_bytes=bytes_at(Home.DEVICE),
-        disk_bytes=sum(
-            r.num_bytes
-            for r in records
-            if any(moves(r, group) and homes[r.name, group] is Home.DISK for group in GROUPS)
-        ),
-        hosted_bytes=bytes_at(Home.HOST),
-        host=host,
         bounce_buffers=BOUNCE_BUFFERS if is_bounced else 0,
         bounce_bytes=CHUNK * GRADIENT_SUM_BYTES if is_bounced else 0,
         staging_buffers=STAGING_BUFFERS if staged else 0,
-        staging_bytes=max(staged, default=0),
+        staging_bytes=staged,
+        resident_bytes=sum(num_bytes[key] for key, home in homes.items() if home is Home.DEVICE),
+        hosted_bytes=sum(num_bytes[key] for key, home in homes.items() if home is Home.HOST),
+        disk_bytes=sum(r.num_bytes for r in records if r.name in stored),
     )
 
 
