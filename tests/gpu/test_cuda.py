@@ -16,12 +16,21 @@ from outsize.config import ComputeType, Home
 from outsize.errors import BudgetError, ConfigError
 from outsize.optim import RULES, gpu_kernel
 from outsize.plan.limits import DEVICE_SLACK_BYTES
+from outsize.plan.place import GROUPS, lay_out
 from outsize.plan.profile import Resource
 from outsize.store import memory
 from outsize.tier import CudaDevice, Way
 from tests.pairs import pairwise
 from tests.running import adamw, assert_same_losses, assert_same_weights, opened, train
-from tests.seams import budget_of, close, flush, move_small_inputs, placement_of, visits_off_plan
+from tests.seams import (
+    around_placing,
+    budget_of,
+    close,
+    flush,
+    move_small_inputs,
+    placement_of,
+    visits_off_plan,
+)
 from tests.zoo import ZOO
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -466,3 +475,22 @@ def test_a_rule_that_is_not_compiled_takes_no_more_than_the_slack(rule, monkeypa
     torch.cuda.reset_peak_memory_stats()
     kernel(weight, state, gradient, Ones(rule.num_scalars))
     assert torch.cuda.max_memory_allocated() - before < DEVICE_SLACK_BYTES
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_groups_of_one_block_with_homes_of_their_own_give_the_same_bits(first, tmp_path, monkeypatch):
+    """Every second group lives in the host's memory, the others on the disk: each block has another mixture of them."""
+    expected = trained(home="host", pins=Pins(weight_slots=2))
+    mixtures = set()
+
+    def mixed(run, options):
+        records, homes = run.args[0], dict(run().homes)
+        homes |= {key: Home.HOST for key in sorted(homes)[first::2]}
+        mixtures.update(tuple(homes[record.name, group] for group in GROUPS) for record in records)
+        return lay_out(records, homes, (2, 1), Home.HOST)
+
+    around_placing(monkeypatch, mixed)
+    losses, values = trained(disk=tmp_path, home="disk", pins=Pins(weight_slots=2))
+    assert len(mixtures) > 1
+    assert losses == expected[0]
+    assert all(torch.equal(values[name], expected[1][name]) for name in values)
