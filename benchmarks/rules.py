@@ -17,10 +17,12 @@ from torch import Tensor
 
 from outsize.block import CHUNK
 from outsize.config import ComputeType
-from outsize.optim import ADAMW, AdamWHyper, compile_rule, start_compile
+from outsize.optim import ADAMW, ALGORITHMS, compile_rule, start_compile
 from outsize.optim.build import package
 
-HYPER = AdamWHyper(lr=1e-4, step=10)
+HYPER = ALGORITHMS["AdamW"].hyper(
+    {"lr": 1e-4, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}, step=10
+)
 IN_CACHE = 1 << 17
 
 Call = Callable[[list[Tensor]], object]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass
-from enum import StrEnum
+from enum import StrEnum, auto
 from pathlib import Path
 from typing import TypeAlias
 
@@ -53,6 +53,22 @@ class Weights(StrEnum):
 
     INT8 = "int8"
     INT4 = "int4"
+
+
+class OptimizerName(StrEnum):
+    """The package's optimizers: members are named like their classes; values, in lower case, are for the command line."""
+
+    AdamW = auto()
+    AdamW8bit = auto()
+    Lion = auto()
+    Adan = auto()
+    SGD = auto()
+    SGDSaI = auto()
+
+    @property
+    def rule(self) -> str:
+        """The name of its update rule, which compiles under that name."""
+        return OptimizerName.SGD if self is OptimizerName.SGDSaI else self
 
 
 class OnDeviceFull(StrEnum):

@@ -171,7 +171,7 @@ def test_the_learning_rate_and_step_counts_go_on(tmp_path):
     first.end()
     second = Run(tmp_path)
     assert second.optimizer.param_groups[0]["lr"] == 0.0123
-    assert set(second.optimizer._num_steps.values()) == {3}
+    assert set(second.optimizer.state_dict()["outsize"]["num_steps"].values()) == {3}
     assert second.resumed.extra == {"losses": losses}
 
 
@@ -240,7 +240,7 @@ def test_other_parameters_may_be_frozen(tmp_path):
     second = Run(tmp_path, prepare=freeze(["layers.1.mlp"]))
     losses = second.go(batches(3, first=4))
     assert len(set(losses)) == 3
-    counts = second.optimizer._num_steps
+    counts = second.optimizer.state_dict()["outsize"]["num_steps"]
     assert counts["model.layers.0.self_attn.q_proj.weight"] == 3, "it began to train"
     assert counts["model.layers.2.self_attn.q_proj.weight"] == 7
     frozen = "model.layers.1.mlp.up_proj.weight"

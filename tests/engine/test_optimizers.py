@@ -1,6 +1,7 @@
 """Each optimizer over a model in the store, against a plain one that is given the same gradients."""
 
 import copy
+import inspect
 import math
 
 import pytest
@@ -192,6 +193,22 @@ def test_settings_out_of_range_are_named(name, options):
     (setting,) = options
     with pytest.raises(ConfigError, match=f"{name}\\({setting}="):
         made(opened(plain_stack()), name, **options)
+
+
+def test_arguments_are_those_of_the_signature():
+    model = opened(plain_stack())
+    for name in ("AdamW", "AdamW8bit", "SGD", "SGDSaI", "Lion", "Adan"):
+        optimizer_class = getattr(outsize, name)
+        parameters = inspect.signature(optimizer_class).parameters
+        assert list(parameters)[:2] == ["model", "params"] and "max_grad_norm" in parameters
+        assert inspect.signature(optimizer_class.__init__).return_annotation == "None"
+    with pytest.raises(TypeError, match=r"__init__\(\) got an unexpected keyword argument 'eps'"):
+        outsize.Lion(model, eps=1e-8)
+    with pytest.raises(TypeError, match="missing 1 required positional argument: 'model'"):
+        outsize.Lion()
+    optimizer = outsize.Lion(model, lr=0.5)
+    assert optimizer.defaults == {"lr": 0.5, "betas": (0.9, 0.99), "weight_decay": 0.0}
+    assert optimizer.max_grad_norm is None
 
 
 def test_groups_are_checked_when_they_are_added():

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from outsize.config import ComputeType
-from outsize.optim import ADAMW, AdamWHyper, Backend, compile, compile_rule, start_compile
+from outsize.optim import ADAMW, Backend, compile, compile_rule, start_compile
+from tests.hypers import hyper
 
 FLOAT32 = ComputeType.FLOAT32
 needs_compiler = pytest.mark.skipif(compile.find_compiler() is None, reason="no C++ compiler here")
@@ -19,7 +20,7 @@ needs_compiler = pytest.mark.skipif(compile.find_compiler() is None, reason="no 
 
 def update_once(kernel):
     weight = torch.ones(5)
-    kernel(weight, [torch.zeros(5), torch.zeros(5)], torch.ones(5), AdamWHyper(lr=0.5, weight_decay=0.0))
+    kernel(weight, [torch.zeros(5), torch.zeros(5)], torch.ones(5), hyper(lr=0.5, weight_decay=0.0))
     return weight
 
 
@@ -76,11 +77,13 @@ def test_a_loaded_package_leaves_nothing_in_the_temporary_folder(own_cache, tmp_
     code = """
 import torch
 from outsize.config import ComputeType
-from outsize.optim import ADAMW, AdamWHyper, Backend, compile_rule
+from outsize.optim import ADAMW, ALGORITHMS, Backend, compile_rule
+settings = {"lr": 0.5, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
+hyper = ALGORITHMS["AdamW"].hyper(settings, step=1)
 kernels = [compile_rule(ADAMW, ComputeType.FLOAT32) for _ in range(2)]
 for kernel in kernels:
     assert kernel.backend is Backend.COMPILED
-    kernel(torch.ones(5), [torch.zeros(5), torch.zeros(5)], torch.ones(5), AdamWHyper(lr=0.5))
+    kernel(torch.ones(5), [torch.zeros(5), torch.zeros(5)], torch.ones(5), hyper)
 """
     environment = {**compile.build_environment(), "TMPDIR": str(folder)}
     subprocess.run([sys.executable, "-c", code], env=environment, check=True)

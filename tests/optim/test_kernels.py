@@ -1,5 +1,4 @@
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -8,9 +7,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from outsize.config import ComputeType
-from outsize.optim import AdamWHyper, Backend, deinterleave, interleave, join, split
+from outsize.optim import Backend, deinterleave, interleave, join, split
+from tests.hypers import hyper
 
-HYPER = AdamWHyper(lr=1e-2, weight_decay=0.1, step=3, gradient_scale=0.3)
+HYPER = hyper(lr=1e-2, weight_decay=0.1, step=3, gradient_scale=0.3)
 
 
 def make_planes(compute_type, num_elements, seed=0, offset=0):
@@ -27,9 +27,9 @@ def make_planes(compute_type, num_elements, seed=0, offset=0):
     return [torch.cat([plane.new_zeros(offset), plane])[offset:] for plane in planes]
 
 
-def run(kernel, planes, hyper=HYPER, start=0, stop=None):
+def run(kernel, planes, numbers=HYPER, start=0, stop=None):
     weight, *state, gradient = (plane[start:stop] for plane in planes)
-    kernel(weight, state, gradient, hyper)
+    kernel(weight, state, gradient, numbers)
 
 
 def assert_same_bits(planes, others):
@@ -45,35 +45,28 @@ def natural(compute_type, planes):
 
 
 @pytest.mark.parametrize(
-    "hyper",
+    ("scale", "options"),
     [
-        AdamWHyper(lr=1e-3, weight_decay=0.0),
-        AdamWHyper(lr=1e-2, weight_decay=0.1, gradient_scale=0.37),
-        AdamWHyper(lr=3e-3, beta1=0.8, beta2=0.95, eps=1e-4),
+        (1.0, {"lr": 1e-3, "weight_decay": 0.0}),
+        (0.37, {"lr": 1e-2, "weight_decay": 0.1}),
+        (1.0, {"lr": 3e-3, "betas": (0.8, 0.95), "eps": 1e-4}),
     ],
     ids=["plain", "decay and scale", "betas"],
 )
-def test_adamw_is_torch_adamw(kernel, hyper):
+def test_adamw_is_torch_adamw(kernel, scale, options):
     num_elements, compute_type = 1003, kernel.compute_type
     planes = make_planes(compute_type, num_elements)
     for plane in planes[1:3]:
         plane.zero_()
     parameter = torch.nn.Parameter(natural(compute_type, planes)[0].clone())
-    theirs = torch.optim.AdamW(
-        [parameter],
-        lr=hyper.lr,
-        betas=(hyper.beta1, hyper.beta2),
-        eps=hyper.eps,
-        weight_decay=hyper.weight_decay,
-        foreach=False,
-    )
+    theirs = torch.optim.AdamW([parameter], **options, foreach=False)
     generator = torch.Generator().manual_seed(1)
     for step in range(1, 9):
         gradient = torch.randn(num_elements, generator=generator).bfloat16()
         planes[-1].copy_(gradient)
-        parameter.grad = gradient.to(torch.float32) * hyper.gradient_scale
+        parameter.grad = gradient.to(torch.float32) * scale
         theirs.step()
-        run(kernel, planes, replace(hyper, step=step))
+        run(kernel, planes, hyper(step=step, gradient_scale=scale, **options))
         assert_same_bits(planes[-1:], [gradient.to(planes[-1].dtype)])
     expected = [parameter.data, theirs.state[parameter]["exp_avg"], theirs.state[parameter]["exp_avg_sq"]]
     for ours, value in zip(natural(compute_type, planes), expected, strict=True):
@@ -89,7 +82,7 @@ def test_split_rule_has_the_bits_of_the_fp32_rule(kernels, backend, num_elements
     for compute_type in ComputeType:
         planes = make_planes(compute_type, num_elements)
         for step in range(1, 4):
-            run(kernels[compute_type, backend], planes, AdamWHyper(lr=1e-2, step=step, gradient_scale=0.7))
+            run(kernels[compute_type, backend], planes, hyper(lr=1e-2, step=step, gradient_scale=0.7))
         results.append(natural(compute_type, planes))
     assert_same_bits(*results)
 
@@ -103,7 +96,7 @@ def test_split_rule_keeps_every_master(kernel):
         bits = torch.where(bits >= 1 << 31, bits - (1 << 32), bits).to(torch.int32)
         planes = make_planes(kernel.compute_type, 1 << 16)
         planes[0], planes[3] = split(bits.view(torch.float32))
-        run(kernel, planes, AdamWHyper(lr=0.0))
+        run(kernel, planes, hyper(lr=0.0))
         # As numbers: a master of -0.0 may become 0.0.
         assert torch.equal(join(planes[0], planes[3]), bits.view(torch.float32))
 
@@ -151,7 +144,7 @@ def test_threads_may_share_a_kernel(kernel):
     num_jobs = 16
     expected = [make_planes(kernel.compute_type, 1 << 16, seed) for seed in range(num_jobs)]
     planes = [make_planes(kernel.compute_type, 1 << 16, seed) for seed in range(num_jobs)]
-    hypers = [AdamWHyper(lr=1e-3 * (job + 1), step=job + 1) for job in range(num_jobs)]
+    hypers = [hyper(lr=1e-3 * (job + 1), step=job + 1) for job in range(num_jobs)]
     for job in range(num_jobs):
         run(kernel, expected[job], hypers[job])
     with ThreadPoolExecutor(2) as pool:

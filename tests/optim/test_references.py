@@ -12,15 +12,11 @@ from outsize.config import ComputeType
 from outsize.optim import (
     ADAMW8BIT,
     ADAN,
+    ALGORITHMS,
     LION,
     RULES,
     SGD,
-    AdamWHyper,
-    AdanHyper,
     Backend,
-    LionHyper,
-    SGDHyper,
-    SGDSaIHyper,
     compile_rule,
     interleave,
     join,
@@ -28,6 +24,7 @@ from outsize.optim import (
     split,
     start_compile,
 )
+from tests.hypers import hyper
 from tests.plain_optimizers import PlainAdamW8bit, PlainAdan, PlainLion, PlainSGDSaI, assert_mostly_close
 
 NUM_ELEMENTS, STEPS = 1003, 8
@@ -36,34 +33,32 @@ FLOAT32, BFLOAT16 = ComputeType
 
 @dataclass(frozen=True)
 class Case:
-    """A rule's hyperparameters, and the plain optimizer with its options."""
+    """An optimizer and the plain one, with the options of both, and what is measured for ours."""
 
-    rule: Any
-    hyper: Any
-    options: dict[str, Any]
+    optimizer: str
     plain: Any
-    plain_options: dict[str, Any]
+    options: dict[str, Any]
+    measured: dict[str, float]
+
+    @property
+    def rule(self):
+        return ALGORITHMS[self.optimizer].rule
 
 
-def case(rule, hyper, plain, options, **others):
-    """A case whose options are named alike on both sides, but for `betas`."""
-    own = {k: v for k, v in options.items() if k != "betas"}
-    own |= {f"beta{i}": beta for i, beta in enumerate(options.get("betas", ()), 1)}
-    return Case(rule, hyper, {**own, **others}, plain, options)
+def case(optimizer, plain, options, **measured):
+    return Case(optimizer, plain, options, measured)
 
 
 TORCH_SGD = torch.optim.SGD
 CASES = {
-    "sgd": case(SGD, SGDHyper, TORCH_SGD, {"weight_decay": 0.1}),
-    "sgd momentum": case(SGD, SGDHyper, TORCH_SGD, {"momentum": 0.9, "weight_decay": 0.1}),
-    "sgd nesterov": case(SGD, SGDHyper, TORCH_SGD, {"momentum": 0.8, "weight_decay": 0.1, "nesterov": True}),
-    "sgd-sai": case(SGD, SGDSaIHyper, PlainSGDSaI, {"momentum": 0.9, "weight_decay": 0.1}, scale=3.5),
-    "lion": case(LION, LionHyper, PlainLion, {"betas": (0.8, 0.95), "weight_decay": 0.1}),
-    "adamw8bit": case(
-        ADAMW8BIT, AdamWHyper, PlainAdamW8bit, {"betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.1}
-    ),
-    "adan": case(ADAN, AdanHyper, PlainAdan, {"betas": (0.9, 0.8, 0.95), "eps": 1e-6, "weight_decay": 0.1}),
-    "adan as given": case(ADAN, AdanHyper, PlainAdan, {}),
+    "sgd": case("SGD", TORCH_SGD, {"weight_decay": 0.1}),
+    "sgd momentum": case("SGD", TORCH_SGD, {"momentum": 0.9, "weight_decay": 0.1}),
+    "sgd nesterov": case("SGD", TORCH_SGD, {"momentum": 0.8, "weight_decay": 0.1, "nesterov": True}),
+    "sgd-sai": case("SGDSaI", PlainSGDSaI, {"momentum": 0.9, "weight_decay": 0.1}, scale=3.5),
+    "lion": case("Lion", PlainLion, {"betas": (0.8, 0.95), "weight_decay": 0.1}),
+    "adamw8bit": case("AdamW8bit", PlainAdamW8bit, {"betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.1}),
+    "adan": case("Adan", PlainAdan, {"betas": (0.9, 0.8, 0.95), "eps": 1e-6, "weight_decay": 0.1}),
+    "adan as given": case("Adan", PlainAdan, {}),
 }
 COMPILED = [(LION, BFLOAT16), (ADAMW8BIT, BFLOAT16)]
 """Compiled in tests: those with operations that others lack (building takes half a minute)."""
@@ -117,8 +112,9 @@ def run(kernel, case, steps=STEPS):
         weight, remainder = split(master)
         state.append(remainder)
     for step, gradient in enumerate(drawn(*range(1, steps + 1)), 1):
-        hyper = case.hyper(lr=learning_rate(step), step=step, gradient_scale=0.3, **case.options)
-        kernel(weight, state, gradient.to(weight.dtype), hyper)
+        settings = {**case.options, **case.measured, "lr": learning_rate(step)}
+        numbers = hyper(case.optimizer, step=step, gradient_scale=0.3, **settings)
+        kernel(weight, state, gradient.to(weight.dtype), numbers)
     moments = [] if case.rule.codes else state[: len(case.rule.moments)]
     if kernel.compute_type is FLOAT32:
         return [weight, *moments]
@@ -127,9 +123,9 @@ def run(kernel, case, steps=STEPS):
 
 def run_plainly(case, steps=STEPS):
     parameter = torch.nn.Parameter(torch.randn(NUM_ELEMENTS, generator=torch.Generator().manual_seed(0)))
-    optimizer = case.plain([parameter], lr=1.0, **case.plain_options)
+    optimizer = case.plain([parameter], lr=1.0, **case.options)
     if isinstance(optimizer, PlainSGDSaI):
-        optimizer.scales[parameter] = case.options["scale"]
+        optimizer.scales[parameter] = case.measured["scale"]
     for step, gradient in enumerate(drawn(*range(1, steps + 1)), 1):
         optimizer.param_groups[0]["lr"] = learning_rate(step)
         parameter.grad = gradient * 0.3
@@ -175,14 +171,14 @@ def test_compiled_lion_has_the_bits_of_the_eager_one(kernels):
 )
 def test_padding_stays_zero(rule, compute_type, backend, kernels):
     kernel = kernel_of(kernels, rule, compute_type, backend)
-    hyper = {"sgd": SGDHyper, "lion": LionHyper, "adan": AdanHyper}.get(rule.name, AdamWHyper)
+    optimizer = next(name for name, algorithm in ALGORITHMS.items() if algorithm.rule is rule)
     dtypes = rule.dtypes(compute_type)
     weight, gradient = (torch.zeros(128, dtype=dtypes[plane]) for plane in (Plane.WEIGHT, Plane.GRADIENT))
     state = state_of(rule, 128)
     if compute_type is BFLOAT16:
         state.append(torch.zeros(128, dtype=torch.int16))
     for step in (1, 2):
-        kernel(weight, state, gradient, hyper(lr=0.1, step=step, weight_decay=0.1))
+        kernel(weight, state, gradient, hyper(optimizer, lr=0.1, step=step, weight_decay=0.1))
     planes = (weight, *(plane for plane in state if plane.dtype is not torch.uint8))
     assert not any(plane.count_nonzero() for plane in planes)
 
@@ -195,7 +191,7 @@ def test_padding_stays_zero(rule, compute_type, backend, kernels):
 def test_slices_do_not_change_the_bits(rule, compute_type, backend, kernels):
     """Of the rule with most planes and of the one in codes, cut at groups, the last of them partial."""
     kernel = kernel_of(kernels, rule, compute_type, backend)
-    hyper = AdanHyper if rule is ADAN else AdamWHyper
+    optimizer = "Adan" if rule is ADAN else "AdamW"
     results = []
     for bounds in ([0, NUM_ELEMENTS], [0, 64, 320, NUM_ELEMENTS]):
         weight, *gradients = drawn(*range(5))
@@ -207,7 +203,7 @@ def test_slices_do_not_change_the_bits(rule, compute_type, backend, kernels):
             for start, stop in pairwise(bounds):
                 own = [part(plane, start, stop) for plane in state]
                 inside = gradient[start:stop].to(weight.dtype)
-                kernel(weight[start:stop], own, inside, hyper(lr=1e-2, step=step))
+                kernel(weight[start:stop], own, inside, hyper(optimizer, lr=1e-2, step=step))
         results.append([weight, *state])
     for one, other in zip(*results, strict=True):
         assert torch.equal(one, other)
@@ -232,8 +228,8 @@ def test_training_with_codes_stays_near_training_without(beta2, kernels):
         noise = torch.Generator().manual_seed(1)
         for step in range(1, 301):
             gradient = size * (weight - target + torch.randn(NUM_ELEMENTS, generator=noise))
-            hyper = AdamWHyper(lr=1e-2, beta2=beta2, step=step, weight_decay=0.0)
-            kernels[name, FLOAT32, Backend.EAGER](weight, state, gradient, hyper)
+            numbers = hyper(lr=1e-2, betas=(0.9, beta2), step=step, weight_decay=0.0)
+            kernels[name, FLOAT32, Backend.EAGER](weight, state, gradient, numbers)
         results[name] = weight
     moved = (results["adamw"] - start).norm()
     assert (results["adamw8bit"] - results["adamw"]).norm() <= 0.05 * moved
@@ -248,12 +244,12 @@ def test_a_small_element_of_a_group_takes_no_leap(kernels):
         gradient = torch.full((64,), 0.02 if step <= 30 else 0.0)
         gradient[0] = 100.0 if step == 1 else 0.0
         before = weight.clone()
-        hyper = AdamWHyper(lr=1e-2, step=step, weight_decay=0.0)
-        kernels["adamw8bit", FLOAT32, Backend.EAGER](weight, state, gradient, hyper)
+        numbers = hyper(lr=1e-2, step=step, weight_decay=0.0)
+        kernels["adamw8bit", FLOAT32, Backend.EAGER](weight, state, gradient, numbers)
         assert (weight - before).abs().max() <= 0.02
 
 
 def test_hyperparameters_of_another_rule_are_refused(kernels):
     planes = [torch.zeros(64) for _ in range(3)]
     with pytest.raises(AssertionError, match="sgd"):
-        kernels["sgd", FLOAT32, Backend.EAGER](planes[0], planes[1:2], planes[2], AdanHyper(lr=0.1))
+        kernels["sgd", FLOAT32, Backend.EAGER](planes[0], planes[1:2], planes[2], hyper("Adan", lr=0.1))

@@ -1,3 +1,4 @@
+import inspect
 from fractions import Fraction
 
 import pytest
@@ -5,9 +6,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import outsize
 from outsize.block import Plane
-from outsize.config import ComputeType
-from outsize.optim import RULES, AdamWHyper, deinterleave, interleave, join, split
+from outsize.config import ComputeType, OptimizerName
+from outsize.optim import ALGORITHMS, RULES, deinterleave, interleave, join, split
+from tests.hypers import hyper
 
 UPPER = [0x0000, 0x0001, 0x007F, 0x0080, 0x00FF, 0x3F7F, 0x3F80, 0x3FFF, 0x4000, 0x7F00, 0x7F7E]
 """Upper halves: zero, smallest and largest denormals, carries into the exponent, one, largest numbers."""
@@ -57,4 +60,31 @@ def test_planes_and_their_sizes():
 
 def test_steps_count_from_one():
     with pytest.raises(AssertionError):
-        AdamWHyper(lr=1e-3, step=0)
+        hyper(lr=1e-3, step=0)
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_an_algorithm_computes_the_scalars_of_its_rule_from_declared_settings(name):
+    rule, scalars = ALGORITHMS[name].rule, ALGORITHMS[name].scalars
+    declared = {parameter: 1.0 for parameter in inspect.signature(getattr(outsize, name)).parameters}
+    declared["betas"] = (0.5,) * (3 if name == "Adan" else 2)
+    taken = inspect.signature(scalars).parameters
+    assert set(taken) - {"step", "scale"} <= set(declared)
+    values = {"step": 1.0, "scale": 1.0, **declared}
+    computed = scalars(**{parameter: values[parameter] for parameter in taken})
+    assert {"gradient_scale", *computed} == set(rule.scalars)
+    assert len(rule.scalars) == len(set(rule.scalars))
+
+
+def test_names_on_the_command_line_are_classes_with_their_rules():
+    assert {name.name: name.rule for name in OptimizerName} == {
+        name: algorithm.rule.name for name, algorithm in ALGORITHMS.items()
+    }
+    assert [name.value for name in OptimizerName] == ["adamw", "adamw8bit", "lion", "adan", "sgd", "sgdsai"]
+
+
+def test_settings_of_any_number_type_give_the_same_scalars():
+    settings = {"lr": 1, "betas": [0.5, 0.75], "eps": torch.tensor(0.25), "weight_decay": torch.tensor(0.5)}
+    plain = {"lr": 1.0, "betas": (0.5, 0.75), "eps": 0.25, "weight_decay": 0.5, "params": []}
+    assert ALGORITHMS["AdamW"].hyper(settings, step=3) == ALGORITHMS["AdamW"].hyper(plain, step=3)
+    assert all(type(value) is float for value in ALGORITHMS["AdamW"].hyper(settings, step=3))

@@ -9,12 +9,13 @@ import torch
 from outsize.block import CHUNK, Block, Piece, Plane, Record
 from outsize.config import ComputeType
 from outsize.errors import StorageError
-from outsize.optim import ADAMW, AdamWHyper, compile_rule
+from outsize.optim import ADAMW, compile_rule
 from outsize.store.optimizer_worker import OptimizerWorker
 from outsize.store.planes import BlockPlanes
 from outsize.store.update_job import Pending, UpdateJob, runs
 from outsize.tier import HostArena, Verb
 from tests.doubles import Fault, FaultKind, FaultyTier, NullTier
+from tests.hypers import hyper
 
 TYPE = ComputeType.FLOAT32
 SIZES = (CHUNK + 100, 64, 500)
@@ -60,7 +61,7 @@ def make_lane(kernel, disk=None, num_buffers=2):
 
 def test_runs_join_what_is_updated_alike_and_leave_out_the_rest():
     record = make_record()
-    one, other = AdamWHyper(lr=1e-3), AdamWHyper(lr=1e-2)
+    one, other = hyper(lr=1e-3), hyper(lr=1e-2)
     first, second, third = record.entries
 
     def found(hypers, start, stop):
@@ -75,7 +76,7 @@ def test_runs_join_what_is_updated_alike_and_leave_out_the_rest():
 
 def test_chunks_cover_what_trains_and_at_first_everything():
     record = make_record((CHUNK, CHUNK, 64), (True, False, False))
-    job = make_job(record, [AdamWHyper(lr=1.0), None, None])
+    job = make_job(record, [hyper(lr=1.0), None, None])
     assert list(job.chunks()) == [(0, CHUNK, CHUNK)]
     job.fill_remainder = first
     assert list(job.chunks()) == [
@@ -87,7 +88,7 @@ def test_chunks_cover_what_trains_and_at_first_everything():
 
 def test_padding_and_what_has_no_hyperparameters_stay(kernel):
     lane, record = make_lane(kernel), make_record()
-    job = make_job(record, [AdamWHyper(lr=0.1, weight_decay=0.0), None, AdamWHyper(lr=0.2, weight_decay=0.0)])
+    job = make_job(record, [hyper(lr=0.1, weight_decay=0.0), None, hyper(lr=0.2, weight_decay=0.0)])
     lane.submit(job)
     job.wait_applied()
     lane.close()
@@ -103,15 +104,14 @@ def test_jobs_are_applied_in_order(kernel):
     order = []
 
     def slow_kernel(*args):
-        order.append(args[3].step)
+        order.append(hypers.index(args[3]) + 1)
         kernel(*args)
 
     lane = make_lane(lambda kind: slow_kernel)
     weight, planes = torch.ones(record.num_elements), [torch.zeros(record.num_trainable) for _ in range(2)]
-    jobs = []
-    for step in range(1, 6):
-        hyper = AdamWHyper(lr=0.1, step=step)
-        jobs.append(make_job(record, [hyper] * 3, jobs[-1] if jobs else None, weight, planes))
+    jobs, hypers = [], [hyper(lr=0.1, step=step) for step in range(1, 6)]
+    for own in hypers:
+        jobs.append(make_job(record, [own] * 3, jobs[-1] if jobs else None, weight, planes))
         lane.submit(jobs[-1])
     jobs[-1].wait_applied()
     lane.close()
@@ -124,15 +124,15 @@ def test_an_error_reaches_whoever_waits_and_the_lane_goes_on(verb, kernel):
     record = make_record()
     disk = FaultyTier(NullTier(record.num_bytes), [Fault(FaultKind.EIO, verb, nth=2)])
     lane = make_lane(kernel, disk, num_buffers=1)
-    bad = make_job(record, [AdamWHyper(lr=0.1)] * 3)
+    bad = make_job(record, [hyper(lr=0.1)] * 3)
     bad.state_planes = None
-    good = make_job(record, [AdamWHyper(lr=0.1)] * 3)
+    good = make_job(record, [hyper(lr=0.1)] * 3)
     lane.submit(bad)
     lane.submit(good)
     with pytest.raises(StorageError, match=r"L00.state\[1\]"):
         bad.wait()
     good.wait_applied()
-    third = make_job(record, [AdamWHyper(lr=0.1)] * 3, after=bad)
+    third = make_job(record, [hyper(lr=0.1)] * 3, after=bad)
     third.state_planes = None
     lane.submit(third)
     with pytest.raises(StorageError):
@@ -145,7 +145,7 @@ def test_a_failed_write_is_an_error_of_its_own_job_only(kernel):
     record = make_record()
     disk = FaultyTier(NullTier(record.num_bytes), [Fault(FaultKind.EIO, Verb.WRITE, nth=1)])
     lane = make_lane(kernel, disk, num_buffers=1)
-    jobs = [make_job(record, [AdamWHyper(lr=0.1)] * 3) for _ in range(3)]
+    jobs = [make_job(record, [hyper(lr=0.1)] * 3) for _ in range(3)]
     for job in jobs:
         job.state_planes = None
         lane.submit(job)
@@ -163,7 +163,7 @@ def test_an_error_of_the_rule_reaches_whoever_waits():
         raise ZeroDivisionError("a defect")
 
     lane, record = make_lane(lambda kind: broken), make_record()
-    job = make_job(record, [AdamWHyper(lr=0.1)] * 3)
+    job = make_job(record, [hyper(lr=0.1)] * 3)
     lane.submit(job)
     with pytest.raises(ZeroDivisionError):
         job.wait_applied()
@@ -174,7 +174,7 @@ def test_an_error_of_the_rule_reaches_whoever_waits():
 def test_closing_finishes_what_was_submitted(kernel):
     before = threading.active_count()
     lane, record = make_lane(kernel), make_record()
-    jobs = [make_job(record, [AdamWHyper(lr=0.1)] * 3) for _ in range(3)]
+    jobs = [make_job(record, [hyper(lr=0.1)] * 3) for _ in range(3)]
     for job in jobs:
         lane.submit(job)
     lane.close()
@@ -189,7 +189,7 @@ def test_a_first_update_zeroes_state_that_streams(kernel):
     lane = make_lane(kernel, disk, num_buffers=1)
     results = []
     for _ in range(2):
-        job = make_job(record, [AdamWHyper(lr=0.1)] * 3)
+        job = make_job(record, [hyper(lr=0.1)] * 3)
         job.state_planes, job.fill_remainder = None, first
         lane.submit(job)
         job.wait()
@@ -235,7 +235,7 @@ def test_an_exception_at_any_line_of_a_thread_loses_no_job(loop, passage, kernel
         threading.settrace(watched(line))
         lane, record = make_lane(kernel), make_record()
         threading.settrace(None)
-        jobs = [make_job(record, [AdamWHyper(lr=0.1)] * 3) for _ in range(3)]
+        jobs = [make_job(record, [hyper(lr=0.1)] * 3) for _ in range(3)]
         for job in jobs:
             lane.submit(job)
         for job in jobs:

@@ -8,10 +8,9 @@ import torch
 from rich.console import Console
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from outsize.config import Pins
+from outsize.config import OptimizerName, Pins
 from outsize.engine.api import Options
 from outsize.errors import ConfigError, DataError, TrainingError
-from outsize.train.api import OptimizerName
 from outsize.train.data import DataFile, DataOptions, Packing, Position, TooLong, open_dataset
 from outsize.train.evaluate import mean_loss
 from outsize.train.loop import train

@@ -12,7 +12,7 @@ from outsize.cli import options as shared
 from outsize.cli import quiet
 from outsize.cli.compiling import compile_first
 from outsize.cli.config_file import merge, read_config, write_config
-from outsize.config import ComputeType, OnDeviceFull
+from outsize.config import ComputeType, OnDeviceFull, OptimizerName
 from outsize.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -40,9 +40,6 @@ OUT.partial. Ctrl-C finishes the step and saves, or commits where there are comm
 at once. Room for the weights is held on the disk of OUT from the start; where they cannot be written there at the end, they
 are saved in a --disk folder, the working directory or the home folder, and the error says where.
 """
-
-_RULES = ("adamw", "adamw8bit", "sgd", "lion", "adan")
-"""Optimizers whose update rule has the same name."""
 
 _DEFAULTS: dict[str, Any] = {
     "overwrite": False,
@@ -169,7 +166,7 @@ def _add_learning(learning: argparse._ArgumentGroup) -> None:
     _add(
         learning,
         "--optimizer",
-        choices=["adamw", "adamw8bit", "lion", "adan", "sgd", "sgdsai"],
+        choices=[name.value for name in OptimizerName],
         help="what turns gradients into updates; they differ in bytes per parameter",
     )
     _add(learning, "--lr", type=float, help="peak learning rate")
@@ -188,7 +185,9 @@ def run(options: argparse.Namespace) -> int:
     """Train, then print what lived where."""
     values = resolve(options)
     if _is_plausible(values) and not options.dry_run:
-        compile_first(values["optimizer"], values.get("dtype"))  # before torch is imported
+        compile_first(
+            OptimizerName(values["optimizer"]).rule, values.get("dtype")
+        )  # before torch is imported
     quiet.after_imports()
     settings = settings_of(values)
     if options.dry_run:
@@ -224,7 +223,7 @@ def run(options: argparse.Namespace) -> int:
 
 def _is_plausible(values: Mapping[str, Any]) -> bool:
     """Whether a run will get as far as an update: what is wrong is refused at once, and not after a compilation."""
-    is_known = values["optimizer"] in _RULES and values.get("dtype") in (None, *ComputeType)
+    is_known = values["optimizer"] in list(OptimizerName) and values.get("dtype") in (None, *ComputeType)
     given = values["data"] if isinstance(values["data"], list) else [values["data"]]
     has_data = all(Path(each).exists() or Path(each.rpartition("@")[0] or each).exists() for each in given)
     return is_known and has_data and (Path(values["model"]) / "config.json").is_file()
@@ -258,7 +257,6 @@ def resolve(options: argparse.Namespace) -> dict[str, Any]:
 
 def settings_of(values: dict[str, Any]) -> TrainSettings:
     """Resolved options as settings; raises ConfigError."""
-    from outsize.train.api import OptimizerName
     from outsize.train.data import DataFile, Packing, TooLong
     from outsize.train.schedule import Shape
     from outsize.train.settings import Checkpointing, Evaluating, Learning, Length, TrainSettings

@@ -7,43 +7,86 @@ along with the weights, once, and nothing is updated before all gradients and th
 
 from __future__ import annotations
 
+import inspect
 import math
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import cache, partial
-from typing import Any, overload
+from abc import ABC
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from copy import deepcopy
+from functools import cache, partial, wraps
+from typing import (
+    Annotated,
+    Any,
+    ClassVar,
+    ParamSpec,
+    TypeAlias,
+    get_args,
+    get_origin,
+    get_type_hints,
+    overload,
+)
 
 import torch
 from torch import nn
 
-from outsize.config import ComputeType
 from outsize.engine.runtime import Runtime, runtime_of
 from outsize.errors import ConfigError, UsageError
-from outsize.optim import Hyper, Kernel, Rule, gpu_kernel, start_compile
-from outsize.store.state import BlockState
+from outsize.optim import ALGORITHMS, Hyper, gpu_kernel, start_compile
+from outsize.store.blocks import BlockStore
+from outsize.store.state import BlockState, EntryGradient
 from outsize.store.update_job import Pending
 
-Params = Iterable[torch.Tensor] | Iterable[dict[str, Any]] | None
+Params: TypeAlias = Iterable[torch.Tensor] | Iterable[dict[str, Any]] | None
 """Parameters, groups of them, or None for all that require grad."""
 
-Settings = Mapping[str, Any]
+Settings: TypeAlias = Mapping[str, Any]
 """The settings of a group, defaults filled in."""
 
 
+def _are_decay_rates(count: int) -> Callable[[Any, Settings], bool]:
+    return lambda values, _: len(values) == count and all(0 <= value < 1 for value in values)
+
+
+# Types of settings: each carries a test of a value, given all settings of its group, for being in range.
+NonNegative = Annotated[float, lambda value, _: value >= 0]
+Positive = Annotated[float, lambda value, _: value > 0]
+DecayRate = Annotated[float, lambda value, _: 0 <= value < 1]
+TwoDecayRates = Annotated[tuple[float, float], _are_decay_rates(2)]
+ThreeDecayRates = Annotated[tuple[float, float, float], _are_decay_rates(3)]
+Nesterov = Annotated[bool, lambda value, settings: settings["momentum"] > 0 or not value]
+MaxNorm = Annotated[float | None, lambda value, _: value is None or value > 0]
+
+P = ParamSpec("P")
+
+
+def declares_settings(init: Callable[P, None]) -> Callable[P, None]:
+    """Make the keyword-only parameters of `init`, whose body is empty, the settings of an optimizer.
+
+    Defaults and types come from the signature, too; `Optimizer.__init__` receives all arguments.
+    """
+    signature = inspect.signature(init)
+
+    @wraps(init)
+    def set_up(*args: P.args, **kwargs: P.kwargs) -> None:
+        init(*args, **kwargs)  # raises TypeError for wrong arguments
+        arguments = signature.bind(*args, **kwargs)
+        arguments.apply_defaults()
+        Optimizer.__init__(*arguments.args, **arguments.kwargs)
+
+    return set_up
+
+
 class Optimizer(torch.optim.Optimizer, ABC):
-    """A rule with the settings of its groups; subclasses give defaults, their ranges, and one entry's `Hyper`.
+    """The settings of groups of parameters, and the steps that hand them to the rule of the optimizer's algorithm.
 
     `max_grad_norm` clips the 2-norm of all gradients together, exactly; `grad_norm` is that norm at the last step
     (before clipping), or None. `_books` holds numbers per parameter, by kind, that state_dicts keep.
     """
 
+    _book_names: ClassVar[tuple[str, ...]] = ("num_steps",)
+
     def __init__(
-        self,
-        model: nn.Module,
-        params: Params,
-        rule: Rule,
-        defaults: dict[str, Any],
-        max_grad_norm: float | None,
+        self, model: nn.Module, params: Params, *, max_grad_norm: float | None, **settings: Any
     ) -> None:
         own = type(self).__name__
         if not isinstance(model, nn.Module):
@@ -51,7 +94,6 @@ class Optimizer(torch.optim.Optimizer, ABC):
                 f"{own} was given a {type(model).__name__}, expected the model",
                 hint=f"outsize.{own}(model, lr=...), or outsize.{own}(model, groups, lr=...) for parameter groups",
             )
-        self._check({"max_grad_norm": max_grad_norm}, {"max_grad_norm": _is_norm(max_grad_norm)})
         self._runtime: Runtime = runtime_of(model)
         self._runtime.check()
         self._names = {id(placeholder): name for name, placeholder in self._runtime.model.parameters.items()}
@@ -59,47 +101,32 @@ class Optimizer(torch.optim.Optimizer, ABC):
         self.grad_norm: float | None = None
         self.num_updates = 0
         """Calls of `step` that changed something."""
-        self._num_steps: dict[str, int] = {}
-        self._books: dict[str, dict[str, Any]] = {"num_steps": self._num_steps}
-        if not any(parameter.requires_grad for parameter in model.parameters()):
+        self._books: dict[str, dict[str, Any]] = {name: {} for name in self._book_names}
+        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        if not trainable:
             raise UsageError(
                 "nothing in the model trains",
                 hint="let parameters require gradients: model.requires_grad_(), but not with weights in few bits",
             )
-        if params is None:
-            params = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self._check(defaults, self._ranges(defaults))
-        super().__init__(params, defaults)
+        self._check({**settings, "max_grad_norm": max_grad_norm})
+        super().__init__(trainable if params is None else params, settings)
+        self._algorithm = ALGORITHMS[own]
+        rule = self._algorithm.rule
         begin = cache(partial(start_compile, rule))
         for compute_type in self._runtime.model.trained_types():
             begin(compute_type)
 
-        def kernel(compute_type: ComputeType) -> Kernel:
-            return begin(compute_type).wait()
-
-        on_device: Callable[[ComputeType], Kernel] = kernel
         device = self._runtime.model.torch_device
-        if device.type != "cpu":
-            on_device = cache(lambda compute_type: gpu_kernel(rule, compute_type, device))
-        self._runtime.setup.set_rule(rule, kernel, on_device)
+        on_device = None if device.type == "cpu" else cache(partial(gpu_kernel, rule, device=device))
+        self._runtime.setup.set_rule(rule, lambda compute_type: begin(compute_type).wait(), on_device)
 
-    # -- what an optimizer adds ----------------------------------------------------------------------------------
-
-    @staticmethod
-    @abstractmethod
-    def _ranges(settings: Settings) -> dict[str, bool]:
-        """Whether each setting is in range, by name."""
-
-    @abstractmethod
-    def _hyper(self, settings: Settings, name: str, step: int, gradient_scale: float) -> Hyper:
-        """What updates parameter `name` of a group with `settings`, at its `step`-th step, which counts from 1."""
-
-    # -- what all do ---------------------------------------------------------------------------------------------
+    def _measure(self, name: str, settings: Settings) -> Mapping[str, float]:
+        """What the algorithm takes for parameter `name` beside the settings of its group; most take nothing."""
+        return {}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in torch; raises ConfigError for settings out of range and UsageError for another model's parameters."""
-        settings = {**self.defaults, **param_group}
-        self._check(settings, self._ranges(settings))
+        self._check({**self.defaults, **param_group})
         super().add_param_group(param_group)
         if any(id(parameter) not in self._names for parameter in self.param_groups[-1]["params"]):
             self.param_groups.pop()
@@ -108,10 +135,27 @@ class Optimizer(torch.optim.Optimizer, ABC):
                 hint="pass model.parameters() of this one",
             )
 
-    def _check(self, settings: Settings, ranges: Mapping[str, bool]) -> None:
-        for name, is_right in ranges.items():
-            if not is_right:
+    def _check(self, settings: Settings) -> None:
+        for name, kind in get_type_hints(type(self).__init__, include_extras=True).items():
+            tests = get_args(kind)[1:] if get_origin(kind) is Annotated else ()
+            if name in settings and not all(test(settings[name], settings) for test in tests):
                 raise ConfigError(f"{type(self).__name__}({name}={settings[name]!r}) is out of range")
+
+    def _members(self) -> Iterator[tuple[dict[str, Any], str]]:
+        """Each parameter's group and name."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                yield group, self._names[id(parameter)]
+
+    @property
+    def _store(self) -> BlockStore:
+        assert self._runtime.backing.executor is not None
+        return self._runtime.backing.executor.store
+
+    def _gradients(self, name: str) -> list[tuple[BlockState, int, EntryGradient]]:
+        """The entries that hold the gradient of a parameter, with their blocks and indices."""
+        places = [(self._store[at.block], at.index) for at in self._runtime.model.locations[name]]
+        return [(state, index, state.gradient.entries[index]) for state, index in places]
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -136,81 +180,59 @@ class Optimizer(torch.optim.Optimizer, ABC):
         if not any(state.gradient.exists for state in executor.store):
             return loss
         executor.settle_updates()
-        scale = self._clip_factor()
-        hypers: dict[tuple[str, int], Hyper] = {}
-        num_steps: dict[str, int] = {}
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                self._freeze(group, self._names[id(parameter)], scale, hypers, num_steps)
-        frozen: list[tuple[BlockState, Pending, int]] = []
-        for state in executor.store:
-            entries = range(len(state.record.entries))
-            pending = Pending(tuple(hypers.get((state.name, index)) for index in entries))
-            if any(hyper is not None for hyper in pending.hypers):
-                frozen.append((state, pending, state.update.num_steps + 1))
-        executor.complete(partial(self._take_step, frozen, num_steps, self.num_updates + 1))
+        executor.complete(self._freeze())
         return loss
 
-    def _take_step(
-        self,
-        frozen: Sequence[tuple[BlockState, Pending, int]],
-        num_steps: Mapping[str, int],
-        num_updates: int,
-    ) -> None:
-        """Hand frozen updates to their blocks, and count them; doing it again changes nothing."""
-        self.num_updates = num_updates
-        self._num_steps.update(num_steps)
-        for state, pending, count in frozen:
-            state.update.freeze(pending, count)
+    def _freeze(self) -> Callable[[], None]:
+        """Freeze updates; the function returned hands them to their blocks and counts them, and may be called twice."""
+        scale = self._clip_factor()
+        hypers: dict[BlockState, dict[int, Hyper]] = defaultdict(dict)
+        num_steps: dict[str, int] = {}
+        for group, name in self._members():
+            gradients = self._gradients(name)
+            if any(gradient.present for _, _, gradient in gradients):
+                step = num_steps[name] = self._books["num_steps"].get(name, 0) + 1
+                settings = {**group, **self._measure(name, group)}
+                for state, index, gradient in gradients:
+                    hypers[state][index] = self._algorithm.hyper(settings, step, gradient.scale * scale)
+        frozen = [
+            (
+                state,
+                Pending(tuple(map(own.get, range(len(state.record.entries))))),
+                state.update.num_steps + 1,
+            )
+            for state, own in hypers.items()
+        ]
+        num_updates = self.num_updates + 1
 
-    def _freeze(
-        self,
-        group: dict[str, Any],
-        name: str,
-        scale: float,
-        hypers: dict[tuple[str, int], Hyper],
-        num_steps: dict[str, int],
-    ) -> None:
-        assert self._runtime.backing.executor is not None
-        store = self._runtime.backing.executor.store
-        places = self._runtime.model.locations[name]
-        gradients = [store[place.block].gradient.entries[place.index] for place in places]
-        if not any(gradient.present for gradient in gradients):
-            return
-        step = num_steps[name] = self._num_steps.get(name, 0) + 1
-        for place, gradient in zip(places, gradients, strict=True):
-            hyper = self._hyper(group, name, step, gradient.scale * scale)
-            hypers[place.block, place.index] = hyper
+        def take_step() -> None:
+            self.num_updates = num_updates
+            self._books["num_steps"].update(num_steps)
+            for state, pending, count in frozen:
+                state.update.freeze(pending, count)
+
+        return take_step
 
     def _gradient_parts(self, name: str) -> Iterator[torch.Tensor]:
         """The gradient of a parameter before clipping, in double precision, in parts of at most a chunk."""
-        assert self._runtime.backing.executor is not None
-        store = self._runtime.backing.executor.store
-        for place in self._runtime.model.locations[name]:
-            state = store[place.block]
-            gradient = state.gradient.entries[place.index]
+        for state, index, gradient in self._gradients(name):
             if gradient.present:
-                for part in store.gradients.parts(state, place.index):
+                for part in self._store.gradients.parts(state, index):
                     yield part.double() * gradient.scale
 
     def gradient_norm(self) -> float:
         """The 2-norm of all gradients together, as the next `step()` would see it; 0.0 where there are none."""
         if self._runtime.backing.executor is None:
             return 0.0
-        store = self._runtime.backing.executor.store
-        store.gradients.settle_norms()
-        ours = {
-            (at.block, at.index)
-            for group in self.param_groups
-            for parameter in group["params"]
-            for at in self._runtime.model.locations[self._names[id(parameter)]]
-        }
+        self._store.gradients.settle_norms()
+        ours = {id(gradient) for _, name in self._members() for _, _, gradient in self._gradients(name)}
+        # Summed in the order of blocks, whatever the groups.
         return math.sqrt(
             sum(
                 gradient.sum_of_squares * gradient.scale**2
-                for state in store
-                for index, gradient in enumerate(state.gradient.entries)
-                if gradient.present and (state.name, index) in ours
+                for state in self._store
+                for gradient in state.gradient.entries
+                if gradient.present and id(gradient) in ours
             )
         )
 
@@ -229,20 +251,14 @@ class Optimizer(torch.optim.Optimizer, ABC):
         one without a gradient does not. Raises UsageError where a gradient that is to become zero holds inf or nan.
         """
         values = self._runtime.model.values
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if set_to_none:
-                    values.drop_gradient(self._names[id(parameter)])
-                else:
-                    values.zero_gradient(self._names[id(parameter)])
+        change = values.drop_gradient if set_to_none else values.zero_gradient
+        for _, name in self._members():
+            change(name)
 
     def state_dict(self) -> dict[str, Any]:
         """Groups, step counts and other numbers per parameter, and where the moments are; never tensors."""
         state = super().state_dict()
-        state["outsize"] = {
-            "store": self._runtime.setup.identity,
-            **{kind: dict(book) for kind, book in self._books.items()},
-        }
+        state["outsize"] = {"store": self._runtime.setup.identity, **deepcopy(self._books)}
         return state
 
     def commit_state(self) -> dict[str, Any]:
@@ -254,7 +270,7 @@ class Optimizer(torch.optim.Optimizer, ABC):
         return {
             "kind": type(self).__name__,
             "groups": groups,
-            "books": {kind: dict(book) for kind, book in self._books.items()},
+            "books": deepcopy(self._books),
             "num_updates": self.num_updates,
         }
 
@@ -264,18 +280,17 @@ class Optimizer(torch.optim.Optimizer, ABC):
         Parameters may be frozen now, or train now, that were not. Raises UsageError where the optimizer is another, or a
         parameter is in another group than before.
         """
-        kind, groups = type(self).__name__, state["groups"]
-        if groups is None:  # what was imported has none
-            groups = [{} for _ in self.param_groups]
-        if state["kind"] != kind or len(groups) != len(self.param_groups):
+        now = self.commit_state()
+        groups = state["groups"] or [{} for _ in now["groups"]]  # what was imported has none
+        if state["kind"] != now["kind"] or len(groups) != len(now["groups"]):
             raise UsageError(
                 f"the commit was made with {state['kind']} of {len(groups)} parameter groups, "
-                f"and this is {kind} of {len(self.param_groups)}",
+                f"and this is {now['kind']} of {len(now['groups'])}",
                 hint=f"resume with outsize.{state['kind']} and the same groups",
             )
         before = {name: index for index, group in enumerate(groups) for name in group.get("params", ())}
-        for index, own in enumerate(self.param_groups):
-            for name in (self._names[id(parameter)] for parameter in own["params"]):
+        for index, group in enumerate(now["groups"]):
+            for name in group["params"]:
                 if before.get(name, index) != index:
                     raise UsageError(
                         f"{name} is in parameter group {index}, and was in group {before[name]} when the commit was made",
@@ -286,9 +301,7 @@ class Optimizer(torch.optim.Optimizer, ABC):
                 if key != "params":
                     # JSON knows no tuples.
                     own[key] = tuple(value) if isinstance(own.get(key), tuple) else value
-        for name, book in self._books.items():
-            book.clear()
-            book.update(state["books"][name])
+        self._books = {kind: dict(state["books"][kind]) for kind in self._book_names}
         self.num_updates = state["num_updates"]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -306,10 +319,4 @@ class Optimizer(torch.optim.Optimizer, ABC):
                 hint="start with a new optimizer: its moments begin at zero, and so must its step counts",
             )
         super().load_state_dict(state)
-        for kind, book in self._books.items():
-            book.clear()
-            book.update(own[kind])
-
-
-def _is_norm(value: float | None) -> bool:
-    return value is None or value > 0
+        self._books = {kind: dict(own[kind]) for kind in self._book_names}

@@ -1,8 +1,8 @@
-"""The optimizers: settings, their ranges, and how a group becomes one update's numbers.
+"""The optimizers: what each is, and its settings with their defaults and ranges.
 
 All take `(model, params=None, *, ..., max_grad_norm=None)`; what they share is `Optimizer`, what they compute is in
-`outsize.optim.rules`, with sources. `params` are parameters or groups of them, as in torch; by default all that require
-grad. Create one after freezing and before the first `backward()`. Settings out of range raise ConfigError.
+`outsize.optim.rules`, under the same names. `params` are parameters or groups of them, as in torch; by default all that
+require grad. Create one after freezing and before the first `backward()`. Settings out of range raise ConfigError.
 """
 
 from __future__ import annotations
@@ -12,22 +12,20 @@ from typing import Any, final
 
 from torch import nn
 
-from outsize.engine.optimizer import Optimizer, Params, Settings
+from outsize.engine.optimizer import (
+    DecayRate,
+    MaxNorm,
+    Nesterov,
+    NonNegative,
+    Optimizer,
+    Params,
+    Positive,
+    Settings,
+    ThreeDecayRates,
+    TwoDecayRates,
+    declares_settings,
+)
 from outsize.errors import ConfigError
-from outsize.optim import (
-    ADAMW,
-    ADAMW8BIT,
-    ADAN,
-    LION,
-    AdamWHyper,
-    AdanHyper,
-    LionHyper,
-    SGDHyper,
-    SGDSaIHyper,
-)
-from outsize.optim import (
-    SGD as SGD_RULE,
-)
 
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -39,51 +37,41 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     if weight_decay < 0:
         raise ConfigError(f"decay_groups(weight_decay={weight_decay!r}) is out of range")
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    decaying = [parameter for parameter in trainable if parameter.dim() >= 2]
+    others = [parameter for parameter in trainable if parameter.dim() < 2]
     return [
-        {
-            "name": "decay",
-            "params": [parameter for parameter in trainable if parameter.dim() >= 2],
-            "weight_decay": weight_decay,
-        },
-        {
-            "name": "no_decay",
-            "params": [parameter for parameter in trainable if parameter.dim() < 2],
-            "weight_decay": 0.0,
-        },
+        {"name": "decay", "params": decaying, "weight_decay": weight_decay},
+        {"name": "no_decay", "params": others, "weight_decay": 0.0},
     ]
 
 
-@final
-class AdamW(Optimizer):
-    """As `torch.optim.AdamW`: two moments, weight decay apart from the gradient.
+class _AdamW(Optimizer):
+    """The settings of AdamW, whatever the moments are stored in."""
 
-    Source: Loshchilov and Hutter, "Decoupled weight decay regularization" (2019), https://arxiv.org/abs/1711.05101.
-    """
-
+    @declares_settings
     def __init__(
         self,
         model: nn.Module,
         params: Params = None,
         *,
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 1e-2,
-        max_grad_norm: float | None = None,
-    ) -> None:
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        super().__init__(model, params, ADAMW, defaults, max_grad_norm)
-
-    @staticmethod
-    def _ranges(settings: Settings) -> dict[str, bool]:
-        return _adamw_ranges(settings)
-
-    def _hyper(self, settings: Settings, name: str, step: int, gradient_scale: float) -> AdamWHyper:
-        return _adamw_hyper(settings, step, gradient_scale)
+        lr: NonNegative = 1e-3,
+        betas: TwoDecayRates = (0.9, 0.999),
+        eps: Positive = 1e-8,
+        weight_decay: NonNegative = 1e-2,
+        max_grad_norm: MaxNorm = None,
+    ) -> None: ...
 
 
 @final
-class AdamW8bit(Optimizer):
+class AdamW(_AdamW):
+    """As `torch.optim.AdamW`: two moments, weight decay apart from the gradient.
+
+    Source: Loshchilov and Hutter, "Decoupled weight decay regularization" (2019), https://arxiv.org/abs/1711.05101.
+    """
+
+
+@final
+class AdamW8bit(_AdamW):
     """AdamW whose moments are stored in one byte per element, and one fp32 peak per group of 64.
 
     The first moment is evenly spaced between minus and plus the peak of its group, the root of the second between 0 and
@@ -91,27 +79,6 @@ class AdamW8bit(Optimizer):
     Source: Dettmers et al., "8-bit optimizers via block-wise quantization" (2022), https://arxiv.org/abs/2110.02861,
     with smaller groups, so that evenly spaced codes do, where theirs of 2,048 need a dynamic range within a code.
     """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        params: Params = None,
-        *,
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 1e-2,
-        max_grad_norm: float | None = None,
-    ) -> None:
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        super().__init__(model, params, ADAMW8BIT, defaults, max_grad_norm)
-
-    @staticmethod
-    def _ranges(settings: Settings) -> dict[str, bool]:
-        return _adamw_ranges(settings)
-
-    def _hyper(self, settings: Settings, name: str, step: int, gradient_scale: float) -> AdamWHyper:
-        return _adamw_hyper(settings, step, gradient_scale)
 
 
 @final
@@ -121,37 +88,18 @@ class SGD(Optimizer):
     One moment is stored, with `momentum=0` too.
     """
 
+    @declares_settings
     def __init__(
         self,
         model: nn.Module,
         params: Params = None,
         *,
-        lr: float = 1e-3,
-        momentum: float = 0.0,
-        weight_decay: float = 0.0,
-        nesterov: bool = False,
-        max_grad_norm: float | None = None,
-    ) -> None:
-        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov}
-        super().__init__(model, params, SGD_RULE, defaults, max_grad_norm)
-
-    @staticmethod
-    def _ranges(settings: Settings) -> dict[str, bool]:
-        return {
-            **_common(settings),
-            "momentum": settings["momentum"] >= 0,
-            "nesterov": settings["momentum"] > 0 or not settings["nesterov"],
-        }
-
-    def _hyper(self, settings: Settings, name: str, step: int, gradient_scale: float) -> SGDHyper:
-        return SGDHyper(
-            lr=float(settings["lr"]),
-            momentum=float(settings["momentum"]),
-            weight_decay=float(settings["weight_decay"]),
-            nesterov=bool(settings["nesterov"]),
-            step=step,
-            gradient_scale=gradient_scale,
-        )
+        lr: NonNegative = 1e-3,
+        momentum: NonNegative = 0.0,
+        weight_decay: NonNegative = 0.0,
+        nesterov: Nesterov = False,
+        max_grad_norm: MaxNorm = None,
+    ) -> None: ...
 
 
 @final
@@ -169,41 +117,26 @@ class SGDSaI(Optimizer):
     https://arxiv.org/abs/2412.11768.
     """
 
+    _book_names = ("num_steps", "scales")
+
+    @declares_settings
     def __init__(
         self,
         model: nn.Module,
         params: Params = None,
         *,
-        lr: float = 1e-3,
-        momentum: float = 0.9,
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        max_grad_norm: float | None = None,
-    ) -> None:
-        defaults = {"lr": lr, "momentum": momentum, "eps": eps, "weight_decay": weight_decay}
-        super().__init__(model, params, SGD_RULE, defaults, max_grad_norm)
-        self._scales: dict[str, float] = {}
-        self._books["scales"] = self._scales
+        lr: NonNegative = 1e-3,
+        momentum: DecayRate = 0.9,
+        eps: Positive = 1e-8,
+        weight_decay: NonNegative = 0.0,
+        max_grad_norm: MaxNorm = None,
+    ) -> None: ...
 
-    @staticmethod
-    def _ranges(settings: Settings) -> dict[str, bool]:
-        return {
-            **_common(settings),
-            "momentum": 0 <= settings["momentum"] < 1,
-            "eps": settings["eps"] > 0,
-        }
-
-    def _hyper(self, settings: Settings, name: str, step: int, gradient_scale: float) -> SGDSaIHyper:
-        if name not in self._scales:
-            self._scales[name] = self._signal_to_noise(name, float(settings["eps"]))
-        return SGDSaIHyper(
-            lr=float(settings["lr"]),
-            momentum=float(settings["momentum"]),
-            weight_decay=float(settings["weight_decay"]),
-            scale=self._scales[name],
-            step=step,
-            gradient_scale=gradient_scale,
-        )
+    def _measure(self, name: str, settings: Settings) -> dict[str, float]:
+        scales = self._books["scales"]
+        if name not in scales:
+            scales[name] = self._signal_to_noise(name, float(settings["eps"]))
+        return {"scale": scales[name]}
 
     def _signal_to_noise(self, name: str, eps: float) -> float:
         num_elements = self._runtime.model.parameters[name].numel()
@@ -212,7 +145,7 @@ class SGDSaI(Optimizer):
             total += float(part.sum())
             squares += float(part.square().sum())
         variance = squares / num_elements - (total / num_elements) ** 2
-        # What is left of equal elements after cancellation is no noise.
+        # What cancellation leaves of equal elements is not noise.
         if variance <= 1e-14 * squares / num_elements:
             return math.sqrt(num_elements)
         return math.sqrt(squares) / (math.sqrt(variance) + eps)
@@ -229,34 +162,17 @@ class Lion(Optimizer):
     Source: Chen et al., "Symbolic discovery of optimization algorithms" (2023), https://arxiv.org/abs/2302.06675.
     """
 
+    @declares_settings
     def __init__(
         self,
         model: nn.Module,
         params: Params = None,
         *,
-        lr: float = 1e-4,
-        betas: tuple[float, float] = (0.9, 0.99),
-        weight_decay: float = 0.0,
-        max_grad_norm: float | None = None,
-    ) -> None:
-        super().__init__(
-            model, params, LION, {"lr": lr, "betas": betas, "weight_decay": weight_decay}, max_grad_norm
-        )
-
-    @staticmethod
-    def _ranges(settings: Settings) -> dict[str, bool]:
-        return {**_common(settings), "betas": _are_betas(settings["betas"], 2)}
-
-    def _hyper(self, settings: Settings, name: str, step: int, gradient_scale: float) -> LionHyper:
-        beta1, beta2 = map(float, settings["betas"])
-        return LionHyper(
-            lr=float(settings["lr"]),
-            beta1=beta1,
-            beta2=beta2,
-            weight_decay=float(settings["weight_decay"]),
-            step=step,
-            gradient_scale=gradient_scale,
-        )
+        lr: NonNegative = 1e-4,
+        betas: TwoDecayRates = (0.9, 0.99),
+        weight_decay: NonNegative = 0.0,
+        max_grad_norm: MaxNorm = None,
+    ) -> None: ...
 
 
 @final
@@ -274,58 +190,15 @@ class Adan(Optimizer):
     https://arxiv.org/abs/2208.06677.
     """
 
+    @declares_settings
     def __init__(
         self,
         model: nn.Module,
         params: Params = None,
         *,
-        lr: float = 1e-3,
-        betas: tuple[float, float, float] = (0.98, 0.92, 0.99),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        max_grad_norm: float | None = None,
-    ) -> None:
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        super().__init__(model, params, ADAN, defaults, max_grad_norm)
-
-    @staticmethod
-    def _ranges(settings: Settings) -> dict[str, bool]:
-        return {**_common(settings), "betas": _are_betas(settings["betas"], 3), "eps": settings["eps"] > 0}
-
-    def _hyper(self, settings: Settings, name: str, step: int, gradient_scale: float) -> AdanHyper:
-        beta1, beta2, beta3 = map(float, settings["betas"])
-        return AdanHyper(
-            lr=float(settings["lr"]),
-            beta1=beta1,
-            beta2=beta2,
-            beta3=beta3,
-            eps=float(settings["eps"]),
-            weight_decay=float(settings["weight_decay"]),
-            step=step,
-            gradient_scale=gradient_scale,
-        )
-
-
-def _common(settings: Settings) -> dict[str, bool]:
-    return {"lr": settings["lr"] >= 0, "weight_decay": settings["weight_decay"] >= 0}
-
-
-def _are_betas(betas: Any, count: int) -> bool:
-    return len(betas) == count and all(0 <= beta < 1 for beta in betas)
-
-
-def _adamw_ranges(settings: Settings) -> dict[str, bool]:
-    return {**_common(settings), "betas": _are_betas(settings["betas"], 2), "eps": settings["eps"] > 0}
-
-
-def _adamw_hyper(settings: Settings, step: int, gradient_scale: float) -> AdamWHyper:
-    beta1, beta2 = map(float, settings["betas"])
-    return AdamWHyper(
-        lr=float(settings["lr"]),
-        beta1=beta1,
-        beta2=beta2,
-        eps=float(settings["eps"]),
-        weight_decay=float(settings["weight_decay"]),
-        step=step,
-        gradient_scale=gradient_scale,
-    )
+        lr: NonNegative = 1e-3,
+        betas: ThreeDecayRates = (0.98, 0.92, 0.99),
+        eps: Positive = 1e-8,
+        weight_decay: NonNegative = 0.0,
+        max_grad_norm: MaxNorm = None,
+    ) -> None: ...

@@ -11,7 +11,7 @@ import torch
 from outsize.block import CHUNK, Plane
 from outsize.config import ComputeType
 from outsize.hardware.rate import Work
-from outsize.optim import ADAMW, AdamWHyper, Kernel, limited_threads
+from outsize.optim import ADAMW, ALGORITHMS, Kernel, limited_threads
 
 ROWS = 2048
 """Tokens that a block computes at once."""
@@ -24,7 +24,9 @@ CHUNKS_PER_UNIT = 4
 COPY_BYTES = 256 << 20
 COPIES_PER_UNIT = 2
 
-_HYPER = AdamWHyper(lr=1e-4, step=10)
+_HYPER = ALGORITHMS["AdamW"].hyper(
+    {"lr": 1e-4, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}, step=10
+)
 
 
 def matmul(compute_type: ComputeType, most_s: float) -> Work:

@@ -60,7 +60,7 @@ def example(rule: Rule, compute_type: ComputeType, num_elements: int = 1 << 12) 
     views = rule.views(compute_type, weight, state, gradient)
     # Views of one plane that differ in type cannot be exported: each gets memory of its own, laid out alike.
     own = [torch.empty_strided(view.shape, view.stride(), dtype=view.dtype).zero_() for view in views]
-    return [*own, torch.ones(rule.num_scalars)]
+    return [*own, torch.ones(len(rule.scalars))]
 
 
 def package(function: Callable[..., None], arguments: Sequence[Tensor], path: Path) -> None:

@@ -96,8 +96,8 @@ class Kernel:
                 (plane.dtype, plane.shape, plane.stride()),
                 (dtype, size),
             )
+        assert len(hyper) == len(self.rule.scalars), (self.rule.name, hyper)
         scalars = _scalars(hyper, weight.device)
-        assert scalars.numel() == self.rule.num_scalars, (self.rule.name, hyper)
         if self.rule.needs_groups(self.compute_type):
             whole -= whole % GROUP
         size = num_elements if self.backend is Backend.COMPILED else _EAGER_ELEMENTS[weight.device.type]
@@ -262,7 +262,7 @@ def gpu_kernel(rule: Rule, compute_type: ComputeType, device: torch.device) -> K
             with torch.no_grad():  # as it is called; for another mode it would be compiled again
                 kernel._function(
                     [weight, *state, gradient],
-                    torch.ones(rule.num_scalars, device=device, dtype=torch.float32),
+                    torch.ones(len(rule.scalars), device=device, dtype=torch.float32),
                 )
     except Exception as error:  # whatever a compiler raises
         _say_once(f"update rules run uncompiled on {device}, slower: {in_short(error)}")
@@ -312,7 +312,7 @@ def _sources() -> tuple[str, ...]:
 
 @lru_cache(maxsize=256)
 def _scalars(hyper: Hyper, device: torch.device) -> Tensor:
-    scalars = torch.tensor(hyper.scalars(), dtype=torch.float32, device="cpu")
+    scalars = torch.tensor(hyper, dtype=torch.float32, device="cpu")
     # Pinned, so that sending it waits for nothing.
     return scalars.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else scalars.to(device)
 

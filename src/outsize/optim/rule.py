@@ -23,10 +23,12 @@ then the group's peak in fp32: 68 bytes. Groups are those that slices start on, 
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cache
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -47,23 +49,9 @@ _LEAST_PEAK = 1e-30
 """A group of zeros has a peak too; fp32 magnitudes below it count as zero."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Hyper(ABC):
-    """What an update needs beside the planes, frozen by a step; each optimizer adds its own settings.
-
-    `step` counts from 1 and includes this update. `gradient_scale` multiplies the gradient first (the clip factor).
-    """
-
-    lr: float
-    step: int = 1
-    gradient_scale: float = 1.0
-
-    def __post_init__(self) -> None:
-        assert self.step >= 1, self
-
-    @abstractmethod
-    def scalars(self) -> list[float]:
-        """The numbers that the rule takes, as one fp32 tensor: a changed setting never recompiles anything."""
+Hyper: TypeAlias = tuple[float, ...]
+"""What an update needs beside the planes, frozen by a step: the values of `Rule.scalars`, in that order. A kernel takes
+them as one fp32 tensor, so a changed setting never recompiles anything."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,19 +69,24 @@ class Codes:
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """An update rule: its state planes in record order, and the function that gives their new values.
+    """An update rule: its state planes in record order, and the function that returns their new values.
 
-    `element(master, *moments, gradient, scalars)` returns the new `(master, *moments)`; all are fp32, of one shape but
-    for the `num_scalars` scalars. Moments are kept in fp32, whatever the compute type, or in `codes`, one per moment.
+    `element(master, *moments, gradient, *scalars)` takes the gradient multiplied by the first of `scalars`, and the others
+    by position, and returns the new `(master, *moments)`. All are fp32, and of one shape except for the scalars. Moments
+    are stored in fp32, whatever the compute type, or in `codes`, one per moment.
 
     `update(*views(...), scalars)` and `update_split(*views(...), scalars)` work in place.
     """
 
     name: str
     moments: tuple[Plane, ...]
-    num_scalars: int
     element: Callable[..., tuple[Tensor, ...]]
     codes: tuple[Codes, ...] = ()
+
+    @property
+    def scalars(self) -> tuple[str, ...]:
+        """The names of the scalars: the factor of the gradient, then the last parameters of `element`."""
+        return "gradient_scale", *_parameters(self.element)[len(self.moments) + 2 :]
 
     def update(self, *arguments: Tensor) -> None:
         """Update fp32 planes: one dimension, or rows of a group where moments are codes."""
@@ -122,9 +115,12 @@ class Rule:
         scalars: Tensor,
     ) -> list[Tensor]:
         """The new masters, lane by lane; the moments, `stored` as `views` orders them, are updated in place."""
+        scale, *others = scalars.unbind()
         lanes = range(len(masters))
         moments = [self._read(stored, lane, len(lanes)) for lane in lanes]
-        new = [self.element(masters[lane], *moments[lane], gradients[lane], scalars) for lane in lanes]
+        new = [
+            self.element(masters[lane], *moments[lane], gradients[lane] * scale, *others) for lane in lanes
+        ]
         self._write(stored, [values[1:] for values in new])
         return [values[0] for values in new]
 
@@ -204,6 +200,25 @@ class Rule:
         }
 
 
+@dataclass(frozen=True, slots=True)
+class Algorithm:
+    """What an optimizer computes: a rule, and the function that turns an optimizer's settings into the rule's scalars."""
+
+    rule: Rule
+    scalars: Callable[..., dict[str, float]]
+
+    def hyper(self, settings: Mapping[str, Any], step: int, gradient_scale: float = 1.0) -> Hyper:
+        """Freeze the `step`-th update (from 1) of a parameter whose gradient is multiplied by `gradient_scale` first.
+
+        `settings` may hold more than `scalars` takes, and values of any type that converts to float.
+        """
+        assert step >= 1, step
+        values = {**settings, "step": step}
+        scalars = self.scalars(**{name: _as_floats(values[name]) for name in _parameters(self.scalars)})
+        scalars["gradient_scale"] = gradient_scale
+        return tuple(scalars[name] for name in self.rule.scalars)
+
+
 def part(plane: Tensor, start: int, stop: int) -> Tensor:
     """Elements `[start, stop)` of a plane, 1-D; of codes the groups that hold them, `start` beginning one."""
     if plane.dtype is not torch.uint8:
@@ -241,6 +256,15 @@ def interleave(values: Tensor) -> Tensor:
     natural[whole::2] = values[whole:middle]
     natural[whole + 1 :: 2] = values[middle:]
     return natural
+
+
+@cache
+def _parameters(function: Callable[..., object]) -> tuple[str, ...]:
+    return tuple(inspect.signature(function).parameters)
+
+
+def _as_floats(value: Any) -> float | tuple[float, ...]:
+    return tuple(map(float, value)) if isinstance(value, Sequence) else float(value)
 
 
 def _words(plane: Tensor) -> Tensor:

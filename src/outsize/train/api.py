@@ -9,12 +9,12 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Unpack, cast
 
 from torch import nn
 
+from outsize.config import OptimizerName
 from outsize.plan.profile import Profile
 
 if TYPE_CHECKING:
@@ -57,28 +57,9 @@ class Api(Protocol):
         """Record the step that `model` makes in the body."""
 
 
-class OptimizerName(StrEnum):
-    """The package's optimizers, as the command line names them."""
-
-    ADAMW = "adamw"
-    ADAMW8BIT = "adamw8bit"
-    LION = "lion"
-    ADAN = "adan"
-    SGD = "sgd"
-    SGDSAI = "sgdsai"
-
-
 def optimizer_of(api: Api, name: OptimizerName) -> Callable[..., Optimizer]:
     """The optimizer of that name."""
-    classes = {
-        OptimizerName.ADAMW: "AdamW",
-        OptimizerName.ADAMW8BIT: "AdamW8bit",
-        OptimizerName.LION: "Lion",
-        OptimizerName.ADAN: "Adan",
-        OptimizerName.SGD: "SGD",
-        OptimizerName.SGDSAI: "SGDSaI",
-    }
-    return cast("Callable[..., Optimizer]", getattr(api, classes[name]))
+    return cast("Callable[..., Optimizer]", getattr(api, name.name))
 
 
 def public_api() -> Api:

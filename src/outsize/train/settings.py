@@ -7,9 +7,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from outsize.config import Pins
+from outsize.config import OptimizerName, Pins
 from outsize.errors import ConfigError
-from outsize.train.api import OptimizerName
 from outsize.train.data import DataFile, Packing, TooLong
 from outsize.train.schedule import Shape
 
@@ -58,7 +57,7 @@ class Learning:
     weight_decay: float = 0.01
     max_grad_norm: float | None = 1.0
     schedule: Shape = Shape.COSINE
-    optimizer: OptimizerName = OptimizerName.ADAMW
+    optimizer: OptimizerName = OptimizerName.AdamW
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.lr) and self.lr > 0):
