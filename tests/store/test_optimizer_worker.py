@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from outsize.block import CHUNK, Block, Piece, Plane, Record
-from outsize.config import ComputeType
+from outsize.config import ComputeType, Home
 from outsize.errors import StorageError
 from outsize.optim import ADAMW, compile_rule
 from outsize.store.optimizer_worker import OptimizerWorker
@@ -34,7 +34,7 @@ def make_record(sizes=SIZES, trainable=(True, True, True)):
 def make_job(record, hypers, after=None, weight=None, planes=None, gradient=None):
     n = record.num_trainable
     return UpdateJob(
-        planes=BlockPlanes(record, 0, ADAMW.dtypes(TYPE), {}),
+        planes=BlockPlanes(record, 0, ADAMW.dtypes(TYPE), {}, Home.HOST),
         pending=Pending(tuple(hypers)),
         weight=torch.ones(record.num_elements) if weight is None else weight,
         state_planes=planes or [torch.zeros(n), torch.zeros(n)],
