@@ -103,14 +103,26 @@ def test_who_holds_the_descriptor_keeps_the_weights(change, home, folder, tmp_pa
         assert torch.equal(model(**batch).logits, expected)
 
 
-def test_a_file_that_is_cut_short_while_weights_stream_from_it_is_named(folder, tmp_path):
+@pytest.mark.parametrize(
+    ("change", "said"), [(truncate, "was cut short since"), (rewrite, "was written to since")]
+)
+def test_a_file_that_is_written_to_while_weights_stream_from_it_is_named(change, said, folder, tmp_path):
     model = outsize.load(folder, disk=tmp_path, home="disk", dtype="float32")
     batch = batches(1)[0]
     with torch.no_grad():
         model(**batch)
-        truncate(folder)
-        with pytest.raises(FileChangedError, match="was cut short since it was opened"):
+        change(folder)
+        with pytest.raises(FileChangedError, match=said):
             model(**batch)
+
+
+@pytest.mark.parametrize("change", [truncate, rewrite])
+def test_other_weights_are_never_saved(change, folder, tmp_path):
+    model = outsize.load(folder, disk=tmp_path, home="disk", dtype="float32")
+    change(folder)
+    with pytest.raises(FileChangedError):
+        outsize.save(model, tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
 
 
 @changed

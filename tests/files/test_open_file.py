@@ -98,6 +98,25 @@ def test_bytes_that_changed_are_told(change, said, path):
         assert str(path) in str(caught.value) and caught.value.hint
 
 
+@pytest.mark.parametrize("is_direct", [True, False])
+def test_what_is_written_before_or_during_a_read_is_told_by_it(is_direct, path, monkeypatch):
+    if not is_direct:
+        monkeypatch.setattr(open_file, "direct_alignment", lambda path: 0)
+    old = path.stat().st_mtime_ns - 10**9
+    os.utime(path, ns=(old, old))
+    file = OpenFile.open(path)
+    real = os.preadv
+
+    def written_first(*arguments):
+        rewritten(path)
+        return real(*arguments)
+
+    assert content(file) == DATA
+    monkeypatch.setattr(os, "preadv", written_first)
+    with pytest.raises(FileChangedError, match="was written to since it was opened"):
+        content(file)
+
+
 def test_the_descriptor_goes_with_the_object(path):
     file = OpenFile.open(path)
     descriptor = file.descriptor

@@ -86,10 +86,10 @@ class OpenFile:
     def read_once(
         self, offset: int, target: memoryview, label: str, buffer: memoryview | None = None
     ) -> None:
-        """Fill `target` from any offset, and leave nothing in the page cache.
+        """Fill `target` from any offset of a file that nobody should write to, and leave nothing in the page cache.
 
         A direct file is read through `buffer`, which is aligned and large enough for the pages around the range; None:
-        one is allocated. Raises StorageError; FileChangedError where that is because the file has changed.
+        one is allocated. Raises FileChangedError where the file has changed since it was opened, or else StorageError.
         """
         try:
             if self.is_direct:
@@ -97,9 +97,9 @@ class OpenFile:
             else:
                 self.read(offset, target, label)
                 self.drop_pages(offset, len(target))
-        except StorageError:
+        finally:
+            # After the read: a write sets the time first, so what was read is as it was, or this raises.
             self.check_contents()
-            raise
 
     def _read_aligned(self, offset: int, target: memoryview, label: str, buffer: memoryview | None) -> None:
         before = offset % ALIGNMENT
