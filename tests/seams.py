@@ -471,12 +471,12 @@ def disk_of(model: nn.Module) -> Any:
 def place_on_disk(model: nn.Module, block: str) -> tuple[Path, int]:
     """A file that can be opened, and the byte of it where the weights of `block` begin."""
     store = _executor(model).store
-    return Path(f"/proc/self/fd/{disk_of(model)._file.fd}"), store[block].planes.disk_offset
+    return Path(f"/proc/self/fd/{disk_of(model)._file._lock_fd}"), store[block].planes.disk_offset
 
 
 def file_of_inputs(model: nn.Module) -> Path:
     """A file that can be opened: what holds inputs of blocks that wait on the disk."""
-    return Path(f"/proc/self/fd/{activation_offload(model)._disk._file.fd}")
+    return Path(f"/proc/self/fd/{activation_offload(model)._disk._file._lock_fd}")
 
 
 def activation_offload(model: nn.Module) -> Any:
