@@ -290,13 +290,13 @@ def placement_lines(model: nn.Module) -> list[str]:
     placement = placement_of(model)
     assert placement is not None
     lines = [f"home {block}.{group} {home}" for (block, group), home in homes(model).items()]
-    for name, classes in (("weight", placement.weight_classes), ("gradient", placement.gradient_classes)):
+    for name, classes in placement.slots.items():
         for each in classes:
             lines.append(f"slots {name} {each.count} x {each.slot_bytes}: {' '.join(sorted(each.blocks))}")
     lines += [f"entry {block}[{index}] host" for block, index in sorted(placement.pieces)]
-    lines.append(f"buffers chunk {placement.chunk_buffers} x {placement.chunk_bytes}")
-    lines.append(f"buffers bounce {placement.bounce_buffers} x {placement.bounce_bytes}")
-    lines.append(f"buffers staging {placement.staging_buffers} x {placement.staging_bytes}")
+    lines.append(f"buffers chunk {placement.chunks.count} x {placement.chunks.each_bytes}")
+    lines.append(f"buffers bounce {placement.bounce.count} x {placement.bounce.each_bytes}")
+    lines.append(f"buffers staging {placement.staging.count} x {placement.staging.each_bytes}")
     lines.append(f"no-recompute {' '.join(sorted(placement.kept))}")
     lines.append(f"inputs {placement.inputs} {placement.inputs_bytes}")
     lines.append(f"disk {placement.disk_bytes}")

@@ -121,7 +121,7 @@ def test_tiles_become_smaller_before_a_batch_is_refused(tmp_path):
     sizes = []
     room = budget.limits.room_bytes(Home.HOST)
     for left in (1 << 40, *range(1 << 20, 0, -(1 << 12))):
-        set_room(model, budget.placement.arena_bytes + left)
+        set_room(model, budget.placement.bytes_in(Home.DEVICE) + left)
         try:
             sizes.append(budget.begin_call(call.workload, call.shape))
         except BudgetError as error:
@@ -136,7 +136,7 @@ def test_a_pinned_tile_is_never_made_smaller(tmp_path):
     train(model, batches(1, rows=8))
     budget, call = budget_of(model), current_call(model)
     assert budget.begin_call(call.workload, call.shape) == 2
-    set_room(model, budget.placement.arena_bytes + 1)
+    set_room(model, budget.placement.bytes_in(Home.DEVICE) + 1)
     with pytest.raises(BudgetError, match="of activations"):
         budget.begin_call(call.workload, call.shape)
 

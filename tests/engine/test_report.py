@@ -84,9 +84,7 @@ def test_a_preview_is_what_the_run_will_be(home, folder):
     placement = placement_of(model)
     assert placement is not None
     assert bool(preview.disk_bytes) is (home == "disk")
-    assert len(preview.slots) == (
-        len(placement.weight_classes) + len(placement.gradient_classes) + bool(placement.chunk_buffers)
-    )
+    assert len(preview.slots) == (sum(map(len, placement.slots.values())) + bool(placement.chunks.count))
     assert ("fits:" in str(preview) and "weight slots" in str(preview)) or home == "host"
 
 

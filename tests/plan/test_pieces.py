@@ -34,9 +34,9 @@ LEAST = align(2 * (40_000 + 64 * 313 + 9_024)) * 2
 @pytest.mark.parametrize("arena_bytes", range(LEAST, LEAST + 700_000, 37_000))
 def test_what_is_left_is_less_than_the_smallest_entry(arena_bytes):
     placement = placed(arena_bytes)
-    assert placement.arena_bytes <= arena_bytes
-    streams = any(group.blocks for group in placement.weight_classes)
-    assert arena_bytes - placement.arena_bytes < align(2 * SIZES[-1]) or not streams
+    assert placement.bytes_in(Home.DEVICE) <= arena_bytes
+    streams = any(group.blocks for group in placement.slots[Group.WEIGHT])
+    assert arena_bytes - placement.bytes_in(Home.DEVICE) < align(2 * SIZES[-1]) or not streams
     assert all(placement.home(name, Group.WEIGHT) is not Home.DEVICE for name, _ in placement.pieces)
 
 
@@ -45,7 +45,9 @@ def test_pieces_take_no_more_than_was_left_and_add_up():
     after = with_pieces(before, records(), 90_000)
     assert before.pieces < after.pieces
     assert 0 < after.pieces_bytes - before.pieces_bytes <= 90_000
-    assert after.arena_bytes - before.arena_bytes == after.pieces_bytes - before.pieces_bytes
+    assert (
+        after.bytes_in(Home.DEVICE) - before.bytes_in(Home.DEVICE) == after.pieces_bytes - before.pieces_bytes
+    )
     assert with_pieces(after, records(), 0) == after
 
 
@@ -60,7 +62,9 @@ def test_a_limit_on_what_stays_holds_for_pieces_too():
 
 def test_what_trains_and_what_no_visit_needs_has_no_pieces():
     own = records(trainable=True)
-    least = place(own, {Home.DEVICE: 1 << 40}, home=Home.DISK, has_disk=True, pins=Pins()).arena_bytes
+    least = place(own, {Home.DEVICE: 1 << 40}, home=Home.DISK, has_disk=True, pins=Pins()).bytes_in(
+        Home.DEVICE
+    )
     assert not place(own, {Home.DEVICE: least + 30_000}, home=None, has_disk=True, pins=Pins()).pieces
     idle = frozenset(record.name for record in records())
     assert not place(

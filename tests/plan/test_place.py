@@ -127,7 +127,7 @@ def test_the_host_is_filled_beside_the_bounce_buffers_of_commits(commits):
     hosted = placed(records, device + block, PLENTY)
     placement = placed(records, device + block, hosted.bytes_in(Home.HOST), commits=commits)
     assert bool(placement.at(Home.DISK)) is commits
-    assert bool(placement.bounce_buffers) is commits
+    assert bool(placement.bounce.count) is commits
 
 
 def test_an_evicted_block_lives_in_the_hosts_memory():

@@ -260,7 +260,7 @@ def test_a_block_that_stays_does_not_go_back_while_it_is_updated():
 def test_slots_are_shared_by_blocks_of_at_most_twice_the_size():
     records = list(make_records({"A": 1 << 20, "B": (1 << 19) + 4096, "C": 1 << 19}).values())
     placement = place(records, {Home.DEVICE: 1 << 40}, home=Home.DISK, has_disk=True, pins=Pins())
-    assert [group.blocks for group in placement.weight_classes] == [{"A", "B"}, {"C"}]
+    assert [group.blocks for group in placement.slots[Group.WEIGHT]] == [{"A", "B"}, {"C"}]
 
 
 @pytest.mark.parametrize(("trains", "slots"), [(True, 3), (False, 2)])
@@ -271,7 +271,7 @@ def test_it_is_roomy_where_transfers_fill_slots_beside_computing(trains, slots):
         pins = Pins(weight_slots=count)
         placement = place(records, {Home.DEVICE: 1 << 40}, home=Home.DISK, has_disk=True, pins=pins)
         if not trains:
-            placement = replace(placement, gradient_classes=())
+            placement = replace(placement, slots={**placement.slots, Group.GRADIENT: ()})
         return placement.is_roomy(Pins())
 
     assert is_roomy(slots) and not is_roomy(slots - 1)
@@ -281,8 +281,10 @@ def test_a_device_that_all_planes_just_fit_into_holds_them():
     records = list(make_records({"A": 1 << 20, "B": 1 << 20}).values())
     options = {"home": None, "has_disk": True, "pins": Pins()}
     whole = place(records, {**ROOM, Home.DEVICE: 1 << 40}, **options)
-    assert place(records, {**ROOM, Home.DEVICE: whole.compute_bytes}, **options) == whole
-    assert place(records, {**ROOM, Home.DEVICE: whole.compute_bytes - 1}, **options).weight_classes
+    assert place(records, {**ROOM, Home.DEVICE: whole.bytes_in(Home.DEVICE)}, **options) == whole
+    assert place(records, {**ROOM, Home.DEVICE: whole.bytes_in(Home.DEVICE) - 1}, **options).slots[
+        Group.WEIGHT
+    ]
 
 
 def test_a_device_that_slots_just_fit_into_is_large_enough():
@@ -290,9 +292,9 @@ def test_a_device_that_slots_just_fit_into_is_large_enough():
     pins = Pins(weight_slots=1, gradient_slots=1, resident_bytes=0)
     options = {"home": None, "has_disk": True, "pins": pins}
     least = place(records, {**ROOM, Home.DEVICE: 1 << 40}, **options)
-    assert place(records, {**ROOM, Home.DEVICE: least.compute_bytes}, **options) == least
+    assert place(records, {**ROOM, Home.DEVICE: least.bytes_in(Home.DEVICE)}, **options) == least
     with pytest.raises(BudgetError):
-        place(records, {**ROOM, Home.DEVICE: least.compute_bytes - 1}, **options)
+        place(records, {**ROOM, Home.DEVICE: least.bytes_in(Home.DEVICE) - 1}, **options)
 
 
 @pytest.mark.parametrize(
@@ -313,16 +315,19 @@ def test_placement_spends_memory_on_slots_first_then_on_weights():
         pins=Pins(weight_slots=1, gradient_slots=1),
     )
     with pytest.raises(BudgetError, match="hint"):
-        place(records, {Home.DEVICE: least.arena_bytes - 1}, home=None, has_disk=True, pins=Pins())
-    assert place(records, {Home.DEVICE: least.arena_bytes}, home=None, has_disk=True, pins=Pins()) == least
+        place(records, {Home.DEVICE: least.bytes_in(Home.DEVICE) - 1}, home=None, has_disk=True, pins=Pins())
+    assert (
+        place(records, {Home.DEVICE: least.bytes_in(Home.DEVICE)}, home=None, has_disk=True, pins=Pins())
+        == least
+    )
     middle = place(
-        records, {Home.DEVICE: least.arena_bytes + 2_500_000}, home=None, has_disk=True, pins=Pins()
+        records, {Home.DEVICE: least.bytes_in(Home.DEVICE) + 2_500_000}, home=None, has_disk=True, pins=Pins()
     )
     kept = {group for _, group in middle.at(Home.DEVICE)}
     assert kept == {Group.WEIGHT}
-    assert middle.arena_bytes <= least.arena_bytes + 2_500_000
+    assert middle.bytes_in(Home.DEVICE) <= least.bytes_in(Home.DEVICE) + 2_500_000
     whole = place(records, {Home.DEVICE: 1 << 40}, home=None, has_disk=True, pins=Pins())
-    assert whole.disk_bytes == 0 and not whole.weight_classes
+    assert whole.disk_bytes == 0 and not whole.slots[Group.WEIGHT]
 
 
 @given(st.integers(100_000, 60_000_000))
@@ -334,4 +339,4 @@ def test_placement_never_exceeds_its_budget(budget):
     except BudgetError as error:
         assert error.hint
     else:
-        assert placement.arena_bytes <= budget
+        assert placement.bytes_in(Home.DEVICE) <= budget

@@ -11,6 +11,7 @@ from outsize.config import Budgets, ComputeType, Home, Pins, Settings
 from outsize.errors import BudgetError
 from outsize.plan.ledger import Ledger, placed
 from outsize.plan.limits import SLACK_BYTES, Limits
+from outsize.plan.place import Buffers
 from outsize.plan.planner import Planner
 from outsize.plan.search import CostModel
 from outsize.plan.workload import Activations, BatchDims, BatchShape, Linear, LossMemory, Workload
@@ -101,7 +102,7 @@ def test_what_is_planned_fits():
         for model in (None, cost_model(records)):
             way, placement, _ = planner(records, limits).plan(model)
             ledger = limits.taken + way.activations + placed(list(records.values()), placement, Home.HOST)
-            assert ledger.total(Home.HOST) >= 300 * MIB + placement.arena_bytes
+            assert ledger.total(Home.HOST) >= 300 * MIB + placement.bytes_in(Home.DEVICE)
             assert ledger.total(Home.HOST) + SLACK_BYTES <= host
 
 
@@ -111,7 +112,7 @@ def test_the_fastest_choice_is_taken_and_its_pins_lead_to_it():
     _, placement, choices = planner(records, limits).plan(cost_model(records))
     assert [choice.step_s for choice in choices] == sorted(choice.step_s for choice in choices)
     _, again, _ = planner(records, limits, pins=choices[0].pins).plan()
-    assert dataclasses.replace(again, chunk_buffers=0) == dataclasses.replace(placement, chunk_buffers=0)
+    assert dataclasses.replace(again, chunks=Buffers()) == dataclasses.replace(placement, chunks=Buffers())
 
 
 @pytest.mark.parametrize("has_device", [False, True])

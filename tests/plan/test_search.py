@@ -57,7 +57,7 @@ def chosen(records, profile, own, arena_bytes, pins=NONE, home=None):
 
 
 def least(records):
-    return on_host(records, 1 << 50, Pins(weight_slots=1, gradient_slots=1), Home.DISK).arena_bytes
+    return on_host(records, 1 << 50, Pins(weight_slots=1, gradient_slots=1), Home.DISK).bytes_in(Home.DEVICE)
 
 
 def check_choice(choice, records, arena_bytes):
@@ -65,7 +65,7 @@ def check_choice(choice, records, arena_bytes):
     visits = call(list(records))
     plan = make_plan(Context(visits, records, choice.placement, Occupancy(pending=frozenset(records))))
     check(plan, records, choice.placement)
-    assert choice.placement.arena_bytes <= arena_bytes
+    assert choice.placement.bytes_in(Home.DEVICE) <= arena_bytes
 
 
 SIZES = st.lists(st.sampled_from([100_000, 1_000_000, 5_000_000]), min_size=1, max_size=8)
@@ -186,7 +186,7 @@ def test_what_is_chosen_is_near_the_best_of_all(memory, forward_s):
             for slots in ((1, 1), (2, 1), (2, 2), (3, 2), (3, 3)):
                 homes = dict.fromkeys(keys, Home.DISK) | dict.fromkeys(resident, Home.DEVICE)
                 placement = lay_out(list(records.values()), homes, slots)
-                if placement.arena_bytes <= arena_bytes:
+                if placement.bytes_in(Home.DEVICE) <= arena_bytes:
                     best = min(best, simulate(call(names), records, placement, HOST, own).step_s)
     assert chosen(records, HOST, own, arena_bytes)[0].step_s <= 1.05 * best
 
@@ -275,7 +275,10 @@ def test_on_a_device_what_fits_is_simulated_too():
     choices = choose(ways(0), fit, costs(names, 0.01, 0.03), records, DEVICE)
     assert 1 < len(choices) <= len(SLOTS) + 1 + NUM_GRIDS * PARTS
     for choice in choices:
-        assert choice.placement.compute_bytes <= 2 * GIB and choice.placement.home_bytes <= 3 * GIB
+        assert (
+            choice.placement.bytes_in(Home.DEVICE) <= 2 * GIB
+            and choice.placement.bytes_in(Home.HOST) <= 3 * GIB
+        )
         check(
             make_plan(Context(call(names), records, choice.placement, Occupancy(pending=frozenset(names)))),
             records,

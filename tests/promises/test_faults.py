@@ -17,6 +17,7 @@ import torch
 
 import outsize
 from outsize import Pins
+from outsize.config import Home
 from outsize.errors import (
     BudgetError,
     ConfigError,
@@ -384,7 +385,7 @@ def test_the_least_memory_that_is_named_really_works(name, home, tmp_path):
 def test_a_batch_that_outgrows_the_budget_is_refused_with_a_hint(tmp_path):
     model = llama(tmp_path, pins=Pins(tile_rows=1))
     train(model, batches(1))
-    set_room(model, placement_of(model).arena_bytes + 1)
+    set_room(model, placement_of(model).bytes_in(Home.DEVICE) + 1)
     with pytest.raises(BudgetError, match="of activations") as refusal:
         model(**ZOO["llama"].batch(rows=8, length=60))
     assert "fewer rows" in refusal.value.hint

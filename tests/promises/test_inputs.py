@@ -542,7 +542,7 @@ def test_buffers_of_inputs_are_taken_from_what_is_left_for_arenas(tmp_path, monk
     assert (
         planned["host"]
         >= own.limits.taken.total(Home.HOST)
-        + own.placement.arena_bytes
+        + own.placement.bytes_in(Home.DEVICE)
         + memory_estimate.input_buffers_bytes()
     )
 

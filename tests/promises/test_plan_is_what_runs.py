@@ -5,7 +5,8 @@ import torch
 
 import outsize
 from outsize import Pins
-from outsize.block import Plane
+from outsize.block import Group, Plane
+from outsize.config import Home
 from outsize.plan import Backward, Forward, Plan, Read, Update
 from tests.running import adamw, opened, train
 from tests.seams import (
@@ -61,9 +62,9 @@ def test_memory_is_what_the_plan_says(name, weight_slots, tmp_path, monkeypatch)
     weights, gradients = slots_taken(model)
     assert weights == tuple(map(max, *(peak.weight_slots for peak in peaks)))
     assert gradients == tuple(map(max, *(peak.gradient_slots for peak in peaks)))
-    assert weights == tuple(group.count for group in placement.weight_classes)
-    assert arena.in_use_bytes == arena.high_water_bytes == placement.arena_bytes
-    assert arena.limit_bytes == placement.arena_bytes
+    assert weights == tuple(group.count for group in placement.slots[Group.WEIGHT])
+    assert arena.in_use_bytes == arena.high_water_bytes == placement.bytes_in(Home.DEVICE)
+    assert arena.limit_bytes == placement.bytes_in(Home.DEVICE)
     assert max(peak.num_bytes for peak in peaks) <= placement.slots_bytes
 
 

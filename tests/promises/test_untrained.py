@@ -85,7 +85,7 @@ def test_memory_that_calls_leave_unused_holds_weights_until_a_call_needs_it(name
             assert all(torch.equal(one, other) for one, other in zip(again, expected, strict=True))
             placement = placement_of(model)
             assert bool(placement.pieces) is (limit_bytes == limit)
-            assert arena.in_use_bytes == arena.limit_bytes == placement.arena_bytes
+            assert arena.in_use_bytes == arena.limit_bytes == placement.bytes_in(Home.DEVICE)
     assert read[1] < read[3] // 4, "but for rows of embeddings nothing is read"
     close_unchecked(model)
 

@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from outsize.block import CHUNK, Block, Piece, Plane, Record, align
+from outsize.block import CHUNK, Block, Group, Piece, Plane, Record, align
 from outsize.config import ComputeType, Home
 from outsize.errors import BudgetError
 from outsize.optim import ADAMW, ADAMW8BIT
@@ -47,10 +47,10 @@ def placement_of(records, resident=(), hosted=(), **changed):
             for r in records
             for group in GROUPS
         },
-        weight_classes=classes(lambda r: r.plane_bytes(Plane.WEIGHT)),
-        gradient_classes=classes(lambda r: align(4 * r.num_trainable)),
-        chunk_buffers=0,
-        chunk_bytes=0,
+        slots={
+            Group.WEIGHT: classes(lambda r: r.plane_bytes(Plane.WEIGHT)),
+            Group.GRADIENT: classes(lambda r: align(4 * r.num_trainable)),
+        },
         resident_bytes=in_memory[tuple(resident)],
         hosted_bytes=in_memory[tuple(hosted)] if hosted else 0,
         disk_bytes=sum(r.num_bytes for r in streamed),

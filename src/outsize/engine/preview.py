@@ -279,21 +279,23 @@ def _alternatives(choices: Sequence[Choice]) -> tuple[Alternative, ...]:
 
 def _slots(placement: Placement) -> tuple[str, ...]:
     """The slots and buffers that planes pass through, each kind as a line."""
-    classes = [("weight slot", group) for group in placement.weight_classes]
-    classes += [("gradient slot", group) for group in placement.gradient_classes]
     lines = [
-        f"{_counted(group.count, what)} of {format_bytes(group.slot_bytes)} for {_counted(len(group.blocks), 'block')}"
-        for what, group in classes
+        f"{_counted(each.count, f'{group} slot')} of {format_bytes(each.slot_bytes)} for "
+        f"{_counted(len(each.blocks), 'block')}"
+        for group, classes in placement.slots.items()
+        for each in classes
     ]
     if placement.kept:
         lines.append(f"{len(placement.kept)} blocks keep their activations, and compute them once")
     buffers = (
-        (placement.chunk_buffers, "chunk buffers", placement.chunk_bytes, ""),
-        (placement.bounce_buffers, "buffers", placement.bounce_bytes, " between disk and device"),
-        (placement.staging_buffers, "buffers", placement.staging_bytes, " for the first reading"),
+        (placement.chunks, "chunk buffers", ""),
+        (placement.bounce, "buffers", " between disk and device"),
+        (placement.staging, "buffers", " for the first reading"),
     )
     lines += [
-        f"{count} {what} of {format_bytes(size)}{where}" for count, what, size, where in buffers if count
+        f"{each.count} {what} of {format_bytes(each.each_bytes)}{where}"
+        for each, what, where in buffers
+        if each.count
     ]
     return tuple(lines)
 

@@ -26,7 +26,6 @@ from outsize.plan.place import (
     evicted,
     is_stored,
     place,
-    slot_class_of,
     sums_in_place,
 )
 from outsize.plan.plan import Plan
@@ -63,6 +62,5 @@ __all__ = [
     "is_stored",
     "make_plan",
     "place",
-    "slot_class_of",
     "sums_in_place",
 ]

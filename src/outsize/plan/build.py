@@ -15,7 +15,7 @@ from outsize.block import Group, Plane
 from outsize.config import Home
 from outsize.plan.context import Context, Direction, Visit
 from outsize.plan.op import Backward, Claim, Forward, Free, Held, Hint, Op, Read, Wait, Write
-from outsize.plan.place import GRADIENT_SUM_BYTES, slot_class_of, sums_in_place
+from outsize.plan.place import GRADIENT_SUM_BYTES, sums_in_place
 from outsize.plan.plan import Plan
 
 LOOKAHEAD = 4
@@ -45,8 +45,8 @@ class _Builder:
         self.unwaited = set(self.held)  # blocks whose weights may still be arriving or changing
         self.written: set[str] = set()  # gradients that are on their way home
         self.unwritten: list[str] = []  # gradients summed by a group of joined visits
-        self.weight_class = {b: slot_class_of(self.placement.weight_classes, b) for b in self.records}
-        self.gradient_class = {b: slot_class_of(self.placement.gradient_classes, b) for b in self.records}
+        self.weight_class = {b: self.placement.slot_class(b, Group.WEIGHT) for b in self.records}
+        self.gradient_class = {b: self.placement.slot_class(b, Group.GRADIENT) for b in self.records}
         self.uses: defaultdict[str, list[int]] = defaultdict(list)  # visits that need a block's weights
         self.first_visit: dict[str, int] = {}
         for index, visit in enumerate(self.visits):
@@ -85,7 +85,7 @@ class _Builder:
 
     def _make_room(self, group: int, index: int, now: int) -> bool:
         members = [block for block in self.held if self.weight_class[block] == group]
-        if len(members) < self.placement.weight_classes[group].count:
+        if len(members) < self.placement.slots[Group.WEIGHT][group].count:
             return True
         protected = {visit.block for visit in self.visits[now : index + 1]}
         candidates = [block for block in members if block not in protected]
@@ -116,7 +116,7 @@ class _Builder:
         if any(visit.block == block and visit.trains for visit in self.visits[now:index]):
             return  # its sum is not complete yet
         members = [name for name in self.gradients if self.gradient_class[name] == group]
-        if len(members) >= self.placement.gradient_classes[group].count:
+        if len(members) >= self.placement.slots[Group.GRADIENT][group].count:
             if index != now:
                 return
             # One that is on its way home; else one that was claimed ahead of its time.

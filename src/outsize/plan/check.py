@@ -26,7 +26,7 @@ from outsize.plan.op import (
     Wait,
     Write,
 )
-from outsize.plan.place import Placement, slot_class_of
+from outsize.plan.place import Placement
 from outsize.plan.plan import Plan
 
 
@@ -69,7 +69,9 @@ class _Slots:
     """Slots claimed per class of one plane."""
 
     def __init__(self, placement: Placement, plane: Plane) -> None:
-        self.classes = placement.weight_classes if plane is Plane.WEIGHT else placement.gradient_classes
+        self.placement = placement
+        self.group = plane.group
+        self.classes = placement.slots[plane.group]
         self.claimed: list[set[str]] = [set() for _ in self.classes]
         self.peaks = [0] * len(self.classes)
 
@@ -78,10 +80,10 @@ class _Slots:
 
     def is_there(self, block: str) -> bool:
         """Whether the block has its slot, or needs none."""
-        return slot_class_of(self.classes, block) is None or self.is_claimed(block)
+        return self.placement.slot_class(block, self.group) is None or self.is_claimed(block)
 
     def claim(self, block: str) -> None:
-        index = slot_class_of(self.classes, block)
+        index = self.placement.slot_class(block, self.group)
         if index is None:
             raise PlanError(f"{block} has no slot")
         claimed = self.claimed[index]

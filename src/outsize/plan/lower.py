@@ -31,7 +31,7 @@ from outsize.plan.op import (
 )
 from outsize.plan.passes.commits import copied_bytes
 from outsize.plan.path import DRIVE
-from outsize.plan.place import GROUPS, Placement, slot_class_of, sums_in_place
+from outsize.plan.place import GROUPS, Placement, sums_in_place
 from outsize.plan.plan import Plan
 from outsize.plan.profile import Profile, Resource
 
@@ -171,7 +171,7 @@ class Lowering:
                 if not self._link:
                     self._wait([*state.weights, *state.weight_writes])
             case Free(block, Plane.GRADIENT):
-                group = slot_class_of(self._placement.gradient_classes, block)
+                group = self._placement.slot_class(block, Group.GRADIENT)
                 if self._link:
                     self._slots[group].append(tuple(state.gradient))
                 else:
@@ -287,7 +287,7 @@ class Lowering:
 
     def _claim(self, block: str) -> None:
         """On a device a slot may still be on its way down: computing comes after that."""
-        group = slot_class_of(self._placement.gradient_classes, block)
+        group = self._placement.slot_class(block, Group.GRADIENT)
         if group is not None and self._slots[group]:
             self._wait(self._slots[group].pop(0))
 

@@ -63,32 +63,42 @@ class SlotClass:
 
 
 @dataclass(frozen=True, slots=True)
+class Buffers:
+    """`count` buffers of `each_bytes`; none where nothing needs them."""
+
+    count: int = 0
+    each_bytes: int = 0
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of all."""
+        return self.count * self.each_bytes
+
+
+@dataclass(frozen=True, slots=True)
 class Placement:
-    """Where every group of planes lives between visits, and the buffers it passes through. Figures are bytes or counts.
+    """Where every group of planes lives between visits, and what it passes through. Figures are bytes.
 
     `homes` has one word for every group of every block, and `host` is the word for the host's memory: HOST beside a device
-    with memory of its own; DEVICE where the processor computes, and then no group has HOST. Buffers are in the host's
-    memory. Beside a device all that moves passes through them: chunks, `bounce_buffers` between disk and device, and
-    `staging_buffers` for whole weight planes that come from a checkpoint. `kept` holds layers whose
-    activations wait for the backward, which then does not compute them again; their weights stay where they compute.
-    `inputs` is where the inputs of blocks wait, at most `inputs_bytes` there; None where they stay where blocks compute.
-    `pieces` holds `(block, index)` of single entries of streamed blocks whose weights stay in memory as well: a slot is
-    filled from there instead of the model's files.
+    with memory of its own; DEVICE where the processor computes, and then no group has HOST. Weights and gradients that
+    do not live where blocks compute pass through `slots` there, and through buffers in the host's memory: `chunks` of an
+    update, `bounce` buffers between disk and device, `staging` buffers for whole weight planes from a checkpoint.
+
+    `kept` holds layers whose activations wait for the backward, which then does not compute them again; their weights
+    stay where they compute. `inputs` is where the inputs of blocks wait, at most `inputs_bytes` there; None where they
+    stay where blocks compute. `pieces` holds `(block, index)` of single entries of streamed blocks whose weights stay in
+    memory as well: a slot is filled from there instead of the model's files.
     """
 
     homes: Mapping[Key, Home] = field(hash=False)
-    weight_classes: tuple[SlotClass, ...]
-    gradient_classes: tuple[SlotClass, ...]
-    chunk_buffers: int
-    chunk_bytes: int
+    slots: Mapping[Group, tuple[SlotClass, ...]] = field(hash=False)
     resident_bytes: int
     disk_bytes: int
     hosted_bytes: int = 0
     host: Home = Home.DEVICE
-    bounce_buffers: int = 0
-    bounce_bytes: int = 0
-    staging_buffers: int = 0
-    staging_bytes: int = 0
+    chunks: Buffers = Buffers()
+    bounce: Buffers = Buffers()
+    staging: Buffers = Buffers()
     kept: frozenset[str] = frozenset()
     inputs: Home | None = None
     inputs_bytes: int = 0
@@ -113,49 +123,43 @@ class Placement:
         """All that lives in `home`."""
         return frozenset(key for key, own in self.homes.items() if own is home)
 
+    def slot_class(self, block: str, group: Group) -> int | None:
+        """The index of the class whose slots this group of `block` passes through; None where it stays."""
+        classes = self.slots[group]
+        return next((index for index, each in enumerate(classes) if block in each.blocks), None)
+
     def is_roomy(self, pins: Pins) -> bool:
         """Whether there are as many slots as transfers beside computing can use, or as were pinned."""
-        wanted_slots = WANTED_WEIGHT_SLOTS if self.gradient_classes else WANTED_WEIGHT_SLOTS_TO_READ
+        trains = bool(self.slots[Group.GRADIENT])
+        wanted = dict(zip(self.slots, _wanted_slots(pins, trains), strict=True))
         return all(
-            group.count >= min(wanted, len(group.blocks))
-            for groups, wanted in (
-                (self.weight_classes, pins.weight_slots or wanted_slots),
-                (self.gradient_classes, pins.gradient_slots or WANTED_GRADIENT_SLOTS),
-            )
-            for group in groups
+            each.count >= min(wanted[group], len(each.blocks))
+            for group, classes in self.slots.items()
+            for each in classes
         )
 
     @property
     def slots_bytes(self) -> int:
         """Memory of all slots."""
-        return sum(group.num_bytes for group in self.weight_classes + self.gradient_classes)
+        return sum(each.num_bytes for classes in self.slots.values() for each in classes)
 
     @property
     def passage_bytes(self) -> int:
         """Memory of the buffers that planes pass through on their way to a slot."""
-        chunks = self.chunk_buffers * self.chunk_bytes
-        bounce = self.bounce_buffers * self.bounce_bytes
-        return chunks + bounce + self.staging_buffers * self.staging_bytes
+        return self.chunks.num_bytes + self.bounce.num_bytes + self.staging.num_bytes
 
     def bytes_in(self, home: Home) -> int:
         """Memory of `home`, DEVICE or HOST, that planes, slots and buffers take."""
-        planes = self.compute_bytes if home is Home.DEVICE else self.hosted_bytes
-        return planes + (self.passage_bytes if home is self.host else 0)
+        passage = self.passage_bytes if home is self.host else 0
+        if home is Home.HOST:
+            return self.hosted_bytes + passage
+        return self.slots_bytes + self.resident_bytes + self.pieces_bytes + passage
 
-    @property
-    def compute_bytes(self) -> int:
-        """Memory where blocks compute: slots and what is resident."""
-        return self.slots_bytes + self.resident_bytes + self.pieces_bytes
 
-    @property
-    def home_bytes(self) -> int:
-        """Memory of the host beside that: what is hosted, and what planes pass through."""
-        return self.hosted_bytes + self.passage_bytes
-
-    @property
-    def arena_bytes(self) -> int:
-        """Memory of everything; all of it the host's where blocks compute there."""
-        return self.compute_bytes + self.home_bytes
+def _wanted_slots(pins: Pins, trains: bool) -> tuple[int, int]:
+    """Weight and gradient slots that transfers can use, or that were pinned."""
+    weight_slots = WANTED_WEIGHT_SLOTS if trains else WANTED_WEIGHT_SLOTS_TO_READ
+    return pins.weight_slots or weight_slots, pins.gradient_slots or WANTED_GRADIENT_SLOTS
 
 
 def group_bytes(record: Record, group: Group) -> int:
@@ -256,12 +260,12 @@ class _Placer:
 
         A device with memory of its own holds whole blocks.
         """
-        stays = weights | whole if self._host is Home.HOST else whole
-        order = _spread_evenly(self._records)
+        order, is_whole = _spread_evenly(self._records), self._host is Home.HOST
         keys = {(r.name, group) for group, count in zip(GROUPS, counts, strict=True) for r in order[:count]}
-        keys |= {(name, group) for name, group in self._homes if name in stays}
-        keys |= {(name, Group.WEIGHT) for name in weights}
-        self._homes |= self._given(Home.DEVICE, keys & self._homes.keys())
+        for name, group in self._homes:
+            if name in whole or (name in weights and (is_whole or group is Group.WEIGHT)):
+                keys.add((name, group))
+        self._homes |= self._given(Home.DEVICE, keys)
 
     def take_slots(self, pins: Pins) -> int:
         """Take as many slots as fit, and say how many bytes are left where blocks compute. Raises BudgetError."""
@@ -349,27 +353,25 @@ def lay_out(
         commits and is_far and Home.DEVICE in homes.values()
     )
     stored = {name for (name, group), home in homes.items() if home is Home.DISK and num_bytes[name, group]}
-    streamed = {r.name: r.slot_bytes for r in records if homes[r.name, Group.WEIGHT] is not Home.DEVICE}
-    summed = {
-        r.name: sum_bytes(r)
-        for r in records
-        if r.num_trainable and not sums_in_place(r, homes[r.name, Group.GRADIENT] is Home.DEVICE)
+    classes = {
+        group: _classes({r.name: slot_bytes(r, group, homes[r.name, group]) for r in records}, count)
+        for group, count in zip((Group.WEIGHT, Group.GRADIENT), slots, strict=True)
     }
     return Placement(
         homes=dict(homes),
+        slots=classes,
         host=host,
-        weight_classes=_classes(streamed, slots[0]),
-        gradient_classes=_classes(summed, slots[1]),
-        chunk_buffers=CHUNK_BUFFERS if chunk_bytes else 0,
-        chunk_bytes=chunk_bytes,
-        bounce_buffers=BOUNCE_BUFFERS if is_bounced else 0,
-        bounce_bytes=CHUNK * GRADIENT_SUM_BYTES if is_bounced else 0,
-        staging_buffers=STAGING_BUFFERS if staged else 0,
-        staging_bytes=staged,
+        chunks=_buffers(CHUNK_BUFFERS, chunk_bytes),
+        bounce=_buffers(BOUNCE_BUFFERS, is_bounced * CHUNK * GRADIENT_SUM_BYTES),
+        staging=_buffers(STAGING_BUFFERS, staged),
         resident_bytes=sum(num_bytes[key] for key, home in homes.items() if home is Home.DEVICE),
         hosted_bytes=sum(num_bytes[key] for key, home in homes.items() if home is Home.HOST),
         disk_bytes=sum(r.num_bytes for r in records if r.name in stored),
     )
+
+
+def _buffers(count: int, each_bytes: int) -> Buffers:
+    return Buffers(count, each_bytes) if each_bytes else Buffers()
 
 
 def with_pieces(
@@ -402,9 +404,7 @@ def with_pieces(
 
 def _fewer_and_fewer(records: Sequence[Record], pins: Pins) -> Iterator[tuple[int, int]]:
     """Numbers of weight and gradient slots, from as many as transfers can use, or were pinned, down to the least."""
-    wanted = WANTED_WEIGHT_SLOTS if is_stored(records) else WANTED_WEIGHT_SLOTS_TO_READ
-    weight_slots = pins.weight_slots or wanted
-    gradient_slots = pins.gradient_slots or WANTED_GRADIENT_SLOTS
+    weight_slots, gradient_slots = _wanted_slots(pins, is_stored(records))
     while True:
         yield weight_slots, gradient_slots
         if weight_slots > 1 and pins.weight_slots is None and weight_slots >= gradient_slots:
@@ -423,27 +423,24 @@ def evicted(placement: Placement, record: Record) -> Placement:
     """
     keys = [key for key in placement.at(Home.DEVICE) if key[0] == record.name]
     num_bytes = sum(group_bytes(record, group) for _, group in keys)
-    gradients = placement.gradient_classes
-    if record.num_trainable and slot_class_of(gradients, record.name) is None:
-        gradients = _with_block(gradients, record.name, sum_bytes(record))
+    slots = {
+        group: _with_block(classes, record.name, slot_bytes(record, group, Home.HOST))
+        for group, classes in placement.slots.items()
+    }
     return replace(
         placement,
         homes={**placement.homes, **dict.fromkeys(keys, Home.HOST)},
+        slots=slots,
         resident_bytes=placement.resident_bytes - num_bytes,
         hosted_bytes=placement.hosted_bytes + num_bytes,
-        weight_classes=_with_block(placement.weight_classes, record.name, record.slot_bytes),
-        gradient_classes=gradients,
         kept=frozenset(),
     )
 
 
-def slot_class_of(classes: Sequence[SlotClass], block: str) -> int | None:
-    """The index of the class whose slots `block` passes through; None for a block that stays."""
-    return next((index for index, group in enumerate(classes) if block in group.blocks), None)
-
-
 def _with_block(classes: tuple[SlotClass, ...], block: str, num_bytes: int) -> tuple[SlotClass, ...]:
-    """`classes`, the smallest that is large enough with `block` in it, or with one more."""
+    """`classes`, the smallest that is large enough with `block` in it, or with one more; unless it has or needs no slot."""
+    if not num_bytes or any(block in each.blocks for each in classes):
+        return classes
     fitting = [index for index, group in enumerate(classes) if group.slot_bytes >= num_bytes]
     if not fitting:
         return (*classes, SlotClass(num_bytes, 1, frozenset((block,))))
@@ -465,12 +462,16 @@ def _spread_evenly(records: Sequence[Record]) -> list[Record]:
     return order
 
 
-def sum_bytes(record: Record) -> int:
-    """Bytes of a slot for the fp32 sum of `record`'s gradient.
+def slot_bytes(record: Record, group: Group, home: Home) -> int:
+    """Bytes of a slot for the weights of `record`, or for the fp32 sum of its gradient; 0 where that needs none.
 
     A narrower stored gradient is read to the end of the slot and widened in place, front to back; the extra page
     keeps what is written from overtaking what is read, whatever the rounding to pages.
     """
+    if group is Group.WEIGHT:
+        return 0 if home is Home.DEVICE else record.slot_bytes
+    if not record.num_trainable or sums_in_place(record, home is Home.DEVICE):
+        return 0
     is_narrow = record.element_bytes[Plane.GRADIENT] < GRADIENT_SUM_BYTES
     return align(record.num_trainable * GRADIENT_SUM_BYTES) + (ALIGNMENT if is_narrow else 0)
 
@@ -481,9 +482,9 @@ def sums_in_place(record: Record, gradient_is_resident: bool) -> bool:
 
 
 def _classes(sizes: dict[str, int], count: int) -> tuple[SlotClass, ...]:
-    """Group blocks so that no slot is more than twice as large as a block that uses it."""
+    """Group blocks that need a slot so that none is more than twice as large as a block that uses it."""
     classes: list[SlotClass] = []
-    names = sorted(sizes, key=lambda name: (-sizes[name], name))
+    names = sorted(filter(sizes.get, sizes), key=lambda name: (-sizes[name], name))
     while names:
         largest = sizes[names[0]]
         members = [name for name in names if 2 * sizes[name] > largest]

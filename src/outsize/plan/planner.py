@@ -231,8 +231,10 @@ class Planner:
     def _exact_pins(self, choice: Choice) -> Pins:
         """Pins that lead to this choice and no other, whatever is known of the machine."""
         pins, placement = choice.pins, choice.placement
-        weight_slots = max((each.count for each in placement.weight_classes), default=pins.weight_slots)
-        gradient_slots = max((each.count for each in placement.gradient_classes), default=pins.gradient_slots)
+        weight_slots, gradient_slots = (
+            max((each.count for each in placement.slots[group]), default=own)
+            for group, own in ((Group.WEIGHT, pins.weight_slots), (Group.GRADIENT, pins.gradient_slots))
+        )
         resident_bytes = pins.resident_bytes
         if pins.resident is None:
             resident_bytes = self._chosen_bytes(placement) + placement.pieces_bytes

@@ -15,8 +15,9 @@ import torch
 from outsize.block import CHUNK, Extent, Group, Plane, Record
 from outsize.config import ComputeType, Home
 from outsize.optim import Rule
-from outsize.plan import Placement, SlotClass, slot_class_of
+from outsize.plan import Placement
 from outsize.plan.path import Leg, legs
+from outsize.plan.place import Buffers
 from outsize.store.path import Chunk, Route
 from outsize.tier import (
     Device,
@@ -200,13 +201,11 @@ class Planes:
             )
             if not self._allocate_homes(block):
                 offset += record.num_bytes
-        self._pools = {
-            Plane.WEIGHT: self._slot_pools(Plane.WEIGHT, placement.weight_classes),
-            Plane.GRADIENT: self._slot_pools(Plane.GRADIENT, placement.gradient_classes),
-        }
-        self.chunk_buffers = self._buffers("chunk", placement.chunk_buffers, placement.chunk_bytes)
-        self.bounce_buffers = self._buffers("bounce", placement.bounce_buffers, placement.bounce_bytes)
-        self.staging_buffers = self._buffers("staging", placement.staging_buffers, placement.staging_bytes)
+        self._pools: dict[Group, list[SlotPool]] = {group: [] for group in placement.slots}
+        self._add_pools()
+        self.chunk_buffers = self._buffers("chunk", placement.chunks)
+        self.bounce_buffers = self._buffers("bounce", placement.bounce)
+        self.staging_buffers = self._buffers("staging", placement.staging)
         self.pieces: dict[tuple[str, int], Region] = {}
         """Memory of single entries of streamed blocks, by block and index, from which slots are filled."""
         self._allocate_pieces()
@@ -222,14 +221,16 @@ class Planes:
         }
         return len(block.regions) == len(planes)
 
-    def _slot_pools(self, plane: Plane, classes: Sequence[SlotClass], first: int = 0) -> list[SlotPool]:
-        return [
-            SlotPool(self.arena, f"{plane}s{index}", each.slot_bytes, each.count)
-            for index, each in enumerate(classes[first:], first)
-        ]
+    def _add_pools(self) -> None:
+        """Allocate the slots of the classes that have none yet."""
+        for group, pools in self._pools.items():
+            for index, each in list(enumerate(self.placement.slots[group]))[len(pools) :]:
+                pools.append(SlotPool(self.arena, f"{group}s{index}", each.slot_bytes, each.count))
 
-    def _buffers(self, name: str, count: int, num_bytes: int) -> list[Region]:
-        return [self.host_arena.allocate(num_bytes, f"{name}[{index}]") for index in range(count)]
+    def _buffers(self, name: str, buffers: Buffers) -> list[Region]:
+        return [
+            self.host_arena.allocate(buffers.each_bytes, f"{name}[{index}]") for index in range(buffers.count)
+        ]
 
     def _allocate_pieces(self) -> None:
         for name, index in sorted(self.placement.pieces - self.pieces.keys()):
@@ -261,11 +262,9 @@ class Planes:
         self._pool(block, plane).give(block.slots.pop(plane), after)
 
     def _pool(self, block: BlockPlanes, plane: Plane) -> SlotPool:
-        is_weight = plane is Plane.WEIGHT
-        classes = self.placement.weight_classes if is_weight else self.placement.gradient_classes
-        index = slot_class_of(classes, block.name)
+        index = self.placement.slot_class(block.name, plane.group)
         assert index is not None, f"{block.name} passes through no slot"
-        return self._pools[plane][index]
+        return self._pools[plane.group][index]
 
     def free_all_slots(self) -> None:
         """Take every slot back, whatever it holds; nothing may move."""
@@ -318,12 +317,8 @@ class Planes:
         for old in block.regions.values():
             old.free()
         block.regions, block.homes = moved, placement.homes_of(block.name)
-        for plane, classes in (
-            (Plane.WEIGHT, placement.weight_classes),
-            (Plane.GRADIENT, placement.gradient_classes),
-        ):
-            self._pools[plane] += self._slot_pools(plane, classes, len(self._pools[plane]))
         self.placement = placement
+        self._add_pools()
 
     def _copy_to_host(self, place: torch.Tensor | None, region: Region, label: str) -> None:
         """Copy a plane of the device to its new home; no view of it outlives this."""
