@@ -7,7 +7,6 @@ import pytest
 from outsize.hardware import host, threads
 from outsize.hardware.rate import Work
 from outsize.native import openmp
-from outsize.optim import limit_threads, limited_threads
 
 
 def machine(folder, **lists):
@@ -80,18 +79,9 @@ def test_the_cores_of_a_node_are_tried(most, sizes, counts):
 
 
 @pytest.mark.skipif(not hasattr(openmp(), "omp_set_num_threads"), reason="torch has no OpenMP here")
-def test_a_limit_is_that_of_one_thread_and_ends():
-    from concurrent.futures import ThreadPoolExecutor
-
+def test_work_runs_with_so_many_threads():
     library = openmp()
-    with ThreadPoolExecutor(1) as pool:
-        before = library.omp_get_max_threads()
-        pool.submit(limit_threads, 3).result()
-        assert pool.submit(library.omp_get_max_threads).result() == 3
-        assert library.omp_get_max_threads() == before
-        seen = []
-        work = host.with_threads(Work(lambda: seen.append(library.omp_get_max_threads()) or 1.0), 5)
-        assert work.run() == 1.0 and seen == [5]
-        with limited_threads(2):
-            assert library.omp_get_max_threads() == 2
-        assert library.omp_get_max_threads() == before
+    before, seen = library.omp_get_max_threads(), []
+    work = host.with_threads(Work(lambda: seen.append(library.omp_get_max_threads()) or 1.0), 5)
+    assert work.run() == 1.0 and seen == [5]
+    assert library.omp_get_max_threads() == before

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from outsize.config import ComputeType
-from outsize.optim import ADAMW, Backend, compile, compile_rule, start_compile
+from outsize.optim import ADAMW, ALGORITHMS, RULES, Backend, compile, compile_rule, gpu_kernel, start_compile
 from tests.hypers import hyper
 
 FLOAT32 = ComputeType.FLOAT32
@@ -187,3 +187,63 @@ def test_a_build_that_nobody_waits_for_is_joined_by_who_comes_next(own_cache):
 def test_the_key_names_rule_and_type():
     names = [compile.package_path(ADAMW, compute_type).name for compute_type in ComputeType]
     assert [name.rsplit("-", 1)[0] for name in names] == ["adamw-float32", "adamw-bfloat16"]
+
+
+@pytest.fixture
+def no_gpu_compiler(monkeypatch):
+    """What is given to torch.compile, which returns it as it is."""
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda function, **options: compiled.append(options) or function)
+    monkeypatch.delenv("OUTSIZE_EAGER", raising=False)
+    return compiled
+
+
+@pytest.mark.parametrize("compute_type", ComputeType)
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+def test_a_gpu_kernel_is_compiled_and_has_the_bits_of_the_rule(rule, compute_type, no_gpu_compiler, caplog):
+    kernel = gpu_kernel(rule, compute_type, torch.device("cpu"))
+    assert kernel.backend is Backend.COMPILED and not caplog.records
+    assert no_gpu_compiler == [{"dynamic": True, "fullgraph": True}]
+    results = []
+    for each in (kernel, compile_rule(rule, compute_type, eager=True)):
+        sizes = rule.element_bytes(compute_type)
+        weight, *state, gradient = (
+            torch.zeros(int(256 * sizes[plane]) // dtype.itemsize, dtype=dtype)
+            for plane, dtype in rule.dtypes(compute_type).items()
+        )
+        name = next(name for name, algorithm in ALGORITHMS.items() if algorithm.rule is rule)
+        each(weight.fill_(1.0), state, gradient.fill_(0.5), hyper(name, lr=0.1))
+        results.append([weight, *state])
+    assert not torch.equal(results[0][0], torch.ones_like(weight))
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+
+
+def test_a_gpu_kernel_is_tried_with_sizes_of_whole_groups(no_gpu_compiler, monkeypatch):
+    """Two sizes, so that the compiler takes none for the only one."""
+    sizes = []
+    monkeypatch.setattr(
+        torch, "compile", lambda function, **options: lambda planes, scalars: sizes.append(planes[0].numel())
+    )
+    gpu_kernel(ADAMW, ComputeType.BFLOAT16, torch.device("cpu"))
+    assert len(set(sizes)) == 2 and all(size % 64 == 0 and size > 64 for size in sizes)
+
+
+def test_where_no_gpu_kernel_compiles_it_is_eager_and_says_so_once(monkeypatch, caplog, fresh_messages):
+    def fail(*arguments):
+        raise RuntimeError("no compiler for this device")
+
+    monkeypatch.setattr(torch, "compile", lambda function, **options: fail)
+    monkeypatch.delenv("OUTSIZE_EAGER", raising=False)
+    kernels = [gpu_kernel(ADAMW, FLOAT32, torch.device("cpu")) for _ in range(2)]
+    assert [kernel.backend for kernel in kernels] == [Backend.EAGER] * 2
+    (record,) = caplog.records
+    assert (
+        "uncompiled on cpu, slower" in record.getMessage() and "no compiler for this" in record.getMessage()
+    )
+    torch.testing.assert_close(update_once(kernels[0]), torch.full((5,), 0.5))
+
+
+def test_a_gpu_kernel_is_eager_on_request(monkeypatch):
+    monkeypatch.setattr(torch, "compile", None)
+    monkeypatch.setenv("OUTSIZE_EAGER", "1")
+    assert gpu_kernel(ADAMW, FLOAT32, torch.device("cpu")).backend is Backend.EAGER
