@@ -10,11 +10,13 @@ import xxhash
 from safetensors.torch import load_file, save_file
 
 import outsize
+from outsize.checkpoint.base import Base
 from outsize.checkpoint.catalogue import describe, verify
 from outsize.checkpoint.export import export
 from outsize.checkpoint.files import commit_paths
 from outsize.cli.main import main
 from outsize.errors import FileChangedError
+from outsize.model import file_digests
 from tests.checkpoint.runs import batches, manifests
 from tests.checkpoint.test_export import Loaded, saved_model
 from tests.running import values_of
@@ -195,6 +197,17 @@ def test_files_that_are_not_those_of_the_commit_are_named(change, said, folder, 
         export(store, tmp_path / "exported")
     assert main(["checkpoint", "verify", str(store)]) == 1
     assert "--base" in capsys.readouterr().err
+
+
+def test_a_file_that_was_added_is_named(folder):
+    """It may hold the same tensors with other values."""
+    files = file_digests(folder)
+    base = Base(folder, files)
+    base.check(folder, files)
+    with pytest.raises(
+        FileChangedError, match=rf"{folder}/model-2\.safetensors was not there: the commit takes"
+    ):
+        base.check(folder, files | {"model-2.safetensors": files["model.safetensors"]})
 
 
 def test_a_base_that_was_moved_is_found_under_its_new_path(folder, tmp_path, capsys):

@@ -6,7 +6,7 @@ import os
 import pytest
 
 from outsize.block import ALIGNMENT
-from outsize.errors import FileChangedError, StorageError
+from outsize.errors import FileChangedError, StorageError, UsageError
 from outsize.files import OpenFile, open_file
 from tests.tier.helpers import pages
 
@@ -124,6 +124,11 @@ def test_the_descriptor_goes_with_the_object(path):
     file.close()
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(descriptor)
+    with path.with_name("another").open("w") as another:
+        assert another.fileno() == descriptor, "the number is used again"
+        for use in (content, OpenFile.check):
+            with pytest.raises(UsageError, match=f"{path} was closed"):
+                use(file)
     file = OpenFile.open(path)
     descriptor = file.descriptor
     del file

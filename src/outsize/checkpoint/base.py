@@ -56,17 +56,24 @@ class Base:
         for name, wanted in self.files.items():
             if (what := _difference(wanted, found.get(name))) is not None:
                 self._refuse(f"{folder / name} {what}")
+        for name in found.keys() - self.files.keys():
+            self._refuse(f"{folder / name} was not there")
 
     def open(self, module: nn.Module, folder: Path | None = None) -> SafetensorsSource:
         """The weights for `module`, in `folder` where the files were moved there. Raises FileChangedError, WeightsError."""
         folder = self.folder if folder is None else folder
-        self.check(folder)
-        return SafetensorsSource(folder, module)
+        self._check_present(folder)
+        source = SafetensorsSource(folder, module)
+        self.check(folder, source.digests())
+        return source
 
-    def _digests(self, folder: Path) -> Mapping[str, FileDigest]:
+    def _check_present(self, folder: Path) -> None:
         for name in self.files:
             if not (folder / name).is_file():
                 self._refuse(f"{folder / name} is missing")
+
+    def _digests(self, folder: Path) -> Mapping[str, FileDigest]:
+        self._check_present(folder)
         try:
             return file_digests(folder) if self.files else {}
         except WeightsError as error:

@@ -17,7 +17,7 @@ from typing import final
 import numpy as np
 
 from outsize.block import ALIGNMENT
-from outsize.errors import FileChangedError, StorageError, StorageFullError
+from outsize.errors import FileChangedError, StorageError, StorageFullError, UsageError
 from outsize.files.filesystem import direct_alignment
 
 FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
@@ -41,8 +41,8 @@ class OpenFile:
 
     def __init__(self, path: Path, descriptor: int, is_direct: bool) -> None:
         self.path = path
-        self.descriptor = descriptor
         self.is_direct = is_direct
+        self._descriptor = descriptor
         self._status = os.fstat(descriptor)
         self._close = weakref.finalize(self, os.close, descriptor)
 
@@ -50,6 +50,13 @@ class OpenFile:
     def open(cls, path: Path, flags: int = os.O_RDONLY) -> OpenFile:
         """Open `path`. Raises OSError."""
         return cls(path, *open_direct(path, flags))
+
+    @property
+    def descriptor(self) -> int:
+        """The descriptor. Raises UsageError where it is closed: its number may be another file's by now."""
+        if not self._close.alive:
+            raise UsageError(f"{self.path} was closed")
+        return self._descriptor
 
     @property
     def num_bytes(self) -> int:
