@@ -115,9 +115,10 @@ class Ledger:
 
     def __str__(self) -> str:
         rows = self.rows()
-        width = max((len(row.what) for row in rows), default=0)
+        tier = max((len(row.tier) for row in rows), default=0)
+        what = max((len(row.what) for row in rows), default=0)
         return "\n".join(
-            f"{row.tier:<6} {row.what:<{width}}  {format_bytes(row.num_bytes):>10}" for row in rows
+            f"{row.tier:<{tier}}  {row.what:<{what}}  {format_bytes(row.num_bytes):>10}" for row in rows
         )
 
 
