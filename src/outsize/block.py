@@ -2,8 +2,8 @@
 
 A **block** names the parameters (or rows of a parameter) that move together. A **record** is the same block with its
 bytes laid out: a few planes, each aligned to 4 KiB, the trainable entries first, so that state and gradients cover a
-prefix of the weights. State streams in **chunks** of fixed size, interleaved on disk so that one chunk of all state
-planes is one read:
+prefix of the weights. Entries that keep their home in the model's own files come last, and have no place on disk. State
+streams in **chunks** of fixed size, interleaved on disk so that one chunk of all state planes is one read:
 
     | weight ............ | m1[0] m2[0] r[0] | m1[1] m2[1] r[1] | ... | gradient ......... |
 
@@ -15,7 +15,7 @@ their numbers in the block; the shard's planes and extents hold those of the ran
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from fractions import Fraction
@@ -135,8 +135,9 @@ class Record:
 
     `state` lists the state planes in the order in which a chunk interleaves them; `element_bytes` gives the size of an
     element per plane (a fraction for state where groups of `ENTRY_ALIGNMENT` elements share some bytes). `num_elements` and
-    `num_trainable` count those of the whole block, padding included; `shard` has the elements whose planes this record
-    holds. Offsets of extents are relative to the record; the engine adds the record's base.
+    `num_trainable` count those of the whole block, padding included, and `num_stored` those that updates and commits store:
+    entries behind them are frozen and keep their home in the model's own files. `shard` has the elements whose planes this
+    record holds. Offsets of extents are relative to the record; the engine adds the record's base.
     """
 
     block: Block
@@ -145,6 +146,7 @@ class Record:
     element_bytes: Mapping[Plane, int | Fraction]
     num_elements: int
     num_trainable: int
+    num_stored: int
     shard: range
 
     @classmethod
@@ -154,21 +156,25 @@ class Record:
         trainable: Sequence[bool],
         state: Sequence[Plane],
         element_bytes: Mapping[Plane, int | Fraction],
+        in_files: Collection[Piece] = (),
     ) -> Record:
-        """Place the block's pieces, trainable ones first; `trainable` holds one flag per piece."""
+        """Place the block's pieces, trainable ones first, those `in_files` last; `trainable` holds one flag per piece."""
         entries: list[Entry] = []
-        start = 0
-        num_trainable = 0
-        for wanted in (True, False):
-            for piece, flag in zip(block.pieces, trainable, strict=True):
-                if flag is wanted:
-                    entries.append(Entry(piece, start, start + piece.num_elements, flag))
-                    start = align(start + piece.num_elements, ENTRY_ALIGNMENT)
-            if wanted:
-                num_trainable = start
-        return cls(
-            block, tuple(entries), tuple(state), dict(element_bytes), start, num_trainable, range(start)
-        )
+
+        def place(pieces: Iterable[tuple[Piece, bool]], start: int) -> int:
+            for piece, flag in pieces:
+                entries.append(Entry(piece, start, start + piece.num_elements, flag))
+                start = align(start + piece.num_elements, ENTRY_ALIGNMENT)
+            return start
+
+        pieces = list(zip(block.pieces, trainable, strict=True))
+        trained = place((each for each in pieces if each[1]), 0)
+        stored = place((each for each in pieces if not each[1] and each[0] not in in_files), trained)
+        if len(entries) < len(pieces):
+            # The last page that is read from the disk must not reach into what is read from files.
+            stored = align(stored, ALIGNMENT // int(element_bytes[Plane.WEIGHT]))
+        end = place((each for each in pieces if not each[1] and each[0] in in_files), stored)
+        return cls(block, tuple(entries), tuple(state), dict(element_bytes), end, trained, stored, range(end))
 
     def shards(self, count: int) -> list[Record]:
         """The record cut into `count` shards whose sizes differ by at most a chunk; some may be empty."""
@@ -188,8 +194,23 @@ class Record:
 
     def plane_range(self, plane: Plane) -> range:
         """The elements of `plane` that the shard holds: of weights any, of the other planes those that train."""
-        total = self.num_elements if plane is Plane.WEIGHT else self.num_trainable
+        return self._held(self.num_elements if plane is Plane.WEIGHT else self.num_trainable)
+
+    def stored_range(self, plane: Plane) -> range:
+        """The elements of `plane` that have a place on the shard's disk."""
+        return self._held(self.num_stored if plane is Plane.WEIGHT else self.num_trainable)
+
+    def _held(self, total: int) -> range:
         return range(min(self.shard.start, total), min(self.shard.stop, total))
+
+    @property
+    def is_stored_whole(self) -> bool:
+        """Whether no entry keeps its home in the model's own files."""
+        return self.num_stored == self.num_elements
+
+    def is_in_files(self, entry: Entry) -> bool:
+        """Whether an entry keeps its home in the model's own files, so that nothing ever writes it."""
+        return not entry.trainable and entry.start >= self.num_stored
 
     def plane_elements(self, plane: Plane) -> int:
         """The number of elements of `plane` that the shard holds."""
@@ -205,8 +226,8 @@ class Record:
         return align(self.num_elements * self.element_bytes[Plane.WEIGHT])
 
     def chunks(self, plane: Plane = Plane.GRADIENT) -> Iterator[tuple[int, int]]:
-        """Element ranges `[start, stop)` of the chunks that cover the shard's part of `plane`."""
-        held = self.plane_range(plane)
+        """Element ranges `[start, stop)` of the chunks that cover what the shard stores of `plane`."""
+        held = self.stored_range(plane)
         for start in held[::CHUNK]:
             yield start, min(start + CHUNK, held.stop)
 
@@ -281,9 +302,9 @@ class Record:
 
     @cached_property
     def chunk_bytes(self) -> tuple[int, int, int]:
-        """Bytes of the largest chunk of the weights, of the gradient, and of all state planes."""
+        """Bytes of the largest chunk on disk of the weights, of the gradient, and of all state planes."""
         weights, trained = (
-            min(CHUNK, self.plane_elements(plane)) for plane in (Plane.WEIGHT, Plane.GRADIENT)
+            min(CHUNK, len(self.stored_range(plane))) for plane in (Plane.WEIGHT, Plane.GRADIENT)
         )
         return (
             align(weights * self.element_bytes[Plane.WEIGHT]),
@@ -297,7 +318,7 @@ class Record:
 
     @cached_property
     def _state_offset(self) -> int:
-        return self.plane_bytes(Plane.WEIGHT)
+        return align(len(self.stored_range(Plane.WEIGHT)) * self.element_bytes[Plane.WEIGHT])
 
     @cached_property
     def _gradient_offset(self) -> int:

@@ -33,7 +33,7 @@ class Loaded(Run):
 
     def __init__(self, folder, model, store="run", *, prepare=None, optimizer=adamw, **options):
         self.model = outsize.load(
-            model, disk=str(folder), home="disk", **{"dtype": "float32", **options}
+            model, disk=str(folder), **{"home": "disk", "dtype": "float32", **options}
         ).train()
         if prepare is not None:
             prepare(self.model)

@@ -8,9 +8,9 @@ import torch
 
 from outsize.block import CHUNK, NORM_ELEMENTS, Block, Group, Piece, Plane, Record
 from outsize.config import ComputeType, Home
-from outsize.optim import ADAMW, ADAMW8BIT, AdamWHyper, compile_rule
+from outsize.optim import ADAMW, ADAMW8BIT, compile_rule
 from outsize.plan import Read, Update, Wait
-from outsize.plan.place import lay_out
+from outsize.plan.place import GROUPS, lay_out
 from outsize.store import gradients
 from outsize.store.blocks import BlockStore
 from outsize.store.optimizer_worker import OptimizerWorker
@@ -18,6 +18,7 @@ from outsize.store.planes import BlockPlanes
 from outsize.store.update_job import Pending, UpdateJob
 from outsize.tier import DoneTransfer, HostDevice
 from tests.doubles import MemoryTier, NullTier, TwinDevice
+from tests.hypers import hyper
 from tests.seams import set_chunk
 
 FLOAT32, BFLOAT16 = ComputeType.FLOAT32, ComputeType.BFLOAT16
@@ -102,7 +103,7 @@ class Values:
 
 def run(record, rule, kind, disk, resident=(), device=HostDevice):
     """Three steps, two of them with two backwards: the weights that the shard holds, all state, and squares."""
-    homes = {(record.name, group): Home.DISK for group in Group}
+    homes = {(record.name, group): Home.DISK for group in GROUPS}
     homes |= {(record.name, group): Home.DEVICE if device is HostDevice else Home.HOST for group in resident}
     placement = lay_out([record], homes, (1, 1), Home.DEVICE if device is HostDevice else Home.HOST)
     kernel = compile_rule(rule, kind, eager=True)
@@ -133,8 +134,8 @@ def run(record, rule, kind, disk, resident=(), device=HostDevice):
             sums.free(state)
         sums.settle_norms()
         norms.append([dict(state.gradient.entries[index].squares) for index in trained])
-        hyper = AdamWHyper(lr=1e-2, step=step)
-        hypers = tuple(hyper if entry.trainable else None for entry in record.entries)
+        settings = hyper(lr=1e-2, step=step)
+        hypers = tuple(settings if entry.trainable else None for entry in record.entries)
         state.update.freeze(Pending(hypers), step)
         for index in range(len(record.entries)):
             sums.drop(state, index)
@@ -225,8 +226,8 @@ def test_each_chunk_of_a_shard_waits_for_its_own_part_of_the_weights(monkeypatch
     kernel = compile_rule(ADAMW, FLOAT32, eager=True)
     worker = OptimizerWorker((), None, lambda kind: kernel)
     job = UpdateJob(
-        planes=BlockPlanes(shard, 0, ADAMW.dtypes(FLOAT32), {}),
-        pending=Pending((AdamWHyper(lr=1e-2),) * len(SIZES)),
+        planes=BlockPlanes(shard, 0, ADAMW.dtypes(FLOAT32), {}, Home.HOST),
+        pending=Pending((hyper(lr=1e-2),) * len(SIZES)),
         weight=torch.ones(len(shard.shard)),
         weight_reads=[Noted(index) for index, _ in enumerate(shard.chunks())],
         state_planes=[torch.zeros(len(shard.shard)) for _ in shard.state],
@@ -238,3 +239,22 @@ def test_each_chunk_of_a_shard_waits_for_its_own_part_of_the_weights(monkeypatch
     own = [index for index, _ in enumerate(shard.chunks())]
     assert len(own) > 1
     assert waited == own + own, "each chunk waits for its own, and the end of the job for all"
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize(("rule", "kind"), RULES, ids=NAMES)
+def test_what_lives_in_files_has_no_place_on_disk(rule, kind, count):
+    """Nor does a page that is read from the disk reach into it: both arrive in one slot, in any order."""
+    pieces = tuple(Piece(f"p{index}", (size * 307,)) for index, size in enumerate(SIZES))
+    block, in_files = Block("L00", pieces), {pieces[1], pieces[4]}
+    whole = Record.lay_out(block, SOME, rule.state(kind), rule.element_bytes(kind), in_files)
+    size = whole.element_bytes[Plane.WEIGHT]
+    ours = [entry for entry in whole.entries if whole.is_in_files(entry)]
+    assert [entry.piece for entry in ours] == [pieces[1], pieces[4]] == [e.piece for e in whole.entries[-2:]]
+    stored = [(*part, shard) for shard in whole.shards(count) for part in shard.plane_parts(Plane.WEIGHT)]
+    assert max(stop for _, stop, _, _ in stored) == whole.num_stored <= ours[0].start
+    assert all(start * size + extent.num_bytes <= ours[0].start * size for start, _, extent, _ in stored)
+    trains = Record.lay_out(block, SOME, rule.state(kind), rule.element_bytes(kind))
+    assert trains.is_stored_whole and not whole.is_stored_whole
+    left_out = trains.num_bytes - whole.num_bytes
+    assert abs(left_out - sum(entry.piece.num_elements for entry in ours) * size) < 2 * 4096

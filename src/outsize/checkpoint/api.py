@@ -220,8 +220,10 @@ def _base(runtime: Runtime) -> Base | None:
     source = runtime.backing.source
     if not isinstance(source, SafetensorsSource):
         return None
-    updates = [state.update for state in runtime.backing.store]
-    if all(update.is_stored or update.pending is not None for update in updates):
+    if all(
+        (state.update.is_stored or state.update.pending is not None) and state.record.is_stored_whole
+        for state in runtime.backing.store
+    ):
         return Base(source.folder.resolve())
     try:
         return Base.of(source)

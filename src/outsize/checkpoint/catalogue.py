@@ -107,7 +107,9 @@ def describe(manifest: Manifest) -> Iterator[tuple[str, str]]:
     yield "blocks", f"{len(blocks)}, {len(stored)} stored, {format_bytes(manifest.num_bytes)}"
     if manifest.base is not None and not manifest.is_whole:
         yield "other weights", f"in the files of {manifest.base.folder}"
-    weights = sum(block.record.plane_bytes(Plane.WEIGHT) for block in stored)
+    weights = sum(
+        extent.num_bytes for block in stored for _, _, extent in block.record.plane_parts(Plane.WEIGHT)
+    )
     yield "of that weights", format_bytes(weights)
     if manifest.buffers is not None:
         yield "buffers", format_bytes(manifest.buffers.num_bytes)

@@ -12,8 +12,9 @@ from typing import Protocol
 
 import torch
 
-from outsize.block import Entry, Piece, Plane, Record
+from outsize.block import Block, Entry, Piece, Plane, Record
 from outsize.checkpoint.manifest import StoredBlock
+from outsize.model import Source
 from outsize.optim import CODED_GROUP_BYTES, GROUP, deinterleave, split
 from outsize.tier import VersionedTier
 
@@ -31,35 +32,52 @@ class Reader(Protocol):
         """A moment of an entry in natural order."""
 
 
+class _WithBase:
+    """A reader that takes from the model's own files what the commit does not store: it was frozen before."""
+
+    def __init__(self, reader: Reader, source: Source | None) -> None:
+        self._source = source
+        self.find = reader.find
+        self.moment = reader.moment
+        self._master = reader.master
+
+    def master(self, entry: Entry) -> torch.Tensor:
+        """The fp32 master weights of an entry, `[num_elements]`."""
+        piece, place = entry.piece, self.find(entry.piece)
+        if place is not None:
+            return self._master(*place)
+        assert self._source is not None, f"nobody has {piece.parameter}"
+        exact = torch.empty(piece.shape, dtype=torch.float32, device="cpu")
+        self._source.read(Block(piece.parameter, (piece,)), [exact])
+        return exact.view(-1)
+
+
 def convert(
-    reader: Reader, records: Sequence[Record], bases: Mapping[str, int], tier: VersionedTier
+    reader: Reader,
+    records: Sequence[Record],
+    bases: Mapping[str, int],
+    tier: VersionedTier,
+    source: Source | None = None,
 ) -> set[str]:
-    """Write what the commit has of `records` in their form to `tier`; the names of those that it has.
+    """Write `records` to `tier` in their form, and say their names.
 
-    Memory is that of a plane of a block, and an entry.
+    They hold what the commit has of them; what was frozen then and trains now comes from `source`. Memory is that of a
+    plane of a block, and an entry.
     """
-    done: set[str] = set()
+    values = _WithBase(reader, source)
     for record in records:
-        found = {entry: reader.find(entry.piece) for entry in record.entries}
-        if any(at is None for at in found.values()):
-            continue
-        at = {entry: place for entry, place in found.items() if place is not None}
         for plane in (Plane.WEIGHT, *(record.state if record.num_trainable else ())):
-            _write(reader, record, at, plane, bases[record.name], tier)
-        done.add(record.name)
-    return done
+            _write(values, record, plane, bases[record.name], tier)
+    return {record.name for record in records}
 
 
-Places = Mapping[Entry, tuple[StoredBlock, Entry]]
-
-
-def _write(reader: Reader, record: Record, at: Places, plane: Plane, base: int, tier: VersionedTier) -> None:
+def _write(reader: _WithBase, record: Record, plane: Plane, base: int, tier: VersionedTier) -> None:
     """Write one plane, put together in memory."""
     size = record.element_bytes[plane]
     with mmap.mmap(-1, record.plane_bytes(plane)) as memory:
         for entry in record.entries:
-            if entry.trainable or plane is Plane.WEIGHT:
-                _fill(reader, record, entry, at[entry], plane, memory)
+            if entry.trainable or (plane is Plane.WEIGHT and not record.is_in_files(entry)):
+                _fill(reader, record, entry, plane, memory)
         with memoryview(memory) as view:
             for index, (start, _, extent) in enumerate(record.plane_parts(plane)):
                 begin = int(start * size)
@@ -67,26 +85,19 @@ def _write(reader: Reader, record: Record, at: Places, plane: Plane, base: int, 
                     tier.start_write(base + extent.offset, part, f"{record.name}.{plane}[{index}]").wait()
 
 
-def _fill(
-    reader: Reader,
-    record: Record,
-    entry: Entry,
-    place: tuple[StoredBlock, Entry],
-    plane: Plane,
-    memory: mmap.mmap,
-) -> None:
-    block, old = place
+def _fill(reader: _WithBase, record: Record, entry: Entry, plane: Plane, memory: mmap.mmap) -> None:
     is_split = record.element_bytes[Plane.WEIGHT] == 2
     if plane is Plane.WEIGHT:
-        master = reader.master(block, old)
+        master = reader.master(entry)
         values = split(master)[0] if is_split else master
         _tensor(memory, values.dtype, record.num_elements)[entry.start : entry.stop] = values
         return
     if plane is Plane.REMAINDER:
-        values = split(reader.master(block, old))[1]
+        values = split(reader.master(entry))[1]
         _tensor(memory, torch.int16, record.num_trainable)[entry.start : entry.stop] = values
         return
-    if not old.trainable or plane not in block.record.state:
+    block, old = reader.find(entry.piece) or (None, entry)
+    if block is None or not old.trainable or plane not in block.record.state:
         return  # zeros, as a mapping begins
     moment = reader.moment(block, old, plane)
     if record.element_bytes[plane] == 4:

@@ -15,7 +15,7 @@ from typing import Any
 
 import xxhash
 
-from outsize.block import ALIGNMENT, Block, Extent, Piece, Plane, Record
+from outsize.block import ALIGNMENT, Block, Entry, Extent, Piece, Plane, Record
 from outsize.checkpoint.base import Base
 from outsize.errors import CorruptionError, StorageError
 from outsize.tier.digests import Check
@@ -50,6 +50,10 @@ class StoredBlock:
     record: Record
     is_stored: bool
     cells: tuple[StoredCell, ...]
+
+    def has(self, entry: Entry) -> bool:
+        """Whether the commit stores this entry of the record, and not the model's own files."""
+        return self.is_stored and not self.record.is_in_files(entry)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,8 +90,8 @@ class Manifest:
 
     @property
     def is_whole(self) -> bool:
-        """Whether all blocks are stored, so that the model's own files are not needed."""
-        return all(block.is_stored for block in self.blocks)
+        """Whether everything is stored, so that the model's own files are not needed."""
+        return all(block.has(entry) for block in self.blocks for entry in block.record.entries)
 
     @property
     def num_bytes(self) -> int:
@@ -187,7 +191,7 @@ def _load_base(body: Mapping[str, Any]) -> Base | None:
 
 def _dump_block(block: StoredBlock) -> dict[str, Any]:
     record = block.record
-    trainable = {entry.piece: entry.trainable for entry in record.entries}
+    entries = {entry.piece: entry for entry in record.entries}
     return {
         "name": record.name,
         "stored": block.is_stored,
@@ -196,7 +200,8 @@ def _dump_block(block: StoredBlock) -> dict[str, Any]:
                 "parameter": piece.parameter,
                 "shape": list(piece.shape),
                 "rows": None if piece.is_whole else [piece.row_start, piece.row_stop],
-                "trainable": trainable[piece],
+                "trainable": entries[piece].trainable,
+                "in_files": record.is_in_files(entries[piece]),
             }
             for piece in record.block.pieces
         ],
@@ -228,6 +233,7 @@ def _load_block(body: Mapping[str, Any]) -> StoredBlock:
         [bool(piece["trainable"]) for piece in body["pieces"]],
         [Plane(plane) for plane in body["state"]],
         sizes,
+        {piece for piece, each in zip(pieces, body["pieces"], strict=True) if each.get("in_files")},
     )
     cells = tuple(_load_cell(cell) for cell in body["cells"])
     is_stored = bool(body["stored"])

@@ -88,7 +88,7 @@ class CommitReader:
                 f"the commit of step {self.manifest.step} has no {piece.parameter} of shape {list(piece.shape)}",
                 hint="it was made of another model; pass the model that it was made of",
             )
-        return found if found[0].is_stored else None
+        return found if found[0].has(found[1]) else None
 
     def master(self, block: StoredBlock, entry: Entry) -> torch.Tensor:
         """The fp32 master weights of an entry, `[num_elements]`."""

@@ -24,7 +24,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from outsize.block import Extent, Record
+from outsize.block import Extent, Piece, Record
 from outsize.checkpoint.convert import convert
 from outsize.checkpoint.files import (
     COMMITS,
@@ -52,6 +52,7 @@ from outsize.checkpoint.reading import CommitReader, open_data
 from outsize.config import format_bytes
 from outsize.errors import BudgetError, ConfigError, CorruptionError, StorageError, UsageError
 from outsize.files import is_memory_backed
+from outsize.model import Source
 from outsize.model.writer import storage_errors
 from outsize.store.commit_store import Layout, Opened
 from outsize.store.snapshots import Snapshot, SnapshotBlock
@@ -79,6 +80,7 @@ class Store:
         self.folder = folder
         self.commits = commits
         self.resumed: Manifest | None = None
+        self._resumed_pieces: frozenset[Piece] = frozenset()
         self._disks = tuple(disks)
         self._header = read_header(folder)
         self._manifests: dict[int, list[int]] = {}
@@ -139,6 +141,9 @@ class Store:
         manifests = [read_manifest(path, self._header) for path in paths]
         self._manifests = {manifest.step: manifest.offsets() for manifest in manifests}
         self.resumed = manifests[-1]
+        self._resumed_pieces = frozenset(
+            entry.piece for block in self.resumed.blocks for entry in block.record.entries if block.has(entry)
+        )
         self._declared_step = self.resumed.step
         return self.resumed
 
@@ -149,16 +154,24 @@ class Store:
 
     # -- what a runtime asks (`outsize.store.commit_store.CommitStore`) ---------------------------------------------------
 
+    def holds(self, piece: Piece) -> bool:
+        """Whether the commit that was resumed stores `piece`, whose values may then be others than those of the model."""
+        return piece in self._resumed_pieces
+
     def open(
         self,
         records: Sequence[Record],
         layout: Layout,
+        source: Source | None = None,
         *,
         limits: Sequence[int | None] = (),
         verify: bool,
         num_threads: int = IO_THREADS,
     ) -> Opened:
-        """Lay the data out for `records`; blocks of the commit that was resumed are there, whatever their form was."""
+        """Lay the data out for `records`; blocks of the commit that was resumed are there, whatever their form was.
+
+        What the commit does not store of them comes from `source`.
+        """
         if self._tier is not None:
             raise UsageError("the model lives in its store already", hint="open a model once")
         if self.resumed is None and commit_paths(self.folder):
@@ -192,7 +205,7 @@ class Store:
             restored = {block.record.name for block in as_they_are}
             if others:
                 with self.reader() as reader:
-                    restored |= convert(reader, others, layout.bases, versions)
+                    restored |= convert(reader, others, layout.bases, versions, source)
         except BaseException:
             tier.close()
             raise

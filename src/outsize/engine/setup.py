@@ -10,7 +10,7 @@ from dataclasses import replace
 from fractions import Fraction
 from typing import final
 
-from outsize.block import Group, Plane, Record
+from outsize.block import Group, Piece, Plane, Record
 from outsize.config import ComputeType, Home, Settings
 from outsize.engine.backing import Backing
 from outsize.engine.budget import Budget
@@ -19,7 +19,7 @@ from outsize.engine.executor import Executor
 from outsize.engine.model import Model
 from outsize.engine.timing import measure_costs
 from outsize.errors import UsageError
-from outsize.model import EncodingSource, InitSource, TensorSource
+from outsize.model import EncodingSource, InitSource, SafetensorsSource, TensorSource
 from outsize.optim import Kernel, Rule
 from outsize.plan import IN_MEMORY, Direction, Placement, is_stored
 from outsize.plan.lower import Costs
@@ -160,8 +160,19 @@ class Setup:
                 sizes |= self.rule.element_bytes(compute_type)
             if visited[block.name] > 1:
                 sizes[Plane.GRADIENT] = 4  # summed over visits: rounded once, when the update reads it
-            records.append(Record.lay_out(block, trainable, state, sizes))
+            pieces = zip(block.pieces, trainable, strict=True)
+            in_files = {piece for piece, trains in pieces if not trains and self._stays_in_files(piece)}
+            records.append(Record.lay_out(block, trainable, state, sizes, in_files))
         return records
+
+    def _stays_in_files(self, piece: Piece) -> bool:
+        """Whether a frozen piece keeps its home in the model's own files.
+
+        Not if a commit stores it: it trained in an earlier run.
+        """
+        backing = self._backing
+        is_committed = backing.commit_store is not None and backing.commit_store.holds(piece)
+        return isinstance(backing.source, SafetensorsSource) and not is_committed
 
     # -- settling ------------------------------------------------------------------------------------------------
 
@@ -219,6 +230,7 @@ class Setup:
             opened = backing.commit_store.open(
                 records,
                 layout,
+                backing.own_source(),
                 limits=[disk.num_bytes for disk in settings.budgets.disks],
                 verify=settings.pins.verify,
                 num_threads=self._io_threads,

@@ -221,7 +221,7 @@ class Lowering:
         )
         reads = record.num_trainable * (streams_state * element_bytes + streams_gradient * gradient_bytes)
         if self._link and streams_weight:
-            reads += record.num_elements * weight_bytes
+            reads += record.num_stored * weight_bytes
         ready = (
             *self._main,
             *state.gradient,

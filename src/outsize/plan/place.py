@@ -236,7 +236,8 @@ class _Placer:
 
     def __init__(self, records: Sequence[Record], room: Room, host: Home, commits: bool) -> None:
         self._num_bytes = {(r.name, group): group_bytes(r, group) for r in records for group in GROUPS}
-        self._homes = dict.fromkeys(self._num_bytes, Home.DISK if is_stored(records) else Home.FILE)
+        stored = {r.name for r in records if r.num_stored} if is_stored(records) else set()
+        self._homes = {key: Home.DISK if key[0] in stored else Home.FILE for key in self._num_bytes}
         self._slots = (1, 1)
         self._lay_out = partial(lay_out, records, host=host, commits=commits)
         self._records = records

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from outsize.block import Extent, Group, Record
+from outsize.block import Extent, Group, Piece, Record
+from outsize.model import Source
 from outsize.plan import IN_MEMORY, Placement
 from outsize.tier import VersionedTier
 
@@ -62,10 +63,14 @@ class CommitStore(Protocol):
 
     commits: int
 
+    def holds(self, piece: Piece) -> bool:
+        """Whether the commit that was resumed stores `piece`, whose values may then be others than those of the model."""
+
     def open(
         self,
         records: Sequence[Record],
         layout: Layout,
+        source: Source | None,
         *,
         limits: Sequence[int | None],
         verify: bool,
@@ -73,7 +78,8 @@ class CommitStore(Protocol):
     ) -> Opened:
         """Lay the store out for `records`, and bring what it holds into that layout.
 
-        `limits` are the bytes allowed on each disk, None for all; `num_threads` move bytes.
+        What the store does not hold of a block that it holds comes from `source`. `limits` are the bytes allowed on each
+        disk, None for all; `num_threads` move bytes.
         """
 
     def is_closing(self) -> None:

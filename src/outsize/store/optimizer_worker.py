@@ -248,13 +248,14 @@ class OptimizerWorker:
     def _start_writes(self, chunk: _Chunk, weight_bytes: int, writes: list[Transfer]) -> None:
         """Start storing an updated chunk; `weight_bytes` is the size of a weight."""
         job, record = chunk.job, chunk.job.planes.record
-        if job.weight_buffer is not None or job.streams_weight:
+        stop = min(chunk.stop, record.stored_range(Plane.WEIGHT).stop)
+        if stop > chunk.start and (job.weight_buffer is not None or job.streams_weight):
             if job.weight_buffer is not None:
                 data = job.weight_buffer[(chunk.start - record.shard.start) * weight_bytes :]
             else:
                 assert chunk.buffer is not None
                 data = chunk.buffer.buffer[chunk.weight_offset :]
-            place = job.planes.chunk(Plane.WEIGHT, chunk.start, chunk.stop)
+            place = job.planes.chunk(Plane.WEIGHT, chunk.start, stop)
             job.weight_writes.append(place.start_write(self._disk, data))
             writes.append(job.weight_writes[-1])
         has_state = record.state and chunk.trainable_stop > chunk.start

@@ -30,7 +30,7 @@ class UpdateJob:
     weights with `streams_weight`.
 
     The first update of a block has `fill_remainder(record, start, stop, target)`. Nothing of the record is on disk yet:
-    state starts as zero, the remainder is filled, and the frozen part of the weights is stored too.
+    state starts as zero, the remainder is filled, and what is frozen without a home in the model's files is stored too.
 
     For a device with memory of its own, `send_up(start, stop, values)` copies weights to where the block computes. Nothing
     is touched until `before` is over and `after`, the block's previous update, is done.
@@ -118,10 +118,16 @@ class UpdateJob:
         self.after = None  # a chain of jobs would keep every tensor of the past alive
 
     def chunks(self) -> Iterator[tuple[int, int, int]]:
-        """`(start, trainable stop, weight stop)` of each chunk of the update, in elements of the block."""
-        weights, trained = map(self.planes.record.plane_range, (Plane.WEIGHT, Plane.GRADIENT))
+        """`(start, trainable stop, weight stop)` of each chunk of the update, in elements of the block.
+
+        Entries in the model's own files are left out, unless they are sent to the device with the others.
+        """
+        record, is_sent = self.planes.record, self.send_up is not None
+        is_whole = is_sent and not self.streams_weight
+        weights = record.plane_range(Plane.WEIGHT) if is_whole else record.stored_range(Plane.WEIGHT)
+        trained = record.plane_range(Plane.GRADIENT)
         stride = self.chunks_at_once * CHUNK
-        for start in (weights if self.is_first or self.send_up is not None else trained)[::stride]:
+        for start in (weights if self.is_first or is_sent else trained)[::stride]:
             stop = min(start + stride, weights.stop)
             yield start, max(start, min(stop, trained.stop)), stop
 

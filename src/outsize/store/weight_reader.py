@@ -45,14 +45,17 @@ class WeightReader:
         self._filled: set[tuple[str, int]] = set()
         """Single entries in memory (`Planes.pieces`) that hold their weights."""
 
-    def start_read(self, block: BlockPlanes, plane: torch.Tensor) -> Transfer:
-        """Start reading weights into `plane`, in host memory."""
-        return TaskTransfer(self.thread.submit(self._fill, block.record, plane))
+    def start_read(self, block: BlockPlanes, plane: torch.Tensor, first: int) -> Transfer:
+        """Start reading the entries from element `first` on into a weight `plane` in host memory."""
+        return TaskTransfer(self.thread.submit(self._fill, block.record, plane, first))
 
-    def start_send(self, block: BlockPlanes, loading: Transfer | None) -> Transfer:
-        """Start copying weights to the device; where their home is host memory, `loading` reads them into it."""
+    def start_send(self, block: BlockPlanes, loading: Transfer | None, first: int) -> Transfer:
+        """Start copying the entries from element `first` on to the device.
+
+        If their home is host memory, `loading` reads them into it.
+        """
         after = block.weight_slot.after if block.weight_slot is not None else ()
-        return TaskTransfer(self.thread.submit(self._send, block, block.weights(), loading, after))
+        return TaskTransfer(self.thread.submit(self._send, block, block.weights(), loading, after, first))
 
     def start_stage(self, job: UpdateJob) -> Transfer:
         """Start reading weights into a staging buffer, for their first update."""
@@ -91,9 +94,14 @@ class WeightReader:
         return self.source
 
     def _send(
-        self, block: BlockPlanes, place: torch.Tensor, loading: Transfer | None, after: Sequence[Transfer]
+        self,
+        block: BlockPlanes,
+        place: torch.Tensor,
+        loading: Transfer | None,
+        after: Sequence[Transfer],
+        first: int,
     ) -> None:
-        """Copy weights to the device, through their home in host memory or a staging buffer."""
+        """Copy the entries from element `first` on to the device, through their home in host memory or a staging buffer."""
         start_copy, label = self._planes.device.start_copy, f"{block.name}.weight"
         hosted = block.at_home(Plane.WEIGHT, Home.HOST)
         if hosted is not None:
@@ -102,13 +110,13 @@ class WeightReader:
             start_copy(Way.UP, place, hosted, after=after, label=label).wait()
             return
         if block.home(Plane.WEIGHT) is Home.DEVICE:
-            self._fill_in_parts(block.record, place)
+            self._fill_in_parts(block.record, place, first)
             return
         region = self._staging.take()
         try:
             plane = region.tensor(place.dtype, place.numel())
-            self._fill(block.record, plane)
-            start_copy(Way.UP, place, plane, after=after, label=label).wait()
+            self._fill(block.record, plane, first)
+            start_copy(Way.UP, place[first:], plane[first:], after=after, label=label).wait()
         finally:
             self._staging.give(region, ())
 
@@ -118,21 +126,21 @@ class WeightReader:
         record = job.planes.record
         plane, first = region.tensor(weight_dtype(record), record.num_elements), record.shard.start
         job.weight, job.weight_buffer = plane[first:], region.buffer[first * plane.itemsize :]
-        self._fill(record, plane)
+        self._fill(record, plane, 0)
 
-    def _fill_in_parts(self, record: Record, plane: torch.Tensor) -> None:
-        """Fill a weight plane of a device, through a small part of host memory."""
+    def _fill_in_parts(self, record: Record, plane: torch.Tensor, first: int) -> None:
+        """Fill a weight plane of a device from element `first` on, through a small part of host memory."""
         source = self._open_source(record)
         for entry in record.entries:
-            for piece, first in _parts(source, entry.piece, SENT_ELEMENTS):
+            for piece, at in _parts(source, entry.piece, SENT_ELEMENTS) if entry.start >= first else ():
                 scratch = torch.empty(piece.num_elements, dtype=plane.dtype, device="cpu")
                 part = replace(entry, piece=piece, start=0, stop=piece.num_elements)
                 self._read_entries(record, [part], scratch)
-                start = entry.start + first
+                start = entry.start + at
                 plane[start : start + piece.num_elements].copy_(scratch)
 
-    def _fill(self, record: Record, plane: torch.Tensor) -> None:
-        """Fill a weight plane: entries that are in memory from there, the others from the source."""
+    def _fill(self, record: Record, plane: torch.Tensor, first: int) -> None:
+        """Fill a weight plane from element `first` on, with entries that are in memory or from the source."""
         pieces, dtype = self._planes.pieces, weight_dtype(record)
         kept = [
             (entry, key, pieces[key].tensor(dtype, entry.piece.num_elements))
@@ -143,7 +151,8 @@ class WeightReader:
         for entry, _, values in kept:
             if entry in known:
                 plane[entry.start : entry.stop] = values
-        self._read_entries(record, [entry for entry in record.entries if entry not in known], plane)
+        wanted = [entry for entry in record.entries if entry.start >= first and entry not in known]
+        self._read_entries(record, wanted, plane)
         for entry, key, values in kept:
             if entry not in known:
                 values.copy_(plane[entry.start : entry.stop])

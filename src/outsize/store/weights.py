@@ -24,11 +24,11 @@ class Weights:
         self._reader = reader
 
     def load(self, state: BlockState) -> None:
-        """Start reading weights whose home is memory from the source, once."""
-        if state.weights.is_loaded or state.update.is_stored:
+        """Start reading what the source has of weights whose home is memory, once."""
+        if state.weights.is_loaded:
             return
         if state.planes.home(Plane.WEIGHT) is Home.DEVICE:
-            self._read_source(state)
+            state.weights.reads = state.weights.home_reads = self._read_source(state)
             state.weights.is_loaded = True
         else:
             self._load_hosted(state)
@@ -36,16 +36,20 @@ class Weights:
     def read(self, state: BlockState) -> None:
         """Take a slot and start filling it.
 
-        On a device, a pending update fills it: it sends the weights on as it updates them in host memory.
+        On a device, a pending update fills it: it sends the weights on as it updates them in host memory. Those that it
+        streams from the disk are not all, if others live in the model's files.
         """
         self._planes.take_slot(state.planes, Plane.WEIGHT)
         if state.update.pending is None or not self._planes.link:
             self._fill(state)
+        elif state.update.is_stored and state.planes.home(Plane.WEIGHT) is Home.DISK:
+            state.weights.reads = self._read_source(state)
 
     def _fill(self, state: BlockState) -> None:
         if not state.update.is_stored:
-            self._read_source(state)
+            state.weights.reads = state.weights.home_reads = self._read_source(state)
             return
+        self._load_hosted(state)
         ready: tuple[Transfer, ...] = ()
         job = state.update.job
         if job is not None and self._planes.link:
@@ -53,23 +57,28 @@ class Weights:
                 job.wait_applied()
             else:
                 ready = (job,)
+        if state.weights.loading is not None:
+            ready = (*ready, state.weights.loading)
         offset = state.record.shard.start * weight_dtype(state.record).itemsize
-        state.weights.reads = self._path.fill(state.planes.route(Plane.WEIGHT, offset), ready)
-        state.weights.home_reads = state.weights.reads
+        state.weights.home_reads = self._path.fill(state.planes.route(Plane.WEIGHT, offset), ready)
+        in_files = [] if state.planes.home(Plane.WEIGHT) is Home.HOST else self._read_source(state)
+        state.weights.reads = [*state.weights.home_reads, *in_files]
 
-    def _read_source(self, state: BlockState) -> None:
-        planes = state.planes
+    def _read_source(self, state: BlockState) -> list[Transfer]:
+        """Start filling the place where the block computes with what the source has of its weights."""
+        planes, first = state.planes, _first_in_source(state)
+        if first >= state.record.num_elements:
+            return []
         if not self._planes.link:
-            state.weights.reads = [self._reader.start_read(planes, planes.weights())]
-            return
+            return [self._reader.start_read(planes, planes.weights(), first)]
         self._load_hosted(state)
-        state.weights.reads = [self._reader.start_send(planes, state.weights.loading)]
-        state.weights.home_reads = state.weights.reads
+        return [self._reader.start_send(planes, state.weights.loading, first)]
 
     def _load_hosted(self, state: BlockState) -> None:
-        plane = state.planes.at_home(Plane.WEIGHT, Home.HOST)
+        plane, first = state.planes.at_home(Plane.WEIGHT, Home.HOST), _first_in_source(state)
         if plane is not None and not state.weights.is_loaded:
-            state.weights.loading = self._reader.start_read(state.planes, plane)
+            if first < state.record.num_elements:
+                state.weights.loading = self._reader.start_read(state.planes, plane, first)
             state.weights.is_loaded = True
 
     def follow(self, state: BlockState) -> None:
@@ -120,8 +129,8 @@ class Weights:
         self._planes.keep_pieces(placement)
 
     def restored(self, state: BlockState) -> None:
-        """Note that the disk has the weights, from an earlier process."""
-        state.weights.is_loaded = True
+        """Note that the disk has the weights, from an earlier process, but for those in the model's files."""
+        state.weights.is_loaded = state.record.is_stored_whole
 
     def evicted(self, state: BlockState) -> None:
         """Note that weights moved from the device to host memory."""
@@ -133,6 +142,11 @@ class Weights:
         weights = state.weights
         reads = [*weights.reads, *([] if weights.loading is None else [weights.loading])]
         is_at_home = Plane.WEIGHT in state.planes.regions
-        if not state.update.is_stored and is_at_home and any(failed(read) for read in reads):
+        if is_at_home and any(failed(read) for read in reads):
             weights.is_loaded, weights.loading = False, None
         weights.reads = weights.home_reads = ()
+
+
+def _first_in_source(state: BlockState) -> int:
+    """From which element on the source has the weights: all at first, after an update those that live in its files."""
+    return state.record.num_stored if state.update.is_stored else 0

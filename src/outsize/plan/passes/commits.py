@@ -28,7 +28,7 @@ def add_commits(plan: Plan, context: Context) -> Plan:
 def copied_bytes(record: Record, placement: Placement) -> dict[Plane, int]:
     """Bytes of the planes of a block that live in memory, which a commit copies to the disk."""
     return {
-        plane: int(record.plane_elements(plane) * record.element_bytes[plane])
+        plane: int(len(record.stored_range(plane)) * record.element_bytes[plane])
         for plane in (Plane.WEIGHT, *record.state)
         if placement.home(record.name, plane.group) in IN_MEMORY
     }
