@@ -10,6 +10,7 @@ import shutil
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -22,17 +23,29 @@ settings.register_profile("any machine", deadline=None, suppress_health_check=[H
 settings.load_profile("any machine")
 
 
+_GPU_KERNELS: dict[tuple[object, ...], Any] = {}
+
+
 @pytest.fixture(autouse=True)
-def one_rule_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+def few_rules_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     """Models train with compiled kernels of AdamW and eager ones of other rules, which are bit-equal or compared in
-    tests/optim: compiling all takes five minutes on a fresh machine. OUTSIZE_SOAK=1 compiles them."""
+    tests/optim: compiling all takes five minutes on a fresh machine. Models of one process share the kernels of a device,
+    which take seconds for each model, also where there is no compiler for it. OUTSIZE_SOAK=1 compiles all."""
     optimizer = sys.modules.get("outsize.engine.optimizer")
     if optimizer is None or os.environ.get("OUTSIZE_SOAK"):
         return
-    start = optimizer.start_compile
+    start, compile_for_gpu = optimizer.start_compile, optimizer.gpu_kernel
+
+    def gpu_kernel(rule: Any, compute_type: str, device: Any) -> Any:
+        key = rule.name, compute_type, device, os.environ.get("OUTSIZE_EAGER")
+        if key not in _GPU_KERNELS:
+            _GPU_KERNELS[key] = compile_for_gpu(rule, compute_type, device)
+        return _GPU_KERNELS[key]
+
     monkeypatch.setattr(
         optimizer, "start_compile", lambda rule, kind: start(rule, kind, eager=rule.name != "adamw")
     )
+    monkeypatch.setattr(optimizer, "gpu_kernel", gpu_kernel)
 
 
 def pytest_configure(config: pytest.Config) -> None:

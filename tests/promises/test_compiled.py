@@ -3,6 +3,7 @@
 What is counted and repeated is checked with a backend that compiles nothing (`aot_eager`), the bits with the real one.
 """
 
+import os
 import shutil
 import warnings
 from functools import partial
@@ -26,6 +27,7 @@ from tests.seams import (
 )
 from tests.zoo import ZOO
 
+IS_SOAK = bool(os.environ.get("OUTSIZE_SOAK"))
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
 
 
@@ -82,28 +84,30 @@ def assert_same(one, other):
     assert all(torch.equal(one[1][name], other[1][name]) for name in other[1])
 
 
-@pytest.mark.parametrize(("name", "num_kinds"), [("llama", 1), ("gpt2", 1), ("qwen3", 1)])
-def test_layers_that_are_alike_are_compiled_once(name, num_kinds, no_inductor):
+@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3"] if IS_SOAK else ["gpt2", "qwen3"])
+def test_layers_that_are_alike_are_compiled_once(name, no_inductor):
     """For all layers, batches and tiles, forward and recomputation; what is no layer of many is not compiled."""
     expected = trained(name, compile=False)
     assert num_graphs() == 0 and not expected[2].compiled
     result = trained(name)
-    assert num_graphs() == num_kinds
+    assert num_graphs() == 1
     assert_close(result, expected)
     assert len(result[2].compiled) == 1 and "compiled: " in str(result[2])
 
 
-@pytest.mark.parametrize("tile_rows", [2, 3])
+@pytest.mark.parametrize("tile_rows", [2, 3] if IS_SOAK else [3])
 def test_tiles_of_all_sizes_share_the_code(tile_rows, no_inductor):
     trained(tile_rows=tile_rows)
     assert num_graphs() <= 2  # a last tile of one row is compiled apart: torch does not take 1 for a symbol
 
 
 def test_layers_of_two_kinds_are_compiled_twice(no_inductor):
-    result = trained("t5", steps=1)
+    """One of the encoder and one of the decoder: the first of several has a bias that the others take from it."""
+    options = {"steps": 1, "changes": {"num_layers": 1}}
+    result = trained("t5", **options)
     assert result[2].compiled == ("T5Block",)
-    assert num_graphs() >= 2
-    assert_close(result, trained("t5", steps=1, compile=False))
+    assert num_graphs() == 2
+    assert_close(result, trained("t5", compile=False, **options))
 
 
 @needs_compiler
@@ -116,7 +120,7 @@ def test_no_placement_changes_a_bit(tmp_path, monkeypatch):
     ):
         assert_same(trained(**options), expected)
     with_twin(monkeypatch, lambda way, label: 0.001)
-    for home in ("host", "disk"):
+    for home in ("host", "disk") if IS_SOAK else ("disk",):
         assert_same(trained(home=home, disk=tmp_path), expected)
     assert_close(trained(compile=False), expected)
 
