@@ -7,13 +7,19 @@ import pytest
 import torch
 
 import outsize
-from outsize.config import ComputeType
+from outsize.config import ComputeType, Home
 from outsize.hardware import device, host, measure
+from outsize.plan.ledger import ACTIVATIONS
 from outsize.plan.profile import Profile, Resource
 from tests.checkpoint.runs import batches
 from tests.checkpoint.test_resume import assert_goes_on
-from tests.running import settled  # noqa: F401
-from tests.seams import flush
+from tests.engine.test_ledger import PLANES, assert_is_allocated
+from tests.running import (
+    adamw,
+    settled,  # noqa: F401
+    train,
+)
+from tests.seams import budget_of, flush, move_small_inputs
 from tests.zoo import ZOO
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -32,6 +38,18 @@ def deterministic(monkeypatch):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_resumed_run_has_the_bits_of_one_that_was_not_interrupted(home, dtype, tmp_path):
     assert_goes_on(tmp_path, home, dtype)
+
+
+@pytest.mark.parametrize("home", ["device", "host", "disk"])
+def test_a_run_takes_what_its_ledger_says(home, tmp_path, monkeypatch):
+    move_small_inputs(monkeypatch)
+    pins = outsize.Pins(inputs="host")
+    model = outsize.wrap(ZOO["llama"].build().train(), home=home, disk=tmp_path, dtype="bfloat16", pins=pins)
+    train(model, [ZOO["llama"].batch()], adamw(model))
+    moved = {"slots", "buffers"} if home == "disk" else {"slots"}
+    assert_is_allocated(model, purposes={*PLANES, *moved, "inputs of blocks"})
+    ledger, taken = budget_of(model).ledger, torch.cuda.max_memory_allocated()
+    assert ledger.total(Home.DEVICE) - ledger.total(Home.DEVICE, *ACTIVATIONS) <= taken
 
 
 def test_numbers_that_the_device_draws_go_on_where_they_were(tmp_path):
