@@ -554,7 +554,7 @@ def carry_out(case: Case, seams: ModuleType, folder: Path) -> dict[str, Any]:
     import torch
 
     from outsize import OutsizeError
-    from outsize.tier import SlowTier
+    from tests.doubles import SlowTier
 
     torch.manual_seed(case.number)
     notes = Notes(seams)

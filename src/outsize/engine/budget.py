@@ -25,7 +25,7 @@ from outsize.plan import Placement, is_stored, memory_estimate
 from outsize.plan.ledger import ACTIVATIONS, WAITING, Ledger, Purpose, placed
 from outsize.plan.limits import Limits
 from outsize.plan.place import with_pieces
-from outsize.plan.planner import Planner, wanted_tile_rows
+from outsize.plan.planner import Planner, tile_rows_to_try
 from outsize.plan.search import Choice, CostModel, Way
 from outsize.plan.workload import BatchShape, Workload
 from outsize.store import finalizers, memory
@@ -201,31 +201,25 @@ class Budget:
         computes_in, pins = self.limits.computes_in, self._settings.pins
         arenas = self._placed.total(computes_in) + self.ledger.total(computes_in, *WAITING)
         room = self.limits.room_bytes(computes_in) - (arenas - self._extra_bytes)
-        tile_rows = wanted_tile_rows(shape, pins, computes_in, self._most_tile_tokens)
         inputs, kept = self.placement.inputs or computes_in, self.placement.kept
-
-        def needed() -> Ledger:
-            return memory_estimate.estimate(workload, shape, tile_rows, computes_in, inputs, kept)
-
-        moved = needed()[inputs, Purpose.INPUTS]
-        if moved > self.placement.inputs_bytes:
-            raise BudgetError(
-                f"the inputs of blocks take {format_bytes(moved)} for a batch of {shape.rows or 1} rows, "
-                f"{format_bytes(self.placement.inputs_bytes)} of the {inputs} were set aside for them",
-                hint="make the first call with the largest batch",
-            )
-        while (num_bytes := needed().total(computes_in, *ACTIVATIONS)) > room:
-            if tile_rows == 1 or pins.tile_rows is not None:
+        for tile_rows in tile_rows_to_try(shape, pins, computes_in, self._most_tile_tokens):
+            needed = memory_estimate.estimate(workload, shape, tile_rows, computes_in, inputs, kept)
+            moved, num_bytes = needed[inputs, Purpose.INPUTS], needed.total(computes_in, *ACTIVATIONS)
+            if moved > self.placement.inputs_bytes:
                 raise BudgetError(
-                    f"a batch of {shape.rows or 1} rows takes {format_bytes(num_bytes)} of activations, "
-                    f"{format_bytes(room)} are left beside the arenas",
-                    hint="use fewer rows or shorter sequences, give more memory with "
-                    f"{computes_in}=, or make the first call with the largest batch",
+                    f"the inputs of blocks take {format_bytes(moved)} for a batch of {shape.rows or 1} rows, "
+                    f"{format_bytes(self.placement.inputs_bytes)} of the {inputs} were set aside for them",
+                    hint="make the first call with the largest batch",
                 )
-            tile_rows = -(-tile_rows // 2)
-        self.visit_bytes = needed()[Home.HOST, Purpose.VISIT]
-        self.call_bytes = num_bytes
-        return tile_rows
+            if num_bytes <= room:
+                self.visit_bytes, self.call_bytes = needed[Home.HOST, Purpose.VISIT], num_bytes
+                return tile_rows
+        raise BudgetError(
+            f"a batch of {shape.rows or 1} rows takes {format_bytes(num_bytes)} of activations, "
+            f"{format_bytes(room)} are left beside the arenas",
+            hint="use fewer rows or shorter sequences, give more memory with "
+            f"{computes_in}=, or make the first call with the largest batch",
+        )
 
     @property
     def _extra_bytes(self) -> int:

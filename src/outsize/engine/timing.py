@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from typing import TypeAlias
 
 import torch
 
@@ -56,10 +56,8 @@ class _Stopwatch:
         return self._slowest_s / self._fastest_s - 1 if self._fastest_s else 0.0
 
 
-@dataclass(frozen=True, slots=True)
-class _Seconds:
-    forward: float
-    backward: float
+Seconds: TypeAlias = tuple[float, float]
+"""Of a visit, forward and backward."""
 
 
 def measure_costs(
@@ -81,39 +79,31 @@ def measure_costs(
     with RngState.current(model.device).restored(), without_user_hooks(model.module):
         by_kind = [_time_kind(kind, tile_rows, seconds_of) for kind in workload.kinds]
     state.restore()
-    forward: dict[str, float] = {}
-    backward: dict[str, float] = {}
-    kept_backward: dict[str, float] = {}
+    seconds: dict[str, Seconds] = {}
     trainable = {record.name: record.num_trainable for record in records}
     for module, index in workload.kind_of.items():
-        kind, seconds = workload.kinds[index], by_kind[index]
-        layer = points[module]
+        kind, layer = workload.kinds[index], points[module]
         is_tiled = workload.dims.get(module) is not None
         parts = tile_sizes(rows, tile_rows) if is_tiled else [rows]
-        full = tile_rows if is_tiled else rows
-        share = sum(parts) / full
-        block = layer.blocks[-1]
-        forward[block] = share * seconds.forward
-        backward[block] = share * seconds.backward
+        share = sum(parts) / (tile_rows if is_tiled else rows)
+        forward, backward = (share * each for each in by_kind[index])
         if kind.trains:
             # Each tile's gradients are added to the block's sum: one read of each, one write.
-            size = model.dtype.itemsize + 8
-            backward[block] += (
-                len(parts) * sum(trainable[name] for name in layer.blocks) * size / profile.host_copy
-            )
-        kept_backward[block] = max(0.0, backward[block] - forward[block])  # without computing again
+            num_bytes = sum(trainable[name] for name in layer.blocks) * (model.dtype.itemsize + 8)
+            backward += len(parts) * num_bytes / profile.host_copy
+        seconds[layer.blocks[-1]] = forward, backward
+    kept_backward = {block: max(0.0, backward - forward) for block, (forward, backward) in seconds.items()}
+    # A tied table is visited by the embedding as well, which takes next to nothing.
+    visits = Counter((visit.block, visit.direction) for visit in workload.visits)
     for point in points.values():
         if isinstance(point, Head):
-            _add_head(model, point, rows * shape.row_tokens, forward, backward, seconds_of)
-            # A tied table is visited by the embedding as well, which takes next to nothing.
-            visits = Counter((visit.block, visit.direction) for visit in workload.visits)
-            for name in point.blocks:
-                forward[name] /= visits[name, Direction.FORWARD] or 1
-                backward[name] /= visits[name, Direction.BACKWARD] or 1
+            for name, (forward, backward) in _time_head(model, point, rows * shape.row_tokens, seconds_of):
+                forward /= visits[name, Direction.FORWARD] or 1
+                seconds[name] = forward, backward / (visits[name, Direction.BACKWARD] or 1)
     return Costs(
-        forward,
-        backward,
-        kept_backward_s=kept_backward,
+        {block: forward for block, (forward, _) in seconds.items()},
+        {block: backward for block, (_, backward) in seconds.items()},
+        kept_backward_s=kept_backward,  # without computing again
         input_bytes=_input_bytes(workload, shape),
         spread=stopwatch.spread,
     )
@@ -133,31 +123,21 @@ def _input_bytes(workload: Workload, shape: BatchShape) -> dict[str, int]:
     }
 
 
-def _time_kind(kind: Kind, tile_rows: int, seconds_of: Meter) -> _Seconds:
+def _time_kind(kind: Kind, tile_rows: int, seconds_of: Meter) -> Seconds:
     run = kind.at(tile_rows)
-    forward = seconds_of(partial(run, False))
-    backward = seconds_of(partial(run, True)) if kind.differentiates else 0.0
-    return _Seconds(forward, backward)
+    return seconds_of(partial(run, False)), seconds_of(partial(run, True)) if kind.differentiates else 0.0
 
 
-def _add_head(
-    model: Model,
-    head: Head,
-    num_tokens: int,
-    forward: dict[str, float],
-    backward: dict[str, float],
-    seconds_of: Meter,
-) -> None:
+def _time_head(model: Model, head: Head, num_tokens: int, seconds_of: Meter) -> Iterator[tuple[str, Seconds]]:
     """The loss of `num_tokens`, row block by row block; those of one size are alike."""
-    known: dict[int, _Seconds] = {}
+    known: dict[int, Seconds] = {}
     for name, start, stop in model.locations.row_blocks(head.weight):
         rows = stop - start
         if rows not in known:
             go_forward, go_back, tile_tokens = measured_tiles(head, rows, num_tokens, model)
             share = num_tokens / tile_tokens
-            known[rows] = _Seconds(share * seconds_of(go_forward), share * seconds_of(go_back))
-        forward[name] = known[rows].forward
-        backward[name] = known[rows].backward
+            known[rows] = share * seconds_of(go_forward), share * seconds_of(go_back)
+        yield name, known[rows]
 
 
 def _times(device: torch.device, run: Callable[[], object]) -> list[float]:

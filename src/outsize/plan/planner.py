@@ -39,13 +39,22 @@ class DiskShortage(BudgetError):
     """The disk is what is short; the hint names a size of it that works."""
 
 
-def wanted_tile_rows(shape: BatchShape, pins: Pins, computes_in: Home, most_tokens: int | None = None) -> int:
-    """Rows of the largest tile that is worth computing, of at most `most_tokens`; at least one."""
+def tile_rows_to_try(
+    shape: BatchShape, pins: Pins, computes_in: Home, most_tokens: int | None = None
+) -> Iterator[int]:
+    """Rows of a tile: the most that are worth computing, of at most `most_tokens`, and then half as many, down to one.
+
+    What is pinned is not halved.
+    """
     tokens = TILE_TOKENS_ON_DEVICE if computes_in is Home.DEVICE else TILE_TOKENS
     wanted = pins.tile_rows or -(-tokens // shape.row_tokens)
     if most_tokens is not None:
         wanted = min(wanted, most_tokens // shape.row_tokens)
-    return max(1, min(shape.rows or 1, wanted))
+    rows = max(1, min(shape.rows or 1, wanted))
+    yield rows
+    while rows > 1 and pins.tile_rows is None:
+        rows = -(-rows // 2)
+        yield rows
 
 
 @final
@@ -100,9 +109,7 @@ class Planner:
         A call that only reads has one large visit, of the head: there is nothing that freed memory has to fit into.
         """
         pins, computes_in = self.settings.pins, self.limits.computes_in
-        sizes = [wanted_tile_rows(shape, pins, computes_in, self.most_tile_tokens)]
-        while sizes[-1] > 1 and pins.tile_rows is None:
-            sizes.append(-(-sizes[-1] // 2))
+        sizes = list(tile_rows_to_try(shape, pins, computes_in, self.most_tile_tokens))
         near = list(dict.fromkeys((computes_in, Home.HOST)))
         far = [Home.DISK] if self.settings.budgets.disks else []
         if pins.inputs is not None:
