@@ -15,7 +15,8 @@ tree's where it has none). What must not change is compared:
 - `moved`, `told`: bytes read, written and copied; visits off plan; errors by type and the figures in their message
 
 A redesign renames verbs, planes and homes: `RENAMED` says how, and `ADDED` what plans hold now that they did not hold. Both
-are applied before anything is compared. Differences are printed by case, and the exit status is 1 where there are any.
+are applied before anything is compared. Differences are printed by case. The exit status is 1 where there are any, and
+where a case crashes on both sides, which compares nothing.
 """
 
 from __future__ import annotations
@@ -233,7 +234,7 @@ def main() -> int:
         ]
         kinds = compare(sides, cases, options.out)
     print(", ".join(f"{count} {kind}" for kind, count in kinds.items()))
-    return bool(kinds["different"])
+    return bool(kinds["different"] or kinds["crashed in both"])
 
 
 if __name__ == "__main__":
