@@ -184,10 +184,7 @@ class Setup:
         self._backing.own_source().check()
         self._compile(self.kernel)  # a compilation ends before the arenas are touched
         records, placement = self.decide(workload, shape)
-        if (
-            any(group is Group.STATE for _, group in placement.at(Home.DEVICE))
-            and not self._model.device.is_host
-        ):
+        if placement.host is Home.HOST and placement.at(Home.DEVICE):
             self._compile(self._device_kernel)
         store, restored = self._open_store(records, placement)
         backing = self._backing
