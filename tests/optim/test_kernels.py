@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from outsize.config import ComputeType
-from outsize.optim import Backend, deinterleave, interleave, join, split
+from outsize.optim import ADAMW, Backend, Kernel, deinterleave, interleave, join, split
 from tests.hypers import hyper
 
 HYPER = hyper(lr=1e-2, weight_decay=0.1, step=3, gradient_scale=0.3)
@@ -164,3 +164,15 @@ def test_wrong_planes_are_refused(kernel):
     for wrong in (gradient.double(), gradient[:64], gradient.view(2, 64)):
         with pytest.raises(AssertionError):
             kernel(weight, state, wrong, HYPER)
+
+
+@pytest.mark.parametrize(
+    ("backend", "sizes"), [(Backend.EAGER, [1 << 16, 1 << 16, 64]), (Backend.COMPILED, None)]
+)
+def test_only_an_eager_kernel_takes_a_slice_in_pieces(backend, sizes):
+    """An eager one makes temporaries, which stay in the cache; a compiled one makes none, and calls cost time."""
+    num_elements, found = (2 << 16) + 64, []
+    weight, *state, gradient = make_planes(ComputeType.BFLOAT16, num_elements)
+    kernel = Kernel(ADAMW, ComputeType.BFLOAT16, backend, lambda planes, _: found.append(planes[0].numel()))
+    kernel(weight, state, gradient, HYPER)
+    assert found == (sizes or [num_elements])

@@ -10,6 +10,7 @@ import outsize
 from outsize.block import Plane
 from outsize.config import ComputeType, OptimizerName
 from outsize.optim import ALGORITHMS, RULES, deinterleave, interleave, join, split
+from outsize.optim.rule import ROOT_CODES, SIGNED_CODES
 from tests.hypers import hyper
 
 UPPER = [0x0000, 0x0001, 0x007F, 0x0080, 0x00FF, 0x3F7F, 0x3F80, 0x3FFF, 0x4000, 0x7F00, 0x7F7E]
@@ -88,3 +89,12 @@ def test_settings_of_any_number_type_give_the_same_scalars():
     plain = {"lr": 1.0, "betas": (0.5, 0.75), "eps": 0.25, "weight_decay": 0.5, "params": []}
     assert ALGORITHMS["AdamW"].hyper(settings, step=3) == ALGORITHMS["AdamW"].hyper(plain, step=3)
     assert all(type(value) is float for value in ALGORITHMS["AdamW"].hyper(settings, step=3))
+
+
+def test_of_codes_zero_stays_zero_and_nothing_else_becomes_zero():
+    values = torch.tensor([[0.0, 1e-12, 0.25, 1.0]])
+    codes = ROOT_CODES.encode(values, torch.ones(1, 1))
+    assert codes.tolist() == [[0, 1, 128, 255]]
+    assert ROOT_CODES.decode(codes, torch.ones(1, 1))[0, 0] == 0.0
+    signed = torch.tensor([[-1.0, -0.5, 0.0, 1e-12, 1.0]])
+    assert SIGNED_CODES.encode(signed, torch.ones(1, 1)).tolist() == [[-127, -64, 0, 0, 127]]
