@@ -33,6 +33,7 @@ PROCESS_BYTES = 1 << 30
 FREE_BYTES = 64 << 30
 LEDGER_ROWS = (
     "device Python and libraries:",
+    "device KV cache:",
     "disk places of planes in memory, and commits:",
     "host slots:",
     "host buffers:",

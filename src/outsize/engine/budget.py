@@ -1,10 +1,10 @@
-"""The memory of one model: what each part of it takes, and so which planes can stay.
+"""The memory budget of one model: it measures limits, has calls planned within them, and keeps the ledger of the result.
 
-Of the limit, the process itself comes first, then activations as the dry run found them, then the arenas, into
-which planes are placed. Between visits, freed memory is given back where the next one would pass the limit.
+The process itself comes first, then activations as the dry run found them, then the arenas that planes are placed in.
+Between visits, freed memory goes back to the system if the next visit would exceed the limit.
 
-A device with memory of its own has a limit of its own, for activations, slots and what is resident there; the host's is
-then for what is hosted and for the buffers that planes pass through.
+A device with memory of its own has its own limit, for activations, slots and the planes that live there. The host's limit
+then covers planes in host memory and the buffers that planes pass through.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from outsize.config import Home, OnDeviceFull, Settings, format_bytes
 from outsize.errors import BudgetError
 from outsize.plan import Placement, is_stored, memory_estimate
 from outsize.plan.ledger import ACTIVATIONS, WAITING, Ledger, Purpose, placed
-from outsize.plan.limits import Limits
+from outsize.plan.limits import LEAST_FREED_BYTES, UNPLANNED_BYTES, Limits
 from outsize.plan.place import with_pieces
 from outsize.plan.planner import Planner, tile_rows_to_try
 from outsize.plan.search import Choice, CostModel, Way
@@ -39,19 +39,14 @@ WORTH_FILLING_BYTES = 16 << 20
 WORTH_COLLECTING_BYTES = 64 << 20
 """Other models that hold more memory may be garbage that was not collected yet."""
 
-LEAST_FREED_BYTES = 64 << 20
-"""Freed memory that is kept at least, where there is room for a second visit."""
-
-UNPLANNED_BYTES = 48 << 20
-"""What of that is taken as a rule: 16 to 100 MiB over a grid of runs (benchmarks/results)."""
-
 
 @final
 class Budget:
-    """A limit on the whole process, and what it is divided into; fixed by `place`.
+    """The limit on the whole process, and how it is divided, which `place` decides.
 
-    `always_resident`: blocks that cannot be streamed. `reading_bytes`: what reading any of them from where it comes from
-    takes beside the memory that it is read into. A limit is the user's, or what is free when memory is placed.
+    `always_resident` names blocks that cannot be streamed. `reading_bytes` returns what reading any of some records from
+    the source takes beside the memory they are read into. A limit that the user leaves open is the memory that is free when
+    `place` is called.
     """
 
     def __init__(
@@ -63,16 +58,16 @@ class Budget:
         free_host_bytes: Callable[[], int] = memory.available_bytes,
     ) -> None:
         self.limits = Limits(settings.budgets.host_bytes or 0)
-        """As they were when memory was placed."""
+        """As measured when memory was placed."""
         self.reserved = Ledger()
-        """Promised to something else, or taken by it: a KV cache, which may be allocated once everything is placed."""
+        """Lines of other users of memory: a KV cache, entered before or after it is allocated."""
         self.placement: Placement | None = None
         self.choices: list[Choice] = []
         """What was simulated, the fastest first; empty if nothing is known of the machine."""
         self.visit_bytes = 0
-        """What a visit of the call that began last takes of the host's memory beside weights, at most."""
+        """The most host memory that a visit of the last call takes beside its weights."""
         self.call_bytes = 0
-        """What the call that began last takes of activations where blocks compute."""
+        """Activations of the last call, where blocks compute."""
         self.always_resident = always_resident
         self._settings = settings
         self._device = device
@@ -87,20 +82,19 @@ class Budget:
 
     @property
     def ledger(self) -> Ledger:
-        """All that is taken, as placed; before anything is, what is taken or promised already."""
+        """All memory and disk that the model takes as placed; before `place`, what is taken or promised already."""
         taken = self.limits.taken | self.reserved
         return taken if self._way is None else taken + self._way.activations + self._placed
 
     @property
     def expected_bytes(self) -> int:
-        """The most host memory that the process will have had: freed memory that is kept, where there is room, and slack
-        come on top of the ledger."""
+        """The expected peak of the process: the ledger, freed memory that is kept for reuse, and slack."""
         freed = self._freed_bytes()
         expected = self.ledger + Ledger.of(Home.HOST, freed=freed, slack=UNPLANNED_BYTES)
         return min(expected.total(Home.HOST), self.limits.host_bytes)
 
     def _freed_bytes(self) -> int:
-        """Freed memory of a visit that is kept for the next, where there is room for two."""
+        """Freed memory of a visit that is kept for the next one, if there is room for two."""
         assert self._way is not None
         return self._way.activations[Home.HOST, Purpose.VISIT] if self._way.is_roomy else 0
 
@@ -110,7 +104,7 @@ class Budget:
         return self._planner.records if self._planner is not None else ()
 
     def change_settings(self, settings: Settings) -> None:
-        """Place what comes by other settings."""
+        """Use `settings` for what is placed from now on."""
         self._settings = settings
 
     def place(
@@ -120,9 +114,9 @@ class Budget:
         shape: BatchShape,
         cost_model: CostModel | None = None,
     ) -> Placement:
-        """Place `records` for calls of this shape; the fastest way that fits by the cost model, else the largest tiles.
+        """Place `records` for calls of this shape: the fastest plan by the cost model, else the one with the largest tiles.
 
-        Raises BudgetError if they do not fit, naming what does.
+        Raises BudgetError if none fits, naming budgets that would.
         """
         self._planner = self._planner_for(records, workload, shape)
         self._way, self._planned, self.choices = self._planner.plan(cost_model)
@@ -134,7 +128,7 @@ class Budget:
         return self._planned
 
     def use(self, placement: Placement | None) -> None:
-        """Account for `placement` from now on, which may differ from the plan; None: nothing is placed any more."""
+        """Account for `placement` from now on, which may differ from the plan; None if nothing is placed any more."""
         self.placement, self._placed = placement, Ledger()
         if placement is None:
             self._way = None
@@ -146,11 +140,11 @@ class Budget:
         self._placed += Ledger.of(Home.DISK, spare=store_bytes - self._placed.total(Home.DISK))
 
     def fits(self, records: Sequence[Record], workload: Workload, shape: BatchShape) -> bool:
-        """Whether calls of this shape fit, with the margin that a hint has; nothing is placed."""
+        """Whether calls of this shape fit, with the margin that hints add; nothing is placed."""
         return self._planner_for(records, workload, shape).fits()
 
     def choices_with(self, more_bytes: int, cost_model: CostModel) -> list[Choice]:
-        """What could be chosen with `more_bytes` of the host's memory, the fastest first; nothing is placed."""
+        """The choices with `more_bytes` more of the host's memory, the fastest first; nothing is placed."""
         assert self._planner is not None and self._way is not None
         return self._planner.with_more(more_bytes, self._way, cost_model)
 
@@ -168,7 +162,7 @@ class Budget:
         )
 
     def _measured(self, reading_bytes: int) -> Limits:
-        """The limits, and what the process has now."""
+        """The limits, and what the process takes now."""
         finalizers.finish()  # of models that were dropped, what they had is free
         if sum(num_bytes for _, num_bytes in memory.open_models()) >= WORTH_COLLECTING_BYTES:
             gc.collect()  # they may be dropped, and wait in cycles for the collector
@@ -193,9 +187,9 @@ class Budget:
         )
 
     def begin_call(self, workload: Workload, shape: BatchShape) -> int:
-        """The rows of the largest tile whose memory is within what is left beside the arenas.
+        """Return the rows of the largest tile whose activations fit beside the arenas.
 
-        Raises BudgetError where not even the smallest is.
+        Raises BudgetError if not even the smallest tile fits.
         """
         assert self.placement is not None
         computes_in, pins = self.limits.computes_in, self._settings.pins
@@ -223,7 +217,7 @@ class Budget:
 
     @property
     def _extra_bytes(self) -> int:
-        """Single entries that were kept since the plan was made, in memory that it left."""
+        """Bytes of single entries that came to stay in memory since the plan was made."""
         assert self.placement is not None and self._planned is not None
         return self.placement.pieces_bytes - self._planned.pieces_bytes
 
@@ -256,16 +250,16 @@ class Budget:
         return changed
 
     def shrink_tiles(self, num_tokens: int) -> None:
-        """Let no tile of a call to come have more tokens, whatever is pinned; a tile has at least one row."""
+        """Limit tiles of future calls to `num_tokens`, even pinned ones; a tile has at least one row."""
         self._most_tile_tokens = num_tokens
 
     def has_room_for(self, num_bytes: int) -> bool:
-        """Whether a host that does not compute has so much memory left beside what is placed."""
+        """Whether a host that does not compute has room for `num_bytes` more beside what is placed."""
         return self.ledger.total(Home.HOST) + num_bytes + self.limits.slack_bytes <= self.limits.host_bytes
 
     @contextmanager
     def guarded(self) -> Iterator[None]:
-        """Inside, running out of the device's memory becomes a BudgetError that names what fits."""
+        """Turn an out-of-memory error of the device into a BudgetError that names what would fit."""
         try:
             yield
         except torch.OutOfMemoryError as error:
@@ -286,7 +280,7 @@ class Budget:
 
 
 def _open_models_text() -> str:
-    """Names the largest of the other models that hold memory, as a part of a sentence."""
+    """The largest of the other models that hold memory, as part of a sentence."""
     for model, num_bytes in memory.open_models():
         if num_bytes >= WORTH_COLLECTING_BYTES:
             return f"of which {model}, which is still open, holds {format_bytes(num_bytes)}, "
@@ -294,7 +288,7 @@ def _open_models_text() -> str:
 
 
 def _disk_bytes(settings: Settings, placement: Placement, records: Sequence[Record]) -> int:
-    """What `placement` takes on disk. Raises BudgetError if that is more than the disks may hold."""
+    """Bytes that `placement` takes on disk. Raises BudgetError if the disks may not hold that much."""
     commits = settings.commits
     versions_bytes = Layout.of(records, placement).num_bytes(commits) if commits else None
     return disk_bytes(placement, settings, versions_bytes)

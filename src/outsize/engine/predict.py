@@ -1,4 +1,4 @@
-"""What a run will take, before it runs: its plan simulated on the machine's profile, with blocks timed at the real tile."""
+"""Predictions of a step: the plan is simulated on the profile of the machine, with blocks timed at the real tile size."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from outsize.plan.workload import BatchShape, Workload
 from outsize.store import memory
 
 MODEL_SPREAD = 0.1
-"""Part of a step by which predictions are off, as a rule, where what they are made of is exact (benchmarks/results)."""
+"""The typical relative error of a prediction whose inputs are exact (benchmarks/results)."""
 
 WORTH_A_RESTART = 1.1
-"""Another plan is named when it makes a step faster by more."""
+"""Advise another plan only if it makes a step faster by at least this factor."""
 
 SLOWEST = 16.0
-"""By which factor a disk is at most taken to be slower than it was measured."""
+"""The most that a disk is assumed to be slower than it was measured."""
 
 WORTH_SAYING = 1.05
-"""A remedy that makes a step faster by less is not named."""
+"""Name a remedy only if it makes a step faster by at least this factor."""
 
 
 _PINS = ("tile_rows", "kept_blocks", "inputs", "weight_slots", "gradient_slots", "resident", "resident_bytes")
@@ -37,7 +37,7 @@ _PINS = ("tile_rows", "kept_blocks", "inputs", "weight_slots", "gradient_slots",
 
 @dataclass(frozen=True, slots=True)
 class Remedy:
-    """A change of the machine or its budget, and by what factor it would make a step faster."""
+    """A change of the machine or its budget, and the factor by which it would make a step faster."""
 
     what: str
     speedup: float
@@ -48,38 +48,38 @@ class Remedy:
 
 @dataclass(frozen=True)
 class Prediction:
-    """A step as it is expected; seconds and bytes."""
+    """The expected figures of a step, in seconds and bytes."""
 
     step_s: float
     num_tokens: int
     host_bytes: int
-    """Of the process, at most."""
+    """The peak of the process."""
     simulation: Simulation
     costs: Costs
     disk_endurance_bytes: float | None
     remedies: tuple[Remedy, ...] = ()
-    """What would make a step shorter, most first."""
+    """The largest speedup first."""
     device_bytes: int = 0
-    """Of a device with memory of its own."""
+    """The peak on a device with memory of its own; 0 where the host computes."""
     commit_every: int = 0
-    """A commit follows each so many steps; 0: none. Where it is each, it is a part of the step."""
+    """Steps between commits; 0 for none. A commit after each step is part of the step."""
     commit_s: float = 0.0
-    """By how much a commit makes a step longer, beside what the disk takes to make it durable."""
+    """Seconds that a commit adds to a step, without the time that the disk takes to make it durable."""
     commit_bytes: int = 0
-    """That it copies from memory to the disk; what lives there is not copied."""
+    """Bytes that a commit copies from memory to the disk; planes that live on the disk are not copied."""
     least_s: float = 0.0
-    """What a step takes at least, with everything at the fast end of what was measured of it."""
+    """The shortest step, with every rate at the fast end of its measurements."""
     most_s: float = 0.0
-    """And at most: on a busy machine measurements lie far apart, and so do these."""
+    """The longest step; on a busy machine measurements vary widely, and so do these two."""
 
     @property
     def tokens_per_s(self) -> float:
-        """Tokens of a step over its time."""
+        """Tokens per second."""
         return self.num_tokens / self.step_s
 
     @property
     def endurance_steps(self) -> float | None:
-        """Steps in the life of the disk; None where it is not written to, or nobody knows its life."""
+        """Steps until the disk is worn out; None if nothing is written, or its endurance is unknown."""
         life = self.disk_endurance_bytes
         return life / self.bytes_written if life and self.bytes_written else None
 
@@ -99,7 +99,7 @@ class Prediction:
         return _written(self.simulation)
 
     def timeline(self) -> Timeline:
-        """The step in time; memory is what each tier has at most."""
+        """The timeline of the step, with the peak of each tier."""
         memory_bytes = {"host": self.host_bytes} | (
             {"device": self.device_bytes} if self.device_bytes else {}
         )
@@ -143,8 +143,7 @@ class Prediction:
 def predict(model: nn.Module, profile: Profile, *, commit_every: int = 0) -> Prediction:
     """Predict the steps of a model from its last training call. Takes a few visits of one block of each kind.
 
-    `commit_every`: a commit follows each so many steps; 0: none. Raises UsageError where the model was not called with
-    gradients on.
+    `commit_every`: steps between commits; 0 for none. Raises UsageError if the model was never called with gradients on.
     """
     runtime = runtime_of(model)
     call = runtime.visits.call.last_training
@@ -168,9 +167,9 @@ def predict_call(
     commit_every: int = 0,
     profile: Profile | None = None,
 ) -> Prediction:
-    """Simulate steps of such calls as they are placed, with blocks timed where they were not yet.
+    """Simulate steps that make `call` with everything where it is placed, and time the blocks that were not timed yet.
 
-    Without gradients all rows of a call are computed at once, as with a cache. `profile`: by default the one that the model
+    Without gradients all rows of a call are computed at once, as with a cache. `profile` defaults to the one that the model
     was opened with.
     """
     (workload, shape), budget, setup = call, runtime.budget, runtime.setup
@@ -215,7 +214,7 @@ def predict_call(
 
 @dataclass(frozen=True, slots=True)
 class Advice:
-    """Another plan that would be faster than the one that runs, as far as has been measured; seconds of a step."""
+    """Another plan that would be faster than the one that runs, judging by measured steps; seconds per step."""
 
     step_s: float
     other_step_s: float
@@ -226,11 +225,11 @@ class Advice:
 
 
 def advise(model: nn.Module, profile: Profile, step_s: float, stalled_s: float) -> Advice | None:
-    """A plan that is faster by more than a tenth, when figures are corrected by a step that was measured; else None.
+    """Return a plan that is faster by more than a tenth once costs are corrected by a measured step; None if there is none.
 
-    `stalled_s` of the step's `step_s` seconds computing waited. What computing costs is corrected first, and then, where
-    that does not explain the step, the rates of the disk. Plans are those that were compared when memory was laid out:
-    none where the model was opened without a profile.
+    Computing waited for `stalled_s` of the step's `step_s` seconds. The cost of computing is corrected first; if that does
+    not explain the step, so are the rates of the disk. The plans are those that were compared when memory was laid out;
+    without a profile none were.
     """
     runtime = runtime_of(model)
     call, choices = runtime.visits.call.last_training, runtime.budget.choices
@@ -261,7 +260,7 @@ def advise(model: nn.Module, profile: Profile, step_s: float, stalled_s: float) 
 
 
 def pins_text(choice: Choice) -> str:
-    """The options of the command line that choose a plan."""
+    """The command-line options that select a plan."""
     values = {name: getattr(choice.pins, name) for name in _PINS}
     if choice.pins.resident is not None:
         values["resident"] = ",".join(map(str, choice.pins.resident))
@@ -269,7 +268,7 @@ def pins_text(choice: Choice) -> str:
 
 
 def _remedies(profile: Profile, costs: Costs) -> dict[str, tuple[Profile, Costs]]:
-    """The machine, and what computing costs on it, with twice of each thing that could be bought."""
+    """The machine and the costs of computing, with twice of each thing that could be bought."""
     halved = costs.scaled(0.5)
     disks = replace(profile, disk_read=2 * profile.disk_read, disk_write=2 * profile.disk_write)
     found = {"a second disk": (disks, costs)}

@@ -1,4 +1,4 @@
-"""What a run would need, before it is started: the same cut, dry run and placement, without allocating."""
+"""Plan a run without starting it: the same cutting, dry run and placement, with nothing allocated."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ from outsize.store.planes import DTYPES
 from outsize.tier import PaperDevice
 
 Call = tuple[Workload, BatchShape]
-"""A call as its dry run showed it."""
+"""A call as its dry run found it."""
 
 Passes = Callable[[Runtime, int, int], Iterator[tuple[Call, Call]] | None]
 """Makes dry runs of an engine's passes for some sequences of some tokens: of the largest pass, and of one with a token of
@@ -59,10 +59,10 @@ _PREFERRED = (ComputeType.BFLOAT16, ComputeType.FLOAT32)
 NUM_ALTERNATIVES = 3
 
 LEAST_LENGTH = 16
-"""Shorter sequences are not suggested."""
+"""The shortest sequence length that a hint suggests."""
 
 TELLING = 1.01
-"""A plan is named beside others where it is slower by this factor."""
+"""List an alternative only if it is slower than the one before by at least this factor."""
 
 
 class PreviewOptions(Options, total=False):
@@ -131,7 +131,7 @@ def preview(
 
 
 def _check(module: nn.Module, seq_len: int, train: bool) -> None:
-    """Refuse a model that does not take such sequences, or that cannot be trained as asked."""
+    """Refuse a model that takes no sequences of this length, or that cannot be trained."""
     if getattr(module, "main_input_name", None) != "input_ids":
         raise ModelError(
             f"{type(module).__name__} does not take text",
@@ -188,7 +188,7 @@ def _summary(runtime: Runtime, batch_size: int, seq_len: int, passes: Passes | N
 def _decided(
     runtime: Runtime, batch_size: int, seq_len: int, passes: Passes | None
 ) -> tuple[Call, Call | None]:
-    """Place for the largest call there is memory for. Raises BudgetError."""
+    """Place memory for the largest call that fits, and return what `_calls` gave. Raises BudgetError if none fits."""
     error: BudgetError | None = None
     for largest, decoding in _calls(runtime, batch_size, seq_len, passes):
         try:
@@ -204,9 +204,9 @@ def _decided(
 def _calls(
     runtime: Runtime, batch_size: int, seq_len: int, passes: Passes | None
 ) -> Iterator[tuple[Call, Call | None]]:
-    """The call that memory is laid out for and, for generating, the one that is to be fast: a token of each sequence.
+    """Yield the call to lay memory out for and, for generation, the call to optimize: one token of each sequence.
 
-    Passes of an engine come with fewer and fewer pages: those first that serve more at once.
+    Passes of an engine come with fewer and fewer pages, those that serve most sequences at once first.
     """
     largest = partial(_dry_run, runtime, batch_size, seq_len)
     if torch.is_grad_enabled():
@@ -218,13 +218,13 @@ def _calls(
 
 
 def _disk_budget(settings: Settings) -> int:
-    """What all disks together may hold, alike on each; 0 where none was given a size."""
+    """Bytes that all disks together may hold, the same on each; 0 if no disk was given a size."""
     sizes = [disk.num_bytes for disk in settings.budgets.disks if disk.num_bytes is not None]
     return len(settings.budgets.disks) * min(sizes, default=0)
 
 
 def _shorter(runtime: Runtime, batch_size: int, seq_len: int, passes: Passes | None) -> str:
-    """The longest of some shorter sequences that fits, as a part of a hint."""
+    """The longest of a few shorter sequence lengths that fits, as part of a hint."""
     for length in (seq_len * 3 // 4, seq_len // 2, seq_len // 4, seq_len // 8):
         calls = _calls(runtime, batch_size, length, passes) if length >= LEAST_LENGTH else ()
         if any(runtime.setup.fits(*largest) for largest, _ in calls):
@@ -267,7 +267,7 @@ def _settings_elsewhere(hardware: Profile, options: Options, *, is_quantized: bo
 
 
 def _alternatives(choices: Sequence[Choice]) -> tuple[Alternative, ...]:
-    """The next best, each slower than the one before by more than nothing."""
+    """The next best plans, each noticeably slower than the one before."""
     found: list[Alternative] = []
     slowest = choices[0].step_s if choices else 0.0
     for choice in choices[1:]:

@@ -1,4 +1,4 @@
-"""What a run did: where everything lived, how much was moved, what was waited for."""
+"""The report of a run: where everything lives, how much was moved, how long computing waited."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from outsize.store import memory
 
 @dataclass(frozen=True)
 class Report:
-    """Figures of a model under Outsize since it was loaded; bytes and seconds."""
+    """Figures of a model since it was loaded, in bytes and seconds."""
 
     ledger: Ledger
     num_parameters: int
@@ -36,13 +36,13 @@ class Report:
     """Copied from the host to a device with memory of its own."""
     bytes_down: int = 0
     stepped_down: tuple[str, ...] = ()
-    """What was changed where the device ran out of memory."""
+    """What was changed each time the device ran out of memory."""
     compiled: tuple[str, ...] = ()
     """Classes of layers that run compiled."""
     attention: str | None = None
-    """What attention is computed with; None where the model has no choice."""
+    """The attention implementation; None if the model has only one."""
     uncut: tuple[str, ...] = ()
-    """Why calls, or the layers that are named, were computed as a whole instead of in tiles."""
+    """Why calls, or the layers named, computed whole batches instead of tiles."""
 
     @property
     def rows(self) -> tuple[Row, ...]:

@@ -1,4 +1,4 @@
-"""What a plan says to a person, and to a program: what lives where, how long a step takes, and what would change that."""
+"""A plan as text and as JSON: what lives where, how long a step takes, and what would make it faster."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SHADES = "█▓▒░▚▞▙▟▌▀"
 
 @dataclass(frozen=True, slots=True)
 class Alternative:
-    """Another plan that fits, and how long a step of it takes; `pins` choose it."""
+    """Another plan that fits, the seconds that its step takes, and the pins that select it."""
 
     step_s: float
     pins: str
@@ -29,7 +29,7 @@ class Alternative:
 
 @dataclass(frozen=True)
 class PlanSummary:
-    """Where everything would live; `reason` says why it does not fit, with the nearest settings that do."""
+    """Where everything would live; if it does not fit, `reason` says why and names the nearest settings that do."""
 
     fits: bool
     reason: str
@@ -45,17 +45,17 @@ class PlanSummary:
     disk_budget_bytes: int = 0
     """0 where the disk was given no size."""
     prediction: Prediction | None = None
-    """What a step takes; None where no profile was given."""
+    """The expected step; None without a profile."""
     alternatives: tuple[Alternative, ...] = ()
     """The next best plans, the fastest first."""
     compiled: tuple[str, ...] = ()
     """Classes of layers that run compiled."""
     attention: str | None = None
-    """What attention is computed with; None where the model has no choice."""
+    """The attention implementation; None if the model has only one."""
     pins: str = ""
-    """Those that choose this plan, whatever is known of the machine."""
+    """Pins that select this plan on any profile."""
     has_weights: bool = True
-    """False where the folder has a config alone."""
+    """False if the folder holds only a config."""
 
     def __str__(self) -> str:
         lines = [f"{self.num_parameters / 1e6:,.1f} M parameters in {self.num_blocks} blocks"]
@@ -84,7 +84,7 @@ class PlanSummary:
         ]
 
     def _drawn(self) -> list[str]:
-        """A bar for each tier, and under it what its parts are."""
+        """A bar for each tier, followed by its parts."""
         lines = []
         for tier, _, _, budget in self._tiers():
             rows = [row for row in self.rows if row.tier == tier]

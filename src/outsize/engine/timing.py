@@ -1,4 +1,4 @@
-"""What computing costs: one block of each kind is timed at the real tile, on weights that are zero, before anything runs.
+"""The costs of computing: one block of each kind is timed at the real tile size, on weights of zero, before anything runs.
 
 For a machine that is not there, operations are counted instead.
 
@@ -30,10 +30,10 @@ from outsize.plan.workload import BatchShape, Kind, Workload, tile_sizes
 from outsize.store import memory
 
 Meter = Callable[[Callable[[], object]], float]
-"""Says how many seconds a piece of computing takes."""
+"""Returns the seconds that a function takes to compute."""
 
 REPEATS = 2
-"""Runs of which the fastest counts; one before them is not counted. How far they lie apart is the spread."""
+"""Timed runs, of which the fastest counts; a run before them is not timed. Their relative difference is the spread."""
 
 
 class _Stopwatch:

@@ -9,14 +9,23 @@ from outsize.plan.ledger import EMPTY, Ledger, Purpose
 from outsize.plan.place import IN_MEMORY
 
 SLACK_BYTES = 96 << 20
-"""Memory left for what is not planned: malloc's remains, Python objects, thread stacks."""
+"""Host memory left for what no plan counts: fragments in malloc, Python objects, thread stacks."""
 
 SLACK_SHARE = 32
-"""Of a large budget, its part that is left instead: visits are larger too, and what malloc wastes on them."""
+"""A large budget leaves one part in 32 instead: its visits are larger, and malloc wastes more on them."""
+
+UNPLANNED_BYTES = 48 << 20
+"""The part of the slack that a run typically uses: 16 to 100 MiB over a grid of runs (benchmarks/results)."""
+
+LEAST_FREED_BYTES = 64 << 20
+"""Freed memory that is kept at least, if there is room for a second visit."""
+
+HINT_MARGIN_BYTES = 16 << 20
+"""Added to the budgets that a hint names: the process may have grown by the time they are tried."""
 
 DEVICE_SLACK_BYTES = 64 << 20
-"""Memory of the device left for what is not planned: torch's allocator takes pages of 20 MiB for large tensors and of 2
-for small ones, and more than one stays partly used."""
+"""Device memory left for what no plan counts: torch's allocator takes pages of 20 MiB for large tensors and of 2 MiB for
+small ones, and leaves more than one partly used."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,13 +16,10 @@ from outsize.config import Home, Pins, Settings, format_bytes
 from outsize.errors import BudgetError
 from outsize.plan import memory_estimate
 from outsize.plan.ledger import ACTIVATIONS, WAITING, Ledger, Purpose, placed
-from outsize.plan.limits import Limits
+from outsize.plan.limits import HINT_MARGIN_BYTES, Limits
 from outsize.plan.place import GROUPS, Placement, group_bytes, is_stored, place
 from outsize.plan.search import Choice, CostModel, Search, Way, prefer, waits
 from outsize.plan.workload import BatchShape, Workload
-
-HINT_MARGIN_BYTES = 16 << 20
-"""Added to what a hint names: the process may have grown when it is tried."""
 
 TILE_TOKENS = 2048
 """Tokens that a tile aims at: enough for full matmul speed; fewer if memory is short. Adding up the gradients of
@@ -62,8 +59,8 @@ def tile_rows_to_try(
 class Planner:
     """Plans calls of one `shape` of a `workload` on `records`.
 
-    `always_resident`: blocks that cannot be streamed. `disk_bytes` says what a placement takes on disk, and raises
-    BudgetError if that is more than the disks may hold. `most_tile_tokens` limits tiles whatever is pinned.
+    `always_resident` names blocks that cannot be streamed. `disk_bytes` returns what a placement takes on disk, and raises
+    BudgetError if the disks may not hold that much. `most_tile_tokens` limits tiles, even pinned ones.
     """
 
     records: Sequence[Record]
@@ -83,10 +80,10 @@ class Planner:
     # -- what fits -----------------------------------------------------------------------------------------------
 
     def plan(self, cost_model: CostModel | None = None) -> tuple[Way, Placement, list[Choice]]:
-        """The way and the placement to take: the fastest by the cost model, else those with the largest tiles. And all
-        choices that were compared, the fastest first.
+        """Return the way and the placement to take, and all choices that were compared, the fastest first.
 
-        Raises BudgetError if nothing fits, naming what does.
+        Without a cost model nothing is compared, and the largest tiles that fit are taken. Raises BudgetError if nothing
+        fits, naming budgets that would.
         """
         fitting = self._fitting()
         way, placement = self._simplest(fitting)
@@ -96,7 +93,7 @@ class Planner:
         return choices[0].way, choices[0].placement, choices
 
     def fits(self, rows: int | None = None) -> bool:
-        """Whether the call fits, or one of `rows`, with the margin that a hint has."""
+        """Whether the call fits, or one of `rows` rows, with the margin that hints add."""
         for way in self._ways(self.shape if rows is None else replace(self.shape, rows=rows)):
             with suppress(BudgetError):
                 self._fit(way, HINT_MARGIN_BYTES)
@@ -104,9 +101,9 @@ class Planner:
         return False
 
     def _ways(self, shape: BatchShape) -> Iterator[Way]:
-        """What is tried, the fastest first: inputs go to the disk only if tiles would become too small otherwise.
+        """The ways to try, the fastest first: inputs go to the disk only if tiles would become too small otherwise.
 
-        A call that only reads has one large visit, of the head: there is nothing that freed memory has to fit into.
+        A call that only reads weights has one large visit, that of the head, and needs no room for freed memory.
         """
         pins, computes_in = self.settings.pins, self.limits.computes_in
         sizes = list(tile_rows_to_try(shape, pins, computes_in, self.most_tile_tokens))
@@ -132,8 +129,10 @@ class Planner:
         )
 
     def _fit(self, way: Way, spare_bytes: int = 0) -> tuple[Way, Placement]:
-        """The way with the room it leaves, and a placement there. Raises BudgetError if it does not fit with `spare_bytes`
-        left."""
+        """Return the way with the room it leaves for planes, and a placement there.
+
+        Raises BudgetError unless `spare_bytes` stay free.
+        """
         limits, needed = self.limits, way.activations
         if way.is_roomy:
             # Freed activations fit badly into one another; with room for a second visit, which is then all the slack there
@@ -155,7 +154,7 @@ class Planner:
         return way, self._place(way, self.settings.pins)
 
     def _fitting(self) -> list[tuple[Way, Placement]]:
-        """What fits: activations get memory first, then arenas. Raises BudgetError if nothing does."""
+        """The ways that fit, with their placements: activations get memory first. Raises BudgetError if none does."""
         fitting: list[tuple[Way, Placement]] = []
         error: BudgetError | None = None
         shortage: DiskShortage | None = None
@@ -204,7 +203,7 @@ class Planner:
         return [replace(choice, pins=self._exact_pins(choice)) for choice in search.choose(ways)]
 
     def with_more(self, more_bytes: int, way: Way, cost_model: CostModel) -> list[Choice]:
-        """What could be chosen with `more_bytes` of the host's memory, the fastest first."""
+        """The choices with `more_bytes` more of the host's memory, the fastest first."""
         rooms = {
             home: num_bytes + more_bytes if self.limits.memories[home] is Home.HOST else num_bytes
             for home, num_bytes in way.rooms.items()
@@ -212,9 +211,9 @@ class Planner:
         return self.fastest([replace(way, rooms=rooms)], cost_model)
 
     def _compared(self, way: Way, others: Sequence[Way], cost_model: CostModel) -> list[Choice]:
-        """All plans that are worth simulating, the fastest first: with more saved activations, and with smaller tiles.
+        """All plans worth simulating, the fastest first, among them plans with more saved activations and smaller tiles.
 
-        Tiles that are too small are among them if larger ones cost traffic of inputs to the disk.
+        If the inputs of `way` go to the disk, a way that leaves them in memory is compared too, however small its tiles.
         """
         saving: list[Way] = []
         if self.settings.pins.kept_blocks is None:
@@ -236,7 +235,7 @@ class Planner:
         return best
 
     def _exact_pins(self, choice: Choice) -> Pins:
-        """Pins that lead to this choice and no other, whatever is known of the machine."""
+        """Pins that lead to this choice alone, on any profile."""
         pins, placement = choice.pins, choice.placement
         weight_slots, gradient_slots = (
             max((each.count for each in placement.slots[group]), default=own)
@@ -256,7 +255,7 @@ class Planner:
         )
 
     def _chosen_bytes(self, placement: Placement) -> int:
-        """Bytes of the planes that stay where blocks compute, unless all do: without those that stay in any case."""
+        """The `resident_bytes` of a placement: planes that stay where blocks compute by choice, or all of them."""
         sizes = {(r.name, group): group_bytes(r, group) for r in self.records for group in GROUPS}
         here = placement.at(Home.DEVICE)
         if placement.resident_bytes == sum(sizes.values()):
@@ -268,10 +267,10 @@ class Planner:
     # -- placing -------------------------------------------------------------------------------------------------
 
     def _place(self, way: Way, pins: Pins) -> Placement:
-        """The placement that uses the room that a way leaves best.
+        """The placement that makes the best use of the room that `way` leaves.
 
-        If the rule's takes too much of the disk, on which a record lies whole: one with whole blocks in memory.
-        Raises BudgetError if none fits.
+        A record lies whole on the disk. If that is too much for the disks, whole blocks stay in memory instead. Raises
+        BudgetError if no placement fits.
         """
         placement = self._place_anywhere(way, pins, self.settings.home)
         try:
@@ -287,7 +286,7 @@ class Planner:
         return placement
 
     def _place_anywhere(self, way: Way, pins: Pins, home: Home | None) -> Placement:
-        """The same, however much of the disk that takes."""
+        """The same without regard to the size of the disks."""
         kept = self.workload.last_layers(way.kept_blocks)
         placement = place(
             self.records,
@@ -305,13 +304,13 @@ class Planner:
 
     @property
     def _can_stream(self) -> bool:
-        """Whether planes may be outside of memory: there is a disk, or nothing is ever written to one."""
+        """Whether planes may live outside of memory: on a disk, or in the model's files where nothing is written."""
         return self.settings.budgets.disks != () or not is_stored(self.records)
 
     # -- the error if nothing fits -------------------------------------------------------------------------------
 
     def _too_large(self, error: BudgetError) -> BudgetError:
-        """What is short, and the smallest budgets that work."""
+        """The error that names what is short, and the smallest budgets that work."""
         limits = self.limits
         way, placement = self._least()
         needed = (
@@ -360,7 +359,7 @@ class Planner:
         )
 
     def _fewer_rows(self) -> str:
-        """The largest batch that fits, of fewer rows, as a part of a hint."""
+        """The largest smaller batch that fits, as part of a hint."""
         most, too_many = 0, self.shape.rows or 1
         while too_many - most > 1:
             rows = (most + too_many) // 2
@@ -371,7 +370,7 @@ class Planner:
         return f"; or a batch of {most} instead of {self.shape.rows}" if most else ""
 
     def _with_disk(self, placement: Placement) -> str:
-        """What a hint says of the disk, if less was given than the placement that it names takes."""
+        """The size of disk that a hint has to name, if the disks are too small for the placement it names."""
         try:
             self.disk_bytes(placement, self.records)
         except BudgetError as error:
@@ -379,7 +378,7 @@ class Planner:
         return ""
 
     def _pinned(self) -> str:
-        """The pins that take memory, as the end of a hint."""
+        """The pins that cost memory, as the end of a hint."""
         pins = self.settings.pins
         values = ((name, getattr(pins, name)) for name in ("weight_slots", "gradient_slots", "resident"))
         named = [f"{name}={value}" for name, value in values if value is not None]
