@@ -15,6 +15,7 @@ from outsize import Pins
 from outsize.config import ComputeType, Home
 from outsize.errors import BudgetError, ConfigError
 from outsize.optim import RULES, gpu_kernel
+from outsize.plan.ledger import Purpose
 from outsize.plan.limits import DEVICE_SLACK_BYTES
 from outsize.plan.place import GROUPS, lay_out
 from outsize.plan.profile import Resource
@@ -213,7 +214,7 @@ def test_memory_of_the_device_stays_within_its_budget(tmp_path, monkeypatch):
     model(**ZOO["llama"].batch()).loss.backward()
     report = outsize.report(model)
     assert report.device_peak_bytes <= limit
-    planned = budget_of(model).device_bytes()
+    planned = budget_of(model).ledger.total(Home.DEVICE)
     assert report.device_peak_bytes <= planned + DEVICE_SLACK_BYTES
 
 
@@ -233,9 +234,9 @@ def test_memory_of_the_device_is_what_the_plan_says(home, tmp_path):
         optimizer.step()
         optimizer.zero_grad()
     budget = budget_of(model)
-    taken = budget.limits.device.taken_bytes
+    taken = budget.limits.taken[Home.DEVICE, Purpose.PROCESS]
     peak = torch.cuda.max_memory_allocated() - taken
-    planned = budget.device_bytes() - taken
+    planned = budget.ledger.total(Home.DEVICE) - taken
     assert (0.9 * planned if is_emulated else 0) < peak <= planned + slack
 
 
@@ -256,7 +257,7 @@ def test_a_tight_limit_makes_torch_give_nothing_back(tmp_path):
         optimizer.zero_grad()
     budget = budget_of(model)
     assert budget.placement is not None and budget.placement.at(Home.DEVICE)
-    assert budget.device_bytes() > 0.65 * limit
+    assert budget.ledger.total(Home.DEVICE) > 0.65 * limit
     assert torch.cuda.memory_stats()["num_alloc_retries"] == before
     assert torch.cuda.max_memory_reserved() <= limit
 
