@@ -20,6 +20,7 @@ import outsize
 from outsize import Pins
 from outsize.config import DiskBudget, Weights
 from outsize.errors import ConfigError, FileChangedError, StorageError, StorageFullError
+from outsize.model.encoding import EncodingSource
 from outsize.model.packed import PackedCache
 from outsize.model.writer import Planned
 from outsize.quant import FORMATS
@@ -107,6 +108,32 @@ def test_weights_are_encoded_once(family, weights, changes, tmp_path, encoded, c
     (said,) = (record.message for record in caplog.records if "packing" in record.message)
     (entry,) = entries(tmp_path / "scratch")
     assert said == f"packing weights into {weights} (once; cached in {entry})"
+
+
+@pytest.mark.parametrize(
+    ("family", "weights", "changes"),
+    [
+        ("GptOss", "int8", {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 128}),
+        ("Mixtral", "int4", {"num_local_experts": 4}),
+    ],
+)
+def test_experts_are_packed_one_at_a_time(family, weights, changes, tmp_path, monkeypatch):
+    """In the memory of two: one is read while another is encoded."""
+    folder = save_model(family, tmp_path / "model", **changes)
+    read, pieces = EncodingSource._read, []
+
+    def spy(source, piece, dtype):
+        pieces.append(piece)
+        return read(source, piece, dtype)
+
+    monkeypatch.setattr(EncodingSource, "_read", spy)
+    logits_of(streamed(folder, tmp_path / "scratch", weights))
+    experts = [piece for piece in pieces if ".experts." in piece.parameter]
+    stacks = {piece.parameter for piece in experts}
+    assert len(stacks) == 4 and {piece.shape[0] for piece in experts} == {1}
+    for stack in stacks:
+        rows = [(piece.row_start, piece.row_stop) for piece in experts if piece.parameter == stack]
+        assert rows == [(expert, expert + 1) for expert in range(4)]
 
 
 def test_saving_encodes_once(folder, tmp_path, encoded):
@@ -217,10 +244,13 @@ def test_files_that_change_before_they_are_packed_or_meanwhile_are_named(
 
 
 def flip(entry):
+    """As a drive that fails: times stay."""
     file = entry / "model.safetensors"
+    times = file.stat()
     data = bytearray(file.read_bytes())
     data[-100] ^= 1
     file.write_bytes(data)
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
 
 
 def cut(entry):

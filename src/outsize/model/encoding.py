@@ -8,7 +8,8 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from itertools import pairwise
+from math import prod
 
 import torch
 import transformers
@@ -135,15 +136,13 @@ class EncodingSource:
         matrix = self._matrices.get(piece.parameter)
         if matrix is None:
             return self.source.conversion_bytes(piece)
-        whole = Piece(matrix.name, matrix.shape)
-        converting = self.source.conversion_bytes(whole)
+        pieces = self._pieces(matrix)
+        converting = self.source.conversion_bytes(pieces[0])
         encoding = _ENCODING_BYTES * max(_ENCODED_ELEMENTS, LINE_ROWS * matrix.shape[-1])
-        is_whole = converting or len(matrix.shape) > 2
-        num_read = whole.num_elements if is_whole else min(whole.num_elements, _READ_ELEMENTS)
         transposed = 4 * matrix.shape[-1] * matrix.shape[-2] if matrix.is_transposed else 0
-        scales = whole.num_elements // 16
-        dtype = self.source.stored_dtype(whole) or torch.float32
-        reading = dtype.itemsize * num_read * (1 if is_whole else 2)  # one part is read ahead
+        scales = prod(matrix.shape) // 16
+        dtype = self.source.stored_dtype(pieces[0]) or torch.float32
+        reading = dtype.itemsize * pieces[0].num_elements * min(2, len(pieces))  # one is read ahead
         return converting + reading + transposed + encoding + scales
 
     def gives_rows(self, parameter: str) -> bool:
@@ -224,31 +223,35 @@ class EncodingSource:
                 part.put_scales(scales)
 
     def _parts(self, matrix: Matrix) -> Iterator[_Part]:
-        """The whole matrix, encoded part by part in the order of its codes; what the source converts is read as a whole."""
-        whole = Piece(matrix.name, matrix.shape)
-        dtype = self.source.stored_dtype(whole) or torch.float32
-        if len(matrix.shape) == 2 and not self.source.conversion_bytes(whole):
+        """The whole matrix, encoded part by part in the order of its codes; one read is ahead of encoding."""
+        pieces = self._pieces(matrix)
+        dtype = self.source.stored_dtype(pieces[0]) or torch.float32
+        with ThreadPoolExecutor(1, thread_name_prefix="outsize-ahead") as ahead:
+            reading = ahead.submit(self._read, pieces[0], dtype)
+            for piece, following in zip(pieces, [*pieces[1:], None], strict=True):
+                value = reading.result()
+                if following is not None:
+                    reading = ahead.submit(self._read, following, dtype)
+                start = piece.row_start or 0
+                if value.dim() == 2:
+                    yield from _encoded_rows(matrix, value, start, None)
+                    continue
+                for expert, rows in enumerate(value, start):
+                    rows_NK = rows.t().contiguous() if matrix.is_transposed else rows
+                    yield from _encoded_rows(matrix, rows_NK, 0, expert)
+
+    def _pieces(self, matrix: Matrix) -> list[Piece]:
+        """What is read of a matrix at once: some rows, or one expert; all of it where the source gives no rows."""
+        if not self.source.gives_rows(matrix.name):
+            return [Piece(matrix.name, matrix.shape)]
+        step = 1
+        if len(matrix.shape) == 2:
             step = _whole_lines(FORMATS[matrix.weights], _READ_ELEMENTS // matrix.shape[1])
-            starts = range(0, matrix.shape[0], step)
-            stops = [*starts[1:], matrix.shape[0]]
-            with ThreadPoolExecutor(1, thread_name_prefix="outsize-ahead") as ahead:
-                reads = [
-                    partial(
-                        self._read, Piece(matrix.name, (stop - start, matrix.shape[1]), start, stop), dtype
-                    )
-                    for start, stop in zip(starts, stops, strict=True)
-                ]
-                reading = ahead.submit(reads[0])
-                for start, following in zip(starts, [*reads[1:], None], strict=True):
-                    rows_NK = reading.result()
-                    if following is not None:
-                        reading = ahead.submit(following)
-                    yield from _encoded_rows(matrix, rows_NK, start, None)
-            return
-        value = self._read(whole, dtype)
-        for index, rows in enumerate(value if value.dim() == 3 else value[None]):
-            rows_NK = rows.t().contiguous() if matrix.is_transposed else rows
-            yield from _encoded_rows(matrix, rows_NK, 0, index if value.dim() == 3 else None)
+        stops = [*range(step, matrix.shape[0], step), matrix.shape[0]]
+        return [
+            Piece(matrix.name, (stop - start, *matrix.shape[1:]), start, stop)
+            for start, stop in pairwise([0, *stops])
+        ]
 
     def _read(self, piece: Piece, dtype: torch.dtype) -> torch.Tensor:
         value = torch.empty(piece.shape, dtype=dtype, device="cpu")
