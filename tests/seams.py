@@ -634,14 +634,13 @@ def around_parts_of_visits(monkeypatch: Any, act: Callable[[Callable[..., Any], 
 
 def watch_inputs_leaving(monkeypatch: Any, note: Callable[[int], object]) -> None:
     """Call `note` at each visit with how many inputs of earlier ones are still on their way out of memory."""
-    begin = offload.ActivationOffload.keep
+    send = offload.ActivationOffload.send
 
-    def watched(keeper: Any, tensors: Any, owner: str) -> Any:
-        context = begin(keeper, tensors, owner)
-        note(sum(len(visit) for visit in keeper._leaving))
-        return context
+    def watched(keeper: Any, block: str) -> None:
+        send(keeper, block)
+        note(sum(len(tensors) for _, tensors in keeper._leaving))
 
-    monkeypatch.setattr(offload.ActivationOffload, "keep", watched)
+    monkeypatch.setattr(offload.ActivationOffload, "send", watched)
 
 
 def stop_guessing(monkeypatch: Any) -> None:

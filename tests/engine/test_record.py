@@ -47,8 +47,8 @@ class Waits:
         waiting = offload.ActivationOffload._waiting
 
         @contextmanager
-        def watched_waiting(keeper, what, each, ended_by):
-            with self.of(each.label), waiting(keeper, what, each, ended_by):
+        def watched_waiting(keeper, each):
+            with self.of(each.label), waiting(keeper, each):
                 yield
 
         call_plan_step(

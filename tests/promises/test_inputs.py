@@ -233,7 +233,7 @@ def test_of_two_graphs_at_once_each_brings_its_own_inputs_back(tmp_path):
     model(**ZOO["llama"].batch(rows=8, length=16)).loss.backward()  # room for both
     batch = ZOO["llama"].batch(rows=4, length=16)
     graphs = [model(**batch).loss for _ in range(2)]
-    activation_offload(model)._let_go(0)  # all is written, and gone from memory
+    activation_offload(model).release()  # all is written, and gone from memory
     each = 4 * 16 * 32 * 4
     for loss in graphs:
         before = moved(model)[1]
@@ -451,6 +451,7 @@ def test_tensors_come_back_as_they_were(device):
         for count in (1, 1000, 4097, 9999):
             tensor = torch.randn(count, generator=generator).to(dtype).requires_grad_()
             with keeper.keep([tensor], "L00"):
+                keeper.send("L00")
                 saved.append((tensor.square(), tensor.detach().clone()))
             del tensor
     keeper.begin()
@@ -472,6 +473,7 @@ def test_a_place_is_used_again_when_its_last_owner_is_off_it():
     for value in (1.0, 2.0):
         tensor = torch.full((1000,), value, requires_grad=True)
         with keeper.keep([tensor], "L00"):
+            keeper.send("L00")
             saved.append(tensor.square())
         if value == 1.0:
             saved.clear()  # nobody wants it
@@ -492,6 +494,7 @@ def test_a_place_whose_input_was_lost_is_given_back_when_nothing_writes_there_an
     keeper = offload.ActivationOffload(HostDevice(), 1 << 20, disk)
     tensor = torch.full((2048,), 1.0, requires_grad=True)
     with keeper.keep([tensor], "L00"):
+        keeper.send("L00")
         lost = tensor.square()
     del tensor
     with pytest.raises(StorageError):
@@ -499,6 +502,7 @@ def test_a_place_whose_input_was_lost_is_given_back_when_nothing_writes_there_an
     del lost
     tensor = torch.full((2048,), 2.0, requires_grad=True)
     with keeper.keep([tensor], "L01"):
+        keeper.send("L01")
         output = tensor.square()
     del tensor
     assert keeper.high_water_bytes == 8192

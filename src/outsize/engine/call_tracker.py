@@ -20,7 +20,7 @@ from outsize.engine.switch import Switch
 from outsize.engine.visits import Visits
 from outsize.errors import BudgetError, UsageError
 from outsize.model import attention_of
-from outsize.plan import Direction, Visit
+from outsize.plan import Direction, Visit, memory_estimate
 from outsize.plan.ledger import ACTIVATIONS
 from outsize.plan.workload import BatchShape, Workload
 from outsize.store import memory
@@ -160,9 +160,11 @@ class CallTracker:
         if torch.is_grad_enabled():
             self._call.last_training = self._call.running
         self._use_what_is_left(self._budget.call_bytes)
-        self._backing.running.begin(workload.visits)
-        if self._backing.offload is not None:
-            self._backing.offload.begin()
+        self._start(workload, shape)
+
+    def _start(self, workload: Workload, shape: BatchShape) -> None:
+        """Announce the visits of a call, and what their backwards need."""
+        self._backing.running.begin(workload.visits, memory_estimate.input_bytes(workload, shape))
 
     def _use_what_is_left(self, needed_bytes: int) -> None:
         """If a call takes less than was planned for, or more than the last one, more or fewer weights stay in memory."""
@@ -224,7 +226,7 @@ class CallTracker:
     def read_ahead(self) -> None:
         """Start reading what a call like the last one needs first, beside what its caller does meanwhile."""
         if self._backing.executor is not None and self._call.running is not None:
-            self._backing.executor.begin(self._call.running.workload.visits)
+            self._start(self._call.running.workload, self._call.running.shape)
 
     def walk(self, kwargs: dict[str, Any]) -> None:
         """Run the model's own forward, every layer once, on weights of zero. Nothing is read or placed."""

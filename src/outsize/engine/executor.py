@@ -12,16 +12,14 @@ from __future__ import annotations
 
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 
 from outsize.block import Plane
 from outsize.errors import UsageError
 from outsize.plan import (
-    Backward,
     Context,
     Direction,
-    Forward,
     Free,
     Occupancy,
     Op,
@@ -34,6 +32,7 @@ from outsize.plan import (
     evicted,
     make_plan,
 )
+from outsize.plan.profile import Resource
 from outsize.store.blocks import BlockStore
 from outsize.store.recorder import Recorder
 from outsize.store.recovery import undone_by
@@ -55,6 +54,7 @@ class Executor:
         self._index = 0
         self._expected: list[Visit] = []
         self._held: list[str] = []
+        self._input_bytes: Mapping[str, int] = {}
         self._visiting: frozenset[str] = frozenset()
         self._is_stale = False
         self._is_disturbed = False
@@ -62,11 +62,17 @@ class Executor:
         self._unfinished: Callable[[], object] | None = None
         """A change of several parts that has begun; doing it again ends it."""
 
-    def begin(self, visits: Sequence[Visit]) -> None:
-        """Start a call that is expected to make `visits`. Raises StateLostError where the model cannot go on."""
+    def begin(self, visits: Sequence[Visit], input_bytes: Mapping[str, int] | None = None) -> None:
+        """Start a call that is expected to make `visits`; `input_bytes` are those that their backwards need, by block.
+
+        Raises StateLostError where the model cannot go on.
+        """
         self.enter()
         self._is_disturbed = True
         self._release_gradients()
+        if self.store.offload is not None:
+            self.store.offload.begin()
+        self._input_bytes = input_bytes or {}
         self.executed = []
         self._make_plan(list(visits))
         self._is_disturbed = False
@@ -213,7 +219,7 @@ class Executor:
         if not self._expected or self._expected[0].key != visit.key:
             self._leave_plan(visit)
         self._expected.pop(0)
-        while not self._is_computing(self.plan.ops[self._index]):
+        while self.plan.ops[self._index].resource is not Resource.COMPUTE:
             self._run_next()
         op = self.plan.ops[self._index]
         assert op.block == visit.block, f"plan and visits disagree: {op}, {visit}"
@@ -229,14 +235,17 @@ class Executor:
         self._make_plan(rest)
 
     def _make_plan(self, visits: list[Visit]) -> None:
+        offload = self.store.offload
         occupancy = Occupancy(
             held=tuple(self._held),
             pending=frozenset(state.name for state in self.store if state.update.pending is not None),
             accumulated=frozenset(state.name for state in self.store if state.gradient.exists),
+            inputs=offload.waiting if offload is not None else (),
+            num_leaving=offload.num_leaving if offload is not None else 0,
         )
-        records = self.store.records
-        self.plan = make_plan(Context(visits, records, self.store.placement, occupancy))
-        check(self.plan, records, self.store.placement)
+        records, placement = self.store.records, self.store.placement
+        self.plan = make_plan(Context(visits, records, placement, occupancy, self._input_bytes))
+        check(self.plan, records, placement)
         self._expected = visits
         self._index = 0
         self._proceed()
@@ -247,7 +256,7 @@ class Executor:
         """Start everything up to the next operation that would wait for bytes, or compute."""
         while self._index < len(self.plan):
             op = self.plan.ops[self._index]
-            if isinstance(op, Wait) or self._is_computing(op):
+            if isinstance(op, Wait) or op.resource is Resource.COMPUTE:
                 return
             self._run_next()
 
@@ -260,7 +269,7 @@ class Executor:
         try:
             self.store.runners[type(op), plane](state)
         finally:
-            if isinstance(op, Wait | Free):
+            if op.is_waiting:
                 self.wait_s[f"{op.verb} {plane}"] += time.perf_counter() - start
         if recorder is not None and began is not None:
             recorder.ran(op, began, in_place=self.store.planes.updates_in_place(state.planes))
@@ -273,10 +282,6 @@ class Executor:
                 pass
         self.executed.append(op)
         self._index += 1
-
-    @staticmethod
-    def _is_computing(op: Op) -> bool:
-        return isinstance(op, Forward | Backward)
 
     def _release_gradients(self) -> None:
         """Give back gradient slots of a plan that is not carried on, finishing writes that follow a backward."""

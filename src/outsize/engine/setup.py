@@ -197,6 +197,7 @@ class Setup:
                 is_disk = placement.inputs is Home.DISK
                 inputs = self._open_scratch("inputs", placement.inputs_bytes) if is_disk else None
                 backing.offload = ActivationOffload(self._model.device, placement.inputs_bytes, inputs)
+                store.attach(backing.offload)
             store.restore(restored)
             self._forget_committed()
             self._load_resident(store, records)

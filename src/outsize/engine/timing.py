@@ -104,23 +104,9 @@ def measure_costs(
         {block: forward for block, (forward, _) in seconds.items()},
         {block: backward for block, (_, backward) in seconds.items()},
         kept_backward_s=kept_backward,  # without computing again
-        input_bytes=_input_bytes(workload, shape),
+        input_bytes=memory_estimate.input_bytes(workload, shape),
         spread=stopwatch.spread,
     )
-
-
-def _input_bytes(workload: Workload, shape: BatchShape) -> dict[str, int]:
-    """Bytes that each visit of a block sends to where inputs wait; small ones stay where they are."""
-    visits = Counter(visit.block for visit in workload.visits if visit.direction is Direction.FORWARD)
-    sent = {
-        block: num_bytes.at(shape.rows or workload.rows) // visits[block]
-        for block, num_bytes in workload.sent_bytes.items()
-    }
-    return {
-        block: num_bytes
-        for block, num_bytes in sent.items()
-        if num_bytes >= memory_estimate.LEAST_INPUT_BYTES
-    }
 
 
 def _time_kind(kind: Kind, tile_rows: int, seconds_of: Meter) -> Seconds:

@@ -185,8 +185,8 @@ class _Checker:
         """Raise PlanError unless the plan may end here."""
         for claimed in self.slots[Plane.GRADIENT].claimed:
             _require(not claimed, f"gradient slots are never given back: {sorted(claimed)}")
-        left = sorted((+self.leaving + self.coming).keys())
-        _require(not left, f"inputs are never freed or never waited for: {left}")
+        leaving = sorted((+self.leaving).keys())
+        _require(not leaving, f"inputs are never freed: {leaving}")
 
     def _has(self, block: str, plane: Plane) -> bool:
         return self.slots[plane].is_there(block)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from outsize.block import ALIGNMENT, align
 from outsize.config import Home
 from outsize.plan.context import Direction
@@ -22,6 +24,16 @@ INPUT_BUFFERS = 8
 def input_buffers_bytes() -> int:
     """Host memory that inputs pass through on their way to the disk and back."""
     return INPUT_BUFFERS * INPUT_PART_BYTES
+
+
+def input_bytes(workload: Workload, shape: BatchShape) -> dict[str, int]:
+    """Bytes that each visit of a block sends to where inputs wait; small ones stay where they are."""
+    visits = Counter(visit.block for visit in workload.visits if visit.direction is Direction.FORWARD)
+    sent = {
+        block: num_bytes.at(shape.rows or workload.rows) // visits[block]
+        for block, num_bytes in workload.sent_bytes.items()
+    }
+    return {block: num_bytes for block, num_bytes in sent.items() if num_bytes >= LEAST_INPUT_BYTES}
 
 
 def saved_bytes(workload: Workload, shape: BatchShape, tile_rows: int, kept: frozenset[str]) -> int:

@@ -13,8 +13,9 @@ from outsize.block import Plane, Record
 from outsize.config import ComputeType
 from outsize.model import Source
 from outsize.optim import Kernel, Rule
-from outsize.plan import Claim, Free, Held, Op, Placement, Read, Update, Wait, Write
+from outsize.plan import Claim, Fetch, Free, Held, Op, Placement, Read, Send, Update, Wait, Write
 from outsize.store.gradients import Gradients
+from outsize.store.offload import ActivationOffload
 from outsize.store.optimizer_worker import OptimizerWorker
 from outsize.store.path import Path
 from outsize.store.planes import Planes
@@ -60,6 +61,7 @@ class BlockStore:
         worker = (
             None if kernel is None else OptimizerWorker(planes.chunk_buffers, disk, kernel, update_threads)
         )
+        self.offload: ActivationOffload | None = None
         self.updates = Updates(planes, self.weight_reader, worker, device_kernel)
         copiers = () if self.snapshots is None else (self.snapshots.thread,)
         threads = (self.weight_reader.thread, *copiers)
@@ -76,6 +78,17 @@ class BlockStore:
             (Wait, gradient): self.gradients.wait,
             (Write, gradient): self.gradients.write,
             (Free, gradient): self.gradients.free,
+        }
+
+    def attach(self, offload: ActivationOffload) -> None:
+        """Let `offload` carry out the operations on inputs of blocks; autograd, which asks for them, waits itself."""
+        self.offload, plane = offload, Plane.INPUT
+        self.runners |= {
+            (Held, plane): lambda state: None,
+            (Send, plane): lambda state: offload.send(state.name),
+            (Free, plane): lambda state: offload.free(state.name),
+            (Fetch, plane): lambda state: offload.fetch(state.name),
+            (Wait, plane): lambda state: offload.settle(),
         }
 
     def __getitem__(self, block: str) -> BlockState:

@@ -1,14 +1,13 @@
 """Activation offload: the inputs of blocks wait in a slower tier for their backward.
 
-The backward of a block needs only its inputs from the forward. Where memory cannot hold those of all blocks, each input is
-sent away as soon as its block is done, and brought back one block ahead of its backward, beside computing: from a device
-to host memory, or from either to the disk. So the inputs of a few blocks take memory where blocks compute, however deep
-the model is. Tensors that many blocks share (masks, position embeddings) stay: they take no gradient.
+The backward of a block needs only its inputs from the forward. Where memory cannot hold those of all blocks, they go from a
+device to host memory, or from either to the disk, and come back for the backward. The plan says when
+(`plan/passes/activation_offload.py`); here is which tensors, where they wait, and how they move. Tensors that many blocks
+share (masks, position embeddings) stay: they take no gradient. Autograd asks for an input when its backward begins: one
+that no plan has fetched is then brought at once.
 
 A tensor on its way is released only once computing comes after the copy, which bounds memory in whatever order streams
 progress.
-
-Source: activation offloading as in ZeRO-Infinity (Rajbhandari et al., 2021), https://arxiv.org/abs/2104.07857.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ import time
 import weakref
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 
 import torch
@@ -27,15 +26,11 @@ from outsize.config import format_bytes
 from outsize.errors import BudgetError, StorageError, UsageError
 from outsize.plan import memory_estimate
 from outsize.plan.path import DRIVE, LINK
-from outsize.plan.profile import Resource
 from outsize.store.finalizers import when_dropped
 from outsize.store.path import Chunk, Path, Route
-from outsize.store.recorder import ENDS_A_FREE, ENDS_A_WAIT, Recorder
+from outsize.store.recorder import ENDS_A_WAIT, Recorder
 from outsize.store.workers import Workers
 from outsize.tier import Device, DoneTransfer, HostArena, Tier, TierStats, Transfer, wait_over
-
-_LEAVING = 2
-"""Of the copies, visits whose inputs may still be on their way down."""
 
 
 class ActivationOffload:
@@ -57,8 +52,14 @@ class ActivationOffload:
         self._path = Path(device, disk, self._buffers)
         self._workers = Workers(self._path, device, disk)
         self._visits: _Visits = []
+        """Of the call under way or, in a backward, of the call that it belongs to."""
+        self._current: int | None = None
+        """The one of these that the backward has come to; None in a forward."""
+        self._unpacked: list[torch.Tensor] = []
+        """What autograd was given for it: the visit that comes next may need the same tensors."""
+        self._offer: _Offer | None = None
         self._known: dict[int, tuple[weakref.ref[torch.Tensor], weakref.ref[_Kept]]] = {}
-        self._leaving: deque[list[tuple[torch.Tensor, _Input, Transfer]]] = deque()
+        self._leaving: deque[tuple[_VisitInputs, list[_Leaving]]] = deque()
         self._dropped: deque[_Input] = deque()
         self._is_closed = False
         self._finalizer = when_dropped(self, self._workers.close)
@@ -86,30 +87,82 @@ class ActivationOffload:
 
     def begin(self) -> None:
         """Begin a call; inputs of earlier ones stay for as long as their graphs need them."""
-        self._let_go(0)
-        self._visits = []
+        self.release()
+        self._visits, self._current = [], None
+        self._unpacked.clear()
         self._known.clear()
 
-    def keep(self, tensors: Sequence[torch.Tensor], owner: str) -> AbstractContextManager[object]:
-        """Start the inputs of a visit to block `owner` on their way, if they are large and take a gradient.
+    @contextmanager
+    def keep(self, tensors: Sequence[torch.Tensor], owner: str) -> Iterator[None]:
+        """Offer the inputs of a visit to block `owner`, which `send` sends if they are large and take a gradient.
 
         Inside the context they are what autograd saves in the place of `tensors`, saved in this order; it lets go of them
-        as it does of tensors. Raises StorageError where an earlier input could not be stored, BudgetError where there is
-        no room for these.
+        as it does of tensors. What no operation of the plan sent is sent when it is saved, and waited for.
         """
-        self._let_go(_LEAVING - 1)
         self._take_back()
-        self._leaving.append([])
-        kept = [self._keep(tensor, owner) for tensor in tensors]
-        visits, index = self._visits, len(self._visits)
-        visits.append([weakref.ref(each) for each in kept if each is not None])
-        order = iter(kept)
+        visits, offer, before = self._visits, _Offer(tensors, _VisitInputs(owner)), self._offer
 
         def pack(tensor: torch.Tensor) -> torch.Tensor | _Saved:
-            each = next(order)
-            return tensor if each is None else _Saved(each, visits, index)
+            if not offer.is_sent and self._send(offer):
+                self.release()
+            each = offer.kept.popleft()
+            return tensor if each is None else _Saved(each, visits, offer.index)
 
-        return torch.autograd.graph.saved_tensors_hooks(pack, self._unpack)
+        self._offer = offer
+        try:
+            with torch.autograd.graph.saved_tensors_hooks(pack, self._unpack):
+                yield
+        finally:
+            self._offer = before
+
+    # -- operations of the plan --------------------------------------------------------------------------------------
+
+    @property
+    def waiting(self) -> list[tuple[str, int]]:
+        """`(block, num_bytes)` of visits whose inputs are needed, the oldest first; in a backward, up to its own."""
+        return [(visit.block, visit.num_bytes) for visit in self._needed()]
+
+    @property
+    def num_leaving(self) -> int:
+        """Of these, visits whose inputs are still in memory: the last ones."""
+        leaving = [visit for visit, _ in self._leaving]
+        return sum(visit in leaving for visit in self._needed())
+
+    def send(self, block: str) -> None:
+        """Start sending what the visit of `block` that comes next was offered.
+
+        Raises BudgetError where there is no room for it.
+        """
+        if self._offer is not None and not self._offer.is_sent and self._offer.visit.block == block:
+            self._send(self._offer)
+
+    def free(self, block: str) -> None:
+        """Release the memory of the oldest inputs of `block` on their way. Raises StorageError if they were not stored."""
+        found = next((each for each in self._leaving if each[0].block == block), None)
+        if found is not None:
+            self._leaving.remove(found)
+            self._release(found[1])
+
+    def fetch(self, block: str) -> None:
+        """Start bringing back the inputs of the visit whose backward comes next, if it is one of `block`."""
+        needed = self._needed(with_current=False)
+        if needed and needed[-1].block == block:
+            for each in needed[-1].inputs():
+                each.on_way = self._bring(each)
+        self._unpacked.clear()
+
+    def settle(self) -> None:
+        """Leave the inputs that autograd asked for to it alone: what the next visit shares with this one was fetched."""
+        self._unpacked.clear()
+
+    def _needed(self, *, with_current: bool = True) -> list[_VisitInputs]:
+        end = len(self._visits) if self._current is None else self._current + with_current
+        return [visit for visit in self._visits[:end] if visit.inputs()]
+
+    def release(self) -> None:
+        """Release the memory of all inputs on their way; raise the first error met."""
+        leaving, self._leaving = self._leaving, deque()
+        self._release([each for _, some in leaving for each in some])
 
     def close(self) -> None:
         """Give all memory back, also of inputs that a graph still needs. Closing twice is allowed."""
@@ -121,13 +174,24 @@ class ActivationOffload:
             stack.callback(self.arena.check_books)
             for region in ([] if self._home is None else [self._home]) + self._buffers:
                 stack.callback(region.free)
-            for waiting in (self._leaving, self._dropped, self._visits, self._known):
+            for waiting in (self._leaving, self._dropped, self._visits, self._known, self._unpacked):
                 stack.callback(waiting.clear)
             stack.callback(self._workers.close)
 
     # -- down ------------------------------------------------------------------------------------------------------
 
-    def _keep(self, tensor: torch.Tensor, owner: str) -> _Kept | None:
+    def _send(self, offer: _Offer) -> bool:
+        """Send what is offered; whether anything was."""
+        leaving: list[_Leaving] = []
+        offer.kept.extend(self._keep(tensor, offer.visit.block, leaving) for tensor in offer.tensors)
+        offer.tensors, offer.is_sent, offer.index = (), True, len(self._visits)
+        offer.visit.kept = [weakref.ref(each) for each in offer.kept if each is not None]
+        self._visits.append(offer.visit)
+        if leaving:
+            self._leaving.append((offer.visit, leaving))
+        return bool(leaving)
+
+    def _keep(self, tensor: torch.Tensor, owner: str, leaving: list[_Leaving]) -> _Kept | None:
         if not (
             tensor.requires_grad
             and tensor.is_contiguous()
@@ -147,23 +211,21 @@ class ActivationOffload:
             kept, self._dropped.append, each
         )  # at any time, on any thread: the rest is done later
         (each.last,) = self._path.drain(self._route(each, sent.view(-1)))
-        self._leaving[-1].append((sent, each, each.last))
+        leaving.append((sent, each, each.last))
         self._known[id(tensor)] = weakref.ref(tensor), weakref.ref(kept)
         return kept
 
-    def _let_go(self, num_visits: int) -> None:
-        """Release inputs on their way, except those of the last `num_visits`; raise the first error met."""
+    def _release(self, leaving: Sequence[_Leaving]) -> None:
+        """Let computing wait until inputs are away, and release them; raise the first error met."""
         error: Exception | None = None
-        while len(self._leaving) > num_visits:
-            for tensor, each, down in self._leaving.popleft():
-                try:
-                    with self._waiting("free input", each, ENDS_A_FREE):
-                        down.follow()
-                except Exception as failure:
-                    error = error or failure
-                    each.is_lost = True
-                    each.forget()
-                each.was_changed = tensor._version != each.version
+        for tensor, each, down in leaving:
+            try:
+                down.follow()
+            except Exception as failure:
+                error = error or failure
+                each.is_lost = True
+                each.forget()
+            each.was_changed = tensor._version != each.version
         if error is not None:
             raise error
 
@@ -180,20 +242,18 @@ class ActivationOffload:
     # -- up --------------------------------------------------------------------------------------------------------
 
     def _unpack(self, saved: torch.Tensor | _Saved) -> torch.Tensor:
-        """The input where blocks compute; starts bringing those of the visit whose backward comes next."""
+        """The input where blocks compute, which waits for it; brought now if no operation of the plan fetched it."""
         if isinstance(saved, torch.Tensor):
             return saved
         kept = saved.kept
+        if self._current != saved.index:
+            self._unpacked.clear()
+        self._visits, self._current = saved.visits, saved.index
         target, up = self._bring(kept.input)
         kept.input.on_way = None
-        for visit in reversed(saved.visits[: saved.index]):
-            ahead = [other.input for reference in visit if (other := reference()) is not None]
-            for each in ahead:
-                each.on_way = self._bring(each)
-            if ahead:
-                break
+        self._unpacked.append(target)
         try:
-            with self._waiting("wait input", kept.input, ENDS_A_WAIT):
+            with self._waiting(kept.input):
                 up.follow()
         except BaseException:
             kept.input.forget()
@@ -227,16 +287,16 @@ class ActivationOffload:
         return target, up
 
     @contextmanager
-    def _waiting(self, what: str, each: _Input, ended_by: Sequence[Resource]) -> Iterator[None]:
-        """Account for the body as computing waiting for an input."""
+    def _waiting(self, each: _Input) -> Iterator[None]:
+        """Account for the body as computing waiting for an input to come back."""
         recorder, start_s = self._recorder, time.perf_counter()
         began = recorder.moment() if recorder is not None else None
         try:
             yield
         finally:
-            self.wait_s[what] += time.perf_counter() - start_s
+            self.wait_s["wait input"] += time.perf_counter() - start_s
         if recorder is not None and began is not None:
-            recorder.waited(each.label.partition(".")[0], ended_by, began)
+            recorder.waited(each.label.partition(".")[0], ENDS_A_WAIT, began)
 
     def _route(self, each: _Input, place: torch.Tensor) -> Route:
         """An input between `place`, `[num_elements]`, and where it waits."""
@@ -292,8 +352,41 @@ class _Kept:
     input: _Input
 
 
-_Visits = list[list[weakref.ref[_Kept]]]
-"""The inputs that each visit of one call sent away."""
+_Leaving = tuple[torch.Tensor, _Input, Transfer]
+"""A tensor on its way, which is held until it is away."""
+
+
+@dataclass(eq=False)
+class _VisitInputs:
+    """The inputs that a visit of `block` sent away."""
+
+    block: str
+    kept: Sequence[weakref.ref[_Kept]] = ()
+
+    def inputs(self) -> list[_Input]:
+        """Those that a graph still needs."""
+        return [kept.input for reference in self.kept if (kept := reference()) is not None]
+
+    @property
+    def num_bytes(self) -> int:
+        """Of these."""
+        return sum(each.shape.numel() * each.dtype.itemsize for each in self.inputs())
+
+
+_Visits = list[_VisitInputs]
+"""Of one call, in the order of its forward."""
+
+
+@dataclass(eq=False)
+class _Offer:
+    """What a visit was given; once it is sent, `kept` is what autograd has yet to save in its place."""
+
+    tensors: Sequence[torch.Tensor]
+    visit: _VisitInputs
+    is_sent: bool = False
+    index: int = 0
+    """Of the visit in its call."""
+    kept: deque[_Kept | None] = field(default_factory=deque)
 
 
 @dataclass(frozen=True, slots=True)
