@@ -44,7 +44,7 @@ ROOT = Path(__file__).parents[2]
 RENAMED: Mapping[str, str] = {"relay": "bounce"}
 """Words of older checkouts and what they are called now: verbs, planes, homes, rows of the report."""
 
-ADDED: tuple[str, ...] = ()
+ADDED: tuple[str, ...] = (r"(send|fetch|copy) ", r"(held|wait|free) \S+\.input$")
 """Regular expressions of operations that plans of this checkout hold and those of the other do not."""
 
 TENSOR_BYTES = 4096
