@@ -166,6 +166,11 @@ def plan_ahead(model: nn.Module) -> Plan:
     return _executor(model).plan
 
 
+def read_ahead(model: nn.Module) -> None:
+    """Start reading what a call like the last one needs first."""
+    runtime_of(model).calls.read_ahead()
+
+
 def plan_executed(model: nn.Module) -> list[Op]:
     """The operations of the last call, and since, as they were carried out."""
     return _executor(model).executed

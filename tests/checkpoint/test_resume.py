@@ -12,9 +12,18 @@ from outsize import Pins
 from outsize.checkpoint.files import commit_path
 from outsize.checkpoint.store import Store
 from outsize.errors import StorageError, UsageError
+from outsize.plan import Copy
 from tests.checkpoint.runs import Run, batches, check_store, manifests
 from tests.running import adamw, values_of
-from tests.seams import records_of, tile_rows_of, with_twin
+from tests.seams import (
+    plan_ahead,
+    plan_executed,
+    read_ahead,
+    records_of,
+    snapshots_of,
+    tile_rows_of,
+    with_twin,
+)
 
 PLACES = {
     "disk": {"home": "disk"},
@@ -126,6 +135,39 @@ def test_a_commit_is_not_durable_before_its_updates_are_applied(tmp_path):
     assert not commit_path(run.path, 3).exists()
     assert run.finish().step == 3
     assert [manifest.step for manifest in manifests(run.path)] == [3]
+
+
+@pytest.mark.parametrize("home", ["disk", "host"])
+def test_the_plan_after_a_commit_adds_each_block_to_it(home, tmp_path):
+    """A block joins where it is waited for; what lives in memory is copied, and the disk's planes stay where they are."""
+    run = Run(tmp_path, home=home)
+    run.go(batches(2))
+    plan, executed = plan_ahead(run.model), plan_executed(run.model)
+    assert list(plan) == executed
+    copied = {op.block: op.num_bytes for op in executed if isinstance(op, Copy)}
+    assert copied.keys() == records_of(run.model).keys()
+    assert all(num_bytes > 0 for num_bytes in copied.values()) if home == "host" else not any(copied.values())
+    for index, op in enumerate(executed):
+        if isinstance(op, Copy):
+            assert str(executed[index - 1]) == f"wait {op.block}.weight"
+    run.go(batches(1, first=2), every=0)
+    assert [manifest.step for manifest in manifests(run.path)] == [2], "nothing waits for the next call"
+    run.go(batches(1, first=3), every=0)
+    assert not [op for op in plan_executed(run.model) if isinstance(op, Copy)]
+
+
+def test_a_commit_that_begins_in_mid_plan_is_in_what_is_left_of_it(tmp_path):
+    run = Run(tmp_path)
+    run.go(batches(2), every=0)
+    read_ahead(run.model)
+    outsize.checkpoint.commit(run.model, run.optimizer, run.path)
+    waiting = snapshots_of(run.model).waiting
+    copied = [op.block for op in plan_ahead(run.model) if isinstance(op, Copy)]
+    assert waiting and sorted(copied) == sorted(waiting)
+    assert run.finish().step == 2
+    expected = values_of(run.model)
+    run.end()
+    assert_equal(values_of(Run(tmp_path).model), expected)
 
 
 def test_dropout_goes_on_where_it_was(tmp_path):

@@ -144,11 +144,11 @@ def commit(
     )
     if not (store.folder / MODEL).exists():
         write_companions(model, store.folder / MODEL)
-    snapshots = runtime.backing.executor.store.snapshots
-    assert snapshots is not None
-    if snapshots.is_under_way:
-        _settle(runtime.backing.executor)
-    store.commit(draft, ModuleState.of(runtime.model.module), snapshots.begin)
+    executor = runtime.backing.executor
+    assert executor.store.snapshots is not None
+    if executor.store.snapshots.waiting:
+        _settle(executor)
+    store.commit(draft, ModuleState.of(runtime.model.module), executor.begin_commit)
 
 
 def finish(model: nn.Module) -> Committed | None:

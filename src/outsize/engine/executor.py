@@ -36,6 +36,7 @@ from outsize.plan.profile import Resource
 from outsize.store.blocks import BlockStore
 from outsize.store.recorder import Recorder
 from outsize.store.recovery import undone_by
+from outsize.store.snapshots import Snapshot
 from outsize.store.state import BlockState
 
 Runner = Callable[[Op], None]
@@ -192,6 +193,16 @@ class Executor:
         self._is_stale = True
         return chosen
 
+    def begin_commit(self, complete: Callable[[Snapshot], None]) -> None:
+        """Let a commit begin, as `Snapshots.begin` does; what is left of a call adds the blocks that it waits for."""
+        assert self.store.snapshots is not None
+        self.store.snapshots.begin(complete)
+        if self._index < len(self.plan):
+            self._is_disturbed = True
+            self._release_gradients()
+            self._make_plan(self._expected)
+            self._is_disturbed = False
+
     def settle_updates(self) -> None:
         """Apply what is pending now instead of at the next visit."""
         self.enter()
@@ -235,11 +246,12 @@ class Executor:
         self._make_plan(rest)
 
     def _make_plan(self, visits: list[Visit]) -> None:
-        offload = self.store.offload
+        offload, snapshots = self.store.offload, self.store.snapshots
         occupancy = Occupancy(
             held=tuple(self._held),
             pending=frozenset(state.name for state in self.store if state.update.pending is not None),
             accumulated=frozenset(state.name for state in self.store if state.gradient.exists),
+            committing=snapshots.waiting if snapshots is not None else (),
             inputs=offload.waiting if offload is not None else (),
             num_leaving=offload.num_leaving if offload is not None else 0,
         )

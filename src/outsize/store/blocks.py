@@ -13,7 +13,7 @@ from outsize.block import Plane, Record
 from outsize.config import ComputeType
 from outsize.model import Source
 from outsize.optim import Kernel, Rule
-from outsize.plan import Claim, Fetch, Free, Held, Op, Placement, Read, Send, Update, Wait, Write
+from outsize.plan import Claim, Copy, Fetch, Free, Held, Op, Placement, Read, Send, Update, Wait, Write
 from outsize.store.gradients import Gradients
 from outsize.store.offload import ActivationOffload
 from outsize.store.optimizer_worker import OptimizerWorker
@@ -79,6 +79,8 @@ class BlockStore:
             (Write, gradient): self.gradients.write,
             (Free, gradient): self.gradients.free,
         }
+        if self.snapshots is not None:
+            self.runners[Copy, None] = self.snapshots.take
 
     def attach(self, offload: ActivationOffload) -> None:
         """Let `offload` carry out the operations on inputs of blocks; autograd, which asks for them, waits itself."""
@@ -112,8 +114,6 @@ class BlockStore:
             if self.snapshots is not None:
                 self.snapshots.failed(state, error)
             raise
-        if self.snapshots is not None:
-            self.snapshots.applied(state)
 
     def start_update(self, state: BlockState) -> None:
         """Start the pending update of a block."""

@@ -1,7 +1,7 @@
 """Commits of the blocks while training goes on, one at a time.
 
-A commit is declared between two steps, when updates are frozen that no block has applied yet. From then on a snapshot is
-taken of each block as soon as its update is applied, by the thread that computes: planes on disk stay where they are
+A commit is declared between two steps, when updates are frozen that no block has applied yet. From then on plans add each
+block once its update is applied (`plan/passes/commits.py`), on the thread that computes: planes on disk stay where they are
 (`outsize.tier.versioned`); planes in memory are copied to the disk by a thread of its own, a chunk at a time, so that
 reads come first, and before the next update of the block, which waits for it. When the last block is stored, the commit
 can be made durable.
@@ -97,18 +97,18 @@ class Snapshots:
 
         What an earlier snapshot waits for must have been applied (`Executor.settle_updates`).
         """
-        assert not self.is_under_way, "a commit is being taken"
+        assert not self.waiting, "a commit is being taken"
         self._snapshot = snapshot = Snapshot(self._states, complete)
         for state in self._states.values():
             if state.update.pending is None:
                 self._take(state, snapshot)
 
     @property
-    def is_under_way(self) -> bool:
-        """Whether a commit waits for pending updates."""
-        return self._snapshot is not None and bool(self._snapshot.waiting)
+    def waiting(self) -> frozenset[str]:
+        """Blocks whose pending updates a commit waits for."""
+        return frozenset() if self._snapshot is None else frozenset(self._snapshot.waiting)
 
-    def applied(self, state: BlockState) -> None:
+    def take(self, state: BlockState) -> None:
         """Take a snapshot of a block whose weights in memory are the updated ones, if a commit waits for it."""
         if (snapshot := self._waits_for(state)) is not None:
             self._take(state, snapshot)
@@ -133,7 +133,7 @@ class Snapshots:
         for state in self._states.values():
             if state.update.pending is None:
                 with suppress(Exception):
-                    self.applied(state)
+                    self.take(state)
 
     def finish(self) -> None:
         """Wait until what is being copied is on disk; errors are the commit's."""

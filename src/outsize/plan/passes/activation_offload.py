@@ -11,7 +11,8 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from outsize.block import Plane
+from outsize.block import Group, Plane
+from outsize.config import Home
 from outsize.plan.context import Context, Direction
 from outsize.plan.op import Backward, Fetch, Forward, Free, Held, Op, Send, Wait
 from outsize.plan.plan import Plan
@@ -64,7 +65,7 @@ class _Inputs:
 
     def _send(self, block: str) -> Iterator[Op]:
         num_bytes = self.context.input_bytes.get(block, 0)
-        if num_bytes and block not in self.context.placement.kept:
+        if num_bytes and self.context.placement.home(block, Group.INPUT) is not Home.DEVICE:
             yield from self.release(NUM_LEAVING - 1)
             each = _Input(block, num_bytes)
             self.waiting.append(each)
