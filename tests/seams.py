@@ -39,6 +39,7 @@ from outsize.plan import (
     Direction,
     Forward,
     Op,
+    Pass,
     Placement,
     Plan,
     Visit,
@@ -216,6 +217,19 @@ def watch_slots_of_visits(monkeypatch: Any, note: Callable[[torch.Tensor], objec
         proceed(executor)
 
     monkeypatch.setattr(Executor, "_proceed", watched)
+
+
+def add_traffic(model: nn.Module, add: Pass, kind: type[Op], run: Callable[[Any], None]) -> None:
+    """Let plans from now on have operations of `kind`, which `add` adds to them and `run` carries out on a block."""
+    executor = _executor(model)
+    executor.passes = (*executor.passes, add)
+    executor.store.runners[kind, None] = run
+
+
+def bytes_of_weights(model: nn.Module, block: str) -> bytes:
+    """The bytes of the weights of `block`, as they are now."""
+    with _executor(model).touch(block) as state:
+        return bytes(state.planes.weights().view(torch.uint8).numpy())
 
 
 def visit_block(model: nn.Module, block: str) -> AbstractContextManager[Any]:

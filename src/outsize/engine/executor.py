@@ -18,11 +18,13 @@ from contextlib import ExitStack, contextmanager, suppress
 from outsize.block import Plane
 from outsize.errors import UsageError
 from outsize.plan import (
+    PASSES,
     Context,
     Direction,
     Free,
     Occupancy,
     Op,
+    Pass,
     Plan,
     Read,
     Visit,
@@ -43,10 +45,14 @@ Runner = Callable[[Op], None]
 
 
 class Executor:
-    """One model's plan in progress. `executed` lists the operations of the current call as they were carried out."""
+    """One model's plan in progress, made by `passes`.
+
+    `executed` lists the operations of the current call as they were carried out.
+    """
 
     def __init__(self, store: BlockStore) -> None:
         self.store = store
+        self.passes: Sequence[Pass] = PASSES
         self.plan = Plan(())
         self.executed: list[Op] = []
         self.off_plan: Counter[str] = Counter()
@@ -256,7 +262,7 @@ class Executor:
             num_leaving=offload.num_leaving if offload is not None else 0,
         )
         records, placement = self.store.records, self.store.placement
-        self.plan = make_plan(Context(visits, records, placement, occupancy, self._input_bytes))
+        self.plan = make_plan(Context(visits, records, placement, occupancy, self._input_bytes), self.passes)
         check(self.plan, records, placement)
         self._expected = visits
         self._index = 0

@@ -331,3 +331,17 @@ class Lowering:
     ) -> int:
         self.tasks.append(Task(resource, alone_s, tuple(after), label, num_bytes))
         return len(self.tasks) - 1
+
+
+def held_after(plan: Plan) -> list[str]:
+    """The blocks whose weights are in a slot when `plan` is over, in the order in which they came."""
+    held: list[str] = []
+    for op in plan:
+        match op:
+            case Held(block, Plane.WEIGHT) | Read(block, Plane.WEIGHT):
+                held.append(block)
+            case Free(block, Plane.WEIGHT):
+                held.remove(block)
+            case _:
+                pass
+    return held

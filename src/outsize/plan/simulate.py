@@ -17,11 +17,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from outsize.block import Plane, Record
-from outsize.plan.context import Context, Occupancy, Visit
-from outsize.plan.lower import Costs, Lowering, Task
-from outsize.plan.op import Free, Held, Read
-from outsize.plan.passes import make_plan
+from outsize.block import Record
+from outsize.plan.context import Context, Occupancy, Pass, Visit
+from outsize.plan.lower import Costs, Lowering, Task, held_after
+from outsize.plan.passes import PASSES, make_plan
 from outsize.plan.place import Placement
 from outsize.plan.plan import Plan
 from outsize.plan.profile import Profile, Resource
@@ -83,6 +82,7 @@ def simulate(
     costs: Costs,
     *,
     commits: bool = False,
+    passes: Sequence[Pass] = PASSES,
 ) -> Simulation:
     """Simulate calls that make `visits`, each after a step of the optimizer where blocks train.
 
@@ -90,7 +90,8 @@ def simulate(
     """
     lowering = Lowering(records, placement, profile, costs)
     ends: list[int] = []
-    for plan in _plans(Context(visits, records, placement, input_bytes=costs.input_bytes), commits):
+    context = Context(visits, records, placement, input_bytes=costs.input_bytes)
+    for plan in _plans(context, passes, commits=commits):
         lowering.add(plan)
         ends.append(lowering.end_step())
     events = run(lowering.tasks, profile)
@@ -107,7 +108,7 @@ def least_s(
 ) -> float:
     """Seconds that a simulated step takes at least, those of the resource that has most to do: a fraction of the work."""
     lowering = Lowering(records, placement, profile, costs)
-    *_, plan = _plans(Context(visits, records, placement, input_bytes=costs.input_bytes))
+    *_, plan = _plans(Context(visits, records, placement, input_bytes=costs.input_bytes), PASSES)
     lowering.add(plan)
     lowering.end_step()
     busy_s = dict.fromkeys(Resource, 0.0)
@@ -116,7 +117,7 @@ def least_s(
     return max(busy_s.values())
 
 
-def _plans(context: Context, commits: bool = False) -> Iterator[Plan]:
+def _plans(context: Context, passes: Sequence[Pass], *, commits: bool = False) -> Iterator[Plan]:
     """The plans of the steps that are simulated; each begins with what the one before left in slots."""
     pending: frozenset[str] = frozenset()
     if any(visit.trains for visit in context.visits):
@@ -125,8 +126,8 @@ def _plans(context: Context, commits: bool = False) -> Iterator[Plan]:
     held: list[str] = []
     for _ in range(NUM_STEPS):
         occupancy = Occupancy(held=tuple(held), pending=pending, committing=committing)
-        plan = make_plan(replace(context, occupancy=occupancy))
-        held = _held_after(plan)
+        plan = make_plan(replace(context, occupancy=occupancy), passes)
+        held = held_after(plan)
         yield plan
 
 
@@ -222,16 +223,3 @@ def _what_for(events: Sequence[Event], event: Event, since_s: float) -> Iterator
         begin_s = max(since_s, min(held.ready_s, until_s))
         yield Stall(begin_s, until_s, held.task.resource)
         until_s, cause = begin_s, held.held_up_by
-
-
-def _held_after(plan: Plan) -> list[str]:
-    held: list[str] = []
-    for op in plan:
-        match op:
-            case Held(block, Plane.WEIGHT) | Read(block, Plane.WEIGHT):
-                held.append(block)
-            case Free(block, Plane.WEIGHT):
-                held.remove(block)
-            case _:
-                pass
-    return held
