@@ -149,7 +149,6 @@ class ActivationOffload:
         if needed and needed[-1].block == block:
             for each in needed[-1].inputs():
                 each.on_way = self._bring(each)
-        self._unpacked.clear()
 
     def settle(self) -> None:
         """Leave the inputs that autograd asked for to it alone: what the next visit shares with this one was fetched."""
