@@ -5,7 +5,6 @@ import os
 import shutil
 import subprocess
 import sys
-import textwrap
 from dataclasses import replace
 from pathlib import Path
 
@@ -195,37 +194,40 @@ def test_data_on_several_drives_is_found_where_the_header_says(tmp_path):
         verify(run.path, None, quiet)
 
 
-def test_a_second_process_is_refused_with_the_owners_pid(tmp_path):
+OTHER_PROCESS = """
+import sys
+from pathlib import Path
+from outsize.checkpoint.store import Store
+from outsize.errors import StorageError
+for line in sys.stdin:
+    try:
+        store = Store.claim(Path(line.strip()), 1)
+        print("claimed", flush=True)
+    except StorageError as error:
+        print(str(error).splitlines()[0], flush=True)
+"""
+
+
+def test_a_store_has_one_process_until_that_ends(tmp_path):
+    """A second one is refused with the first one's pid; the lock of one that was killed is taken over."""
     run = Run(tmp_path)
     run.go(batches(1))
-    script = textwrap.dedent(f"""
-        from pathlib import Path
-        from outsize.checkpoint.store import Store
-        from outsize.errors import StorageError
-        try:
-            Store.claim(Path({str(run.path)!r}), 1)
-        except StorageError as error:
-            print(error)
-    """)
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert f"process {os.getpid()}" in done.stdout, done.stdout + done.stderr
-    with pytest.raises(StorageError, match="in use"):
-        remove_store(run.path)
-    run.end()
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert not done.stdout
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", OTHER_PROCESS], stdin=pipe, stdout=pipe, text=True) as other:
 
+        def claim():
+            other.stdin.write(f"{run.path}\n")
+            other.stdin.flush()
+            return other.stdout.readline()
 
-def test_a_lock_of_a_dead_process_is_taken_over(tmp_path):
-    script = textwrap.dedent(f"""
-        import os
-        from pathlib import Path
-        from outsize.checkpoint.store import Store
-        Store.claim(Path({str(tmp_path / "run")!r}), 1)
-        os.kill(os.getpid(), 9)
-    """)
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True)
-    assert done.returncode == -9
+        assert f"process {os.getpid()}" in claim()
+        with pytest.raises(StorageError, match="in use"):
+            remove_store(run.path)
+        run.end()
+        assert claim() == "claimed\n"
+        with pytest.raises(StorageError, match=f"process {other.pid}"):
+            Run(tmp_path)
+        other.kill()
     Run(tmp_path).end(finish=False)
 
 
