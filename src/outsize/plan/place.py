@@ -313,7 +313,7 @@ class _Placer:
         if self.left(placement, Home.HOST) < 0:
             more = "" if has_disk else 'give a folder on an SSD with disk="...", or '
             hint = f"{more}give more memory with host="
-            raise self.too_little(placement, Home.HOST, "what lives there takes", hint)
+            raise self.too_little(placement, Home.HOST, "what does not stay on the device takes", hint)
         return placement
 
     def too_little(self, placement: Placement, home: Home, what: str, hint: str) -> BudgetError:
