@@ -8,6 +8,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext
 
 import pytest
+import torch
 
 import outsize
 from outsize.errors import UsageError
@@ -44,18 +45,17 @@ class Waits:
         self.is_open = True
         self._current = None
         self._changed = threading.Condition()
-        waiting = offload.ActivationOffload._waiting
+        unpack = offload.ActivationOffload._unpack
 
-        @contextmanager
-        def watched_waiting(keeper, each):
-            with self.of(each.label), waiting(keeper, each):
-                yield
+        def watched_unpack(keeper, saved):
+            with self.of(None if isinstance(saved, torch.Tensor) else saved.kept.input.label):
+                return unpack(keeper, saved)
 
         call_plan_step(
             monkeypatch,
             lambda op: self.of(f"{op.block}.{op.plane}" if isinstance(op, Wait | Free) else None),
         )
-        monkeypatch.setattr(offload.ActivationOffload, "_waiting", watched_waiting)
+        monkeypatch.setattr(offload.ActivationOffload, "_unpack", watched_unpack)
 
     def _set(self, **values):
         with self._changed:

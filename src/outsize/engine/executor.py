@@ -253,13 +253,14 @@ class Executor:
 
     def _make_plan(self, visits: list[Visit]) -> None:
         offload, snapshots = self.store.offload, self.store.snapshots
+        inputs, num_leaving = offload.waiting() if offload is not None else ((), 0)
         occupancy = Occupancy(
             held=tuple(self._held),
             pending=frozenset(state.name for state in self.store if state.update.pending is not None),
             accumulated=frozenset(state.name for state in self.store if state.gradient.exists),
             committing=snapshots.waiting if snapshots is not None else (),
-            inputs=offload.waiting if offload is not None else (),
-            num_leaving=offload.num_leaving if offload is not None else 0,
+            inputs=inputs,
+            num_leaving=num_leaving,
         )
         records, placement = self.store.records, self.store.placement
         self.plan = make_plan(Context(visits, records, placement, occupancy, self._input_bytes), self.passes)

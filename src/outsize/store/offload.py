@@ -51,12 +51,10 @@ class ActivationOffload:
         ]
         self._path = Path(device, disk, self._buffers)
         self._workers = Workers(self._path, device, disk)
-        self._visits: _Visits = []
-        """Of the call under way or, in a backward, of the call that it belongs to."""
-        self._current: int | None = None
-        """The one of these that the backward has come to; None in a forward."""
+        self._call = _Call()
+        """The call under way or, in a backward, the one that it belongs to."""
         self._unpacked: list[torch.Tensor] = []
-        """What autograd was given for it: the visit that comes next may need the same tensors."""
+        """What autograd was given for the present backward: the visit that comes next may need the same tensors."""
         self._offer: _Offer | None = None
         self._known: dict[int, tuple[weakref.ref[torch.Tensor], weakref.ref[_Kept]]] = {}
         self._leaving: deque[tuple[_VisitInputs, list[_Leaving]]] = deque()
@@ -88,7 +86,7 @@ class ActivationOffload:
     def begin(self) -> None:
         """Begin a call; inputs of earlier ones stay for as long as their graphs need them."""
         self.release()
-        self._visits, self._current = [], None
+        self._call = _Call()
         self._unpacked.clear()
         self._known.clear()
 
@@ -100,13 +98,13 @@ class ActivationOffload:
         as it does of tensors. What no operation of the plan sent is sent when it is saved, and waited for.
         """
         self._take_back()
-        visits, offer, before = self._visits, _Offer(tensors, _VisitInputs(owner)), self._offer
+        call, offer, before = self._call, _Offer(tensors, _VisitInputs(owner)), self._offer
 
         def pack(tensor: torch.Tensor) -> torch.Tensor | _Saved:
             if not offer.is_sent and self._send(offer):
                 self.release()
             each = offer.kept.popleft()
-            return tensor if each is None else _Saved(each, visits, offer.index)
+            return tensor if each is None else _Saved(each, call, offer.index)
 
         self._offer = offer
         try:
@@ -117,16 +115,14 @@ class ActivationOffload:
 
     # -- operations of the plan --------------------------------------------------------------------------------------
 
-    @property
-    def waiting(self) -> list[tuple[str, int]]:
-        """`(block, num_bytes)` of visits whose inputs are needed, the oldest first; in a backward, up to its own."""
-        return [(visit.block, visit.num_bytes) for visit in self._needed()]
+    def waiting(self) -> tuple[Sequence[tuple[str, int]], int]:
+        """`(block, num_bytes)` of visits whose inputs are needed, the oldest first; in a backward, up to its own.
 
-    @property
-    def num_leaving(self) -> int:
-        """Of these, visits whose inputs are still in memory: the last ones."""
-        leaving = [visit for visit, _ in self._leaving]
-        return sum(visit in leaving for visit in self._needed())
+        And the number of visits, the last of these, whose inputs are still in memory.
+        """
+        needed, leaving = list(self._call.needed()), [visit for visit, _ in self._leaving]
+        sizes = [(visit.block, visit.num_bytes) for visit in reversed(needed)]
+        return sizes, sum(visit in leaving for visit in needed)
 
     def send(self, block: str) -> None:
         """Start sending what the visit of `block` that comes next was offered.
@@ -141,27 +137,23 @@ class ActivationOffload:
         found = next((each for each in self._leaving if each[0].block == block), None)
         if found is not None:
             self._leaving.remove(found)
-            self._release(found[1])
+            _wait_until_away(found[1])
 
     def fetch(self, block: str) -> None:
         """Start bringing back the inputs of the visit whose backward comes next, if it is one of `block`."""
-        needed = self._needed(with_current=False)
-        if needed and needed[-1].block == block:
-            for each in needed[-1].inputs():
+        following = next(self._call.needed(with_current=False), None)
+        if following is not None and following.block == block:
+            for each in following.inputs():
                 each.on_way = self._bring(each)
 
     def settle(self) -> None:
         """Leave the inputs that autograd asked for to it alone: what the next visit shares with this one was fetched."""
         self._unpacked.clear()
 
-    def _needed(self, *, with_current: bool = True) -> list[_VisitInputs]:
-        end = len(self._visits) if self._current is None else self._current + with_current
-        return [visit for visit in self._visits[:end] if visit.inputs()]
-
     def release(self) -> None:
         """Release the memory of all inputs on their way; raise the first error met."""
         leaving, self._leaving = self._leaving, deque()
-        self._release([each for _, some in leaving for each in some])
+        _wait_until_away([each for _, some in leaving for each in some])
 
     def close(self) -> None:
         """Give all memory back, also of inputs that a graph still needs. Closing twice is allowed."""
@@ -173,7 +165,7 @@ class ActivationOffload:
             stack.callback(self.arena.check_books)
             for region in ([] if self._home is None else [self._home]) + self._buffers:
                 stack.callback(region.free)
-            for waiting in (self._leaving, self._dropped, self._visits, self._known, self._unpacked):
+            for waiting in (self._leaving, self._dropped, self._call.visits, self._known, self._unpacked):
                 stack.callback(waiting.clear)
             stack.callback(self._workers.close)
 
@@ -182,12 +174,11 @@ class ActivationOffload:
     def _send(self, offer: _Offer) -> bool:
         """Send what is offered; whether anything was."""
         leaving: list[_Leaving] = []
+        self._leaving.append((offer.visit, leaving))
         offer.kept.extend(self._keep(tensor, offer.visit.block, leaving) for tensor in offer.tensors)
-        offer.tensors, offer.is_sent, offer.index = (), True, len(self._visits)
+        offer.tensors, offer.is_sent, offer.index = (), True, len(self._call.visits)
         offer.visit.kept = [weakref.ref(each) for each in offer.kept if each is not None]
-        self._visits.append(offer.visit)
-        if leaving:
-            self._leaving.append((offer.visit, leaving))
+        self._call.visits.append(offer.visit)
         return bool(leaving)
 
     def _keep(self, tensor: torch.Tensor, owner: str, leaving: list[_Leaving]) -> _Kept | None:
@@ -214,20 +205,6 @@ class ActivationOffload:
         self._known[id(tensor)] = weakref.ref(tensor), weakref.ref(kept)
         return kept
 
-    def _release(self, leaving: Sequence[_Leaving]) -> None:
-        """Let computing wait until inputs are away, and release them; raise the first error met."""
-        error: Exception | None = None
-        for tensor, each, down in leaving:
-            try:
-                down.follow()
-            except Exception as failure:
-                error = error or failure
-                each.is_lost = True
-                each.forget()
-            each.was_changed = tensor._version != each.version
-        if error is not None:
-            raise error
-
     def _take_back(self) -> None:
         """Take back the places of inputs that no graph needs, and release tensors that came back in vain."""
         while self._dropped:
@@ -244,19 +221,24 @@ class ActivationOffload:
         """The input where blocks compute, which waits for it; brought now if no operation of the plan fetched it."""
         if isinstance(saved, torch.Tensor):
             return saved
-        kept = saved.kept
-        if self._current != saved.index:
+        if self._call.current != saved.index:
             self._unpacked.clear()
-        self._visits, self._current = saved.visits, saved.index
-        target, up = self._bring(kept.input)
-        kept.input.on_way = None
+        self._call, saved.call.current = saved.call, saved.index
+        each = saved.kept.input
+        target, up = self._bring(each)
+        each.on_way = None
         self._unpacked.append(target)
+        recorder, start_s = self._recorder, time.perf_counter()
+        began = recorder.moment() if recorder is not None else None
         try:
-            with self._waiting(kept.input):
-                up.follow()
+            up.follow()
         except BaseException:
-            kept.input.forget()
+            each.forget()
             raise
+        finally:
+            self.wait_s["wait input"] += time.perf_counter() - start_s
+        if recorder is not None and began is not None:
+            recorder.waited(each.label.partition(".")[0], ENDS_A_WAIT, began)
         return target
 
     def _bring(self, each: _Input) -> tuple[torch.Tensor, Transfer]:
@@ -284,18 +266,6 @@ class ActivationOffload:
         each.last = each.arrived = up
         each.here = weakref.ref(target)
         return target, up
-
-    @contextmanager
-    def _waiting(self, each: _Input) -> Iterator[None]:
-        """Account for the body as computing waiting for an input to come back."""
-        recorder, start_s = self._recorder, time.perf_counter()
-        began = recorder.moment() if recorder is not None else None
-        try:
-            yield
-        finally:
-            self.wait_s["wait input"] += time.perf_counter() - start_s
-        if recorder is not None and began is not None:
-            recorder.waited(each.label.partition(".")[0], ENDS_A_WAIT, began)
 
     def _route(self, each: _Input, place: torch.Tensor) -> Route:
         """An input between `place`, `[num_elements]`, and where it waits."""
@@ -355,6 +325,21 @@ _Leaving = tuple[torch.Tensor, _Input, Transfer]
 """A tensor on its way, which is held until it is away."""
 
 
+def _wait_until_away(leaving: Sequence[_Leaving]) -> None:
+    """Let computing wait until inputs are away, and release them; raise the first error met."""
+    error: Exception | None = None
+    for tensor, each, down in leaving:
+        try:
+            down.follow()
+        except Exception as failure:
+            error = error or failure
+            each.is_lost = True
+            each.forget()
+        each.was_changed = tensor._version != each.version
+    if error is not None:
+        raise error
+
+
 @dataclass(eq=False)
 class _VisitInputs:
     """The inputs that a visit of `block` sent away."""
@@ -372,8 +357,17 @@ class _VisitInputs:
         return sum(each.shape.numel() * each.dtype.itemsize for each in self.inputs())
 
 
-_Visits = list[_VisitInputs]
-"""Of one call, in the order of its forward."""
+@dataclass(eq=False)
+class _Call:
+    """The visits of one call, in the order of its forward; `current` is the one that its backward has come to."""
+
+    visits: list[_VisitInputs] = field(default_factory=list)
+    current: int | None = None
+
+    def needed(self, *, with_current: bool = True) -> Iterator[_VisitInputs]:
+        """Visits whose inputs are needed, the last first; in a backward, up to the current one."""
+        end = len(self.visits) if self.current is None else self.current + with_current
+        return (visit for visit in reversed(self.visits[:end]) if visit.inputs())
 
 
 @dataclass(eq=False)
@@ -390,10 +384,10 @@ class _Offer:
 
 @dataclass(frozen=True, slots=True)
 class _Saved:
-    """An input as the graph holds it: sent away for visit `index` of `visits`, those of its own call."""
+    """An input as the graph holds it: sent away for visit `index` of `call`, its own."""
 
     kept: _Kept
-    visits: _Visits
+    call: _Call
     index: int
 
 

@@ -74,7 +74,8 @@ class _Inputs:
 
     def _bring(self, block: str) -> Iterator[Op]:
         """The input of the block's last visit, fetched one visit before, and now that of the visit that comes next."""
-        index = max((i for i, each in enumerate(self.waiting) if each.block == block), default=None)
+        indices = reversed(range(len(self.waiting)))
+        index = next((i for i in indices if self.waiting[i].block == block), None)
         if index is None:
             return
         own = self.waiting.pop(index)
