@@ -7,7 +7,7 @@ slots is overdrawn, and everything claimed for a gradient is given back.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from outsize.block import Plane, Record
@@ -26,7 +26,7 @@ from outsize.plan.op import (
     Wait,
     Write,
 )
-from outsize.plan.place import Placement
+from outsize.plan.place import Placement, SlotClass
 from outsize.plan.plan import Plan
 
 
@@ -68,42 +68,39 @@ def check(plan: Plan, records: Mapping[str, Record], placement: Placement) -> Pe
 class _Slots:
     """Slots claimed per class of one plane."""
 
-    def __init__(self, placement: Placement, plane: Plane) -> None:
-        self.placement = placement
-        self.group = plane.group
-        self.classes = placement.slots[plane.group]
-        self.claimed: list[set[str]] = [set() for _ in self.classes]
-        self.peaks = [0] * len(self.classes)
+    def __init__(self, classes: Sequence[SlotClass]) -> None:
+        self.classes = classes
+        self.class_of = {block: index for index, each in enumerate(classes) for block in each.blocks}
+        self.claimed: list[set[str]] = [set() for _ in classes]
+        self.peaks = [0] * len(classes)
 
     def is_claimed(self, block: str) -> bool:
-        return any(block in claimed for claimed in self.claimed)
+        return block in self.class_of and block in self.claimed[self.class_of[block]]
 
     def is_there(self, block: str) -> bool:
         """Whether the block has its slot, or needs none."""
-        return self.placement.slot_class(block, self.group) is None or self.is_claimed(block)
+        return block not in self.class_of or block in self.claimed[self.class_of[block]]
 
     def claim(self, block: str) -> None:
-        index = self.placement.slot_class(block, self.group)
-        if index is None:
-            raise PlanError(f"{block} has no slot")
+        _require(block in self.class_of, f"{block} has no slot")
+        index = self.class_of[block]
         claimed = self.claimed[index]
         _require(block not in claimed, f"{block} has its slot already")
-        is_free = len(claimed) < self.classes[index].count
-        _require(is_free, f"no slot left for {block}: held by {sorted(claimed)}")
+        if len(claimed) == self.classes[index].count:
+            raise PlanError(f"no slot left for {block}: held by {sorted(claimed)}")
         claimed.add(block)
         self.peaks[index] = max(self.peaks[index], len(claimed))
 
     def free(self, block: str) -> None:
         _require(self.is_claimed(block), f"{block} holds no slot")
-        for claimed in self.claimed:
-            claimed.discard(block)
+        self.claimed[self.class_of[block]].discard(block)
 
 
 class _Checker:
     """What holds after the operations so far."""
 
     def __init__(self, placement: Placement) -> None:
-        self.slots = {plane: _Slots(placement, plane) for plane in (Plane.WEIGHT, Plane.GRADIENT)}
+        self.slots = {plane: _Slots(placement.slots[plane.group]) for plane in (Plane.WEIGHT, Plane.GRADIENT)}
         self.has_begun = False
         self.waited: set[tuple[str, Plane]] = set()
         self.summed: set[str] = set()
