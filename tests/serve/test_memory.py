@@ -36,7 +36,7 @@ print(json.dumps({
 """
 
 
-@pytest.mark.parametrize(("weights", "mebibytes", "layers"), [("", 290, 8), ("int4", 180, 36)])
+@pytest.mark.parametrize(("weights", "mebibytes", "layers"), [("", 290, 8), ("int4", 180, 18)])
 def test_the_process_stays_within_its_budget(weights, mebibytes, layers, tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "disk").mkdir()
