@@ -405,17 +405,17 @@ def set_loss_tile(model: nn.Module, num_elements: int) -> None:
 
 def parameter_value(model: nn.Module, name: str) -> torch.Tensor:
     """The value of a parameter, read from wherever it is."""
-    return runtime_of(model).model.values.value(name)
+    return runtime_of(model).model.parameters.value(name)
 
 
 def row_blocks(model: nn.Module, parameter: str) -> Any:
     """`(block, first row, end)` of the blocks that hold rows of a parameter."""
-    return runtime_of(model).model.locations.row_blocks(parameter)
+    return runtime_of(model).model.parameters.row_blocks(parameter)
 
 
 def parameter_locations(model: nn.Module, parameter: str) -> Any:
     """The entries of blocks that hold a parameter."""
-    return runtime_of(model).model.locations[parameter]
+    return runtime_of(model).model.parameters.locations(parameter)
 
 
 def arguments_of(model: nn.Module) -> Any:

@@ -254,7 +254,7 @@ class DryRun:
 
     def _most_rows(self, head: Head) -> int:
         """The rows of the largest row block of the table."""
-        return max(stop - start for _, start, stop in self._model.locations.row_blocks(head.weight))
+        return max(stop - start for _, start, stop in self._model.parameters.row_blocks(head.weight))
 
     # -- recording -------------------------------------------------------------------------------------------------
 

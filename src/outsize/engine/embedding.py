@@ -62,10 +62,10 @@ class Embedding:
             device=self._model.torch_device,
         )
         takes_rows = self.takes_rows
-        for name, start, stop in self._model.locations.row_blocks(self.parameter):
+        for name, start, stop in self._model.parameters.row_blocks(self.parameter):
             first, last = _range(distinct, start, stop)
             if takes_rows:
-                self._model.values.take_rows(
+                self._model.parameters.take_rows(
                     name, self.parameter, distinct[first:last] - start, table[first:last]
                 )
                 continue
@@ -80,7 +80,7 @@ class Embedding:
     def takes_rows(self) -> bool:
         """Whether rows come one by one, from where the table stays or else from the files, without a visit."""
         trains = any(parameter.requires_grad for parameter in self._model.parameters.values())
-        return not trains and self._model.values.gives_rows(self.parameter)
+        return not trains and self._model.parameters.gives_rows(self.parameter)
 
     def backward(
         self, ids: torch.Tensor, gradient: torch.Tensor, autocast: Autocast, guard: BackwardCheck
@@ -100,7 +100,7 @@ class Embedding:
             output = self.original(places.inverse)
         output.backward(gradient)
         assert table.grad is not None
-        for name, start, stop in reversed(self._model.locations.row_blocks(self.parameter)):
+        for name, start, stop in reversed(self._model.parameters.row_blocks(self.parameter)):
             with self.visits.backward((name,), needs_weights=False):
                 first, last = _range(distinct, start, stop)
                 rows = self.visits.gradient_sum(name, self.parameter)

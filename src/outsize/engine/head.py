@@ -282,7 +282,7 @@ class Head:
             return F.linear(hidden.to(weight.dtype), weight, bias).float()
 
     def _rows(self) -> list[tuple[str, int, int]]:
-        return self._model.locations.row_blocks(self.weight)
+        return self._model.parameters.row_blocks(self.weight)
 
 
 @dataclass(frozen=True, slots=True)

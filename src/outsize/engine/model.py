@@ -12,9 +12,7 @@ from outsize.block import Piece
 from outsize.config import ComputeType
 from outsize.engine.arguments import Arguments
 from outsize.engine.backing import Backing
-from outsize.engine.locations import Locations
-from outsize.engine.parameters import take_parameters
-from outsize.engine.values import Values
+from outsize.engine.parameters import Parameters
 from outsize.model import Cut
 from outsize.plan import Direction, Visit
 from outsize.store.planes import DTYPES
@@ -42,9 +40,7 @@ class Model:
         self._full_precision = frozenset(
             piece.parameter for name in cut.full_precision for piece in self._pieces[name]
         )
-        self.locations = Locations(self._pieces)
-        self.values = Values(backing, self.locations, self.dtype_of, self.torch_device)
-        self.parameters = take_parameters(module, self.values, self.dtype_of, self.torch_device)
+        self.parameters = Parameters(module, self._pieces, backing, self.dtype_of, self.torch_device)
 
     def compute_type(self, block: str) -> ComputeType:
         """The type that a block computes in."""

@@ -154,7 +154,7 @@ class Optimizer(torch.optim.Optimizer, ABC):
 
     def _gradients(self, name: str) -> list[tuple[BlockState, int, EntryGradient]]:
         """The entries that hold the gradient of a parameter, with their blocks and indices."""
-        places = [(self._store[at.block], at.index) for at in self._runtime.model.locations[name]]
+        places = [(self._store[at.block], at.index) for at in self._runtime.model.parameters.locations(name)]
         return [(state, index, state.gradient.entries[index]) for state, index in places]
 
     @overload
@@ -250,7 +250,7 @@ class Optimizer(torch.optim.Optimizer, ABC):
         As in torch, a parameter whose gradient is zero moves with its moments and weight decay at the next `step()`, and
         one without a gradient does not. Raises UsageError where a gradient that is to become zero holds inf or nan.
         """
-        values = self._runtime.model.values
+        values = self._runtime.model.parameters
         change = values.drop_gradient if set_to_none else values.zero_gradient
         for _, name in self._members():
             change(name)

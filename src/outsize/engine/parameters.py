@@ -1,59 +1,228 @@
-"""Placeholders in the place of a module's parameters, whose values live in blocks."""
+"""The parameters of a module under Outsize: placeholders in the module, values and gradients in blocks."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
+from typing import final
 
 import torch
 from torch import nn
 
+from outsize.block import Block, Piece
 from outsize.engine.backing import Backing
-from outsize.engine.locations import Locations
-from outsize.engine.placeholder import OffloadedParameter
-from outsize.engine.values import Values
+from outsize.engine.placeholder import GradientPlaceholder, OffloadedParameter
+from outsize.engine.rng_autocast import outside_inference_mode
 from outsize.errors import UsageError
+from outsize.optim import split
+from outsize.store.state import EntryGradient
 
 
-def take_parameters(
-    module: nn.Module, values: Values, dtype_of: Callable[[str], torch.dtype], device: torch.device
-) -> Mapping[str, OffloadedParameter]:
-    """Put placeholders in the place of the parameters of `module`; the placeholders by name."""
-    placeholders: dict[str, OffloadedParameter] = {}
-    for name, parameter in module.named_parameters():
-        placeholders[name] = OffloadedParameter.of(
-            parameter,
-            name,
-            dtype_of(name),
-            device,
-            fetch=partial(values.value, name),
-            get_gradient=partial(_gradient, values, placeholders, name),
-            drop_gradient=partial(values.drop_gradient, name),
-        )
-    by_identity = {id(parameter): placeholders[name] for name, parameter in module.named_parameters()}
-    for owner in module.modules():
-        for attribute, owned in owner._parameters.items():
-            if owned is not None:
-                owner._parameters[attribute] = by_identity[id(owned)]  # type: ignore[assignment]
-    return placeholders
+@dataclass(frozen=True, slots=True)
+class Location:
+    """Entry `index` of `block` holds `piece` of a parameter."""
+
+    block: str
+    index: int
+    piece: Piece
+
+    @property
+    def rows(self) -> tuple[int, int] | None:
+        """The rows `[start, stop)` of the parameter; None for all of it."""
+        return None if self.piece.is_whole else (self.piece.row_start or 0, self.piece.row_stop or 0)
 
 
-def _gradient(
-    values: Values, placeholders: Mapping[str, OffloadedParameter], name: str
-) -> torch.Tensor | None:
-    return values.gradient(name, placeholders[name])
+@final
+class Parameters(Mapping[str, OffloadedParameter]):
+    """Maps each parameter's name to its placeholder, and reads what it stands for: from the source until the first call,
+    from blocks afterwards."""
 
-
-def check_trainable(
-    parameters: Mapping[str, OffloadedParameter], locations: Locations, backing: Backing
-) -> None:
-    """Refuse to run with parameters that train without a place for their gradients. Raises UsageError."""
-    if backing.executor is None:
-        return
-    for name, parameter in parameters.items():
-        at = locations[name][0]
-        if parameter.requires_grad and not backing.store[at.block].record.entries[at.index].trainable:
-            raise UsageError(
-                f"{name} (in block {at.block}) requires grad now, but had no gradient when memory was laid out",
-                hint="set requires_grad before the first call of the model",
+    def __init__(
+        self,
+        module: nn.Module,
+        pieces: Mapping[str, Sequence[Piece]],
+        backing: Backing,
+        dtype_of: Callable[[str], torch.dtype],
+        device: torch.device,
+    ) -> None:
+        """Replace the parameters of `module` by placeholders. `pieces`: those of each block, in the order of the cut."""
+        self._backing = backing
+        self._dtype_of = dtype_of
+        self._device = device
+        self.locate(pieces)
+        by_identity: dict[int, OffloadedParameter] = {}
+        self._placeholders: dict[str, OffloadedParameter] = {}
+        for name, parameter in module.named_parameters():
+            by_identity[id(parameter)] = self._placeholders[name] = OffloadedParameter.of(
+                parameter,
+                name,
+                dtype_of(name),
+                device,
+                fetch=partial(self.value, name),
+                get_gradient=partial(self.gradient, name),
+                drop_gradient=partial(self.drop_gradient, name),
             )
+        for owner in module.modules():
+            for attribute, owned in owner._parameters.items():
+                if owned is not None:
+                    owner._parameters[attribute] = by_identity[id(owned)]  # type: ignore[assignment]
+
+    def __getitem__(self, name: str) -> OffloadedParameter:
+        return self._placeholders[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._placeholders)
+
+    def __len__(self) -> int:
+        return len(self._placeholders)
+
+    # -- where they are ------------------------------------------------------------------------------------------
+
+    def locate(self, pieces: Mapping[str, Sequence[Piece]]) -> None:
+        """From now on each block holds these pieces, in this order."""
+        self._locations: dict[str, list[Location]] = {}
+        for block, members in pieces.items():
+            for index, piece in enumerate(members):
+                self._locations.setdefault(piece.parameter, []).append(Location(block, index, piece))
+        for found in self._locations.values():
+            found.sort(key=lambda location: location.rows or (0, 0))
+
+    def locations(self, name: str) -> Sequence[Location]:
+        """Where the pieces of a parameter are, in the order of rows."""
+        return self._locations[name]
+
+    def row_blocks(self, table: str) -> list[tuple[str, int, int]]:
+        """`(block, first row, row after the last)` of each block that holds rows of a table, in order."""
+        return [(at.block, *(at.rows or (0, at.piece.shape[0]))) for at in self._locations[table]]
+
+    def check_trainable(self) -> None:
+        """Raise UsageError if a parameter requires grad now that had no place for its gradient at the first call."""
+        if self._backing.executor is None:
+            return
+        for name, placeholder in self.items():
+            at = self._locations[name][0]
+            entry = self._backing.store[at.block].record.entries[at.index]
+            if placeholder.requires_grad and not entry.trainable:
+                raise UsageError(
+                    f"{name} (in block {at.block}) requires grad now, but had no gradient when memory was laid out",
+                    hint="set requires_grad before the first call of the model",
+                )
+
+    # -- values --------------------------------------------------------------------------------------------------
+
+    def gives_rows(self, table: str) -> bool:
+        """Whether rows of a table can be read without a visit, if nothing trains: its source gives them."""
+        backing = self._backing
+        return (
+            backing.commit_store is None
+            and backing.source is not None
+            and backing.source.gives_rows(table)
+            and (
+                backing.executor is None
+                or not any(state.update.is_stored for state in backing.executor.store)
+            )
+        )
+
+    def take_rows(self, block: str, table: str, rows: torch.Tensor, target: torch.Tensor) -> None:
+        """Fill `target` with sorted rows, counted from the first of `block`, of a table that `gives_rows`."""
+        store = self._backing.store
+        index = next(at.index for at in self._locations[table] if at.block == block)
+        store.weights.take_rows(store[block], index, rows, target)
+
+    def value(self, name: str) -> torch.Tensor:
+        """Return a copy of a parameter's current value."""
+        return _joined([self.read(Block(at.block, (at.piece,)))[0] for at in self._locations[name]])
+
+    @outside_inference_mode()
+    def read(self, block: Block) -> list[torch.Tensor]:
+        """Return copies of the current values of `block`'s pieces, which may be some of those of a block of the cut."""
+        if self._backing.executor is None:
+            return [value.to(self._device) for value in self._read_source(block)]
+        with self._backing.executor.touch(block.name) as state:
+            views = {e.piece: v for e, v in zip(state.record.entries, state.planes.pieces(), strict=True)}
+            return [views[piece].clone() for piece in block.pieces]
+
+    def _read_source(self, block: Block) -> list[torch.Tensor]:
+        """Read pieces that the source holds in the compute type as they are, and together: packed weights and their scales
+        are encoded together. The others are fp32, rounded as in a record."""
+        source = self._backing.committed or self._backing.own_source()
+        dtypes = {piece: self._dtype_of(piece.parameter) for piece in block.pieces}
+        values = {
+            piece: torch.empty(piece.shape, dtype=dtype, device="cpu")
+            for piece, dtype in dtypes.items()
+            if source.stored_dtype(piece) is dtype
+        }
+        source.read(Block(block.name, tuple(values)), list(values.values()))
+        for piece in block.pieces:
+            if piece not in values:
+                exact = torch.empty(piece.shape, dtype=torch.float32, device="cpu")
+                source.read(Block(block.name, (piece,)), [exact])
+                is_whole = dtypes[piece] is torch.float32
+                values[piece] = exact if is_whole else split(exact.view(-1))[0].view(piece.shape)
+        return [values[piece] for piece in block.pieces]
+
+    # -- gradients -----------------------------------------------------------------------------------------------
+
+    @outside_inference_mode()
+    def gradient(self, name: str) -> torch.Tensor | None:
+        """Return a placeholder of a parameter's gradient; None if it has none."""
+        if not any(gradient.present for gradient in self._gradients(name)):
+            return None
+        return GradientPlaceholder.of(
+            self[name],
+            f"{name}.grad",
+            fetch=partial(self._gradient_value, name),
+            norm=partial(self._gradient_norm, name),
+            scale_by=partial(self._scale_gradient, name),
+            zero=partial(self.zero_gradient, name),
+        )
+
+    def drop_gradient(self, name: str) -> None:
+        """Forget a parameter's gradient."""
+        if self._backing.executor is not None:
+            store = self._backing.store
+            for at in self._locations[name]:
+                store.gradients.drop(store[at.block], at.index)
+
+    def zero_gradient(self, name: str) -> None:
+        """Make a gradient zero where there is one, which moves no bytes: what is stored gets the factor 0.
+
+        Raises UsageError if it holds inf or nan, which no factor makes zero.
+        """
+        if not any(gradient.present for gradient in self._gradients(name)):
+            return
+        if not math.isfinite(self._gradient_norm(name)):
+            raise UsageError(
+                f"the gradient of {name} holds inf or nan and cannot be made zero in place",
+                hint="drop it instead: optimizer.zero_grad(), which sets gradients to None",
+            )
+        self._scale_gradient(name, 0.0)
+
+    def _gradients(self, name: str) -> list[EntryGradient]:
+        if self._backing.executor is None:
+            return []
+        return [self._backing.store[at.block].gradient.entries[at.index] for at in self._locations[name]]
+
+    def _gradient_norm(self, name: str) -> float:
+        self._backing.store.gradients.settle_norms()
+        return float(sum(each.sum_of_squares * each.scale**2 for each in self._gradients(name)) ** 0.5)
+
+    def _scale_gradient(self, name: str, factor: float) -> None:
+        for gradient in self._gradients(name):
+            gradient.scale *= factor
+
+    @outside_inference_mode()
+    def _gradient_value(self, name: str) -> torch.Tensor:
+        store = self._backing.store
+        return _joined(
+            [
+                store.gradients.value(store[at.block], at.index) * gradient.scale
+                for at, gradient in zip(self._locations[name], self._gradients(name), strict=True)
+            ]
+        )
+
+
+def _joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))

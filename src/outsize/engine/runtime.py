@@ -17,7 +17,6 @@ from outsize.engine.current_call import CurrentCall
 from outsize.engine.dry_runner import DryRunner
 from outsize.engine.head import Head
 from outsize.engine.model import Model
-from outsize.engine.parameters import check_trainable
 from outsize.engine.points import install, never_streamed
 from outsize.engine.setup import Setup, source_bytes
 from outsize.engine.signature import encoder_of
@@ -94,7 +93,7 @@ class Runtime:
         if self.setup.is_closed:
             raise UsageError("the model was closed, and its weights are gone", hint="load it again")
         self._structure.check(self.model.module)
-        check_trainable(self.model.parameters, self.model.locations, self.backing)
+        self.model.parameters.check_trainable()
 
     @property
     def loss_tile_elements(self) -> int | None:

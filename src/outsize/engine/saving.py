@@ -35,7 +35,7 @@ def write_model(
     def fetch(block: Block) -> list[torch.Tensor]:
         if watch is not None:
             watch(numbers[block.name], len(numbers))
-        return runtime.model.values.block_values(block)
+        return runtime.model.parameters.read(block)
 
     write_folder(
         runtime.model.module,

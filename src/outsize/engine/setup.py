@@ -191,7 +191,7 @@ class Setup:
         backing.executor = Executor(store)
         memory.register(store.planes.host_arena, type(self._model.module).__name__)
         self._finalizer = when_dropped(self, store.workers.close)
-        self._model.locations.locate({r.name: [entry.piece for entry in r.entries] for r in records})
+        self._model.parameters.locate({r.name: [entry.piece for entry in r.entries] for r in records})
         try:
             if placement.inputs is not None:
                 is_disk = placement.inputs is Home.DISK

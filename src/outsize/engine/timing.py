@@ -117,7 +117,7 @@ def _time_kind(kind: Kind, tile_rows: int, seconds_of: Meter) -> Seconds:
 def _time_head(model: Model, head: Head, num_tokens: int, seconds_of: Meter) -> Iterator[tuple[str, Seconds]]:
     """The loss of `num_tokens`, row block by row block; those of one size are alike."""
     known: dict[int, Seconds] = {}
-    for name, start, stop in model.locations.row_blocks(head.weight):
+    for name, start, stop in model.parameters.row_blocks(head.weight):
         rows = stop - start
         if rows not in known:
             go_forward, go_back, tile_tokens = measured_tiles(head, rows, num_tokens, model)

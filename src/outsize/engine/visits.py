@@ -82,7 +82,7 @@ class Visits:
 
     def add_gradient(self, parameter: str, gradient: torch.Tensor) -> None:
         """Add to the gradient of a whole parameter whose block is visited backward."""
-        (at,) = self.model.locations[parameter]
+        (at,) = self.model.parameters.locations(parameter)
         state = self.backing.store[at.block]
         if self._collects(state.record.entries[at.index]):
             self.backing.store.gradients.add(state, at.index, gradient)
