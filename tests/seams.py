@@ -384,7 +384,7 @@ def dry_runs_of(model: nn.Module) -> list[Any]:
 
 def is_in_dry_run(model: nn.Module) -> bool:
     """Whether a dry run is under way."""
-    return runtime_of(model).calls._switch.dry_run is not None
+    return runtime_of(model).visits.call.dry_answer is not None
 
 
 def foresee_costs(model: nn.Module, workload: Any, arguments: dict[str, Any], tile_rows: int) -> Any:

@@ -22,11 +22,10 @@ from outsize.config import (
     Settings,
     format_bytes,
 )
-from outsize.engine.methods import take_methods_over
+from outsize.engine.methods import take_methods_over, write_model
 from outsize.engine.placeholder import OffloadedParameter
 from outsize.engine.rng_autocast import outside_inference_mode
 from outsize.engine.runtime import Runtime, runtime_of
-from outsize.engine.saving import write_model
 from outsize.errors import ConfigError, ModelError, UsageError
 from outsize.model import (
     Existing,

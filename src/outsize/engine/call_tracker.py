@@ -16,7 +16,6 @@ from outsize.engine.dry_runner import SMALL_ROWS, DryRunner, batch_shape
 from outsize.engine.rng_autocast import outside_inference_mode
 from outsize.engine.setup import Setup
 from outsize.engine.signature import Signature, has_cache
-from outsize.engine.switch import Switch
 from outsize.engine.visits import Visits
 from outsize.errors import BudgetError, UsageError
 from outsize.model import attention_of
@@ -38,7 +37,6 @@ class CallTracker:
         setup: Setup,
         budget: Budget,
         dry_runner: DryRunner,
-        switch: Switch,
         check: Callable[[], None],
     ) -> None:
         self.uncut: list[str] = []
@@ -50,7 +48,6 @@ class CallTracker:
         self._setup = setup
         self._budget = budget
         self._dry_runner = dry_runner
-        self._switch = switch
         self._check = check
         self._needed_bytes = 0
         """By the last call without gradients."""
@@ -66,7 +63,7 @@ class CallTracker:
 
         Returns the arguments where blocks compute. Raises UsageError, and BudgetError if the call does not fit.
         """
-        if self._switch.dry_run is not None:
+        if self._call.dry_answer is not None:
             return None
         if torch.compiler.is_compiling():
             raise UsageError(
@@ -176,7 +173,7 @@ class CallTracker:
 
     def after(self, output: Any) -> None:
         """The forward of the call is over, whether it failed or not."""
-        if self._switch.dry_run is not None:
+        if self._call.dry_answer is not None:
             return
         self._call.seal_handles()
         self._call.has_labels = False
@@ -216,7 +213,7 @@ class CallTracker:
 
         The dry run is of the call that follows: the encoder's arguments, and one token for the decoder.
         """
-        is_settled = self._backing.executor is not None or self._switch.dry_run is not None
+        is_settled = self._backing.executor is not None or self._call.dry_answer is not None
         if is_settled or args or torch.is_grad_enabled():
             return
         rows = next((value.shape[0] for value in kwargs.values() if isinstance(value, torch.Tensor)), 1)

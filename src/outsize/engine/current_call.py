@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol, final
+from typing import Any, Protocol, final
 
 import torch
 from torch import nn
@@ -55,6 +55,8 @@ class CurrentCall:
         """Layers, by module, that change buffers or attributes of their own, as far as dry runs have shown."""
         self.beside_logit_bytes = BESIDE_LOGIT_BYTES
         """Bytes per logit that the caller takes beside the logits, without gradients."""
+        self.dry_answer: Callable[[str, tuple[Any, ...], dict[str, Any]], Any] | None = None
+        """Answers in the place of the point at a module, in shape and type, during a dry run."""
         self._module = module
         self._whole: set[str] = set()
 

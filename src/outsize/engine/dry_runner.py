@@ -15,7 +15,6 @@ from outsize.engine.effects import copied
 from outsize.engine.hooks import without_user_hooks
 from outsize.engine.modulestate import ModuleState
 from outsize.engine.rng_autocast import RngState
-from outsize.engine.switch import Switch
 from outsize.engine.visits import Visits
 from outsize.errors import OutsizeError
 from outsize.plan.workload import Activations, BatchDims, BatchShape, Linear, LossMemory, Workload
@@ -32,13 +31,11 @@ class DryRunner:
         self,
         visits: Visits,
         points: Mapping[str, AnyPoint],
-        switch: Switch,
         forward: Callable[..., Any],
     ) -> None:
         self._visits = visits
         self._model = visits.model
         self._points = points
-        self._switch = switch
         self._forward = forward
 
     def workload(self, args: tuple[Any, ...], kwargs: dict[str, Any], shape: BatchShape) -> Workload:
@@ -82,9 +79,9 @@ class DryRunner:
         state = ModuleState(module, with_hooks=True)
         args, kwargs = self._model.arguments.moved(args, kwargs)
         num_handles = len(call.handles)
+        call.dry_answer = dry_run.answer
         try:
             with (
-                self._switch.turned_to(dry_run),
                 RngState.current(self._model.device).restored(),
                 without_user_hooks(module),
             ):
@@ -92,6 +89,7 @@ class DryRunner:
                 if torch.is_grad_enabled():
                     _backward(output)
         finally:
+            call.dry_answer = None
             call.seal_handles(num_handles)  # else the graph would be there still when memory is planned
             state.restore()
         return dry_run.found

@@ -18,7 +18,6 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from outsize.engine.arguments import Arguments
-from outsize.engine.backward_checks import BackwardCheck
 from outsize.engine.layer import installed
 from outsize.engine.rng_autocast import Autocast
 from outsize.engine.visits import Visits
@@ -83,10 +82,10 @@ class Embedding:
         return not trains and self._model.parameters.gives_rows(self.parameter)
 
     def backward(
-        self, ids: torch.Tensor, gradient: torch.Tensor, autocast: Autocast, guard: BackwardCheck
+        self, ids: torch.Tensor, gradient: torch.Tensor, autocast: Autocast, check: Callable[[], None]
     ) -> None:
         """Add to the gradients of all row blocks."""
-        guard.check(self.visits.num_steps(self.blocks))
+        check()
         places = _Places.of(ids, self.module.num_embeddings, self._model.arguments)
         distinct = places.distinct
         table = torch.zeros(
@@ -166,7 +165,7 @@ class _Embed(torch.autograd.Function):
     def forward(ctx: Any, embedding: Embedding, anchor: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         model = embedding.visits.model
         ctx.embedding, ctx.autocast = embedding, Autocast.current(model.device)
-        ctx.guard = embedding.visits.guard(embedding.point)
+        ctx.check_backward = embedding.visits.backward_check(embedding.point)
         known = model.arguments.known_on_host(ids)
         ctx.save_for_backward(ids if known is None else known)
         return embedding.forward(ids)
@@ -175,5 +174,5 @@ class _Embed(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[None, None, None]:
         (ids,) = ctx.saved_tensors
-        ctx.embedding.backward(ids, gradient, ctx.autocast, ctx.guard)
+        ctx.embedding.backward(ids, gradient, ctx.autocast, ctx.check_backward)
         return None, None, None

@@ -21,7 +21,6 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_map_only
 
 from outsize.engine.arguments import Arguments
-from outsize.engine.backward_checks import BackwardCheck
 from outsize.engine.batch import Tile, tiles
 from outsize.engine.current_call import CurrentCall
 from outsize.engine.model import Model
@@ -156,10 +155,10 @@ class Head:
         into[:] = [F.linear(hidden, values[self.weight], values[self.bias] if self.bias else None)]
 
     def backward(
-        self, hidden: torch.Tensor, gradient: torch.Tensor, autocast: Autocast, guard: BackwardCheck
+        self, hidden: torch.Tensor, gradient: torch.Tensor, autocast: Autocast, check: Callable[[], None]
     ) -> torch.Tensor:
         """Add to the row blocks' gradients; the gradient of `hidden`."""
-        guard.check(self.visits.num_steps(self.blocks))
+        check()
         hidden = hidden.detach().requires_grad_()
         for name, start, stop in reversed(self._rows()):
             with self.visits.backward((name,)) as values, torch.enable_grad(), autocast.restore():
@@ -215,10 +214,10 @@ class Head:
         logsumexp: torch.Tensor,
         scale: torch.Tensor,
         autocast: Autocast,
-        guard: BackwardCheck,
+        check: Callable[[], None],
     ) -> torch.Tensor:
         """Add to the row blocks' gradients; the gradient of `hidden`, `[N, h]`. `scale` is the loss's gradient."""
-        guard.check(self.visits.num_steps(self.blocks))
+        check()
         going_back = _GoingBack(
             hidden,
             targets,
@@ -375,7 +374,7 @@ class _Project(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, head: Head, anchor: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
         ctx.head, ctx.autocast = head, Autocast.current(head.visits.model.device)
-        ctx.guard = head.visits.guard(head.point)
+        ctx.check_backward = head.visits.backward_check(head.point)
         ctx.save_for_backward(hidden)
         return head.forward(hidden)
 
@@ -383,7 +382,7 @@ class _Project(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[None, None, torch.Tensor]:
         (hidden,) = ctx.saved_tensors
-        return None, None, ctx.head.backward(hidden, gradient, ctx.autocast, ctx.guard)
+        return None, None, ctx.head.backward(hidden, gradient, ctx.autocast, ctx.check_backward)
 
 
 class _TiledLoss(torch.autograd.Function):
@@ -392,7 +391,7 @@ class _TiledLoss(torch.autograd.Function):
         ctx: Any, head: Head, anchor: torch.Tensor, hidden: torch.Tensor, targets: torch.Tensor
     ) -> torch.Tensor:
         ctx.head, ctx.autocast = head, Autocast.current(head.visits.model.device)
-        ctx.guard = head.visits.guard(head.point)
+        ctx.check_backward = head.visits.backward_check(head.point)
         loss, logsumexp = head.forward_loss(hidden, targets, ctx.autocast)
         ctx.save_for_backward(hidden, targets, logsumexp)
         return loss
@@ -401,7 +400,7 @@ class _TiledLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, scale: torch.Tensor) -> tuple[None, None, torch.Tensor, None]:
         hidden, targets, logsumexp = ctx.saved_tensors
-        gradient = ctx.head.backward_loss(hidden, targets, logsumexp, scale, ctx.autocast, ctx.guard)
+        gradient = ctx.head.backward_loss(hidden, targets, logsumexp, scale, ctx.autocast, ctx.check_backward)
         return None, None, gradient, None
 
 

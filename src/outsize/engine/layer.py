@@ -21,7 +21,6 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_unflatten
 
-from outsize.engine.backward_checks import BackwardCheck
 from outsize.engine.batch import Tile, TiledOutput, UnevenTiles
 from outsize.engine.captured_outputs import CapturedOutputs
 from outsize.engine.compiled import is_failure
@@ -68,7 +67,7 @@ class LayerCall:
     randomness: RngState
     autocast: Autocast
     captured: CapturedOutputs
-    guard: BackwardCheck
+    check_backward: Callable[[], None]
     trains: bool = False
     differentiates: bool = False
     """Whether the visit gets a backward."""
@@ -167,7 +166,7 @@ class Layer:
             RngState.current(device),
             Autocast.current(device),
             CapturedOutputs.current(),
-            self.visits.guard(self.point),
+            self.visits.backward_check(self.point),
         )
         call.trains = torch.is_grad_enabled() and self.visits.model.trains(self.blocks)
         call.differentiates = call.trains or (
@@ -331,7 +330,7 @@ class Layer:
 
         `graphs` are those that the forward kept; tiles that have none are run again.
         """
-        call.guard.check(self.visits.num_steps(self.blocks))
+        call.check_backward()
         dims = call.dims
         input_dims = dims.inputs if dims else None
         totals: list[torch.Tensor | None] = [None] * len(tensors)
@@ -510,9 +509,9 @@ class Loose:
         with self.visits.forward(self.blocks) as values:
             return [values[name].clone() for name in self.parameters]
 
-    def backward(self, gradients: Sequence[torch.Tensor | None], guard: BackwardCheck) -> None:
+    def backward(self, gradients: Sequence[torch.Tensor | None], check: Callable[[], None]) -> None:
         """Add to the parameters' gradients."""
-        guard.check(self.visits.num_steps(self.blocks))
+        check()
         with self.visits.backward(self.blocks, needs_weights=False):
             for name, gradient in zip(self.parameters, gradients, strict=True):
                 if gradient is not None:
@@ -522,12 +521,12 @@ class Loose:
 class _Loose(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, loose: Loose, anchor: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        ctx.loose, ctx.guard = loose, loose.visits.guard(loose.point)
+        ctx.loose, ctx.check_backward = loose, loose.visits.backward_check(loose.point)
         ctx.set_materialize_grads(False)
         return tuple(loose.forward())
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[None, None]:
-        ctx.loose.backward(gradients, ctx.guard)
+        ctx.loose.backward(gradients, ctx.check_backward)
         return None, None

@@ -11,15 +11,16 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from outsize.block import Block
 from outsize.config import parse_bytes
 from outsize.engine.placeholder import stands_for_same
-from outsize.engine.runtime import runtime_of
-from outsize.engine.saving import write_model
+from outsize.engine.runtime import Runtime, runtime_of
 from outsize.errors import UsageError
-from outsize.model import MAX_SHARD_BYTES, Existing
+from outsize.model import MAX_SHARD_BYTES, Existing, has_adapters, write_adapters, write_folder
 
 _ADAPTERS_HINT = "add them before the model is opened: outsize.wrap(get_peft_model(model, config))"
 
@@ -59,6 +60,42 @@ def _train(module: nn.Module) -> Callable[..., nn.Module]:
         return type(module).train(module, mode)
 
     return train
+
+
+def write_model(
+    runtime: Runtime,
+    path: Path,
+    *,
+    existing: Existing,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    tokenizer_from: str | Path | None = None,
+    watch: Callable[[int, int], object] | None = None,
+) -> None:
+    """Write a model: a Hugging Face folder, or, where adapters were put around it, a folder of peft's.
+
+    `watch` is called with the number of each block as it begins, from 1, and how many there are. Raises UsageError where
+    the model was changed since it was opened, or the folder is taken.
+    """
+    runtime.check()
+    if has_adapters(runtime.model.module):
+        write_adapters(runtime.model.module, path, existing)
+        return
+    numbers = {block.name: number for number, block in enumerate(runtime.model.cut.blocks, 1)}
+
+    def fetch(block: Block) -> list[torch.Tensor]:
+        if watch is not None:
+            watch(numbers[block.name], len(numbers))
+        return runtime.model.parameters.read(block)
+
+    write_folder(
+        runtime.model.module,
+        runtime.model.cut.blocks,
+        fetch,
+        path,
+        tokenizer_from=tokenizer_from,
+        max_shard_bytes=max_shard_bytes,
+        existing=existing,
+    )
 
 
 def _save_pretrained(module: nn.Module) -> Callable[..., None]:

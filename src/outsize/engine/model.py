@@ -11,8 +11,7 @@ from torch import nn
 from outsize.block import Piece
 from outsize.config import ComputeType
 from outsize.engine.arguments import Arguments
-from outsize.engine.backing import Backing
-from outsize.engine.parameters import Parameters
+from outsize.engine.parameters import Backing, Parameters
 from outsize.model import Cut
 from outsize.plan import Direction, Visit
 from outsize.store.planes import DTYPES

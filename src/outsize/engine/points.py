@@ -10,18 +10,18 @@ from typing import Any
 from torch import nn
 from transformers.loss.loss_utils import ForCausalLMLoss
 
+from outsize.engine.current_call import CurrentCall
 from outsize.engine.dry_run import AnyPoint
 from outsize.engine.embedding import Embedding
 from outsize.engine.head import Head, TiledLoss
 from outsize.engine.layer import Layer, Loose
 from outsize.engine.model import Model
 from outsize.engine.rng_autocast import outside_inference_mode
-from outsize.engine.switch import Switch
 from outsize.engine.visits import Visits
 from outsize.model import Cut, Point, PointKind
 
 
-def install(visits: Visits, switch: Switch) -> Mapping[str, AnyPoint]:
+def install(visits: Visits) -> Mapping[str, AnyPoint]:
     """Take over the forward of each point's module; the points by module."""
     model = visits.model
     points: dict[str, AnyPoint] = {}
@@ -29,7 +29,7 @@ def install(visits: Visits, switch: Switch) -> Mapping[str, AnyPoint]:
         module = model.module.get_submodule(point.module)
         points[point.module] = made = _made(point, module, visits)
         # An instance attribute shadows the method, as accelerate does; the class stays as it is.
-        module.forward = _entry(point.module, made, switch, module.forward)
+        module.forward = _entry(point.module, made, visits.call, module.forward)
     _move_buffers(model)
     original = getattr(model.module, "loss_function", None)
     if original is ForCausalLMLoss:
@@ -74,13 +74,13 @@ def _is_repeated(module: nn.Module, model: Model) -> bool:
     return sum(type(model.module.get_submodule(name)) is type(module) for name in layers) > 1
 
 
-def _entry(name: str, point: AnyPoint, switch: Switch, original: Callable[..., Any]) -> Callable[..., Any]:
+def _entry(name: str, point: AnyPoint, call: CurrentCall, original: Callable[..., Any]) -> Callable[..., Any]:
     """The forward of the module `name`, with the signature of `original`: transformers and Trainer inspect it."""
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         with outside_inference_mode():
-            if switch.dry_run is not None:
-                return switch.dry_run.answer(name, args, kwargs)
+            if call.dry_answer is not None:
+                return call.dry_answer(name, args, kwargs)
             return point(*args, **kwargs)
 
     forward.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]

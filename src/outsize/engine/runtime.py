@@ -9,7 +9,6 @@ from typing import Any, NoReturn, final
 from torch import nn
 
 from outsize.config import OnDeviceFull, Settings
-from outsize.engine.backing import Backing
 from outsize.engine.budget import Budget
 from outsize.engine.call_tracker import CallTracker
 from outsize.engine.compiled import Compiler
@@ -17,11 +16,11 @@ from outsize.engine.current_call import CurrentCall
 from outsize.engine.dry_runner import DryRunner
 from outsize.engine.head import Head
 from outsize.engine.model import Model
+from outsize.engine.parameters import Backing
 from outsize.engine.points import install, never_streamed
 from outsize.engine.setup import Setup, source_bytes
 from outsize.engine.signature import encoder_of
 from outsize.engine.structure import Structure
-from outsize.engine.switch import Switch
 from outsize.engine.visits import Visits
 from outsize.errors import UsageError
 from outsize.model import Cut, Source
@@ -67,14 +66,14 @@ class Runtime:
             Compiler(bool(settings.compile)),
             retries=settings.on_device_full is OnDeviceFull.RETRY,
         )
-        switch = Switch()
-        self.points = install(self.visits, switch)
+        self.points = install(self.visits)
         self.setup = Setup(self.model, self.backing, self.budget, settings, self.points, profile)
         self._structure = Structure(module, self.points)
-        dry_runner = DryRunner(self.visits, self.points, switch, module.forward)
-        self.calls = CallTracker(self.visits, self.setup, self.budget, dry_runner, switch, self.check)
+        dry_runner = DryRunner(self.visits, self.points, module.forward)
+        self.calls = CallTracker(self.visits, self.setup, self.budget, dry_runner, self.check)
+        # Bound methods, not functions: copying or pickling the module copies its hooks, and so asks `__deepcopy__` below.
         module.register_forward_pre_hook(self._before, with_kwargs=True, prepend=True)
-        module.register_forward_hook(self._after, with_kwargs=True, always_call=True)
+        module.register_forward_hook(self._after, always_call=True)
         if (encoder := encoder_of(module)) is not None:
             encoder.register_forward_pre_hook(self._before_encoder, with_kwargs=True)
         _runtimes[module] = weakref.ref(self)
@@ -82,7 +81,7 @@ class Runtime:
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return self.calls.before(args, kwargs)
 
-    def _after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    def _after(self, module: nn.Module, args: Any, output: Any) -> None:
         self.calls.after(output)
 
     def _before_encoder(self, encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

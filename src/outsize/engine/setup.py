@@ -12,11 +12,11 @@ from typing import final
 
 from outsize.block import Group, Piece, Plane, Record
 from outsize.config import ComputeType, Home, Settings
-from outsize.engine.backing import Backing
 from outsize.engine.budget import Budget
 from outsize.engine.dry_run import AnyPoint
 from outsize.engine.executor import Executor
 from outsize.engine.model import Model
+from outsize.engine.parameters import Backing
 from outsize.engine.timing import measure_costs
 from outsize.errors import UsageError
 from outsize.model import EncodingSource, InitSource, SafetensorsSource, TensorSource

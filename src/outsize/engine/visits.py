@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import final
 
@@ -11,13 +11,13 @@ import torch
 
 from outsize.block import Entry
 from outsize.config import Home, format_bytes
-from outsize.engine.backing import Backing
-from outsize.engine.backward_checks import BackwardCheck
 from outsize.engine.budget import Budget
 from outsize.engine.compiled import Compiler
 from outsize.engine.current_call import CurrentCall
 from outsize.engine.model import Model
 from outsize.engine.oom_retry import OomRetry
+from outsize.engine.parameters import Backing
+from outsize.errors import UsageError
 from outsize.model import Point
 from outsize.plan import Direction, Visit
 from outsize.store.state import BlockState
@@ -44,41 +44,56 @@ class Visits:
         self.oom_retry = OomRetry(retries, model.device, self._evict)
         self._budget = budget
 
-    @contextmanager
-    def forward(self, blocks: Sequence[str], *, as_leaves: bool = False) -> Iterator[dict[str, torch.Tensor]]:
+    def forward(
+        self, blocks: Sequence[str], *, as_leaves: bool = False
+    ) -> AbstractContextManager[dict[str, torch.Tensor]]:
         """The parameters in `blocks` by name: as plain views, or as leaves of a graph that outlives the visit."""
-        values_of = self._leaves if as_leaves else self._values
         visits = [Visit(name, Direction.FORWARD, joins_next=name != blocks[-1]) for name in blocks]
-        make_room = partial(self._budget.make_room, self._budget.visit_bytes)
-        with self._budget.guarded(), self.backing.running.visit(visits, make_room) as states:
-            yield {name: value for state in states for name, value in values_of(state).items()}
+        return self._visit(visits, self._leaves if as_leaves else self._values, self._budget.visit_bytes)
 
-    @contextmanager
     def backward(
         self, blocks: Sequence[str], *, needs_weights: bool = True
-    ) -> Iterator[dict[str, torch.Tensor]]:
+    ) -> AbstractContextManager[dict[str, torch.Tensor]]:
         """As `forward`; trainable parameters are leaves whose gradients go to the block's sum as they arise."""
-        visits = self.model.backward_visits(blocks, needs_weights)
         # Calls without a graph may have come since, and be smaller.
         call = self.call.last_training
         visit_bytes = self._budget.visit_bytes if call is None else call.visit_bytes
+        visits = self.model.backward_visits(blocks, needs_weights)
+        return self._visit(visits, self._leaves if needs_weights else lambda _: {}, visit_bytes)
+
+    @contextmanager
+    def _visit(
+        self,
+        visits: Sequence[Visit],
+        values_of: Callable[[BlockState], dict[str, torch.Tensor]],
+        visit_bytes: int,
+    ) -> Iterator[dict[str, torch.Tensor]]:
         make_room = partial(self._budget.make_room, visit_bytes)
         with self._budget.guarded(), self.backing.running.visit(visits, make_room) as states:
-            yield {
-                name: value
-                for state in states
-                for name, value in (self._leaves(state) if needs_weights else {}).items()
-            }
+            yield {name: value for state in states for name, value in values_of(state).items()}
 
-    def guard(self, point: Point) -> BackwardCheck:
-        """The checks that the backward of a visit to `point` makes first."""
-        return BackwardCheck(
-            point.module, () if self.backing.executor is None else self.num_steps(point.blocks)
-        )
+    def backward_check(self, point: Point) -> Callable[[], None]:
+        """Return what the backward of a visit to `point` that begins now calls first.
 
-    def num_steps(self, blocks: Sequence[str]) -> tuple[int, ...]:
-        """The number of updates of each block so far."""
-        return tuple(self.backing.store[name].update.num_steps for name in blocks)
+        It raises UsageError for a backward through other weights than the forward's, and for one that must not add to
+        parameters' gradients: both would be silently wrong.
+        """
+        before = self._num_steps(point.blocks)
+
+        def check() -> None:
+            if self._num_steps(point.blocks) != before:
+                raise UsageError(
+                    f"the weights of {point.module} were updated between its forward and its backward",
+                    hint="call backward() before optimizer.step()",
+                )
+            if not torch.autograd._is_checkpoint_valid():
+                raise UsageError(
+                    f"torch.autograd.grad, or backward(inputs=...), through {point.module}: a visit adds to the gradients "
+                    "of its parameters, which that must not do",
+                    hint="call loss.backward() and read .grad",
+                )
+
+        return check
 
     def add_gradient(self, parameter: str, gradient: torch.Tensor) -> None:
         """Add to the gradient of a whole parameter whose block is visited backward."""
@@ -108,6 +123,12 @@ class Visits:
             self.oom_retry.note(f"blocks compute {rows} rows at once instead of {before}")
 
     # -- helpers -------------------------------------------------------------------------------------------------
+
+    def _num_steps(self, blocks: Sequence[str]) -> tuple[int, ...]:
+        """The number of updates of each block so far."""
+        if self.backing.executor is None:
+            return ()
+        return tuple(self.backing.store[name].update.num_steps for name in blocks)
 
     def _values(self, state: BlockState) -> dict[str, torch.Tensor]:
         views = state.planes.pieces()
