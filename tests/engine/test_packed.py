@@ -46,8 +46,8 @@ def test_packed_documents_are_tiled_like_any_batch(tmp_path, monkeypatch):
     call, counts = call_state(model), set()
     tiles = call.tiles
 
-    def counted(module, tensors):
-        dims, parts = tiles(module, tensors)
+    def counted(module, tensors, **options):
+        dims, parts = tiles(module, tensors, **options)
         counts.add(len(parts))
         return dims, parts
 

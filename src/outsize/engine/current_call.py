@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol, final
 
 import torch
@@ -28,7 +28,7 @@ class Sealable(Protocol):
         """The call is over."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(eq=False, slots=True)
 class ModelCall:
     """A call of the model, forward and backward; each of its visits takes `visit_bytes` at most."""
 
@@ -81,40 +81,37 @@ class CurrentCall:
         before = 0
         for call in (self.running, self.last_training):
             if call is not None and call.tile_rows > rows:
-                before = call.tile_rows
-        self.running, self.last_training = _shrunk(self.running, rows), _shrunk(self.last_training, rows)
+                before, call.tile_rows = call.tile_rows, rows
         return before
 
-    def in_one_tile(self) -> tuple[Tile, ...]:
-        """The one tile of a layer whose output depends on the whole batch. Raises UsageError for packed documents."""
-        return self._checked(WHOLE)
-
     def tiles(
-        self, module: str, tensors: Sequence[torch.Tensor]
+        self, module: str, tensors: Sequence[torch.Tensor], *, may_cut: bool = True
     ) -> tuple[BatchDims | None, tuple[Tile, ...]]:
-        """How the batch is cut for the layer at `module`; one tile if the batch dimension of a tensor is unknown."""
-        dims, parts = self._tiles(module, tensors)
-        return dims, self._checked(parts)
+        """How the batch is cut for the layer at `module`, if it `may_cut`; one tile if a batch dimension is unknown.
 
-    def _tiles(
-        self, module: str, tensors: Sequence[torch.Tensor]
-    ) -> tuple[BatchDims | None, tuple[Tile, ...]]:
+        Raises UsageError for packed documents that would have to be computed together.
+        """
         call = self.running
-        if call is None or call.shape.rows is None or module in self._whole:
+        if call is None:
             return None, WHOLE
+        dims = self._dims(call, module, tensors) if may_cut else None
+        parts = WHOLE if dims is None else tuple(tiles(call.shape.rows or 1, call.tile_rows))
+        if call.is_row_by_row and call.shape.rows != len(parts):
+            raise packed_error(attention_of(self._module))
+        return dims, parts
+
+    def _dims(self, call: ModelCall, module: str, tensors: Sequence[torch.Tensor]) -> BatchDims | None:
+        """The batch dimensions of a layer's tensors; None if it is not cut."""
         dims, rows = call.workload.dims.get(module), call.shape.rows
-        if dims is None or all(dim is None for dim in dims.inputs):
-            return None, WHOLE
-        fits = len(dims.inputs) == len(tensors) and all(
+        if dims is None or rows is None or module in self._whole or len(dims.inputs) != len(tensors):
+            return None
+        if all(dim is None for dim in dims.inputs):
+            return None
+        fits = all(
             dim is None or (dim < tensor.dim() and tensor.shape[dim] % rows == 0)
             for dim, tensor in zip(dims.inputs, tensors, strict=True)
         )
-        return (dims, tuple(tiles(rows, call.tile_rows))) if fits else (None, WHOLE)
-
-    def _checked(self, parts: tuple[Tile, ...]) -> tuple[Tile, ...]:
-        if self.running is not None and self.running.is_row_by_row and self.running.shape.rows != len(parts):
-            raise packed_error(attention_of(self._module))
-        return parts
+        return dims if fits else None
 
 
 def packed_error(attention: str | None) -> UsageError:
@@ -123,7 +120,3 @@ def packed_error(attention: str | None) -> UsageError:
         f"{attention} keeps packed documents apart in calls of one row, and this one cannot be cut into rows",
         hint='load the model with attention="sdpa", or leave packing out',
     )
-
-
-def _shrunk(call: ModelCall | None, rows: int) -> ModelCall | None:
-    return None if call is None else replace(call, tile_rows=min(call.tile_rows, rows))

@@ -200,10 +200,8 @@ class Layer:
         depends_on_batch = self.has_batch_statistics and self.module.training
         call.state = ModuleState(self.module) if depends_on_batch or name in current.changing else None
         call.hooks = HookWatch() if has_user_hooks(self.inner) else None
-        if depends_on_batch or call.is_stateful or call.hooks is not None:
-            call.tiles = current.in_one_tile()
-        else:
-            call.dims, call.tiles = current.tiles(name, tensors)
+        may_cut = not (depends_on_batch or call.is_stateful or call.hooks is not None)
+        call.dims, call.tiles = current.tiles(name, tensors, may_cut=may_cut)
         call.row_tokens = current.row_tokens
 
     # -- the two directions ----------------------------------------------------------------------------------------
