@@ -121,12 +121,12 @@ def source_of(model: nn.Module) -> Any:
 def set_pins(model: nn.Module, pins: Pins) -> None:
     """Let what is decided from now on be decided by `pins`."""
     runtime = runtime_of(model)
-    runtime.budget.change_settings(replace(runtime.setup.settings, pins=pins))
+    runtime.budget.settings = replace(runtime.budget.settings, pins=pins)
 
 
 def num_commits_kept(model: nn.Module) -> int:
     """How many commits the store of `model` keeps."""
-    return runtime_of(model).setup.settings.commits
+    return runtime_of(model).budget.settings.commits
 
 
 def model_of(point: Any) -> nn.Module:

@@ -133,7 +133,7 @@ def commit(
     draft = Manifest(
         step=own.num_updates,
         written=datetime.now(UTC).isoformat(timespec="seconds"),
-        compute_type=runtime.setup.settings.compute_type,
+        compute_type=runtime.budget.settings.compute_type,
         rule=runtime.setup.rule.name if runtime.setup.rule is not None else "",
         optimizer=to_jsonable(own.commit_state(), "the optimizer's settings"),
         random=_random_state(),
@@ -198,7 +198,7 @@ def _attach(runtime: Runtime, path: Path, keep: int) -> Store:
             hint="call outsize.checkpoint.resume(model, optimizer, path) before the first call of the model",
         )
     ModuleState.of(runtime.model.module)  # what cannot be committed is refused before anything is computed
-    store = Store.claim(path, keep, [disk.folder for disk in runtime.setup.settings.budgets.disks])
+    store = Store.claim(path, keep, [disk.folder for disk in runtime.budget.settings.budgets.disks])
     runtime.setup.live_in(store)
     return store
 
@@ -293,7 +293,7 @@ def _decode(text: str) -> torch.Tensor:
 def _run_facts(runtime: Runtime) -> dict[str, Any]:
     call = runtime.visits.call.last_training
     kernel = (
-        runtime.setup.kernel(runtime.setup.settings.compute_type)
+        runtime.setup.kernel(runtime.budget.settings.compute_type)
         if runtime.setup.kernel is not None
         else None
     )
@@ -325,7 +325,7 @@ def _notes(runtime: Runtime, manifest: Manifest) -> list[str]:
     if elements is not None and before["device"] == str(runtime.model.torch_device):
         runtime.loss_tile_elements = int(elements)
     was_compiled = bool(before.get("compiled"))
-    if runtime.setup.settings.compile is None:
+    if runtime.budget.settings.compile is None:
         runtime.visits.compiler.is_on = was_compiled
     elif runtime.visits.compiler.is_on != was_compiled:
         notes.append(f"layers were {'' if was_compiled else 'not '}compiled before")
@@ -334,9 +334,9 @@ def _notes(runtime: Runtime, manifest: Manifest) -> list[str]:
     for name, value in now.items():
         if before.get(name, value) != value:
             notes.append(f"{name}: {before[name]} before, {value} now")
-    if manifest.compute_type != runtime.setup.settings.compute_type:
+    if manifest.compute_type != runtime.budget.settings.compute_type:
         notes.append(
-            f"compute type: {manifest.compute_type} before, {runtime.setup.settings.compute_type} now"
+            f"compute type: {manifest.compute_type} before, {runtime.budget.settings.compute_type} now"
         )
     if before["libraries"].get("torch", torch.__version__) != torch.__version__:
         notes.append(f"torch: {before['libraries']['torch']} before, {torch.__version__} now")

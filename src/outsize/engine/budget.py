@@ -57,6 +57,8 @@ class Budget:
         reading_bytes: Callable[[Sequence[Record]], int],
         free_host_bytes: Callable[[], int] = memory.available_bytes,
     ) -> None:
+        self.settings = settings
+        """What the user asked for; what is placed from now on follows them."""
         self.limits = Limits(settings.budgets.host_bytes or 0)
         """As measured when memory was placed."""
         self.reserved = Ledger()
@@ -69,7 +71,6 @@ class Budget:
         self.call_bytes = 0
         """Activations of the last call, where blocks compute."""
         self.always_resident = always_resident
-        self._settings = settings
         self._device = device
         self._reading_bytes = reading_bytes
         self._free_host_bytes = free_host_bytes
@@ -103,10 +104,6 @@ class Budget:
         """The records that were placed; none before."""
         return self._planner.records if self._planner is not None else ()
 
-    def change_settings(self, settings: Settings) -> None:
-        """Use `settings` for what is placed from now on."""
-        self._settings = settings
-
     def place(
         self,
         records: Sequence[Record],
@@ -134,7 +131,7 @@ class Budget:
             self._way = None
             return
         self._placed = placed(self.records, placement, self.limits.computes_in)
-        store_bytes = _disk_bytes(self._settings, placement, self.records)
+        store_bytes = _disk_bytes(self.settings, placement, self.records)
         if placement.inputs is Home.DISK:
             store_bytes -= placement.inputs_bytes
         self._placed += Ledger.of(Home.DISK, spare=store_bytes - self._placed.total(Home.DISK))
@@ -155,8 +152,8 @@ class Budget:
             workload,
             shape,
             self.limits,
-            self._settings,
-            partial(_disk_bytes, self._settings),
+            self.settings,
+            partial(_disk_bytes, self.settings),
             always_resident=self.always_resident,
             most_tile_tokens=self._most_tile_tokens,
         )
@@ -170,7 +167,7 @@ class Budget:
         memory.give_back()
         base = memory.resident_bytes()
         limits = Limits(
-            self._settings.budgets.host_bytes or base + int(0.9 * self._free_host_bytes()),
+            self.settings.budgets.host_bytes or base + int(0.9 * self._free_host_bytes()),
             Ledger.of(Home.HOST, process=base) + self.reserved,
             reading_bytes,
             others=_open_models_text(),
@@ -182,7 +179,7 @@ class Budget:
         return replace(
             limits,
             taken=limits.taken + Ledger.of(Home.DEVICE, process=others),
-            device_bytes=self._settings.budgets.device_bytes or int(0.95 * free),
+            device_bytes=self.settings.budgets.device_bytes or int(0.95 * free),
             device_free_bytes=free,
         )
 
@@ -192,7 +189,7 @@ class Budget:
         Raises BudgetError if not even the smallest tile fits.
         """
         assert self.placement is not None
-        computes_in, pins = self.limits.computes_in, self._settings.pins
+        computes_in, pins = self.limits.computes_in, self.settings.pins
         arenas = self._placed.total(computes_in) + self.ledger.total(computes_in, *WAITING)
         room = self.limits.room_bytes(computes_in) - (arenas - self._extra_bytes)
         inputs, kept = self.placement.inputs or computes_in, self.placement.kept
@@ -228,14 +225,9 @@ class Budget:
         Call it between calls, after one was made: what the plan left for the unforeseen is then known.
         """
         assert self.placement is not None and self._planned is not None and self._planner is not None
-        pins = self._settings.pins
+        pins = self.settings.pins
         is_pinned = pins.resident is not None or pins.resident_bytes is not None
-        if (
-            not self._device.is_host
-            or is_stored(self.records)
-            or is_pinned
-            or self._settings.home is not None
-        ):
+        if not self._device.is_host or is_stored(self.records) or is_pinned or self.settings.home is not None:
             return None
         left = self.limits.host_bytes - self.limits.slack_bytes // 2 - needed_bytes - memory.resident_bytes()
         if left >= WORTH_FILLING_BYTES:
@@ -265,7 +257,7 @@ class Budget:
         except torch.OutOfMemoryError as error:
             what = str(error).partition(". ")[0]
             fewer = "let blocks compute fewer rows at once (--pin tile_rows=1)"
-            if self._settings.on_device_full is OnDeviceFull.ERROR:
+            if self.settings.on_device_full is OnDeviceFull.ERROR:
                 fewer += ', or try again with fewer by itself (on_device_full="retry")'
             raise BudgetError(
                 f"the device ran out of memory ({what}); {format_bytes(self.ledger.total(Home.DEVICE))} of "

@@ -141,7 +141,7 @@ class CallTracker:
 
     def _check_pinned_tiles(self, workload: Workload, shape: BatchShape) -> None:
         """Raise UsageError if smaller tiles are pinned than the batch, of which no part can be computed."""
-        pinned = self._setup.settings.pins.tile_rows
+        pinned = self._budget.settings.pins.tile_rows
         if workload.uncut and pinned is not None and pinned < (shape.rows or 1):
             raise UsageError(
                 f"tile_rows={pinned} is pinned, and {workload.uncut}",

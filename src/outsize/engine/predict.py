@@ -189,7 +189,7 @@ def predict_call(
     committed = step(profile, commits=True) if commit_every else plain
     simulation = committed if is_each else plain
     remedies = {what: step(*changed).step_s for what, changed in _remedies(profile, costs).items()}
-    if placement.disk_bytes and setup.settings.home is None:
+    if placement.disk_bytes and budget.settings.home is None:
         more = max(1 << 30, budget.limits.host_bytes // 4)
         remedies[f"{format_bytes(more)} more memory"] = budget.choices_with(more, cost_model)[0].step_s
     found = [Remedy(what, simulation.step_s / step_s) for what, step_s in remedies.items()]

@@ -178,7 +178,7 @@ def _summary(runtime: Runtime, batch_size: int, seq_len: int, passes: Passes | N
         host_bytes=ledger.total(Home.HOST),
         disk_bytes=ledger.total(Home.DISK),
         device_bytes=ledger.total(Home.DEVICE),
-        disk_budget_bytes=_disk_budget(runtime.setup.settings),
+        disk_budget_bytes=_disk_budget(runtime.budget.settings),
         prediction=prediction,
         alternatives=_alternatives(budget.choices),
         pins=pins_text(budget.choices[0]) if budget.choices else "",

@@ -67,7 +67,7 @@ class Runtime:
             retries=settings.on_device_full is OnDeviceFull.RETRY,
         )
         self.points = install(self.visits)
-        self.setup = Setup(self.model, self.backing, self.budget, settings, self.points, profile)
+        self.setup = Setup(self.model, self.backing, self.budget, self.points, profile)
         self._structure = Structure(module, self.points)
         dry_runner = DryRunner(self.visits, self.points, module.forward)
         self.calls = CallTracker(self.visits, self.setup, self.budget, dry_runner, self.check)

@@ -11,7 +11,7 @@ from fractions import Fraction
 from typing import final
 
 from outsize.block import Group, Piece, Plane, Record
-from outsize.config import ComputeType, Home, Settings
+from outsize.config import ComputeType, Home
 from outsize.engine.budget import Budget
 from outsize.engine.dry_run import AnyPoint
 from outsize.engine.executor import Executor
@@ -50,11 +50,9 @@ class Setup:
         model: Model,
         backing: Backing,
         budget: Budget,
-        settings: Settings,
         points: Mapping[str, AnyPoint],
         profile: Profile | None,
     ) -> None:
-        self.settings = settings
         self.profile = profile
         """Of the machine, if it is known: the fastest plan is then taken."""
         self.rule: Rule | None = None
@@ -89,20 +87,15 @@ class Setup:
     def live_in(self, commit_store: CommitStore | None) -> None:
         """Keep all records in `commit_store` from the first call on; None: in scratch space."""
         self._backing.commit_store = commit_store
-        self._change_settings(
-            replace(self.settings, commits=commit_store.commits if commit_store is not None else 0)
-        )
+        commits = 0 if commit_store is None else commit_store.commits
+        self._budget.settings = replace(self._budget.settings, commits=commits)
 
     def keep_tiles(self, rows: int) -> bool:
         """Compute `rows` rows of a batch at once, as an earlier process did; False if a pin says otherwise."""
-        pins = self.settings.pins
+        budget, pins = self._budget, self._budget.settings.pins
         if pins.tile_rows is None:
-            self._change_settings(replace(self.settings, pins=replace(pins, tile_rows=rows)))
-        return self.settings.pins.tile_rows == rows
-
-    def _change_settings(self, settings: Settings) -> None:
-        self.settings = settings
-        self._budget.change_settings(settings)
+            budget.settings = replace(budget.settings, pins=replace(pins, tile_rows=rows))
+        return budget.settings.pins.tile_rows == rows
 
     # -- deciding ------------------------------------------------------------------------------------------------
 
@@ -116,10 +109,10 @@ class Setup:
         """
         records = self._lay_out(workload)
         cost_model = None
-        if self.profile is not None and cached is not None:
-            cost_model = self.cost_model(self.profile, *cached, records).uncut(cached[1].rows or 1)
-        elif self.profile is not None:
-            cost_model = self.cost_model(self.profile, workload, shape, records)
+        if self.profile is not None:
+            cost_model = self.cost_model(self.profile, *(cached or (workload, shape)), records)
+        if cost_model is not None and cached is not None:
+            cost_model = cost_model.uncut(cached[1].rows or 1)
         return records, self._budget.place(records, workload, shape, cost_model)
 
     def fits(self, workload: Workload, shape: BatchShape) -> bool:
@@ -215,7 +208,7 @@ class Setup:
         self, records: Sequence[Record], placement: Placement
     ) -> tuple[BlockStore, frozenset[str]]:
         """The store of `records` with its disk, and the names of those that an earlier process left on it."""
-        backing, settings = self._backing, self.settings
+        backing, settings = self._backing, self._budget.settings
         restored: frozenset[str] = frozenset()
         bases: Mapping[str, int] | None = None
         disk: Tier | None
@@ -277,7 +270,9 @@ class Setup:
             pass
 
     def _open_scratch(self, what: str, num_bytes: int) -> Tier | None:
-        return open_scratch(f"outsize-{self.identity}.{what}", num_bytes, self.settings, self._io_threads)
+        return open_scratch(
+            f"outsize-{self.identity}.{what}", num_bytes, self._budget.settings, self._io_threads
+        )
 
     @property
     def _io_threads(self) -> int:

@@ -303,7 +303,7 @@ class Runner:
             return runtime.model.device.free_bytes()
         if self.device.type != "cpu":
             return int(torch.cuda.mem_get_info(self.device)[0])
-        limit = runtime.setup.settings.budgets.host_bytes if runtime is not None else None
+        limit = runtime.budget.settings.budgets.host_bytes if runtime is not None else None
         if limit is None:
             return memory.available_bytes()
         return max(0, limit - memory.resident_bytes())
