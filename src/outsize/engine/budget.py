@@ -237,9 +237,10 @@ class Budget:
             placement = with_pieces(self._planned, self.records, num_bytes, self._planner.idle)
         else:
             return None
-        changed = placement if placement.pieces != self.placement.pieces else None
+        if placement.pieces == self.placement.pieces:
+            return None
         self.use(placement)
-        return changed
+        return placement
 
     def shrink_tiles(self, num_tokens: int) -> None:
         """Limit tiles of future calls to `num_tokens`, even pinned ones; a tile has at least one row."""
