@@ -441,9 +441,10 @@ def test_inputs_that_are_too_small_to_move_stay(tmp_path, monkeypatch):
     assert activation_offload(model) is None and placement_of(model).inputs is None
 
 
+@pytest.mark.parametrize("is_planned", [True, False])
 @pytest.mark.parametrize("device", [HostDevice(), TwinDevice(delay_s=lambda way, label: 0.002)])
-def test_tensors_come_back_as_they_were(device):
-    """Of all types and lengths, also those that are no whole page."""
+def test_tensors_come_back_as_they_were(device, is_planned):
+    """Of all types and lengths, also those that are no whole page; and those that no plan sends."""
     keeper = offload.ActivationOffload(device, 1 << 20, MemoryTier(1 << 20))
     generator = torch.Generator().manual_seed(0)
     saved = []
@@ -451,9 +452,12 @@ def test_tensors_come_back_as_they_were(device):
         for count in (1, 1000, 4097, 9999):
             tensor = torch.randn(count, generator=generator).to(dtype).requires_grad_()
             with keeper.keep([tensor], "L00"):
-                keeper.send("L00")
+                if is_planned:
+                    keeper.send("L00")
                 saved.append((tensor.square(), tensor.detach().clone()))
             del tensor
+    sizes, num_leaving = keeper.waiting()
+    assert len(sizes) == len(saved) and num_leaving == (len(saved) if is_planned else 0)
     keeper.begin()
     for output, expected in reversed(saved):
         (inner,) = [fn for fn in (output.grad_fn,)]
@@ -461,6 +465,40 @@ def test_tensors_come_back_as_they_were(device):
     del saved, output, inner
     assert keeper.in_use_bytes == 0
     keeper.close()
+    keeper.close()
+
+
+def test_the_plan_fetches_what_the_next_backward_needs():
+    """Before autograd asks for it; what another visit needs is left where it is."""
+    read = []
+    disk = SlowTier(MemoryTier(1 << 20), lambda verb, label: read.append(label) or 0.0)
+    keeper = offload.ActivationOffload(HostDevice(), 1 << 20, disk)
+    outputs = {}
+    for block in ("L00", "L01", "L02"):
+        tensor = torch.full((2048,), 1.0, requires_grad=True)
+        with keeper.keep([tensor], block):
+            keeper.send(block)
+            outputs[block] = tensor.square()
+    del tensor
+    keeper.release()
+    read.clear()
+
+    def unpack(block):
+        return outputs[block].grad_fn._saved_self
+
+    def blocks_read():
+        return {label.partition(".")[0] for label in read}
+
+    assert unpack("L02").sum() == 2048 and blocks_read() == {"L02"}
+    keeper.fetch("L00")
+    keeper.fetch("L01")
+    give_up_s = time.monotonic() + 60
+    while "L01" not in blocks_read() and time.monotonic() < give_up_s:
+        time.sleep(0.001)
+    assert blocks_read() == {"L01", "L02"}
+    assert unpack("L01").sum() == 2048 and len(read) == len(set(read))
+    assert blocks_read() == {"L01", "L02"}
+    outputs.clear()
     keeper.close()
 
 
