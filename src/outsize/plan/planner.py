@@ -333,9 +333,8 @@ class Planner:
                 f"activations take {activations} of the device"
             )
             budgets = f'device="{device}" with host="{host}"'
-        hint = (
-            f"{budgets}{self._with_disk(placement)} works with this batch{self._fewer_rows()}{self._pinned()}"
-        )
+        smaller = f"{self._fewer_rows()}{_pinned(self.settings.pins)}"
+        hint = f"{budgets}{self._with_disk(placement)} works with this batch{smaller}"
         return BudgetError(
             f"the model does not fit into {message}",
             hint=hint if self._can_stream else f'{hint}; or give a folder on an SSD with disk="..."',
@@ -377,13 +376,13 @@ class Planner:
             return f" with {(error.hint or '').removesuffix(' works')}"
         return ""
 
-    def _pinned(self) -> str:
-        """The pins that cost memory, as the end of a hint."""
-        pins = self.settings.pins
-        values = ((name, getattr(pins, name)) for name in ("weight_slots", "gradient_slots", "resident"))
-        named = [f"{name}={value}" for name, value in values if value is not None]
-        return f"; or pin less than {', '.join(named)}" if named else ""
-
 
 def _mib(num_bytes: int) -> str:
     return f"{-(-num_bytes // (1 << 20))}MiB"
+
+
+def _pinned(pins: Pins) -> str:
+    """The pins that cost memory, as the end of a hint."""
+    values = ((name, getattr(pins, name)) for name in ("weight_slots", "gradient_slots", "resident"))
+    named = [f"{name}={value}" for name, value in values if value is not None]
+    return f"; or pin less than {', '.join(named)}" if named else ""
