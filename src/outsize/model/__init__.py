@@ -10,19 +10,17 @@ write_folder(module, plan.blocks, fetch, out)   # an ordinary folder again
 from outsize.model.adapter import has_adapters, write_adapters
 from outsize.model.attention import attention_of, merges_rows
 from outsize.model.cut import cut
-from outsize.model.defaults import plain_defaults
 from outsize.model.encoding import EncodingSource, encoded
 from outsize.model.export import MAX_SHARD_BYTES, write_companions, write_folder
 from outsize.model.folder import Existing
 from outsize.model.initial import InitSource
-from outsize.model.messages import messages_for_template
 from outsize.model.names import main_dtype
 from outsize.model.points import Binding, Cut, Point, PointKind
 from outsize.model.quantized import is_quantized, parse_weights, stored_weights
 from outsize.model.shards import READ_BUFFERS_BYTES, file_digests, find_weights, has_weights
-from outsize.model.skeleton import longest_sequence, open_skeleton, resolve_folder
+from outsize.model.skeleton import longest_sequence, open_skeleton, plain_defaults, resolve_folder
 from outsize.model.source import SafetensorsSource, Source, TensorSource
-from outsize.model.tokenizer import load_tokenizer
+from outsize.model.tokenizer import load_tokenizer, messages_for_template
 from outsize.model.weight_file import FileDigest
 
 __all__ = [

@@ -29,7 +29,6 @@ from transformers.initialization import no_init_weights
 
 from outsize.errors import ModelError
 from outsize.model.attention import choose
-from outsize.model.defaults import plain_defaults
 from outsize.model.names import full_precision_names
 from outsize.model.quantized import is_ours, restore
 
@@ -39,6 +38,25 @@ _LARGE = 1 << 16
 _COMPUTED = (torch.float32, torch.bfloat16)
 
 _CONSTRUCTED: weakref.WeakKeyDictionary[nn.Module, dict[str, torch.Tensor]] = weakref.WeakKeyDictionary()
+
+
+_constructing = threading.RLock()
+
+
+@contextmanager
+def plain_defaults() -> Iterator[None]:
+    """Inside, new tensors are fp32 and in the host's memory unless the code says otherwise, as in a new process.
+
+    The default type is the whole process's, and transformers changes it too, with torch's init functions, while it
+    constructs a model. So one thread at a time is inside: for code that constructs models, not for code that runs them.
+    """
+    with _constructing, torch.device("cpu"):
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float32)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(before)
 
 
 def resolve_folder(path: str | Path) -> Path:

@@ -20,7 +20,7 @@ from jinja2 import TemplateError
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from outsize.errors import DataError
-from outsize.model.messages import Message, messages_for_template
+from outsize.model.tokenizer import Message, messages_for_template
 
 _PROBE = "\ue000"
 """Content that no conversation has: a character for private use."""

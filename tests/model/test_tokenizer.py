@@ -2,7 +2,7 @@
 
 import pytest
 
-from outsize.model.messages import messages_for_template
+from outsize.model.tokenizer import messages_for_template
 from tests.train.families import chat_tokenizer
 
 
