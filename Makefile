@@ -56,7 +56,7 @@ test: $(READY) browser
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
-	$(BIN)/python -m pytest -n $(JOBS) -p tests.emulation tests/gpu tests/integrations
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -p tests.emulation tests/gpu tests/integrations
 
 # Everything that takes too long for each change. Each part can be run by itself.
 soak: soak-kills soak-faults mutants test-lowest test-312
