@@ -75,9 +75,13 @@ def test_a_loaded_package_leaves_nothing_in_the_temporary_folder(own_cache, tmp_
     folder = tmp_path / "temporary"
     folder.mkdir()
     code = """
+import threading
 import torch
 from outsize.config import ComputeType
-from outsize.optim import ADAMW, ALGORITHMS, Backend, compile_rule
+from outsize.optim import ADAMW, ALGORITHMS, Backend, compile, compile_rule
+# A thread that is still there when the process ends lets nothing go by itself.
+held = threading.Event()
+threading.Thread(target=lambda loaders: held.wait(), args=(compile._loaders,), daemon=True).start()
 settings = {"lr": 0.5, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
 hyper = ALGORITHMS["AdamW"].hyper(settings, step=1)
 kernels = [compile_rule(ADAMW, ComputeType.FLOAT32) for _ in range(2)]
