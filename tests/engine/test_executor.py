@@ -12,6 +12,7 @@ import outsize
 from outsize import Pins
 from outsize.block import Group
 from outsize.config import Home
+from outsize.errors import UsageError
 from outsize.plan import Read, Update, Wait
 from tests.running import adamw, assert_same_weights, opened, train, values_of
 from tests.seams import (
@@ -169,11 +170,22 @@ def test_threads_end_with_the_session(tmp_path):
     assert not [thread for thread in set(threading.enumerate()) - before if thread.name.startswith("outsize")]
 
 
-def test_a_visit_needs_its_place_to_be_free(tmp_path):
+def test_a_visit_inside_another_leaves_that_one_its_place(tmp_path):
     model = llama(tmp_path)
     train(model, [BATCH])
+    expected = values_of(model)
+    with visit_block(model, "L00") as outer, visit_block(model, "L01") as inner:
+        for state in (*outer, *inner):
+            for entry, view in zip(state.record.entries, state.planes.pieces(), strict=True):
+                assert torch.equal(view, expected[entry.piece.parameter])
+    assert all(torch.equal(value, expected[name]) for name, value in values_of(model).items())
+
+
+def test_a_visit_needs_its_place_to_be_free(tmp_path):
+    model = llama(tmp_path, weight_slots=1)
+    train(model, [BATCH])
     with (
-        pytest.raises(AssertionError, match="visited inside another visit"),
+        pytest.raises(UsageError, match="L01 is visited inside L00, which hold all slots"),
         visit_block(model, "L00"),
         visit_block(model, "L01"),
     ):

@@ -4,6 +4,11 @@ The model drives: when it reaches a block, the executor runs the plan up to that
 done, it starts everything that can be started before the next wait. A call that leaves its plan (another order, a
 block skipped or visited twice) is planned again from where it stands, counted, and reported: never an assert.
 
+A block may be visited inside the visit of another, as an expert inside its layer. Such visits are a **detour**: they have a
+plan of their own, made from what is in memory, and at its end slots hold again what the plan around it expects, which then
+goes on. So the cost of a nested visit does not depend on what is left of the call. `hint` plans several at once, which are
+then read ahead; one that nobody hinted at is a detour by itself, and counted.
+
 An exception may come between any two lines: an interrupt, missing memory, an error of the model. What has to hold after it
 does not depend on code that cleans up, which may be interrupted too: see [Note: interruption] in `recovery.py`.
 """
@@ -11,14 +16,17 @@ does not depend on code that cleans up, which may be interrupted too: see [Note:
 from __future__ import annotations
 
 import time
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
 
-from outsize.block import Plane
+from outsize.block import Group, Plane
 from outsize.errors import UsageError
 from outsize.plan import (
     PASSES,
+    Claim,
     Context,
     Direction,
     Free,
@@ -41,7 +49,16 @@ from outsize.store.recovery import undone_by
 from outsize.store.snapshots import Snapshot
 from outsize.store.state import BlockState
 
-Runner = Callable[[Op], None]
+
+@dataclass(frozen=True, slots=True)
+class _Around:
+    """The plan that a detour interrupts, how far it is, which weights are in slots, and the visits that are under way."""
+
+    plan: Plan
+    index: int
+    expected: deque[Visit]
+    held: tuple[str, ...]
+    visiting: frozenset[str]
 
 
 class Executor:
@@ -59,8 +76,17 @@ class Executor:
         self.wait_s: defaultdict[str, float] = defaultdict(float)
         self.recorder: Recorder | None = None
         self._index = 0
-        self._expected: list[Visit] = []
+        self._expected: deque[Visit] = deque()
+        self._left: Counter[str] = Counter()
+        """Visits of each block that are left of the call, detours not counted."""
+        self._around: list[_Around] = []
+        """Plans that detours interrupt, the outermost first."""
         self._held: list[str] = []
+        """Blocks whose weights are in a slot."""
+        self._sums: list[str] = []
+        """Blocks whose gradient is in a slot."""
+        self._is_broken = False
+        """Whether a visit inside another failed: the one around it must not go on."""
         self._input_bytes: Mapping[str, int] = {}
         self._visiting: frozenset[str] = frozenset()
         self._is_stale = False
@@ -81,7 +107,7 @@ class Executor:
             self.store.offload.begin()
         self._input_bytes = input_bytes or {}
         self.executed = []
-        self._make_plan(list(visits))
+        self._make_plan(visits)
         self._is_disturbed = False
 
     def enter(self) -> bool:
@@ -101,8 +127,9 @@ class Executor:
         return unfinished is not None
 
     def _recover(self) -> None:
-        self._expected, self.plan, self._index = [], Plan(()), 0
-        self._held, self._is_stale = [], False
+        self._expected, self.plan, self._index = deque(), Plan(()), 0
+        self._around, self._held, self._sums = [], [], []
+        self._is_stale = self._is_broken = False
         self.store.recover()
         self._is_disturbed = False
 
@@ -118,11 +145,17 @@ class Executor:
     ) -> Iterator[list[BlockState]]:
         """The blocks' weights are in memory (and, where they train, their gradient sums ready) inside the context.
 
-        `visits` are those of one point: one, or several that are joined. `before` is called when they are reached.
+        `visits` are those of one point: one, or several that are joined. `before` is called when they are reached. Raises
+        UsageError inside another visit if that leaves no slot for them.
         """
-        assert not self._visiting, f"{visits[0].block} is visited inside another visit"
-        self.enter()
+        outer = self._visiting
+        if not outer:
+            self.enter()
         self._is_disturbed = True
+        if outer:
+            self._reach_detour(visits)
+        self._is_broken = bool(outer)  # as long as this visit is not reached
+        depth = len(self._around)
         for visit in visits:
             self._reach(visit)
         recorder = self.recorder
@@ -131,27 +164,36 @@ class Executor:
         for visit, state in zip(visits, states, strict=True):
             if visit.trains and visit.direction is Direction.BACKWARD:
                 self.store.gradients.begin(state)
+        self._is_broken = False
         try:
-            with undone_by(self._leave):
-                self._visiting = frozenset(visit.block for visit in visits)
+            with undone_by(partial(setattr, self, "_visiting", outer)):
+                self._visiting = outer.union(visit.block for visit in visits)
                 before()
                 yield states
+            if self._is_broken:
+                raise UsageError(
+                    f"block {visits[0].block} caught an error of a visit inside its own",
+                    hint="let it reach the caller of the model",
+                )
         except Exception:
-            with suppress(Exception):  # what is not done here is done by the next `enter`
-                self._recover()
+            self._is_broken = bool(outer)
+            if not outer:  # else the visits around still use their slots
+                with suppress(Exception):  # what is not done here is done by the next `enter`
+                    self._recover()
             raise
         if recorder is not None and began is not None:
             recorder.visited(visits, began)
-        if self._is_stale:
+        while len(self._around) > depth:
+            self._end_detour()
+        if self._is_stale and not outer:
             self._is_stale = False
             self._release_gradients()
             self._make_plan(self._expected)
         else:
             self._proceed()
-        self._is_disturbed = False
-
-    def _leave(self) -> None:
-        self._visiting = frozenset()
+        if outer and not self._expected:
+            self._end_detour()
+        self._is_disturbed = bool(outer)
 
     @contextmanager
     def touch(self, block: str) -> Iterator[BlockState]:
@@ -165,7 +207,7 @@ class Executor:
         self._is_disturbed = True
         self._release_gradients()
         rest = self._expected
-        self._make_plan([Visit(block, Direction.TOUCH)])
+        self._make_plan((Visit(block, Direction.TOUCH),))
         while self._index < len(self.plan):
             self._run_next()
         yield self.store[block]
@@ -193,8 +235,9 @@ class Executor:
             return order.index(state.name) if state.name in order else len(order)
 
         chosen = max(staying, key=distance)
-        if chosen.planes.gradient_slot is not None:
+        if chosen.name in self._sums:
             self.store.gradients.free(chosen)
+            self._sums.remove(chosen.name)
         self.store.evict(chosen, evicted(self.store.placement, chosen.record))
         self._is_stale = True
         return chosen
@@ -234,8 +277,14 @@ class Executor:
 
     def _reach(self, visit: Visit) -> None:
         if not self._expected or self._expected[0].key != visit.key:
-            self._leave_plan(visit)
-        self._expected.pop(0)
+            # Plan again from here: skip ahead where the visit comes later, else insert it.
+            self.off_plan[f"{visit.direction} {visit.block}"] += 1
+            self._release_gradients()
+            rest, keys = list(self._expected), [expected.key for expected in self._expected]
+            self._make_plan(rest[keys.index(visit.key) :] if visit.key in keys else [visit, *rest])
+        self._expected.popleft()
+        if not self._around:
+            self._left[visit.block] -= 1
         while self.plan.ops[self._index].resource is not Resource.COMPUTE:
             self._run_next()
         op = self.plan.ops[self._index]
@@ -243,31 +292,80 @@ class Executor:
         self.executed.append(op)
         self._index += 1
 
-    def _leave_plan(self, visit: Visit) -> None:
-        """Plan again from here: skip ahead where the visit comes later, else insert it."""
-        self.off_plan[f"{visit.direction} {visit.block}"] += 1
-        self._release_gradients()
-        keys = [expected.key for expected in self._expected]
-        rest = self._expected[keys.index(visit.key) :] if visit.key in keys else [visit, *self._expected]
-        self._make_plan(rest)
-
-    def _make_plan(self, visits: list[Visit]) -> None:
-        offload, snapshots = self.store.offload, self.store.snapshots
-        inputs, num_leaving = offload.waiting() if offload is not None else ((), 0)
+    def _make_plan(self, visits: Sequence[Visit], concerned: Iterable[str] | None = None) -> None:
+        """Plan the rest of the call, or visits of a detour, which are `concerned` with a few blocks alone."""
+        inputs: Sequence[tuple[str, int]] = ()
+        num_leaving, input_bytes = 0, self._input_bytes if concerned is None else {}
+        if concerned is None:
+            self._left = Counter(visit.block for visit in visits)
+            if self.store.offload is not None:
+                inputs, num_leaving = self.store.offload.waiting()
+        names = self.store.records if concerned is None else concerned
+        records = {name: self.store.records[name] for name in names}
+        states = [self.store[name] for name in records]
+        snapshots, placement = self.store.snapshots, self.store.placement
         occupancy = Occupancy(
             held=tuple(self._held),
-            pending=frozenset(state.name for state in self.store if state.update.pending is not None),
-            accumulated=frozenset(state.name for state in self.store if state.gradient.exists),
-            committing=snapshots.waiting if snapshots is not None else (),
+            pending=frozenset(state.name for state in states if state.update.pending is not None),
+            accumulated=frozenset(state.name for state in states if state.gradient.exists),
+            committing=snapshots.waiting & records.keys() if snapshots is not None else (),
+            visiting=self._visiting,
+            summing=tuple(self._sums),
             inputs=inputs,
             num_leaving=num_leaving,
         )
-        records, placement = self.store.records, self.store.placement
-        self.plan = make_plan(Context(visits, records, placement, occupancy, self._input_bytes), self.passes)
+        context = Context(tuple(visits), records, placement, occupancy, input_bytes)
+        self.plan = make_plan(context, self.passes)
         check(self.plan, records, placement)
-        self._expected = visits
-        self._index = 0
+        self._index, self._expected = 0, deque(visits)
         self._proceed()
+
+    # -- visits inside others ------------------------------------------------------------------------------------
+
+    def hint(self, visits: Sequence[Visit]) -> None:
+        """Plan visits that come next inside the one under way, in this order, and start reading what they need."""
+        assert self._visiting, "a hint is given inside a visit"
+        self._is_disturbed = self._is_broken = True
+        placement, blocks = self.store.placement, {visit.block for visit in visits}
+        # A block that the call visits later finds other updates and sums then: what is left is planned again.
+        self._is_stale |= any(self._left[block] > 0 for block in blocks)
+        classes = {placement.slot_class(visit.block, Group.GRADIENT) for visit in visits if visit.trains}
+        for block in set(self._sums) - self._visiting:
+            if placement.slot_class(block, Group.GRADIENT) in classes:
+                self._run(Free(block, Plane.GRADIENT))
+                self._is_stale = True
+        self._around.append(
+            _Around(self.plan, self._index, self._expected, tuple(self._held), self._visiting)
+        )
+        self._make_plan(visits, {*blocks, *self._held, *self._sums})
+        self._is_broken = False
+
+    def _reach_detour(self, visits: Sequence[Visit]) -> None:
+        """Plan visits inside others, unless they were hinted at; those that were, and are skipped, are left out."""
+        is_hinted = bool(self._around) and self._around[-1].visiting == self._visiting
+        rest = list(self._expected) if is_hinted else []
+        keys = [visit.key for visit in rest]
+        if keys[: len(visits)] == [visit.key for visit in visits]:
+            return
+        self.off_plan[f"{visits[0].direction} {visits[0].block}"] += 1
+        if is_hinted:
+            self._end_detour()
+        self.hint(rest[keys.index(visits[0].key) :] if visits[0].key in keys else [*visits, *rest])
+
+    def _end_detour(self) -> None:
+        """Leave a detour, wherever it is: slots hold again what the plan around it expects."""
+        while self._index < len(self.plan) and isinstance(self.plan.ops[self._index], Write):
+            self._run_next()
+        around = self._around.pop()
+        own = {op.block for op in self.plan if isinstance(op, Claim | Read) and op.plane is Plane.GRADIENT}
+        for block in own.intersection(self._sums):
+            self._run(Free(block, Plane.GRADIENT))
+        for block in set(self._held).difference(around.held):
+            self._run(Free(block, Plane.WEIGHT))
+        for block in around.held:
+            if block not in self._held:
+                self._run(Read(block, Plane.WEIGHT, self.store.records[block].plane_bytes(Plane.WEIGHT)))
+        self.plan, self._index, self._expected = around.plan, around.index, around.expected
 
     # -- running -------------------------------------------------------------------------------------------------
 
@@ -280,7 +378,10 @@ class Executor:
             self._run_next()
 
     def _run_next(self) -> None:
-        op = self.plan.ops[self._index]
+        self._run(self.plan.ops[self._index])
+        self._index += 1
+
+    def _run(self, op: Op) -> None:
         plane: Plane | None = getattr(op, "plane", None)
         recorder, state = self.recorder, self.store[op.block]
         began = recorder.moment() if recorder is not None else None
@@ -297,16 +398,19 @@ class Executor:
                 self._held.append(block)
             case Free(block, Plane.WEIGHT):
                 self._held.remove(block)
+            case Read(block, Plane.GRADIENT) | Claim(block, Plane.GRADIENT):
+                self._sums.append(block)
+            case Free(block, Plane.GRADIENT):
+                self._sums.remove(block)
             case _:
                 pass
         self.executed.append(op)
-        self._index += 1
 
     def _release_gradients(self) -> None:
         """Give back gradient slots of a plan that is not carried on, finishing writes that follow a backward."""
         while self._index < len(self.plan) and isinstance(self.plan.ops[self._index], Write):
             self._run_next()
-        for state in self.store:
-            if state.planes.gradient_slot is not None:
-                self.store.gradients.free(state)
-        self._expected, self.plan, self._index = list(self._expected), Plan(()), 0
+        for block in self._sums:
+            self.store.gradients.free(self.store[block])
+        self._sums = []
+        self._expected, self.plan, self._index = deque(self._expected), Plan(()), 0

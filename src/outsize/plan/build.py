@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import defaultdict
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from outsize.block import Group, Plane
 from outsize.config import Home
+from outsize.errors import UsageError
 from outsize.plan.context import Context, Direction, Visit
 from outsize.plan.op import Backward, Claim, Forward, Free, Held, Hint, Op, Read, Wait, Write
 from outsize.plan.place import GRADIENT_SUM_BYTES, sums_in_place
@@ -20,6 +22,15 @@ from outsize.plan.plan import Plan
 
 LOOKAHEAD = 4
 """Visits; how far ahead reads and updates are started, slots permitting."""
+
+
+def _no_slot(block: str, visiting: Collection[str]) -> UsageError:
+    """A block is visited inside others that hold all slots of its size."""
+    assert visiting, f"no slot for {block}"
+    return UsageError(
+        f"block {block} is visited inside {', '.join(sorted(visiting))}, which hold all slots of its size",
+        hint="give more slots: Pins(weight_slots=..., gradient_slots=...)",
+    )
 
 
 def build(context: Context) -> Plan:
@@ -69,7 +80,8 @@ class _Builder:
         wanted = visit.needs_weights or block in self.pending
         if wanted and (group := self.weight_class[block]) is not None and block not in self.held:
             if not self._make_room(group, index, now):
-                assert index != now, f"no slot for {visit}"
+                if index == now:
+                    raise _no_slot(block, self.context.occupancy.visiting)
                 return
             self.held.append(block)
             self.unwaited.add(block)
@@ -87,7 +99,9 @@ class _Builder:
         members = [block for block in self.held if self.weight_class[block] == group]
         if len(members) < self.placement.slots[Group.WEIGHT][group].count:
             return True
-        protected = {visit.block for visit in self.visits[now : index + 1]}
+        protected = {visit.block for visit in self.visits[now : index + 1]} | {
+            *self.context.occupancy.visiting
+        }
         candidates = [block for block in members if block not in protected]
         if not candidates:
             return False
@@ -116,9 +130,12 @@ class _Builder:
         if any(visit.block == block and visit.trains for visit in self.visits[now:index]):
             return  # its sum is not complete yet
         members = [name for name in self.gradients if self.gradient_class[name] == group]
-        if len(members) >= self.placement.slots[Group.GRADIENT][group].count:
+        taken = [name for name in self.context.occupancy.summing if self.gradient_class[name] == group]
+        if len(members) + len(taken) >= self.placement.slots[Group.GRADIENT][group].count:
             if index != now:
                 return
+            if not members:
+                raise _no_slot(block, taken)
             # One that is on its way home; else one that was claimed ahead of its time.
             self._free_gradient(next((name for name in members if name in self.written), members[-1]))
         self.gradients.append(block)

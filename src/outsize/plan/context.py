@@ -43,14 +43,17 @@ class Occupancy:
 
     `held`: blocks whose weights are in a slot. `pending`: blocks with an update to apply. `accumulated`: blocks whose
     gradient plane already holds a sum that backward adds to. `committing`: blocks that the commit under way waits for.
-    `inputs`: `(block, num_bytes)` of visits whose inputs were sent away and are still needed, the oldest first; the memory
-    of the last `num_leaving` was not given back yet.
+    `visiting`: blocks whose visits are under way and last longer than the plan, so that they keep their weights in a slot.
+    `summing`: blocks that keep a slot for their gradient as long. `inputs`: `(block, num_bytes)` of visits whose inputs
+    were sent away and are still needed, the oldest first; the memory of the last `num_leaving` was not given back yet.
     """
 
     held: Sequence[str] = ()
     pending: Collection[str] = ()
     accumulated: Collection[str] = ()
     committing: Collection[str] = ()
+    visiting: Collection[str] = ()
+    summing: Sequence[str] = ()
     inputs: Sequence[tuple[str, int]] = ()
     num_leaving: int = 0
 
