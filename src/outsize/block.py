@@ -176,12 +176,6 @@ class Record:
         end = place((each for each in pieces if not each[1] and each[0] in in_files), stored)
         return cls(block, tuple(entries), tuple(state), dict(element_bytes), end, trained, stored, range(end))
 
-    def shards(self, count: int) -> list[Record]:
-        """The record cut into `count` shards whose sizes differ by at most a chunk; some may be empty."""
-        num_chunks = -(-self.num_elements // CHUNK)
-        cuts = [min(CHUNK * (num_chunks * i // count), self.num_elements) for i in range(count + 1)]
-        return [replace(self, shard=range(start, stop)) for start, stop in pairwise(cuts)]
-
     @property
     def name(self) -> str:
         """The block's name."""
@@ -194,19 +188,11 @@ class Record:
 
     def plane_range(self, plane: Plane) -> range:
         """The elements of `plane` that the shard holds: of weights any, of the other planes those that train."""
-        return self._held(self.num_elements if plane is Plane.WEIGHT else self.num_trainable)
+        return _within(self.shard, self.num_elements if plane is Plane.WEIGHT else self.num_trainable)
 
     def stored_range(self, plane: Plane) -> range:
         """The elements of `plane` that have a place on the shard's disk."""
-        return self._held(self.num_stored if plane is Plane.WEIGHT else self.num_trainable)
-
-    def _held(self, total: int) -> range:
-        return range(min(self.shard.start, total), min(self.shard.stop, total))
-
-    @property
-    def is_stored_whole(self) -> bool:
-        """Whether no entry keeps its home in the model's own files."""
-        return self.num_stored == self.num_elements
+        return _within(self.shard, self.num_stored if plane is Plane.WEIGHT else self.num_trainable)
 
     def is_in_files(self, entry: Entry) -> bool:
         """Whether an entry keeps its home in the model's own files, so that nothing ever writes it."""
@@ -218,25 +204,13 @@ class Record:
 
     def plane_bytes(self, plane: Plane) -> int:
         """Bytes of the shard's part of `plane` when it stands alone, aligned."""
-        return self._plane_bytes[plane]
-
-    @property
-    def slot_bytes(self) -> int:
-        """Bytes of a slot for the weights of the whole block, aligned."""
-        return align(self.num_elements * self.element_bytes[Plane.WEIGHT])
+        return align(self.plane_elements(plane) * self.element_bytes[plane])
 
     def chunks(self, plane: Plane = Plane.GRADIENT) -> Iterator[tuple[int, int]]:
         """Element ranges `[start, stop)` of the chunks that cover what the shard stores of `plane`."""
         held = self.stored_range(plane)
         for start in held[::CHUNK]:
             yield start, min(start + CHUNK, held.stop)
-
-    def entry_parts(self, entry: Entry, size: int) -> Iterator[tuple[int, int]]:
-        """Element ranges of a trainable entry that the shard holds, cut at multiples of `size`."""
-        held = self.plane_range(Plane.GRADIENT)
-        first, last = max(entry.start, held.start), min(entry.stop, held.stop)
-        for start in range(first // size * size, last, size) if first < last else ():
-            yield max(start, first), min(start + size, last)
 
     def chunk_extent(self, plane: Plane, start: int, stop: int) -> Extent:
         """Where elements `[start, stop)` of the weight or gradient plane lie on disk; `start` begins a chunk."""
@@ -249,7 +223,7 @@ class Record:
         """Where all state planes of the chunk `[start, stop)` lie on disk, as one run."""
         assert start % CHUNK == 0, start
         index = (start - self.shard.start) // CHUNK
-        return Extent(self._state_offset + index * self._state_chunk_bytes, self.state_bytes(stop - start))
+        return Extent(self._state_offset + index * self.state_bytes(CHUNK), self.state_bytes(stop - start))
 
     def state_bytes(self, num_elements: int) -> int:
         """Bytes of one chunk of `num_elements` over all state planes, each part aligned."""
@@ -292,15 +266,6 @@ class Record:
         return self._gradient_offset + self.plane_bytes(Plane.GRADIENT)
 
     @cached_property
-    def _plane_bytes(self) -> Mapping[Plane, int]:
-        return {plane: align(self.plane_elements(plane) * size) for plane, size in self.element_bytes.items()}
-
-    @cached_property
-    def whole_state_bytes(self) -> int:
-        """Bytes of all state planes, each standing alone."""
-        return sum(self.plane_bytes(plane) for plane in self.state)
-
-    @cached_property
     def chunk_bytes(self) -> tuple[int, int, int]:
         """Bytes of the largest chunk on disk of the weights, of the gradient, and of all state planes."""
         weights, trained = (
@@ -313,14 +278,29 @@ class Record:
         )
 
     @cached_property
-    def _state_chunk_bytes(self) -> int:
-        return self.state_bytes(CHUNK)
-
-    @cached_property
     def _state_offset(self) -> int:
         return align(len(self.stored_range(Plane.WEIGHT)) * self.element_bytes[Plane.WEIGHT])
 
     @cached_property
     def _gradient_offset(self) -> int:
         full, rest = divmod(self.plane_elements(Plane.GRADIENT), CHUNK)
-        return self._state_offset + full * self._state_chunk_bytes + (self.state_bytes(rest) if rest else 0)
+        return self._state_offset + full * self.state_bytes(CHUNK) + (self.state_bytes(rest) if rest else 0)
+
+
+def _within(shard: range, total: int) -> range:
+    return range(min(shard.start, total), min(shard.stop, total))
+
+
+def shards(record: Record, count: int) -> list[Record]:
+    """A whole record cut into `count` shards whose sizes differ by at most a chunk; some may be empty."""
+    num_chunks = -(-record.num_elements // CHUNK)
+    cuts = [min(CHUNK * (num_chunks * i // count), record.num_elements) for i in range(count + 1)]
+    return [replace(record, shard=range(start, stop)) for start, stop in pairwise(cuts)]
+
+
+def entry_parts(record: Record, entry: Entry, size: int) -> Iterator[tuple[int, int]]:
+    """Element ranges of a trainable entry that the shard holds, cut at multiples of `size`."""
+    held = record.plane_range(Plane.GRADIENT)
+    first, last = max(entry.start, held.start), min(entry.stop, held.stop)
+    for start in range(first // size * size, last, size) if first < last else ():
+        yield max(start, first), min(start + size, last)

@@ -6,7 +6,7 @@ from itertools import chain, pairwise
 import pytest
 import torch
 
-from outsize.block import CHUNK, NORM_ELEMENTS, Block, Group, Piece, Plane, Record
+from outsize.block import CHUNK, NORM_ELEMENTS, Block, Group, Piece, Plane, Record, entry_parts, shards
 from outsize.config import ComputeType, Home
 from outsize.optim import ADAMW, ADAMW8BIT, compile_rule
 from outsize.plan import Read, Update, Wait
@@ -50,23 +50,23 @@ def record_of(rule, kind, sizes, trainable):
 @pytest.mark.parametrize(("rule", "kind"), RULES, ids=NAMES)
 def test_planes_and_chunks_of_shards_add_up_to_the_whole(rule, kind, trainable, count):
     whole = record_of(rule, kind, [size * 1501 for size in SIZES], trainable)
-    shards = whole.shards(count)
-    assert [shard.shard.start for shard in shards[1:]] == [shard.shard.stop for shard in shards[:-1]]
-    assert max(len(s.shard) for s in shards) - min(len(s.shard) for s in shards) <= 2 * CHUNK
+    parts_of = shards(whole, count)
+    assert [shard.shard.start for shard in parts_of[1:]] == [shard.shard.stop for shard in parts_of[:-1]]
+    assert max(len(s.shard) for s in parts_of) - min(len(s.shard) for s in parts_of) <= 2 * CHUNK
     for plane in (*PLANES, *whole.state):
-        assert [e for s in shards for e in s.plane_range(plane)[:: CHUNK // 4]] == list(
+        assert [e for s in parts_of for e in s.plane_range(plane)[:: CHUNK // 4]] == list(
             whole.plane_range(plane)[:: CHUNK // 4]
         )
-        assert sum(s.plane_elements(plane) for s in shards) == whole.plane_elements(plane)
-        assert sum(s.plane_bytes(plane) for s in shards) == whole.plane_bytes(plane)
-        assert list(chain.from_iterable(s.chunks(plane) for s in shards)) == list(whole.chunks(plane))
-        parts = [(a, b, e.num_bytes) for s in shards for a, b, e in s.plane_parts(plane)]
+        assert sum(s.plane_elements(plane) for s in parts_of) == whole.plane_elements(plane)
+        assert sum(s.plane_bytes(plane) for s in parts_of) == whole.plane_bytes(plane)
+        assert list(chain.from_iterable(s.chunks(plane) for s in parts_of)) == list(whole.chunks(plane))
+        parts = [(a, b, e.num_bytes) for s in parts_of for a, b, e in s.plane_parts(plane)]
         assert parts == [(a, b, e.num_bytes) for a, b, e in whole.plane_parts(plane)]
     for entry in whole.entries:
-        parts = list(chain.from_iterable(s.entry_parts(entry, NORM_ELEMENTS) for s in shards))
-        assert parts == list(whole.entry_parts(entry, NORM_ELEMENTS))
-    assert sum(s.num_bytes for s in shards) == whole.num_bytes
-    for shard in shards:
+        parts = list(chain.from_iterable(entry_parts(s, entry, NORM_ELEMENTS) for s in parts_of))
+        assert parts == list(entry_parts(whole, entry, NORM_ELEMENTS))
+    assert sum(s.num_bytes for s in parts_of) == whole.num_bytes
+    for shard in parts_of:
         extents = sorted(
             (extent.offset, extent.offset + extent.num_bytes)
             for plane in (Plane.WEIGHT, Plane.GRADIENT, *whole.state)
@@ -171,7 +171,7 @@ def test_updates_and_norms_of_shards_add_up_to_the_whole(case, monkeypatch):
     monkeypatch.setattr(gradients, "NORM_ELEMENTS", SMALL_CHUNK)
     rule, kind, trainable, resident, device = case
     whole = record_of(rule, kind, SIZES, trainable)
-    assert whole.shards(1) == [whole]
+    assert shards(whole, 1) == [whole]
 
     def outcome(record):
         return run(record, rule, kind, MemoryTier(max(record.num_bytes, 1)), resident, device)
@@ -179,7 +179,7 @@ def test_updates_and_norms_of_shards_add_up_to_the_whole(case, monkeypatch):
     expected = outcome(whole)
     assert any(len(parts) > 1 for parts in expected[2][0]), "no entry has two parts"
     for count in COUNTS[1:]:
-        assert_adds_up(whole, [outcome(shard) for shard in whole.shards(count)], expected)
+        assert_adds_up(whole, [outcome(shard) for shard in shards(whole, count)], expected)
 
 
 def assert_adds_up(whole, parts, expected):
@@ -204,7 +204,7 @@ def test_ranks_move_the_bytes_of_the_whole(count, monkeypatch):
     set_chunk(monkeypatch, SMALL_CHUNK)
     whole = record_of(ADAMW, BFLOAT16, SIZES, ALL)
     moved = []
-    for record in [whole, *whole.shards(count)]:
+    for record in [whole, *shards(whole, count)]:
         disk = NullTier(record.num_bytes)
         run(record, ADAMW, BFLOAT16, disk)
         moved.append(sorted((transfer.verb, transfer.label, transfer.num_bytes) for transfer in disk.log))
@@ -213,7 +213,7 @@ def test_ranks_move_the_bytes_of_the_whole(count, monkeypatch):
 
 def test_each_chunk_of_a_shard_waits_for_its_own_part_of_the_weights(monkeypatch):
     set_chunk(monkeypatch, SMALL_CHUNK)
-    shard = record_of(ADAMW, FLOAT32, SIZES, ALL).shards(2)[1]
+    shard = shards(record_of(ADAMW, FLOAT32, SIZES, ALL), 2)[1]
     waited = []
 
     class Noted(DoneTransfer):
@@ -251,10 +251,10 @@ def test_what_lives_in_files_has_no_place_on_disk(rule, kind, count):
     size = whole.element_bytes[Plane.WEIGHT]
     ours = [entry for entry in whole.entries if whole.is_in_files(entry)]
     assert [entry.piece for entry in ours] == [pieces[1], pieces[4]] == [e.piece for e in whole.entries[-2:]]
-    stored = [(*part, shard) for shard in whole.shards(count) for part in shard.plane_parts(Plane.WEIGHT)]
+    stored = [(*part, shard) for shard in shards(whole, count) for part in shard.plane_parts(Plane.WEIGHT)]
     assert max(stop for _, stop, _, _ in stored) == whole.num_stored <= ours[0].start
     assert all(start * size + extent.num_bytes <= ours[0].start * size for start, _, extent, _ in stored)
     trains = Record.lay_out(block, SOME, rule.state(kind), rule.element_bytes(kind))
-    assert trains.is_stored_whole and not whole.is_stored_whole
+    assert trains.num_stored == trains.num_elements and whole.num_stored < whole.num_elements
     left_out = trains.num_bytes - whole.num_bytes
     assert abs(left_out - sum(entry.piece.num_elements for entry in ours) * size) < 2 * 4096

@@ -221,7 +221,8 @@ def _base(runtime: Runtime) -> Base | None:
     if not isinstance(source, SafetensorsSource):
         return None
     if all(
-        (state.update.is_stored or state.update.pending is not None) and state.record.is_stored_whole
+        (state.update.is_stored or state.update.pending is not None)
+        and state.record.num_stored == state.record.num_elements
         for state in runtime.backing.store
     ):
         return Base(source.folder.resolve())

@@ -165,7 +165,7 @@ def _wanted_slots(pins: Pins, trains: bool) -> tuple[int, int]:
 def group_bytes(record: Record, group: Group) -> int:
     """Memory of one group of planes of `record`; 0 where it has none."""
     if group is Group.STATE:
-        return record.whole_state_bytes
+        return sum(record.plane_bytes(plane) for plane in record.state)
     return record.plane_bytes(Plane(group)) if record.plane_elements(Plane(group)) else 0
 
 
@@ -349,7 +349,10 @@ def lay_out(
     chunk_bytes = max(
         (sum(compress(r.chunk_bytes, moves)) for r, moves in moving if r.num_trainable and r.state), default=0
     )
-    staged = max((r.slot_bytes for r in records if len(paths[r.name, Group.WEIGHT]) > 1), default=0)
+    staged = max(
+        (slot_bytes(r, Group.WEIGHT, Home.DISK) for r in records if len(paths[r.name, Group.WEIGHT]) > 1),
+        default=0,
+    )
     is_bounced = any(len(path) > 1 for (_, group), path in paths.items() if group is not Group.STATE) or (
         commits and is_far and Home.DEVICE in homes.values()
     )
@@ -470,7 +473,7 @@ def slot_bytes(record: Record, group: Group, home: Home) -> int:
     keeps what is written from overtaking what is read, whatever the rounding to pages.
     """
     if group is Group.WEIGHT:
-        return 0 if home is Home.DEVICE else record.slot_bytes
+        return 0 if home is Home.DEVICE else align(record.num_elements * record.element_bytes[Plane.WEIGHT])
     if not record.num_trainable or sums_in_place(record, home is Home.DEVICE):
         return 0
     is_narrow = record.element_bytes[Plane.GRADIENT] < GRADIENT_SUM_BYTES

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import torch
 
-from outsize.block import CHUNK, NORM_ELEMENTS, Plane, Record
+from outsize.block import CHUNK, NORM_ELEMENTS, Plane, Record, entry_parts
 from outsize.config import Home
 from outsize.errors import StateLostError
 from outsize.plan import GRADIENT_SUM_BYTES, sums_in_place
@@ -76,11 +76,11 @@ class Gradients:
         dtype = planes.dtypes[Plane.GRADIENT]
         if stored is not None:
             base = planes.record.shard.start
-            for first, last in planes.record.entry_parts(entry, CHUNK):
+            for first, last in entry_parts(planes.record, entry, CHUNK):
                 yield stored[first - base : last - base]
             return
         scratch = memoryview(mmap.mmap(-1, planes.record.chunk_bytes[1] or 1))
-        for first, last in planes.record.entry_parts(entry, CHUNK):
+        for first, last in entry_parts(planes.record, entry, CHUNK):
             start = first // CHUNK * CHUNK
             stop = min(start + CHUNK, planes.record.plane_range(Plane.GRADIENT).stop)
             planes.chunk(Plane.GRADIENT, start, stop).start_read(self._disk, scratch).wait()
@@ -149,7 +149,7 @@ class Gradients:
         for index in gradient.summed:
             entry = gradient.entries[index]
             entry.present, entry.scale = True, 1.0
-            for start, stop in planes.record.entry_parts(planes.record.entries[index], NORM_ELEMENTS):
+            for start, stop in entry_parts(planes.record, planes.record.entries[index], NORM_ELEMENTS):
                 values = rounded[start - base : stop - base].to(weight_dtype(planes.record))
                 norm = torch.linalg.vector_norm(values, dtype=torch.float32)
                 self._norms.append((entry, start, norm))

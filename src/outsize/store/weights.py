@@ -130,7 +130,7 @@ class Weights:
 
     def restored(self, state: BlockState) -> None:
         """Note that the disk has the weights, from an earlier process, but for those in the model's files."""
-        state.weights.is_loaded = state.record.is_stored_whole
+        state.weights.is_loaded = state.record.num_stored == state.record.num_elements
 
     def evicted(self, state: BlockState) -> None:
         """Note that weights moved from the device to host memory."""
