@@ -253,16 +253,6 @@ def interrupt_op(
     monkeypatch.setitem(runners, key, lambda state: (wrapped if state.name == op.block else real)(state))
 
 
-def unfinished_change(model: nn.Module) -> Any:
-    """The change of several parts that an exception interrupted, which the next use of `model` makes again."""
-    return _executor(model)._unfinished
-
-
-def set_unfinished_change(model: nn.Module, change: Callable[[], object]) -> None:
-    """Let the next use of `model` make this change."""
-    _executor(model)._unfinished = change
-
-
 def call_plan_step(monkeypatch: Any, around: Callable[[Op], AbstractContextManager[Any]]) -> None:
     """Run each operation of a plan but visits inside `around(op)`."""
     run_next = Executor._run_next

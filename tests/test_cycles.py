@@ -1,12 +1,25 @@
-"""No file of the package imports another in a circle; imports for type checkers and inside functions count as well."""
+"""No file of the package imports another in a circle, and no class has more attributes or methods than one can follow.
+
+Imports for type checkers and inside functions count as well.
+"""
 
 import textwrap
 
-from tests.tools.shape import ROOT, cycles, imports
+from tests.tools.shape import ROOT, cycles, imports, wide_classes
 
 
 def test_no_file_is_in_an_import_circle():
     assert cycles(imports(ROOT)) == []
+
+
+def test_no_class_is_wide():
+    assert list(wide_classes(ROOT)) == []
+
+
+def test_wide_classes_are_found(tmp_path):
+    methods = "".join(f"    def m{index}(self): ...\n" for index in range(21))
+    (tmp_path / "a.py").write_text(f"class Wide:\n{methods}")
+    assert [name for name, *_ in wide_classes(tmp_path)] == ["a.py:Wide"]
 
 
 def test_circles_are_found(tmp_path):

@@ -1,7 +1,5 @@
 """What is lost with an interrupted operation, and what is not."""
 
-from functools import partial
-
 import pytest
 import torch
 
@@ -11,9 +9,10 @@ from outsize.errors import StateLostError
 from outsize.store.gradients import Gradients
 from outsize.store.optimizer_worker import OptimizerWorker
 from outsize.store.recovery import undone_by
+from outsize.store.state import UpdateState
 from outsize.store.weights import Weights
 from tests.running import adamw, opened, train, values_of
-from tests.seams import close, interrupt_op, set_unfinished_change, unfinished_change
+from tests.seams import close, interrupt_op
 from tests.zoo import ZOO
 
 BATCHES = [ZOO["llama"].batch(seed=seed) for seed in range(3)]
@@ -121,20 +120,10 @@ def test_a_step_that_is_interrupted_on_the_way_is_ended_by_the_next_call(repeats
     losses, values = expected(tmp_path)
     model, optimizer = llama(tmp_path)
     model(**BATCHES[0]).loss.backward()
-    take = type(optimizer)._take_step
-
-    def interrupted(self, frozen, *args):
-        take(self, frozen[:2], *args)
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patch:
-        patch.setattr(type(optimizer), "_take_step", interrupted)
+        interrupting(patch, UpdateState, "freeze", at=2, after=True)
         with pytest.raises(KeyboardInterrupt):
             optimizer.step()
-        monkeypatch.undo()
-    # What `complete` does again is the interrupted change itself.
-    unfinished = unfinished_change(model)
-    set_unfinished_change(model, partial(take, optimizer, *unfinished.args))
     if repeats_step:
         optimizer.step()
     optimizer.zero_grad()

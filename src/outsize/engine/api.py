@@ -95,7 +95,7 @@ def settings_of(
     if dtype is None:
         compute_type = default or native_compute_type()
     else:
-        compute_type = _one_of(list(ComputeType), "dtype", str(dtype).removeprefix("torch."))
+        compute_type = _one_of(list(ComputeType), "dtype", str(dtype).removeprefix("torch."), given=dtype)
     return Settings(
         Budgets.parse(device, host, disk),
         None if home is None else _one_of(HOME_CHOICES, "home", home),
@@ -106,11 +106,11 @@ def settings_of(
     )
 
 
-def _one_of(choices: Collection[E], name: str, value: str) -> E:
+def _one_of(choices: Collection[E], name: str, value: str, given: object = None) -> E:
     for choice in choices:
         if choice == value:
             return choice
-    raise ConfigError(f"{name}={value!r}", hint=f"one of {', '.join(choices)}")
+    raise ConfigError(f"{name}={(value if given is None else given)!r}", hint=f"one of {', '.join(choices)}")
 
 
 def settings_for_folder(

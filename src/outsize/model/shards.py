@@ -18,6 +18,7 @@ from outsize.model.direct import BUFFERS_BYTES, FileReader, wait_read
 from outsize.model.weight_file import FileDigest, StoredTensor, WeightFile
 
 _STAGING_BYTES = 2 << 20
+_COMPARE_ELEMENTS = 1 << 20
 READ_BUFFERS_BYTES = BUFFERS_BYTES + 2 * _STAGING_BYTES
 """Memory that reading takes beside the target, and what converts it."""
 _INDEX = "model.safetensors.index.json"
@@ -72,6 +73,20 @@ class Shards:
         value = torch.empty(stored.shape, dtype=dtype or stored.dtype, device="cpu")
         self.read_into(key, value)
         return value
+
+    def holds_the_same(self, one: str, other: str) -> bool:
+        """Whether two stored tensors have the same shape, type and values, which are compared a piece at a time."""
+        first, second = self.tensors[one], self.tensors[other]
+        if first.shape != second.shape or first.dtype != second.dtype:
+            return False
+        for start in range(0, first.num_elements, _COMPARE_ELEMENTS):
+            count = min(_COMPARE_ELEMENTS, first.num_elements - start)
+            parts = [torch.empty(count, dtype=first.dtype, device="cpu") for _ in range(2)]
+            for key, part in zip((one, other), parts, strict=True):
+                self.read_into(key, part, start)
+            if not torch.equal(*parts):
+                return False
+        return True
 
     def check(self) -> None:
         """Raise FileChangedError where a file is not the one that was opened."""

@@ -26,7 +26,6 @@ from outsize.model.names import parameter_aliases, parameter_shapes, persistent_
 from outsize.model.shards import Shards
 from outsize.model.weight_file import FileDigest
 
-_COMPARE_ELEMENTS = 1 << 20
 _NAMED = 5
 """Tensors that a message names."""
 
@@ -99,7 +98,8 @@ class SafetensorsSource:
         self._runs = self._find_runs(shapes, found)
         self._dtypes = {name: parameter.dtype for name, parameter in module.named_parameters()}
         self._fill_buffers(buffers, found)
-        self._report(buffers)
+        absent = [name for name in buffers if name not in self._groups]
+        _warn_of_differences(module, self.folder, absent, self.unexpected)
 
     @property
     def folder(self) -> Path:
@@ -178,12 +178,6 @@ class SafetensorsSource:
             return 0
         return 3 * sum(self._shards.tensors[key].num_bytes for _, key in self._group(piece).keys)
 
-    def keys(self, block: Block) -> list[str]:
-        """The checkpoint keys that `read(block)` opens."""
-        pieces = [piece for piece in block.pieces if piece.parameter not in self._computed]
-        groups = {id(group): group for group in map(self._group, pieces)}
-        return [key for group in groups.values() for _, key in group.keys]
-
     def gives_rows(self, parameter: str) -> bool:
         """Whether the files hold the values of `parameter` in its order."""
         return parameter in self._runs
@@ -212,7 +206,7 @@ class SafetensorsSource:
                 continue
             chosen[first] = present[0]
             for other in present[1:]:
-                if not self._equal(present[0], other):
+                if not self._is_one(present[0], other):
                     raise WeightsError(
                         f"{present[0]} and {other} are tied in the model, "
                         f"but differ in {self._shards.folder}",
@@ -241,7 +235,8 @@ class SafetensorsSource:
         missing = [
             first
             for first in absent
-            if not any(self._is_optional(name) for name in aliases[first]) or initial.is_random(first)
+            if not any(_is_optional(self._module, name) for name in aliases[first])
+            or initial.is_random(first)
         ]
         if missing:
             more = f" and {len(missing) - _NAMED} more" if len(missing) > _NAMED else ""
@@ -252,46 +247,13 @@ class SafetensorsSource:
         self._computed.update(absent)
         return initial
 
-    def _is_optional(self, name: str) -> bool:
-        """Whether the model says that files need not hold `name`."""
-        unsaved = getattr(self._module, "_keys_to_ignore_on_save", None) or ()
-        patterns = getattr(self._module, "_keys_to_ignore_on_load_missing", None) or ()
-        return name in unsaved or any(re.search(pattern, name) for pattern in patterns)
-
-    def _report(self, buffers: Iterable[str]) -> None:
-        """Warn of what the files and the model do not share, as `from_pretrained` does."""
-        absent = [name for name in buffers if name not in self._groups and not self._is_optional(name)]
-        ignored = getattr(self._module, "_keys_to_ignore_on_load_unexpected", None) or ()
-        surplus = [key for key in self.unexpected if not any(re.search(each, key) for each in ignored)]
-        for names, what in (
-            (absent, "has no values for the buffers {}: they are as the model's constructor makes them"),
-            (surplus, "holds tensors that the model does not have, and that are not read: {}"),
-        ):
-            if names:
-                more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-                warnings.warn(
-                    f"{self._shards.folder} {what.format(', '.join(names[:_NAMED]) + more)}",
-                    RuntimeWarning,
-                    stacklevel=4,
-                )
-
-    def _equal(self, one: str, other: str) -> bool:
-        """Whether two plain tensors in the files have the same values, compared piece by piece."""
+    def _is_one(self, one: str, other: str) -> bool:
+        """Whether two names stand for the same values in the files; what is converted is taken to."""
         groups = self._groups[one], self._groups[other]
         if any(group.converter is not None for group in groups) or groups[0].keys == groups[1].keys:
             return True
-        keys = [group.keys[0][1] for group in groups]
-        first, second = (self._shards.tensors[key] for key in keys)
-        if first.shape != second.shape or first.dtype != second.dtype:
-            return False
-        for start in range(0, first.num_elements, _COMPARE_ELEMENTS):
-            count = min(_COMPARE_ELEMENTS, first.num_elements - start)
-            parts = [torch.empty(count, dtype=first.dtype, device="cpu") for _ in keys]
-            for key, part in zip(keys, parts, strict=True):
-                self._shards.read_into(key, part, start)
-            if not torch.equal(*parts):
-                return False
-        return True
+        first, second = (group.keys[0][1] for group in groups)
+        return self._shards.holds_the_same(first, second)
 
     def _check_shapes(self, found: Mapping[str, tuple[int, ...]]) -> None:
         for name, shape in parameter_shapes(self._module).items():
@@ -317,6 +279,31 @@ class SafetensorsSource:
                 )
             with torch.no_grad():
                 buffer.copy_(self._groups[name].convert(self._module, self._shards.read)[name])
+
+
+def _is_optional(module: nn.Module, name: str) -> bool:
+    """Whether the model says that files need not hold `name`."""
+    unsaved = getattr(module, "_keys_to_ignore_on_save", None) or ()
+    patterns = getattr(module, "_keys_to_ignore_on_load_missing", None) or ()
+    return name in unsaved or any(re.search(pattern, name) for pattern in patterns)
+
+
+def _warn_of_differences(
+    module: nn.Module, folder: Path, absent: Iterable[str], unexpected: Iterable[str]
+) -> None:
+    """Warn of `absent` buffers and `unexpected` keys, as `from_pretrained` does, except of those that the model allows."""
+    missing = [name for name in absent if not _is_optional(module, name)]
+    ignored = getattr(module, "_keys_to_ignore_on_load_unexpected", None) or ()
+    surplus = [key for key in unexpected if not any(re.search(each, key) for each in ignored)]
+    for names, what in (
+        (missing, "has no values for the buffers {}: they are as the model's constructor makes them"),
+        (surplus, "holds tensors that the model does not have, and that are not read: {}"),
+    ):
+        if names:
+            more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+            warnings.warn(
+                f"{folder} {what.format(', '.join(names[:_NAMED]) + more)}", RuntimeWarning, stacklevel=4
+            )
 
 
 class TensorSource:
