@@ -111,7 +111,8 @@ def test_a_store_of_version_1_goes_on_with_the_buffers_of_the_folder(run, folder
         del body[key]
     body["version"] = 1
     base = body.pop("base")
-    body["run"]["source"] = {"folder": base["folder"], "files": {}}
+    sizes = {file.name: file.stat().st_size for file in folder.glob("*.safetensors")}
+    body["run"]["source"] = {"folder": base["folder"], "files": sizes}
     text = json.dumps(body, separators=(",", ":"))
     digest = xxhash.xxh3_128_hexdigest(text.encode())
     manifest.write_text(f'{text[:-1]},"digest":"{digest}"}}\n')
