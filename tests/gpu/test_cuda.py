@@ -7,7 +7,6 @@ import re
 import sys
 import warnings
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from functools import cache
 
 import pytest
@@ -463,16 +462,6 @@ def test_the_rule_on_the_device_is_that_of_the_host(dtype):
     assert on_device[0] == pytest.approx(on_host[0], rel=2e-2 if dtype == "bfloat16" else 1e-4)
 
 
-@dataclass(frozen=True)
-class Ones:
-    """Settings of any rule."""
-
-    num_scalars: int
-
-    def scalars(self):
-        return [1.0] * self.num_scalars
-
-
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 def test_a_rule_that_is_not_compiled_takes_no_more_than_the_slack(rule, monkeypatch):
     """Which no plan uses, whatever the size of a block."""
@@ -485,7 +474,7 @@ def test_a_rule_that_is_not_compiled_takes_no_more_than_the_slack(rule, monkeypa
     )
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    kernel(weight, state, gradient, Ones(rule.num_scalars))
+    kernel(weight, state, gradient, (1.0,) * len(rule.scalars))
     assert torch.cuda.max_memory_allocated() - before < DEVICE_SLACK_BYTES
 
 
