@@ -1,13 +1,12 @@
 """The model's own files hold what a commit does not: other weights in their place are never taken in silence."""
 
 import json
-import os
 import shutil
 
 import pytest
 import torch
 import xxhash
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import outsize
 from outsize.checkpoint.base import Base
@@ -20,6 +19,7 @@ from outsize.model import file_digests
 from tests.checkpoint.runs import batches, manifests
 from tests.checkpoint.test_export import Loaded, saved_model
 from tests.running import values_of
+from tests.weight_files import CHANGES, replace, rewrite, truncate, unlink
 
 
 def only_one_layer(model):
@@ -46,39 +46,6 @@ def committed(tmp_path, folder):
     return run.path, values
 
 
-def other_weights(folder):
-    """The same tensors with other values, in a file that is as long, with the same header."""
-    tensors = load_file(folder / "model.safetensors")
-    save_file({name: -value for name, value in tensors.items()}, folder / "other", metadata={"format": "pt"})
-    assert (folder / "other").stat().st_size == (folder / "model.safetensors").stat().st_size
-    return folder / "other"
-
-
-def replace(folder):
-    other_weights(folder).rename(folder / "model.safetensors")
-
-
-def rewrite(folder):
-    other = other_weights(folder).read_bytes()
-    with (folder / "model.safetensors").open("r+b") as stream:
-        stream.write(other)
-
-
-def truncate(folder):
-    file = folder / "model.safetensors"
-    os.truncate(file, file.stat().st_size // 2)
-
-
-def unlink(folder):
-    (folder / "model.safetensors").unlink()
-
-
-CHANGES = {
-    replace: r"model\.safetensors was replaced by another file",
-    rewrite: r"model\.safetensors was written to",
-    truncate: r"model\.safetensors was cut short",
-    unlink: r"model\.safetensors was removed",
-}
 changed = pytest.mark.parametrize(("change", "said"), CHANGES.items())
 
 

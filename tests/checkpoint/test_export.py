@@ -17,7 +17,7 @@ from outsize.checkpoint.files import read_manifest
 from outsize.checkpoint.reading import CommitReader, CommitReplaced
 from outsize.errors import ConfigError, CorruptionError, StorageError, StorageFullError
 from tests.checkpoint.runs import Run, batches, manifests
-from tests.running import adamw, values_of
+from tests.running import adamw, train, values_of
 from tests.zoo import ZOO
 
 
@@ -204,17 +204,7 @@ def test_fsdp_users_can_come(tmp_path):
     plain = AutoModelForCausalLM.from_pretrained(folder).train()
     optimizer = adamw(plain)
 
-    def steps(model, optimizer, some):
-        losses = []
-        for batch in some:
-            loss = model(**batch).loss
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            losses.append(float(loss.detach()))
-        return losses
-
-    steps(plain, optimizer, batches(3))
+    train(plain, batches(3), optimizer)
     model_state, optimizer_state = get_state_dict(plain, optimizer)
     dcp.save({"model": model_state, "optim": optimizer_state}, checkpoint_id=tmp_path / "dcp", no_dist=True)
     import_dcp(tmp_path / "dcp", tmp_path / "run", model=folder)
@@ -224,7 +214,7 @@ def test_fsdp_users_can_come(tmp_path):
     run = Loaded(tmp_path, folder)
     assert run.resumed.step == 3
     assert run.go(batches(3, first=3)) == pytest.approx(
-        steps(plain, optimizer, batches(3, first=3)), rel=1e-5
+        train(plain, batches(3, first=3), optimizer), rel=1e-5
     )
     run.finish()
 

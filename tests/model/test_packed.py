@@ -24,6 +24,7 @@ from outsize.model.encoding import EncodingSource
 from outsize.model.packed import PackedCache
 from outsize.model.writer import Planned
 from outsize.quant import FORMATS
+from tests.weight_files import CHANGES
 
 DECODER = {
     "hidden_size": 128,
@@ -185,42 +186,8 @@ def test_contents_count_where_times_are_always_the_same(folder, monkeypatch):
     assert shards.Shards(folder).fingerprint() != before
 
 
-def negated(folder):
-    """The weights of `folder` with the other sign, in as many bytes."""
-    tensors = load_file(folder / "model.safetensors")
-    save_file({name: -value for name, value in tensors.items()}, folder / "other", metadata={"format": "pt"})
-    return folder / "other"
-
-
-def replace_source(folder):
-    negated(folder).rename(folder / "model.safetensors")
-
-
-def rewrite_source(folder):
-    data = negated(folder).read_bytes()
-    with (folder / "model.safetensors").open("r+b") as stream:
-        stream.write(data)
-
-
-def truncate_source(folder):
-    file = folder / "model.safetensors"
-    os.truncate(file, file.stat().st_size // 2)
-
-
-def unlink_source(folder):
-    (folder / "model.safetensors").unlink()
-
-
-SOURCE_CHANGES = {
-    replace_source: "was replaced by another file",
-    rewrite_source: "was written to",
-    truncate_source: "was cut short",
-    unlink_source: "was removed",
-}
-
-
 @pytest.mark.parametrize("is_packing", [True, False])
-@pytest.mark.parametrize(("change", "said"), SOURCE_CHANGES.items())
+@pytest.mark.parametrize(("change", "said"), CHANGES.items())
 def test_files_that_change_before_they_are_packed_or_meanwhile_are_named(
     change, said, is_packing, folder, tmp_path, monkeypatch
 ):

@@ -2,7 +2,6 @@ import json
 import os
 import re
 import shutil
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from typing import ClassVar
 
@@ -25,8 +24,8 @@ from outsize.model import (
     open_skeleton,
 )
 from outsize.model.conversion import Group, Layouts, Run
-from outsize.model.direct import FileReader
 from tests.model.helpers import assert_reads, edit_json, read, rows
+from tests.weight_files import count_reads
 from tests.zoo import ZOO, plain_stack, seeded
 
 
@@ -89,19 +88,6 @@ def test_a_read_touches_only_its_keys_and_rows(tmp_path, monkeypatch):
     read(source, next(block for block in cut(skeleton).blocks if block.name == "L01"))
     assert {key.split(".")[2] for key in counts} == {"1"}
     assert len(counts) == 4 * 3 + 7
-
-
-def count_reads(monkeypatch):
-    """Bytes that are read of each key from now on."""
-    counts = Counter()
-    original = FileReader.start_read
-
-    def spy(self, file, offset, buffer, label):
-        counts[label] += len(buffer)
-        return original(self, file, offset, buffer, label)
-
-    monkeypatch.setattr(FileReader, "start_read", spy)
-    return counts
 
 
 @pytest.mark.parametrize("file_type", [torch.bfloat16, torch.float32])

@@ -14,7 +14,7 @@ from outsize.errors import StorageError
 from outsize.store.weight_reader import WeightReader
 from tests.checkpoint.runs import batches, manifests
 from tests.checkpoint.test_export import Loaded, saved_model
-from tests.running import adamw, opened, settled, values_of  # noqa: F401
+from tests.running import adamw, opened, settled, train, values_of  # noqa: F401
 from tests.seams import flush, placement_of, records_of, settle_updates, with_twin, wrapped_disk
 from tests.zoo import ZOO
 
@@ -27,17 +27,6 @@ def only_norms(model):
         parameter.requires_grad_("input_layernorm" in name)
 
 
-def train(model, optimizer, some):
-    losses = []
-    for batch in some:
-        loss = model(**batch).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(float(loss.detach()))
-    return losses
-
-
 @pytest.fixture
 def folder(tmp_path):
     return saved_model(tmp_path)
@@ -47,7 +36,7 @@ def reference(dtype):
     """Losses and weights of the same run on a model in memory, which is stored whole."""
     model = opened(ZOO["llama"].build().train(), dtype=dtype, home="host")
     only_norms(model)
-    losses = train(model, adamw(model), batches(STEPS))
+    losses = train(model, batches(STEPS))
     return losses, values_of(model)
 
 
@@ -81,7 +70,7 @@ def test_only_what_trains_is_ever_written(dtype, slots, folder, tmp_path, monkey
             folder, disk=tmp_path, home="disk", dtype=dtype, pins=Pins(weight_slots=slots)
         ).train()
         only_norms(model)
-        losses = train(model, adamw(model), batches(STEPS))
+        losses = train(model, batches(STEPS))
         settle_updates(model)
         flush(model)
     records = records_of(model)

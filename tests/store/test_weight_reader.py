@@ -1,7 +1,5 @@
 """Weights before their first update: what reading and splitting them takes."""
 
-from collections import Counter
-
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -10,13 +8,13 @@ import outsize
 from outsize import Pins
 from outsize.block import Plane
 from outsize.model import READ_BUFFERS_BYTES
-from outsize.model.direct import FileReader
 from outsize.store import weight_reader
 from outsize.store.live_bytes import LiveBytes
 from outsize.store.weight_reader import SPLIT_BYTES, reading_bytes
 from tests.promises.test_untrained import saved
 from tests.running import adamw, train
 from tests.seams import source_of, store_of
+from tests.weight_files import count_reads
 from tests.zoo import ZOO
 
 
@@ -28,19 +26,6 @@ def folders(tmp_path):
     tensors = {key: value.float() for key, value in load_file(narrow / "model.safetensors").items()}
     save_file(tensors, wide / "model.safetensors", metadata={"format": "pt"})
     return narrow, wide
-
-
-def count_reads(monkeypatch):
-    """Bytes that are read from weight files from now on, by key."""
-    counts = Counter()
-    original = FileReader.start_read
-
-    def spy(self, file, offset, buffer, label):
-        counts[label] += len(buffer)
-        return original(self, file, offset, buffer, label)
-
-    monkeypatch.setattr(FileReader, "start_read", spy)
-    return counts
 
 
 @pytest.mark.parametrize("name", ["llama", "mixtral"])

@@ -35,6 +35,7 @@ LEDGER_ROWS = (
     "device Python and libraries:",
     "device KV cache:",
     "disk places of planes in memory, and commits:",
+    "disk reserved for whole records and commits:",
     "host slots:",
     "host buffers:",
     "host slots and buffers:",

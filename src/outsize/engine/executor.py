@@ -6,8 +6,8 @@ block skipped or visited twice) is planned again from where it stands, counted, 
 
 A block may be visited inside the visit of another, as an expert inside its layer. Such visits are a **detour**: they have a
 plan of their own, made from what is in memory, and at its end slots hold again what the plan around it expects, which then
-goes on. So the cost of a nested visit does not depend on what is left of the call. `hint` plans several at once, which are
-then read ahead; one that nobody hinted at is a detour by itself, and counted.
+goes on. The cost of a nested visit therefore does not depend on the rest of the call. `hint` plans several visits at once
+and reads ahead for them; a visit without a hint is a detour of its own, and is counted.
 
 An exception may come between any two lines: an interrupt, missing memory, an error of the model. What has to hold after it
 does not depend on code that cleans up, which may be interrupted too: see [Note: interruption] in `recovery.py`.
@@ -243,7 +243,7 @@ class Executor:
         return chosen
 
     def begin_commit(self, complete: Callable[[Snapshot], None]) -> None:
-        """Let a commit begin, as `Snapshots.begin` does; what is left of a call adds the blocks that it waits for."""
+        """Start a commit with `Snapshots.begin`, and plan the rest of a call again, so that it adds the blocks."""
         assert self.store.snapshots is not None
         self.store.snapshots.begin(complete)
         if self._index < len(self.plan):
@@ -327,7 +327,7 @@ class Executor:
         assert self._visiting, "a hint is given inside a visit"
         self._is_disturbed = self._is_broken = True
         placement, blocks = self.store.placement, {visit.block for visit in visits}
-        # A block that the call visits later finds other updates and sums then: what is left is planned again.
+        # If the call visits one of them later, its update and sum have changed by then: plan the rest again.
         self._is_stale |= any(self._left[block] > 0 for block in blocks)
         classes = {placement.slot_class(visit.block, Group.GRADIENT) for visit in visits if visit.trains}
         for block in set(self._sums) - self._visiting:

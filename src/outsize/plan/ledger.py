@@ -26,7 +26,7 @@ class Purpose(StrEnum):
     GRADIENTS = "gradients"
     FILES = "weights, in their files"
     """Weights that are read from the model's own files each time; they take no memory and no disk of ours."""
-    SPARE = "places of planes in memory, and commits"
+    SPARE = "reserved for whole records and commits"
     """A record lies whole on the disk as soon as a part of it does, and a commit keeps a version of it."""
     SLOTS = "slots"
     BUFFERS = "buffers"
@@ -107,7 +107,7 @@ class Ledger:
         found: Counter[tuple[Home, Purpose]] = Counter()
         for home in Home:
             for purpose in Purpose:
-                # What is in the model's own files is told beside what is on disks of ours.
+                # Weights in the model's own files are listed beside what is on our disks.
                 where = Home.DISK if home is Home.FILE else home
                 row = Purpose.ACTIVATIONS if purpose is Purpose.VISIT else purpose
                 found[where, row] += self[home, purpose]

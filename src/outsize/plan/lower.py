@@ -178,10 +178,9 @@ class Lowering:
                     self._wait(state.gradient)
             case Held(_, Plane.INPUT):
                 state.inputs.append(_Input([], is_away=True))
-            case Send(_, _, num_bytes):
-                label = f"{op.block}.input"
-                home = self._placement.home(op.block, Group.INPUT)
-                state.inputs.append(_Input(self._send(home, num_bytes, label)))
+            case Send(block, _, num_bytes):
+                home = self._placement.home(block, Group.INPUT)
+                state.inputs.append(_Input(self._send(home, num_bytes, f"{block}.input")))
             case Free(_, Plane.INPUT):
                 leaving = next((each for each in state.inputs if not each.is_away), None)
                 if leaving is not None:

@@ -17,7 +17,7 @@ from outsize.plan.profile import Resource
 
 @dataclass(frozen=True, slots=True)
 class Op(ABC):
-    """One operation on one block. After `block` a subclass may have `plane` and `num_bytes`, which end its text.
+    """One operation on one block. After `block` an operation may have `plane` and `num_bytes`, which end its text.
 
     `verb` is the first word of the text. `resource` is what the operation keeps busy until it is over, None if it starts
     nothing; a path with several legs keeps that of its other legs busy as well. `is_waiting` holds where computing, and
@@ -30,7 +30,8 @@ class Op(ABC):
     block: str
 
     def __init_subclass__(cls) -> None:
-        _VERBS[cls.verb] = cls
+        if cls.verb:
+            _VERBS[cls.verb] = cls
 
     def __str__(self) -> str:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
@@ -63,21 +64,28 @@ _VERBS: dict[str, type[Op]] = {}
 
 
 @dataclass(frozen=True, slots=True)
-class Held(Op):
-    """The weights are in a slot from an earlier call, or the input was sent away before; only at the start of a plan."""
-
-    verb: ClassVar[str] = "held"
+class _OnPlane(Op):
     plane: Plane
 
 
 @dataclass(frozen=True, slots=True)
-class Read(Op):
+class _Move(_OnPlane):
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Held(_OnPlane):
+    """The weights are in a slot from an earlier call, or the input was sent away before; only at the start of a plan."""
+
+    verb: ClassVar[str] = "held"
+
+
+@dataclass(frozen=True, slots=True)
+class Read(_Move):
     """Claim a slot and start reading a plane into it; `wait` makes it usable."""
 
     verb: ClassVar[str] = "read"
     resource: ClassVar[Resource | None] = Resource.READ
-    plane: Plane
-    num_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,20 +107,18 @@ class Update(Op):
 
 
 @dataclass(frozen=True, slots=True)
-class Wait(Op):
+class Wait(_OnPlane):
     """Let computing wait until a plane that was read (and updated), or an input that was fetched, is usable."""
 
     verb: ClassVar[str] = "wait"
     is_waiting: ClassVar[bool] = True
-    plane: Plane
 
 
 @dataclass(frozen=True, slots=True)
-class Claim(Op):
+class Claim(_OnPlane):
     """Claim a slot for a plane that starts empty: a gradient that nothing was added to yet."""
 
     verb: ClassVar[str] = "claim"
-    plane: Plane
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,42 +138,35 @@ class Backward(Op):
 
 
 @dataclass(frozen=True, slots=True)
-class Write(Op):
+class Write(_Move):
     """Round a plane, take its norm, and start moving it from its slot to its home."""
 
     verb: ClassVar[str] = "write"
     resource: ClassVar[Resource | None] = Resource.WRITE
-    plane: Plane
-    num_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
-class Free(Op):
+class Free(_OnPlane):
     """Give a slot, or the memory of an input, back once nothing is being written from it any more."""
 
     verb: ClassVar[str] = "free"
     is_waiting: ClassVar[bool] = True
-    plane: Plane
 
 
 @dataclass(frozen=True, slots=True)
-class Send(Op):
+class Send(_Move):
     """Start sending what the next visit is given to where it waits for the backward; `free` gives its memory back."""
 
     verb: ClassVar[str] = "send"
     resource: ClassVar[Resource | None] = Resource.WRITE
-    plane: Plane
-    num_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
-class Fetch(Op):
+class Fetch(_Move):
     """Start bringing the block's last input back that was sent and not fetched yet; `wait` makes it usable."""
 
     verb: ClassVar[str] = "fetch"
     resource: ClassVar[Resource | None] = Resource.READ
-    plane: Plane
-    num_bytes: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -334,7 +334,7 @@ def lay_out(
     host: Home = Home.DEVICE,
     commits: bool = False,
 ) -> Placement:
-    """The placement with these homes, at most so many weight and gradient slots per class, and the buffers it needs.
+    """Lay out the slots and buffers that `homes` needs, with at most `slots` weight and gradient slots per class.
 
     A path of two legs needs bounce buffers, and staging buffers for weights that come from a checkpoint. An update needs
     chunk buffers for what comes from the disk; where weights pass the drive alone, it changes them in their slot.

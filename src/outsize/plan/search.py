@@ -199,7 +199,7 @@ class Search:
 
 @contextmanager
 def _uncollected() -> Iterator[None]:
-    """Without the collector of cycles: a simulation makes none, but so many objects that all of the process is searched."""
+    """Suspend the cycle collector: simulations create no cycles, but enough objects to make it scan the whole process."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:

@@ -31,7 +31,7 @@ def preview(path: str | Path, **options: Unpack[PreviewOptions]) -> PlanSummary:
 
 
 def _passes(runtime: Runtime, sequences: int, tokens: int) -> Iterator[tuple[Call, Call]] | None:
-    """The passes of an engine for so many sequences, with fewer and fewer pages; None where the model runs over none."""
+    """An engine's passes over so many sequences, with fewer and fewer pages; None if the model cannot use pages."""
     if not runtime.model.device.is_host:
         return None
     try:

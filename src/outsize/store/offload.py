@@ -127,7 +127,7 @@ class ActivationOffload:
     def send(self, block: str) -> None:
         """Start sending what the visit of `block` that comes next was offered.
 
-        Raises BudgetError where there is no room for it.
+        Raises BudgetError if it does not fit.
         """
         if self._offer is not None and not self._offer.is_sent and self._offer.visit.block == block:
             self._send(self._offer)
