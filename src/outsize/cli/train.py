@@ -204,6 +204,7 @@ def run(options: argparse.Namespace) -> int:
     last = f", loss {result.losses[0]:.4f} -> {result.losses[-1]:.4f}" if result.losses else ""
     best = f"; best weights in {result.best}" if result.best is not None else ""
     saved = f"saved {result.out}{best}"
+    steps = "1 step" if result.num_steps == 1 else f"{result.num_steps} steps"
     if result.checkpoint is not None:
         saved = (
             f"committed to {result.checkpoint}: the same command with --resume goes on"
@@ -211,7 +212,7 @@ def run(options: argparse.Namespace) -> int:
             else f"{saved}; commits are in {result.checkpoint}"
         )
     console.print(
-        f"{stopped}{result.num_steps} steps{last}; {saved}",
+        f"{stopped}{steps}{last}; {saved}",
         markup=False,
         highlight=False,
         soft_wrap=True,
