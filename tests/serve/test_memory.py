@@ -36,7 +36,7 @@ print(json.dumps({
 """
 
 
-@pytest.mark.parametrize(("weights", "mebibytes", "layers"), [("", 290, 8), ("int4", 180, 18)])
+@pytest.mark.parametrize(("weights", "mebibytes", "layers"), [("", 290, 8), ("int4", 165, 18)])
 def test_the_process_stays_within_its_budget(weights, mebibytes, layers, tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "disk").mkdir()
@@ -57,5 +57,6 @@ def test_the_process_stays_within_its_budget(weights, mebibytes, layers, tmp_pat
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["peak"] <= result["budget"], result
-    assert result["kv"] > 16 << 20 and result["on_disk"] > result["weights"] / 4, result
+    # Room for pages was found, and more than one layer is read from the disk again on each pass.
+    assert result["kv"] > 16 << 20 and result["on_disk"] > result["weights"] / layers, result
     assert not result["off_plan"]
