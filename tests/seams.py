@@ -247,7 +247,7 @@ def interrupt_op(
 ) -> None:
     """Let `wrap(run)` run the operation whose text is `text` from now on."""
     op = Op.parse(text)
-    runners, key = _executor(model).store.runners, (type(op), getattr(op, "plane", None))
+    runners, key = _executor(model).store.runners, (type(op), op.plane)
     real = runners[key]
     wrapped = wrap(real)
     monkeypatch.setitem(runners, key, lambda state: (wrapped if state.name == op.block else real)(state))

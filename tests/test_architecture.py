@@ -1,10 +1,12 @@
-"""ARCHITECTURE.md names rooms, files and functions that exist."""
+"""ARCHITECTURE.md names rooms, files and functions that exist, and the code keeps to what it says of them."""
 
+import ast
 import importlib
 import re
 
 import pytest
 
+from outsize.plan import Op
 from tests.documents import ROOT
 
 TEXT = (ROOT / "ARCHITECTURE.md").read_text()
@@ -41,3 +43,73 @@ def test_each_file_that_is_named_exists():
 def test_the_table_of_rooms_names_all_of_them():
     table = TEXT[TEXT.index("| room") : TEXT.index("`outsize/__init__.py` is")]
     assert {room for room in ROOMS if f"`{room}`" not in table} == set()
+
+
+def kinds(base):
+    """All classes derived from `base`."""
+    return {each for kind in base.__subclasses__() for each in (kind, *kinds(kind))}
+
+
+INTERPRETERS = {
+    *("plan/op.py", "plan/build.py", "plan/check.py", "plan/lower.py", "plan/timeline.py"),
+    "store/blocks.py",  # the table of runners
+}
+OPERATIONS = {kind.__name__ for kind in kinds(Op)}
+VERBS = {kind.verb for kind in kinds(Op)}
+
+
+def interpreted(source):
+    """The lines of a file that ask of which kind an operation is: by class in `match`, `isinstance`, `type`; or by verb."""
+    nodes = list(ast.walk(ast.parse(source)))
+    ours = {
+        alias.asname or alias.name
+        for node in nodes
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("outsize.plan")
+        for alias in node.names
+        if alias.name in OPERATIONS
+    }
+    for node in nodes:
+        if isinstance(node, ast.MatchClass):
+            asked = node.cls
+        elif isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("isinstance", "issubclass"):
+            asked = node.args[1]
+        elif isinstance(node, ast.Compare):
+            asked = node
+        else:
+            continue
+        parts = list(ast.walk(asked))
+        names = {part.id for part in parts if isinstance(part, ast.Name)}
+        names |= {part.attr for part in parts if isinstance(part, ast.Attribute)}
+        texts = {part.value for part in parts if isinstance(part, ast.Constant)}
+        if names & ours or (isinstance(node, ast.Compare) and "verb" in names and texts & VERBS):
+            yield node.lineno
+
+
+def test_operations_are_interpreted_where_plans_are_made_checked_lowered_run_and_shown_and_nowhere_else():
+    found = {
+        f"{path.relative_to(SOURCE)}:{line}"
+        for path in SOURCE.rglob("*.py")
+        for line in interpreted(path.read_text())
+        if path.relative_to(SOURCE).as_posix() not in INTERPRETERS and path.parent.name != "passes"
+    }
+    assert found == set()
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "isinstance(op, Read)",
+        "isinstance(op, Wait | Read)",
+        "isinstance(op, (Free, Read))",
+        "type(op) is Read",
+        "op.verb == 'read'",
+        "op.verb in ('read', 'write')",
+        "match op:\n    case Read(block):\n        pass",
+    ],
+)
+def test_an_interpretation_of_an_operation_is_found(line):
+    assert list(interpreted(f"from outsize.plan import Free, Read, Wait\n{line}"))
+
+
+def test_making_an_operation_is_no_interpretation():
+    assert not list(interpreted("from outsize.plan import Read\nrun(Read('L00', plane, 1))"))

@@ -5,7 +5,7 @@ from contextlib import ExitStack
 import pytest
 import torch
 
-from outsize.block import Block, Group, Piece, Plane, Record
+from outsize.block import Block, Group, Piece, Record
 from outsize.config import ComputeType, Home
 from outsize.engine import executor as executor_module
 from outsize.engine.executor import Executor
@@ -301,4 +301,4 @@ def test_the_outer_block_keeps_its_weights(moe):
                 model.check(states)
         model.check(outer)
     groups = {group: model.store.placement.slots[group] for group in (Group.WEIGHT, Group.GRADIENT)}
-    assert groups and Plane.WEIGHT in model.store[layer(0)].planes.slots
+    assert groups and model.store[layer(0)].planes.weight_slot is not None

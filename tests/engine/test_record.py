@@ -17,7 +17,7 @@ from outsize.plan.profile import Resource
 from outsize.plan.simulate import Stall
 from outsize.plan.timeline import Span
 from outsize.store import offload
-from outsize.store.recorder import ENDS_A_FREE, ENDS_A_WAIT, SHORTEST_STALL_S, causes
+from outsize.store.recorder import SHORTEST_STALL_S, causes
 from outsize.tier import Verb
 from outsize.tier.transfer import TaskTransfer
 from tests.running import adamw, loss_of, opened
@@ -327,7 +327,7 @@ def test_what_cannot_be_recorded_is_refused(tmp_path):
 
 
 def test_causes_are_what_ended_a_wait_and_what_it_came_after():
-    wait, free = ENDS_A_WAIT, ENDS_A_FREE
+    wait, free = Wait.ended_by, Free.ended_by
     read = Span(READ, 1.0, 2.0, "read L00.state[0]")
     update = Span(UPDATE, 2.5, 3.0, "update L00")
     write = Span(WRITE, 3.0, 3.5, "write L00.state[0]")

@@ -26,7 +26,6 @@ from outsize.block import Group, Plane
 from outsize.errors import UsageError
 from outsize.plan import (
     PASSES,
-    Claim,
     Context,
     Direction,
     Free,
@@ -36,8 +35,6 @@ from outsize.plan import (
     Plan,
     Read,
     Visit,
-    Wait,
-    Write,
     check,
     evicted,
     make_plan,
@@ -52,12 +49,13 @@ from outsize.store.state import BlockState
 
 @dataclass(frozen=True, slots=True)
 class _Around:
-    """The plan that a detour interrupts, how far it is, which weights are in slots, and the visits that are under way."""
+    """The plan that a detour interrupts, how far it is, what is in slots, and the visits that are under way."""
 
     plan: Plan
     index: int
     expected: deque[Visit]
-    held: tuple[str, ...]
+    weights: tuple[str, ...]
+    gradients: tuple[str, ...]
     visiting: frozenset[str]
 
 
@@ -81,10 +79,6 @@ class Executor:
         """Visits of each block that are left of the call, detours not counted."""
         self._around: list[_Around] = []
         """Plans that detours interrupt, the outermost first."""
-        self._held: list[str] = []
-        """Blocks whose weights are in a slot."""
-        self._sums: list[str] = []
-        """Blocks whose gradient is in a slot."""
         self._is_broken = False
         """Whether a visit inside another failed: the one around it must not go on."""
         self._input_bytes: Mapping[str, int] = {}
@@ -128,8 +122,7 @@ class Executor:
 
     def _recover(self) -> None:
         self._expected, self.plan, self._index = deque(), Plan(()), 0
-        self._around, self._held, self._sums = [], [], []
-        self._is_stale = self._is_broken = False
+        self._around, self._is_stale, self._is_broken = [], False, False
         self.store.recover()
         self._is_disturbed = False
 
@@ -185,6 +178,8 @@ class Executor:
             recorder.visited(visits, began)
         while len(self._around) > depth:
             self._end_detour()
+        while self._index < len(self.plan) and self.plan.ops[self._index].closes_visit:
+            self._run_next()
         if self._is_stale and not outer:
             self._is_stale = False
             self._release_gradients()
@@ -235,9 +230,8 @@ class Executor:
             return order.index(state.name) if state.name in order else len(order)
 
         chosen = max(staying, key=distance)
-        if chosen.name in self._sums:
+        if chosen.planes.gradient_slot is not None:
             self.store.gradients.free(chosen)
-            self._sums.remove(chosen.name)
         self.store.evict(chosen, evicted(self.store.placement, chosen.record))
         self._is_stale = True
         return chosen
@@ -267,11 +261,10 @@ class Executor:
             if self._is_disturbed or self.store.updates.is_lost:
                 stack.callback(self.store.recover)
                 return
-            for block in self._held:
+            for block in self._in_slots(Plane.WEIGHT):
                 stack.callback(self.store.weights.free, self.store[block])
             stack.callback(self.store.flush)
             stack.callback(self._release_gradients)
-            self._held = []
 
     # -- reaching a visit ----------------------------------------------------------------------------------------
 
@@ -305,12 +298,12 @@ class Executor:
         states = [self.store[name] for name in records]
         snapshots, placement = self.store.snapshots, self.store.placement
         occupancy = Occupancy(
-            held=tuple(self._held),
+            held=self._in_slots(Plane.WEIGHT),
             pending=frozenset(state.name for state in states if state.update.pending is not None),
             accumulated=frozenset(state.name for state in states if state.gradient.exists),
             committing=snapshots.waiting & records.keys() if snapshots is not None else (),
             visiting=self._visiting,
-            summing=tuple(self._sums),
+            summing=self._in_slots(Plane.GRADIENT),
             inputs=inputs,
             num_leaving=num_leaving,
         )
@@ -330,14 +323,15 @@ class Executor:
         # If the call visits one of them later, its update and sum have changed by then: plan the rest again.
         self._is_stale |= any(self._left[block] > 0 for block in blocks)
         classes = {placement.slot_class(visit.block, Group.GRADIENT) for visit in visits if visit.trains}
-        for block in set(self._sums) - self._visiting:
-            if placement.slot_class(block, Group.GRADIENT) in classes:
+        for block in self._in_slots(Plane.GRADIENT):
+            if block not in self._visiting and placement.slot_class(block, Group.GRADIENT) in classes:
                 self._run(Free(block, Plane.GRADIENT))
                 self._is_stale = True
+        weights, gradients = self._in_slots(Plane.WEIGHT), self._in_slots(Plane.GRADIENT)
         self._around.append(
-            _Around(self.plan, self._index, self._expected, tuple(self._held), self._visiting)
+            _Around(self.plan, self._index, self._expected, weights, gradients, self._visiting)
         )
-        self._make_plan(visits, {*blocks, *self._held, *self._sums})
+        self._make_plan(visits, {*blocks, *weights, *gradients})
         self._is_broken = False
 
     def _reach_detour(self, visits: Sequence[Visit]) -> None:
@@ -354,27 +348,22 @@ class Executor:
 
     def _end_detour(self) -> None:
         """Leave a detour, wherever it is: slots hold again what the plan around it expects."""
-        while self._index < len(self.plan) and isinstance(self.plan.ops[self._index], Write):
-            self._run_next()
         around = self._around.pop()
-        own = {op.block for op in self.plan if isinstance(op, Claim | Read) and op.plane is Plane.GRADIENT}
-        for block in own.intersection(self._sums):
-            self._run(Free(block, Plane.GRADIENT))
-        for block in set(self._held).difference(around.held):
-            self._run(Free(block, Plane.WEIGHT))
-        for block in around.held:
-            if block not in self._held:
+        for plane, before in ((Plane.GRADIENT, around.gradients), (Plane.WEIGHT, around.weights)):
+            for block in self._in_slots(plane):
+                if block not in before:
+                    self._run(Free(block, plane))
+        held = self._in_slots(Plane.WEIGHT)
+        for block in around.weights:
+            if block not in held:
                 self._run(Read(block, Plane.WEIGHT, self.store.records[block].plane_bytes(Plane.WEIGHT)))
         self.plan, self._index, self._expected = around.plan, around.index, around.expected
 
     # -- running -------------------------------------------------------------------------------------------------
 
     def _proceed(self) -> None:
-        """Start everything up to the next operation that would wait for bytes, or compute."""
-        while self._index < len(self.plan):
-            op = self.plan.ops[self._index]
-            if isinstance(op, Wait) or op.resource is Resource.COMPUTE:
-                return
+        """Start everything up to what the next visit waits for."""
+        while self._index < len(self.plan) and not self.plan.ops[self._index].opens_visit:
             self._run_next()
 
     def _run_next(self) -> None:
@@ -382,35 +371,24 @@ class Executor:
         self._index += 1
 
     def _run(self, op: Op) -> None:
-        plane: Plane | None = getattr(op, "plane", None)
         recorder, state = self.recorder, self.store[op.block]
         began = recorder.moment() if recorder is not None else None
         start = time.perf_counter()
         try:
-            self.store.runners[type(op), plane](state)
+            self.store.runners[type(op), op.plane](state)
         finally:
-            if op.is_waiting:
-                self.wait_s[f"{op.verb} {plane}"] += time.perf_counter() - start
+            if op.ended_by:
+                self.wait_s[f"{op.verb} {op.plane}"] += time.perf_counter() - start
         if recorder is not None and began is not None:
             recorder.ran(op, began, in_place=self.store.planes.updates_in_place(state.planes))
-        match op:
-            case Read(block, Plane.WEIGHT):
-                self._held.append(block)
-            case Free(block, Plane.WEIGHT):
-                self._held.remove(block)
-            case Read(block, Plane.GRADIENT) | Claim(block, Plane.GRADIENT):
-                self._sums.append(block)
-            case Free(block, Plane.GRADIENT):
-                self._sums.remove(block)
-            case _:
-                pass
         self.executed.append(op)
 
     def _release_gradients(self) -> None:
-        """Give back gradient slots of a plan that is not carried on, finishing writes that follow a backward."""
-        while self._index < len(self.plan) and isinstance(self.plan.ops[self._index], Write):
-            self._run_next()
-        for block in self._sums:
+        """Give back gradient slots of a plan that is not carried on."""
+        for block in self._in_slots(Plane.GRADIENT):
             self.store.gradients.free(self.store[block])
-        self._sums = []
         self._expected, self.plan, self._index = deque(self._expected), Plan(()), 0
+
+    def _in_slots(self, plane: Plane) -> tuple[str, ...]:
+        """The blocks that hold a slot for `plane`, in the order in which they took it."""
+        return tuple(self.store.planes.slots[plane])

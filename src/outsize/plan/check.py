@@ -13,14 +13,12 @@ from dataclasses import dataclass
 from outsize.block import Plane, Record
 from outsize.plan.op import (
     Backward,
-    Claim,
     Copy,
     Fetch,
     Forward,
     Free,
     Held,
     Op,
-    Read,
     Send,
     Update,
     Wait,
@@ -113,13 +111,13 @@ class _Checker:
         block = op.block
         _require(not (self.has_begun and isinstance(op, Held)), "held stands only at the start")
         self.has_begun |= not isinstance(op, Held)
-        if getattr(op, "plane", None) is Plane.INPUT:
+        if op.plane is Plane.INPUT:
             self._step_input(op)
             return
+        if op.plane is not None and op.claims:
+            self.slots[op.plane].claim(block)
+            self.waited.discard((block, op.plane))
         match op:
-            case Held(_, plane) | Read(_, plane) | Claim(_, plane):
-                self.slots[plane].claim(block)
-                self.waited.discard((block, plane))
             case Update():
                 _require(self._has(block, Plane.WEIGHT), f"{block} is updated before its weights are read")
                 self.waited.discard((block, Plane.WEIGHT))

@@ -199,8 +199,8 @@ class Lowering:
                 self._copy(block)
             case _:
                 if op.resource in self._rates:
-                    num_bytes = getattr(op, "num_bytes", 0)
-                    self._transfer(op.resource, num_bytes, self._main, f"{op.resource} {op.block}.{op.verb}")
+                    label = f"{op.resource} {op.block}.{op.verb}"
+                    self._transfer(op.resource, op.num_bytes, self._main, label)
 
     # -- what operations take --------------------------------------------------------------------------------------
 
@@ -334,13 +334,10 @@ class Lowering:
 
 def held_after(plan: Plan) -> list[str]:
     """The blocks whose weights are in a slot when `plan` is over, in the order in which they came."""
-    held: list[str] = []
+    held: dict[str, None] = {}
     for op in plan:
-        match op:
-            case Held(block, Plane.WEIGHT) | Read(block, Plane.WEIGHT):
-                held.append(block)
-            case Free(block, Plane.WEIGHT):
-                held.remove(block)
-            case _:
-                pass
-    return held
+        if op.plane is Plane.WEIGHT and op.claims:
+            held[op.block] = None
+        elif op.plane is Plane.WEIGHT and op.frees:
+            del held[op.block]
+    return list(held)

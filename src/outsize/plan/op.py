@@ -7,7 +7,7 @@ else, so that the memory a plan needs can be read off its text.
 from __future__ import annotations
 
 from abc import ABC
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import ClassVar
 
 from outsize.block import Plane
@@ -19,15 +19,38 @@ from outsize.plan.profile import Resource
 class Op(ABC):
     """One operation on one block. After `block` an operation may have `plane` and `num_bytes`, which end its text.
 
-    `verb` is the first word of the text. `resource` is what the operation keeps busy until it is over, None if it starts
-    nothing; a path with several legs keeps that of its other legs busy as well. `is_waiting` holds where computing, and
-    whatever the plan has next, waits for the operation.
+    Class attributes say what an operation means to code that does not know its kind:
+
+    - `verb` is the first word of the text.
+    - `resource` is what the operation keeps busy until it is over, None if it starts nothing; a path with several legs
+      keeps that of its other legs busy as well.
+    - `ended_by` lists what may end the wait of an operation that computing, and whatever the plan has next, waits for; the
+      first is named where the cause is unknown. Other operations have none.
+    - `claims` and `frees` say that the block begins, or ceases, to hold a slot for the plane.
+    - `opens_visit` and `closes_visit` tie an operation to the visit after or before it: it runs once that visit is reached,
+      or as soon as it is over.
+    - `computes` names the work of an operation that computes itself, outside of visits.
     """
 
     verb: ClassVar[str] = ""
     resource: ClassVar[Resource | None] = None
-    is_waiting: ClassVar[bool] = False
+    ended_by: ClassVar[tuple[Resource, ...]] = ()
+    claims: ClassVar[bool] = False
+    frees: ClassVar[bool] = False
+    opens_visit: ClassVar[bool] = False
+    closes_visit: ClassVar[bool] = False
+    computes: ClassVar[str] = ""
     block: str
+
+    @property
+    def plane(self) -> Plane | None:
+        """The plane that the operation is on; None where it is on the block as a whole."""
+        return None
+
+    @property
+    def num_bytes(self) -> int:
+        """What is moved; 0 where nothing is."""
+        return 0
 
     def __init_subclass__(cls) -> None:
         if cls.verb:
@@ -65,12 +88,12 @@ _VERBS: dict[str, type[Op]] = {}
 
 @dataclass(frozen=True, slots=True)
 class _OnPlane(Op):
-    plane: Plane
+    plane: Plane = field()
 
 
 @dataclass(frozen=True, slots=True)
 class _Move(_OnPlane):
-    num_bytes: int
+    num_bytes: int = field()
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +101,7 @@ class Held(_OnPlane):
     """The weights are in a slot from an earlier call, or the input was sent away before; only at the start of a plan."""
 
     verb: ClassVar[str] = "held"
+    claims: ClassVar[bool] = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +109,7 @@ class Read(_Move):
     """Claim a slot and start reading a plane into it; `wait` makes it usable."""
 
     verb: ClassVar[str] = "read"
+    claims: ClassVar[bool] = True
     resource: ClassVar[Resource | None] = Resource.READ
 
 
@@ -103,6 +128,7 @@ class Update(Op):
     """Start applying the block's pending update, chunk by chunk as state arrives; `wait` makes the weights usable."""
 
     verb: ClassVar[str] = "update"
+    computes: ClassVar[str] = "update"
     resource: ClassVar[Resource | None] = Resource.UPDATE
 
 
@@ -111,7 +137,8 @@ class Wait(_OnPlane):
     """Let computing wait until a plane that was read (and updated), or an input that was fetched, is usable."""
 
     verb: ClassVar[str] = "wait"
-    is_waiting: ClassVar[bool] = True
+    ended_by: ClassVar[tuple[Resource, ...]] = (Resource.READ, Resource.UPDATE, Resource.UP)
+    opens_visit: ClassVar[bool] = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +146,7 @@ class Claim(_OnPlane):
     """Claim a slot for a plane that starts empty: a gradient that nothing was added to yet."""
 
     verb: ClassVar[str] = "claim"
+    claims: ClassVar[bool] = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +154,7 @@ class Forward(Op):
     """Run the block, all its tiles."""
 
     verb: ClassVar[str] = "forward"
+    opens_visit: ClassVar[bool] = True
     resource: ClassVar[Resource | None] = Resource.COMPUTE
 
 
@@ -134,6 +163,7 @@ class Backward(Op):
     """Go back through the block, which is run again unless its activations were kept, and add to its gradient."""
 
     verb: ClassVar[str] = "backward"
+    opens_visit: ClassVar[bool] = True
     resource: ClassVar[Resource | None] = Resource.COMPUTE
 
 
@@ -142,6 +172,8 @@ class Write(_Move):
     """Round a plane, take its norm, and start moving it from its slot to its home."""
 
     verb: ClassVar[str] = "write"
+    closes_visit: ClassVar[bool] = True
+    computes: ClassVar[str] = "round"
     resource: ClassVar[Resource | None] = Resource.WRITE
 
 
@@ -150,7 +182,8 @@ class Free(_OnPlane):
     """Give a slot, or the memory of an input, back once nothing is being written from it any more."""
 
     verb: ClassVar[str] = "free"
-    is_waiting: ClassVar[bool] = True
+    ended_by: ClassVar[tuple[Resource, ...]] = (Resource.WRITE, Resource.DOWN, Resource.UP, Resource.UPDATE)
+    frees: ClassVar[bool] = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,4 +208,4 @@ class Copy(Op):
 
     verb: ClassVar[str] = "copy"
     resource: ClassVar[Resource | None] = Resource.WRITE
-    num_bytes: int
+    num_bytes: int = field()

@@ -24,11 +24,11 @@ import torch
 from outsize.block import Extent, align
 from outsize.config import format_bytes
 from outsize.errors import BudgetError, StorageError, UsageError
-from outsize.plan import memory_estimate
+from outsize.plan import Wait, memory_estimate
 from outsize.plan.path import DRIVE, LINK
 from outsize.store.finalizers import when_dropped
 from outsize.store.path import Chunk, Path, Route
-from outsize.store.recorder import ENDS_A_WAIT, Recorder
+from outsize.store.recorder import Recorder
 from outsize.store.workers import Workers
 from outsize.tier import Device, DoneTransfer, HostArena, Tier, TierStats, Transfer, wait_over
 
@@ -238,7 +238,7 @@ class ActivationOffload:
         finally:
             self.wait_s["wait input"] += time.perf_counter() - start_s
         if recorder is not None and began is not None:
-            recorder.waited(each.label.partition(".")[0], ENDS_A_WAIT, began)
+            recorder.waited(each.label.partition(".")[0], Wait.ended_by, began)
         return target
 
     def _bring(self, each: _Input) -> tuple[torch.Tensor, Transfer]:

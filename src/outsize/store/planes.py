@@ -39,12 +39,16 @@ def weight_dtype(record: Record) -> torch.dtype:
     return DTYPES[record.compute_type]
 
 
+def _no_slots() -> dict[Plane, dict[str, Slot]]:
+    return {Plane.WEIGHT: {}, Plane.GRADIENT: {}}
+
+
 @dataclass(eq=False)
 class BlockPlanes:
     """Where the planes of one block are; changed by `Planes` alone.
 
     `dtypes` are the types in which planes are stored, `homes` where they live, by group (`host` is the host's memory, as in
-    `Placement`), `regions` the memory of those that live in memory, and `slots` the slots that the block holds now.
+    `Placement`), `regions` the memory of those that live in memory, and `slots` the slots that blocks hold, as in `Planes`.
     """
 
     record: Record
@@ -52,8 +56,8 @@ class BlockPlanes:
     dtypes: Mapping[Plane, torch.dtype]
     homes: Mapping[Group, Home]
     host: Home
+    slots: Mapping[Plane, Mapping[str, Slot]] = field(default_factory=_no_slots)
     regions: Mapping[Plane, Region | DeviceRegion] = field(default_factory=dict)
-    slots: dict[Plane, Slot] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -63,12 +67,12 @@ class BlockPlanes:
     @property
     def weight_slot(self) -> Slot | None:
         """The slot that holds the weights, if they stream and are in memory."""
-        return self.slots.get(Plane.WEIGHT)
+        return self.slots[Plane.WEIGHT].get(self.name)
 
     @property
     def gradient_slot(self) -> Slot | None:
         """The slot that the gradient is summed in, if it has one."""
-        return self.slots.get(Plane.GRADIENT)
+        return self.slots[Plane.GRADIENT].get(self.name)
 
     # -- in memory -----------------------------------------------------------------------------------------------
 
@@ -124,7 +128,7 @@ class BlockPlanes:
 
     def route(self, plane: Plane, byte_offset: int = 0) -> Route:
         """The shard's weights or gradient between their home and the block's slot, from `byte_offset` of the slot."""
-        slot = self.slots.get(plane)
+        slot = self.slots[plane].get(self.name)
         assert slot is not None, f"{self.name}.{plane} has no slot"
         place = slot.tensor(self.dtypes[plane], self.record.plane_elements(plane), byte_offset)
         way, home = legs(self.home(plane), Home.DEVICE, self.host), self.at_home(plane, Home.HOST)
@@ -192,13 +196,15 @@ class Planes:
         if self.link:
             self.arena = DeviceArena(device, placement.bytes_in(Home.DEVICE))
         self._arenas = {Home.DEVICE: self.arena, Home.HOST: self.host_arena}
+        self.slots = _no_slots()
+        """The slots that blocks hold, by plane and block, in the order in which they were taken."""
         self._blocks: dict[str, BlockPlanes] = {}
         offset = 0
         for record in records:
             place = offset if disk_offsets is None else disk_offsets[record.name]
-            block = self._blocks[record.name] = BlockPlanes(
-                record, place, _stored_dtypes(record, rule), placement.homes_of(record.name), placement.host
-            )
+            dtypes, homes = _stored_dtypes(record, rule), placement.homes_of(record.name)
+            block = BlockPlanes(record, place, dtypes, homes, placement.host, self.slots)
+            self._blocks[record.name] = block
             if not self._allocate_homes(block):
                 offset += record.num_bytes
         self._pools: dict[Group, list[SlotPool]] = {group: [] for group in placement.slots}
@@ -254,12 +260,12 @@ class Planes:
 
     def take_slot(self, block: BlockPlanes, plane: Plane) -> Slot:
         """Take a slot for the weights or the gradient of `block`, until `free_slot`."""
-        slot = block.slots[plane] = self._pool(block, plane).take(block.name)
+        slot = self.slots[plane][block.name] = self._pool(block, plane).take(block.name)
         return slot
 
     def free_slot(self, block: BlockPlanes, plane: Plane, after: Sequence[Transfer]) -> None:
         """Give the slot of `block` back, in use until `after` is over."""
-        self._pool(block, plane).give(block.slots.pop(plane), after)
+        self._pool(block, plane).give(self.slots[plane].pop(block.name), after)
 
     def _pool(self, block: BlockPlanes, plane: Plane) -> SlotPool:
         index = self.placement.slot_class(block.name, plane.group)
@@ -268,8 +274,8 @@ class Planes:
 
     def free_all_slots(self) -> None:
         """Take every slot back, whatever it holds; nothing may move."""
-        for block in self:
-            block.slots.clear()
+        for slots in self.slots.values():
+            slots.clear()
         computed = self.device.mark()  # what was computed with a slot may be under way still
         for pool in self._all_pools():
             pool.reset((computed,))
@@ -300,7 +306,7 @@ class Planes:
         The block must hold no slot, and nothing may move it. Raises BudgetError, having changed nothing, if the system
         cannot provide the memory.
         """
-        assert not block.slots, block.name
+        assert not any(block.name in slots for slots in self.slots.values()), block.name
         limit_bytes = self.host_arena.limit_bytes
         self.host_arena.limit_bytes += block.num_bytes_in(Home.DEVICE)
         moved: dict[Plane, Region] = {}

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from outsize.plan import Free, Op, Update, Visit, Wait, Write
+from outsize.plan import Op, Visit
 from outsize.plan.profile import Resource
 from outsize.plan.simulate import Stall
 from outsize.plan.timeline import Span, Timeline
@@ -25,12 +25,6 @@ SHORTEST_STALL_S = 1e-4
 
 _CLOCK_S = 1e-5
 """Difference with which two threads may see the same moment."""
-
-ENDS_A_WAIT: tuple[Resource, ...] = (Resource.READ, Resource.UPDATE, Resource.UP)
-"""What may end a wait for a plane or an input of a block; the first where the cause is unknown."""
-
-ENDS_A_FREE: tuple[Resource, ...] = (Resource.WRITE, Resource.DOWN, Resource.UP, Resource.UPDATE)
-"""What may end a wait for a slot, or the memory of an input, to be free; the first where the cause is unknown."""
 
 _ANY = tuple(Resource)
 
@@ -62,12 +56,10 @@ class Recorder:
 
     def ran(self, op: Op, began: Moment, *, in_place: bool) -> None:
         """Record an operation between visits that ends now; an update `in_place` runs where blocks compute."""
-        if isinstance(op, Wait | Free):
-            self.waited(op.block, ENDS_A_WAIT if isinstance(op, Wait) else ENDS_A_FREE, began)
-        elif isinstance(op, Write):
-            self._spans.append((Resource.COMPUTE, f"round {op.block}", 0, began, self.moment()))
-        elif isinstance(op, Update) and in_place:
-            self._spans.append((Resource.COMPUTE, f"update {op.block}", 0, began, self.moment()))
+        if op.ended_by:
+            self.waited(op.block, op.ended_by, began)
+        elif op.computes and (in_place or op.resource is not Resource.UPDATE):
+            self._spans.append((Resource.COMPUTE, f"{op.computes} {op.block}", 0, began, self.moment()))
 
     def waited(self, block: str, ended_by: Sequence[Resource], began: Moment) -> None:
         """Record that computing waited, since `began`, for a transfer or an update of `block`."""
