@@ -113,3 +113,47 @@ def test_an_interpretation_of_an_operation_is_found(line):
 
 def test_making_an_operation_is_no_interpretation():
     assert not list(interpreted("from outsize.plan import Read\nrun(Read('L00', plane, 1))"))
+
+
+ASKS_FOR_THE_HOST = {"plan/path.py", "plan/place.py", "plan/limits.py"}
+PLACES = {"host", "_host", "computes_in"}
+
+
+def asks_for_the_host(source):
+    """The lines of a file that ask whether blocks compute in the host's memory, or on a device with memory of its own."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Attribute) and node.attr == "is_host":
+            yield node.lineno
+        elif isinstance(node, ast.Compare):
+            sides = [node.left, *node.comparators]
+            names = {getattr(side, "attr", getattr(side, "id", "")) for side in sides}
+            homes = any(
+                isinstance(side, ast.Attribute) and ast.unparse(side.value) == "Home" for side in sides
+            )
+            if homes and names & PLACES:
+                yield node.lineno
+
+
+def test_no_room_but_tier_and_no_file_but_those_of_placements_asks_whether_the_host_computes():
+    """Legs, homes and limits are data: where the host computes, there is no link, and one memory."""
+    found = {
+        f"{name}:{line}"
+        for path in SOURCE.rglob("*.py")
+        for line in asks_for_the_host(path.read_text())
+        if (name := path.relative_to(SOURCE).as_posix()) not in ASKS_FOR_THE_HOST
+        and path.relative_to(SOURCE).parts[0] not in ("tier", "serve")
+    }
+    assert found == set()
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "if model.device.is_host: pass",
+        "apart = limits.computes_in is Home.DEVICE",
+        "x = 1 if placement.host is not Home.HOST else 2",
+        "x = Home.HOST == computes_in",
+    ],
+)
+def test_a_question_for_the_host_is_found(line):
+    assert list(asks_for_the_host(line))

@@ -21,7 +21,7 @@ import torch
 from outsize.block import Record
 from outsize.config import Home, OnDeviceFull, Settings, format_bytes
 from outsize.errors import BudgetError
-from outsize.plan import Placement, is_stored, memory_estimate
+from outsize.plan import Placement, memory_estimate
 from outsize.plan.ledger import ACTIVATIONS, WAITING, Ledger, Purpose, placed
 from outsize.plan.limits import LEAST_FREED_BYTES, UNPLANNED_BYTES, Limits
 from outsize.plan.place import with_pieces
@@ -172,13 +172,14 @@ class Budget:
             reading_bytes,
             others=_open_models_text(),
         )
-        if self._device.is_host:
+        own_memory = self._device.own_memory
+        if own_memory is None:
             return limits
-        free = self._device.free_bytes()
-        others = self._device.taken_bytes() - self.reserved.total(Home.DEVICE)
+        free, taken = own_memory
+        others = Ledger.of(Home.DEVICE, process=taken - self.reserved.total(Home.DEVICE))
         return replace(
             limits,
-            taken=limits.taken + Ledger.of(Home.DEVICE, process=others),
+            taken=limits.taken + others,
             device_bytes=self.settings.budgets.device_bytes or int(0.95 * free),
             device_free_bytes=free,
         )
@@ -227,7 +228,7 @@ class Budget:
         assert self.placement is not None and self._planned is not None and self._planner is not None
         pins = self.settings.pins
         is_pinned = pins.resident is not None or pins.resident_bytes is not None
-        if not self._device.is_host or is_stored(self.records) or is_pinned or self.settings.home is not None:
+        if is_pinned or self.settings.home is not None:
             return None
         left = self.limits.host_bytes - self.limits.slack_bytes // 2 - needed_bytes - memory.resident_bytes()
         if left >= WORTH_FILLING_BYTES:

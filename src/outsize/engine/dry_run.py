@@ -241,8 +241,7 @@ class DryRun:
         """A loss of zero; the memory of a real one is counted."""
         flat, targets = head.counted(hidden, targets, ignore_index)
         found, rows = self.found, self._most_rows(head)
-        # Logits and what becomes of them; the processor's products have copies of their own.
-        num_tiles = 3 if self._model.device.is_host else 2
+        num_tiles = 2 + self._model.device.product_copies  # logits and what becomes of them
         gradient_bytes = rows * head.module.in_features * self._model.dtype.itemsize
         found.loss_tile_bytes = max(found.loss_tile_bytes, num_tiles * flat.shape[0] * rows * 4)
         found.most_loss_tile_bytes = num_tiles * tile_elements(flat.device) * 4

@@ -23,6 +23,7 @@ from outsize.model import EncodingSource, InitSource, SafetensorsSource, TensorS
 from outsize.optim import Kernel, Rule
 from outsize.plan import IN_MEMORY, Direction, Placement, is_stored
 from outsize.plan.lower import Costs
+from outsize.plan.path import legs
 from outsize.plan.profile import Profile
 from outsize.plan.search import CostModel
 from outsize.plan.workload import BatchShape, Workload
@@ -177,7 +178,7 @@ class Setup:
         self._backing.own_source().check()
         self._compile(self.kernel)  # a compilation ends before the arenas are touched
         records, placement = self.decide(workload, shape)
-        if placement.host is Home.HOST and placement.at(Home.DEVICE):
+        if placement.at(Home.DEVICE):
             self._compile(self._device_kernel)
         store, restored = self._open_store(records, placement)
         backing = self._backing
@@ -319,4 +320,5 @@ class Setup:
 
 def source_bytes(backing: Backing, model: Model) -> Callable[[Sequence[Record]], int]:
     """What reading any of some records from the source takes beside the memory that they are read into."""
-    return lambda records: reading_bytes(backing.own_source(), records, is_host=model.device.is_host)
+    link = legs(model.device.host, Home.DEVICE, model.device.host)
+    return lambda records: reading_bytes(backing.own_source(), records, link)

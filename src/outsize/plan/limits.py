@@ -56,6 +56,11 @@ class Limits:
         return {Home.DEVICE: Home.HOST} if self.device_bytes is None else {home: home for home in IN_MEMORY}
 
     @property
+    def keeps_freed(self) -> bool:
+        """Whether freed activations count as taken where blocks compute, as malloc keeps them for the process."""
+        return self.computes_in is Home.HOST
+
+    @property
     def slack_bytes(self) -> int:
         """Memory of the host that is left for what is not planned."""
         return max(SLACK_BYTES, self.host_bytes // SLACK_SHARE)

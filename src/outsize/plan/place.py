@@ -162,6 +162,14 @@ def _wanted_slots(pins: Pins, trains: bool) -> tuple[int, int]:
     return pins.weight_slots or weight_slots, pins.gradient_slots or WANTED_GRADIENT_SLOTS
 
 
+def units(host: Home) -> tuple[tuple[Group, ...], ...]:
+    """The groups of a block that stay where blocks compute only together, those with the weights first.
+
+    Beyond a link that is the whole block, which is then updated there.
+    """
+    return (GROUPS,) if legs(host, Home.DEVICE, host) else tuple((group,) for group in GROUPS)
+
+
 def group_bytes(record: Record, group: Group) -> int:
     """Memory of one group of planes of `record`; 0 where it has none."""
     if group is Group.STATE:
@@ -257,14 +265,11 @@ class _Placer:
         return self._room[home] - placement.bytes_in(home)
 
     def pin(self, whole: frozenset[str], weights: frozenset[str], counts: tuple[int, int, int]) -> None:
-        """Let all of the blocks in `whole`, the weights of those in `weights`, and groups of `counts` blocks stay.
-
-        A device with memory of its own holds whole blocks.
-        """
-        order, is_whole = _spread_evenly(self._records), self._host is Home.HOST
+        """Let all of the blocks in `whole`, the weights of those in `weights`, and groups of `counts` blocks stay."""
+        order, with_weights = _spread_evenly(self._records), units(self._host)[0]
         keys = {(r.name, group) for group, count in zip(GROUPS, counts, strict=True) for r in order[:count]}
         for name, group in self._homes:
-            if name in whole or (name in weights and (is_whole or group is Group.WEIGHT)):
+            if name in whole or (name in weights and group in with_weights):
                 keys.add((name, group))
         self._homes |= self._given(Home.DEVICE, keys)
 
@@ -384,13 +389,14 @@ def with_pieces(
     """`placement` with entries of streamed blocks in `num_bytes` more memory, the largest of a block first.
 
     A block is large beside a small budget: what is left where no whole one fits would stay unused. Where something trains
-    nothing changes: an update would have to write such an entry twice.
+    nothing changes: an update would have to write such an entry twice. Neither does it where blocks compute beyond a link.
     """
     chosen: dict[tuple[str, int], int] = {}
     streamed = [
         r for r in records if r.name not in idle and placement.home(r.name, Group.WEIGHT) is not Home.DEVICE
     ]
-    for record in _spread_evenly(streamed) if not is_stored(records) else ():
+    stays_as_it_is = is_stored(records) or placement.legs(placement.host)
+    for record in () if stays_as_it_is else _spread_evenly(streamed):
         sizes = {
             index: align(entry.piece.num_elements * record.element_bytes[Plane.WEIGHT])
             for index, entry in enumerate(record.entries)

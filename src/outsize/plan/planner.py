@@ -17,16 +17,13 @@ from outsize.errors import BudgetError
 from outsize.plan import memory_estimate
 from outsize.plan.ledger import ACTIVATIONS, WAITING, Ledger, Purpose, placed
 from outsize.plan.limits import HINT_MARGIN_BYTES, Limits
-from outsize.plan.place import GROUPS, Placement, group_bytes, is_stored, place
+from outsize.plan.place import GROUPS, Placement, group_bytes, is_stored, place, units
 from outsize.plan.search import Choice, CostModel, Search, Way, prefer, waits
 from outsize.plan.workload import BatchShape, Workload
 
-TILE_TOKENS = 2048
-"""Tokens that a tile aims at: enough for full matmul speed; fewer if memory is short. Adding up the gradients of
-512 instead costs 8 % of a step, of 2,048 less than 2."""
-
-TILE_TOKENS_ON_DEVICE = 8192
-"""The same on an accelerator: its products need more rows for full speed."""
+TILE_TOKENS = {Home.HOST: 2048, Home.DEVICE: 8192}
+"""Tokens that a tile aims at, by where blocks compute; fewer if memory is short. Enough for full matmul speed, which takes
+more rows on an accelerator. On a host, adding up the gradients of 512 instead costs 8 % of a step, of 2,048 less than 2."""
 
 FEWEST_TILE_TOKENS = 512
 """Before tiles become smaller than this, inputs of blocks go to the disk, if there is one."""
@@ -43,8 +40,7 @@ def tile_rows_to_try(
 
     What is pinned is not halved.
     """
-    tokens = TILE_TOKENS_ON_DEVICE if computes_in is Home.DEVICE else TILE_TOKENS
-    wanted = pins.tile_rows or -(-tokens // shape.row_tokens)
+    wanted = pins.tile_rows or -(-TILE_TOKENS[computes_in] // shape.row_tokens)
     if most_tokens is not None:
         wanted = min(wanted, most_tokens // shape.row_tokens)
     rows = max(1, min(shape.rows or 1, wanted))
@@ -112,7 +108,7 @@ class Planner:
         if pins.inputs is not None:
             near, far = [computes_in if pins.inputs == Home.DEVICE else Home(pins.inputs)], []
         kept, with_memory = pins.kept_blocks or 0, self._with_memory
-        if computes_in is Home.HOST and is_stored(self.records):
+        if self.limits.keeps_freed and is_stored(self.records):
             yield with_memory(Way(sizes[0], near[0], kept, is_roomy=True), shape)
         enough = [rows for rows in sizes if rows == sizes[0] or rows * shape.row_tokens >= FEWEST_TILE_TOKENS]
         for some, homes in ((enough, near), (sizes, far), (sizes[len(enough) :], near)):
@@ -176,7 +172,7 @@ class Planner:
     def _simplest(self, fitting: Sequence[tuple[Way, Placement]]) -> tuple[Way, Placement]:
         """The largest tiles that fit, unless too few slots are then left for transfers beside computing."""
         computes_in, pins = self.limits.computes_in, self.settings.pins
-        moves_for_slots = computes_in is Home.DEVICE and pins.inputs is None
+        moves_for_slots = len(self.limits.memories) > 1 and pins.inputs is None
         cramped: tuple[Way, Placement] | None = None
         for way, placement in fitting:
             is_moving = way.inputs is not computes_in
@@ -260,8 +256,7 @@ class Planner:
         here = placement.at(Home.DEVICE)
         if placement.resident_bytes == sum(sizes.values()):
             return placement.resident_bytes
-        groups = (Group.WEIGHT,) if self.limits.computes_in is Home.HOST else GROUPS
-        kept = {(name, group) for name in placement.kept for group in groups}
+        kept = {(name, group) for name in placement.kept for group in units(placement.host)[0]}
         return sum(sizes[key] for key in here - kept if key[0] not in self.always_resident)
 
     # -- placing -------------------------------------------------------------------------------------------------
@@ -276,8 +271,7 @@ class Planner:
         try:
             self.disk_bytes(placement, self.records)
         except BudgetError:
-            is_apart = self.limits.computes_in is Home.DEVICE
-            if is_apart or self.settings.home is not None or pins.resident is not None:
+            if self.settings.home is not None or pins.resident is not None:
                 raise
             for count in range(len(self.records) if pins.resident_bytes is None else 0, 0, -1):
                 with suppress(BudgetError):

@@ -15,6 +15,7 @@ from outsize.block import Block, Entry, Piece, Plane, Record
 from outsize.config import Home
 from outsize.model import READ_BUFFERS_BYTES, Source
 from outsize.optim import split
+from outsize.plan.path import Leg
 from outsize.store import memory
 from outsize.store.path import Staging
 from outsize.store.planes import BlockPlanes, Planes, weight_dtype
@@ -240,10 +241,10 @@ class WeightReader:
             yield first, *split(values[first : first + SPLIT_ELEMENTS])
 
 
-def reading_bytes(source: Source, records: Sequence[Record], *, is_host: bool = True) -> int:
+def reading_bytes(source: Source, records: Sequence[Record], link: Sequence[Leg] = ()) -> int:
     """Memory that reading a block from `source` takes beside its target.
 
-    Entries are read one at a time. An entry that has to be rounded is read in fp32 and split; one whose home is a device
+    Entries are read one at a time. An entry that has to be rounded is read in fp32 and split; one that crosses a `link`
     passes through host memory. Both happen in parts if the source reads rows by themselves.
     """
     most = 0
@@ -259,7 +260,7 @@ def reading_bytes(source: Source, records: Sequence[Record], *, is_host: bool = 
                     taken += 2 * max(
                         (each.num_elements for each in parts if _is_large(source, each)), default=0
                     )
-            if not is_host:
+            if link:
                 most_sent = max(part.num_elements for part, _ in _parts(source, piece, SENT_ELEMENTS))
                 taken += most_sent * dtype.itemsize
             most = max(most, taken)

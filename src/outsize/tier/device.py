@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from outsize.block import align
-from outsize.config import format_bytes
+from outsize.config import Home, format_bytes
 from outsize.errors import BudgetError, DeviceError
 from outsize.tier.base import Transfer
 from outsize.tier.transfer import DoneTransfer, Listener, Moment, at
@@ -49,10 +49,28 @@ class LinkStats:
 
 
 class Device(ABC):
-    """What computes. `torch_device` is where its tensors are; `is_host` says that its memory is the host's."""
+    """What computes. `torch_device` is where its tensors are; `is_host` says that its memory is the host's.
+
+    `is_host` is for this room alone: others ask for what follows from it.
+    """
 
     torch_device: torch.device
     is_host: bool = False
+
+    @property
+    def host(self) -> Home:
+        """The home that is the host's memory, as in a placement."""
+        return Home.DEVICE if self.is_host else Home.HOST
+
+    @property
+    def own_memory(self) -> tuple[int, int] | None:
+        """Bytes free and bytes taken of memory of its own; None where it has none."""
+        return None if self.is_host else (self.free_bytes(), self.taken_bytes())
+
+    @property
+    def product_copies(self) -> int:
+        """Copies that a product in fp32 makes of its result: the processor's makes one."""
+        return int(self.is_host)
 
     @abstractmethod
     def start_copy(
