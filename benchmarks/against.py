@@ -30,24 +30,23 @@ from step import step as ask
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 
-def _load(folder: Path, **options: Any) -> Any:
-
+def _load(folder: Path, layers: int, **options: Any) -> Any:
     import outsize
 
-    config().save_pretrained(folder / "model")
+    config(layers).save_pretrained(folder / "model")
     if "from_scratch" in inspect.signature(outsize.load).parameters:
         options["from_scratch"] = True
     return outsize.load(folder / "model", disk=folder, **options)
 
 
-def train(folder: Path, tokens: int, host: str) -> None:
+def train(folder: Path, layers: int, tokens: int, host: str) -> None:
     """Make a step for each line of standard input."""
     import torch
 
     import outsize
 
     pins = outsize.Pins(resident_bytes=0)
-    model = _load(folder, home="disk", dtype="float32", host=host, pins=pins).train()
+    model = _load(folder, layers, home="disk", dtype="float32", host=host, pins=pins).train()
     optimizer = outsize.AdamW(model, lr=1e-5, max_grad_norm=1.0)
     generator = torch.Generator().manual_seed(0)
 
@@ -62,7 +61,7 @@ def train(folder: Path, tokens: int, host: str) -> None:
     answer(step, model)
 
 
-def decode(folder: Path, host: str) -> None:
+def decode(folder: Path, layers: int, host: str) -> None:
     """Make a decode pass for each line of standard input."""
     import torch
     from transformers import Qwen3ForCausalLM
@@ -72,7 +71,7 @@ def decode(folder: Path, host: str) -> None:
     from outsize.serve.engine import open_engine
 
     torch.manual_seed(0)
-    Qwen3ForCausalLM(config()).bfloat16().save_pretrained(folder / "weights")
+    Qwen3ForCausalLM(config(layers)).bfloat16().save_pretrained(folder / "weights")
     model = outsize.load(folder / "weights", dtype="bfloat16", host=host, pins=outsize.Pins(resident_bytes=0))
     engine = open_engine(model.requires_grad_(False), kv="64MiB", pass_tokens=64)
     engine.submit(Request(tuple(range(1, 11)), max_new_tokens=100))
@@ -104,6 +103,7 @@ def main() -> None:
     )
     parser.add_argument("--other", type=Path, required=True, help="the folder src of another checkout")
     parser.add_argument("--tokens", type=int, default=1024, help="tokens of a training step")
+    parser.add_argument("--layers", type=int, default=24, help="layers of the model")
     parser.add_argument("--passes", action="store_true", help="decode passes instead of training steps")
     parser.add_argument("--host", default="3GiB", help="the budget of each process")
     parser.add_argument("--pairs", type=int, default=10)
@@ -112,9 +112,9 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.one:
         if arguments.passes:
-            decode(arguments.one, arguments.host)
+            decode(arguments.one, arguments.layers, arguments.host)
         else:
-            train(arguments.one, arguments.tokens, arguments.host)
+            train(arguments.one, arguments.layers, arguments.tokens, arguments.host)
         return
     sources = {"this": Path(__file__).parents[1] / "src", "other": arguments.other}
     with tempfile.TemporaryDirectory(dir=os.environ.get("OUTSIZE_BENCH_DIR", "/var/tmp")) as name:
@@ -125,6 +125,7 @@ def main() -> None:
             (folder := Path(name) / kind).mkdir()
             command = [sys.executable, __file__, f"--one={folder}", f"--other={arguments.other}"]
             command += [f"--tokens={arguments.tokens}", f"--host={arguments.host}"]
+            command += [f"--layers={arguments.layers}"]
             command += ["--passes"] * arguments.passes
             begun = time.perf_counter()
             process = processes[kind] = subprocess.Popen(

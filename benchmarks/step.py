@@ -21,13 +21,13 @@ from pathlib import Path
 from typing import Any
 
 
-def config() -> Any:
-    """Qwen3 of 0.44 B parameters: hidden 1024, 24 layers, vocabulary 32,000, untied."""
+def config(num_layers: int = 24) -> Any:
+    """Qwen3 of 0.44 B parameters where there are 24 layers: hidden 1024, vocabulary 32,000, untied."""
     import transformers
 
     return transformers.Qwen3Config(
         hidden_size=1024,
-        num_hidden_layers=24,
+        num_hidden_layers=num_layers,
         vocab_size=32000,
         tie_word_embeddings=False,
         intermediate_size=3072,

@@ -159,7 +159,8 @@ def test_memory_that_is_freed_is_handed_out_again(freed_bytes):
     assert freed_bytes > 60 << 20
     before = memory.resident_bytes()
     tensor = torch.ones(17 << 18)
-    assert memory.resident_bytes() - before < 1 << 20, "it came from the system"
+    # Other threads of the process may take a little meanwhile.
+    assert memory.resident_bytes() - before < tensor.nbytes / 2, "it came from the system"
     del tensor
 
 
