@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from outsize.tier import sent
@@ -18,7 +19,7 @@ class Arguments:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._host_copies: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._host_copies: dict[int, tuple[Tensor, Tensor]] = {}
 
     def forget(self) -> None:
         """The call is over."""
@@ -30,20 +31,20 @@ class Arguments:
         if self._device.type == "cpu":
             return args, kwargs
 
-        def move(tensor: torch.Tensor) -> torch.Tensor:
+        def move(tensor: Tensor) -> Tensor:
             moved = self.on_device(tensor)
             if moved is not tensor and tensor.device.type == "cpu":
                 self._host_copies[id(moved)] = (moved, tensor)
             return moved
 
-        moved: tuple[tuple[Any, ...], dict[str, Any]] = tree_map_only(torch.Tensor, move, (args, kwargs))
+        moved: tuple[tuple[Any, ...], dict[str, Any]] = tree_map_only(Tensor, move, (args, kwargs))
         return moved
 
-    def on_device(self, tensor: torch.Tensor) -> torch.Tensor:
+    def on_device(self, tensor: Tensor) -> Tensor:
         """`tensor` where blocks compute; what comes from the host is sent ahead, and nothing waits for it."""
         return sent(tensor, self._device)
 
-    def on_host(self, tensor: torch.Tensor) -> torch.Tensor:
+    def on_host(self, tensor: Tensor) -> Tensor:
         """`tensor` where the host can read it: an argument of the running call as it came, else a copy, which is waited
         for."""
         if tensor.device.type == "cpu":
@@ -51,7 +52,7 @@ class Arguments:
         known = self.known_on_host(tensor)
         return known if known is not None else tensor.cpu()
 
-    def known_on_host(self, tensor: torch.Tensor) -> torch.Tensor | None:
+    def known_on_host(self, tensor: Tensor) -> Tensor | None:
         """`tensor` as it came from the host, where it is an argument of the running call or another view of one."""
         own = tensor if tensor._base is None else tensor._base
         moved, known = self._host_copies.get(id(own), (None, None))

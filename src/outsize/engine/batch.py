@@ -9,10 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
+from torch import Tensor
 
 Shape = tuple[int, ...]
+
+Tensors: TypeAlias = Sequence[Tensor]
+
+Gradients: TypeAlias = Sequence[Tensor | None]
+"""Of some tensors, in their order."""
 
 
 def find_dims(
@@ -50,7 +57,7 @@ class Tile:
         """Whether the tile is the whole batch."""
         return self.stop - self.start == self.rows
 
-    def of(self, tensor: torch.Tensor, dim: int | None) -> torch.Tensor:
+    def of(self, tensor: Tensor, dim: int | None) -> Tensor:
         """The tile's part of `tensor`, a view; `tensor` itself where it has no batch."""
         if dim is None or self.is_whole:
             return tensor
@@ -73,9 +80,9 @@ class TiledOutput:
 
     def __init__(self, dims: Sequence[int | None] | None) -> None:
         self._dims = dims
-        self.tensors: list[torch.Tensor] = []
+        self.tensors: list[Tensor] = []
 
-    def add(self, tile: Tile, outputs: Sequence[torch.Tensor]) -> None:
+    def add(self, tile: Tile, outputs: Sequence[Tensor]) -> None:
         """Take one tile's outputs. Raises UnevenTiles where the outputs of tiles cannot be put together."""
         if tile.is_whole:
             self.tensors = list(outputs)
@@ -93,3 +100,21 @@ class TiledOutput:
             if dim is None and tile.start > 0 and not torch.equal(whole, output):
                 raise UnevenTiles
             tile.of(whole, dim).copy_(output)
+
+
+@dataclass(eq=False, slots=True)
+class Graph:
+    """A tile's inputs and outputs, with the graph between them; `versions` are those of the outputs when it was made."""
+
+    inputs: Tensors
+    outputs: Tensors
+    versions: list[int]
+
+    @property
+    def is_current(self) -> bool:
+        """Whether no output was changed in place since: the graph may have saved it."""
+        return self.versions == [output._version for output in self.outputs]
+
+
+class Graphs(dict[Tile, Graph]):
+    """The graphs that one visit saves, by tile; empty if its backward computes again."""

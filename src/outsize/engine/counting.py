@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -33,7 +34,7 @@ class _WithoutValues(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Run `func`, or what stands for it."""
-        if func is torch.Tensor.__contains__:
+        if func is Tensor.__contains__:
             return False
         if func is torch.bincount:
             return _no_counts(*args, **(kwargs or {}))
@@ -47,23 +48,23 @@ class _WithoutValues(TorchFunctionMode):
 _GROUPED_PRODUCTS = (torch._grouped_mm, F.grouped_mm)
 
 
-def _grouped_product(rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+def _grouped_product(rows: Tensor, weights: Tensor) -> Tensor:
     """The product of rows `[n, k]`, each with one of the matrices `weights [experts, k, m]`: as much as with the first of
     them. Torch computes it in every type, but knows its shape on meta in bf16 alone."""
     return rows @ weights[0]
 
 
-def _no_counts(values: torch.Tensor, weights: torch.Tensor | None = None, minlength: int = 0) -> torch.Tensor:
+def _no_counts(values: Tensor, weights: Tensor | None = None, minlength: int = 0) -> Tensor:
     return torch.zeros(
         minlength, dtype=torch.long if weights is None else weights.dtype, device=values.device
     )
 
 
 def _fused_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attn_mask: torch.Tensor | None = None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
     dropout_p: float = 0.0,
     is_causal: bool = False,
     scale: float | None = None,

@@ -15,11 +15,11 @@ from functools import partial
 from typing import Any, final
 
 import torch
+from torch import Tensor
 
-from outsize.engine.batch import Shape
+from outsize.engine.batch import Shape, Tensors
 from outsize.engine.effects import state_of
 from outsize.engine.embedding import Embedding
-from outsize.engine.graphs import Outputs
 from outsize.engine.head import Head, Logits, tile_elements
 from outsize.engine.hooks import has_user_hooks
 from outsize.engine.layer import Layer, LayerCall, Loose
@@ -46,7 +46,7 @@ class Findings:
     """Layers that cannot be tiled: shapes differ between visits, or something beside tensors depends on the batch."""
     changing: set[str] = field(default_factory=set)
     """Layers that change buffers or attributes of their own in each forward."""
-    saved: dict[int, torch.Tensor] = field(default_factory=dict)
+    saved: dict[int, Tensor] = field(default_factory=dict)
     """Tensors between visits that the backward needs, by storage."""
     movable: set[int] = field(default_factory=set)
     """Of these, the storages of tensors that take a gradient."""
@@ -54,7 +54,7 @@ class Findings:
     sent_bytes: Counter[str] = field(default_factory=Counter)
     tile_bytes: int = 0
     whole_bytes: int = 0
-    """Outputs of embeddings, and logits that are not tiled."""
+    """Tensors of embeddings, and logits that are not tiled."""
     loss_tile_bytes: int = 0
     """Of the tiles of the loss, if they were one."""
     most_loss_tile_bytes: int = 0
@@ -79,7 +79,7 @@ class Findings:
 class _Seen:
     """A layer that was computed: its outputs on meta, its call, its kind, and whether it changes its own state."""
 
-    outputs: list[torch.Tensor]
+    outputs: list[Tensor]
     call: LayerCall
     kind: int
     saved_bytes: int
@@ -143,7 +143,7 @@ class DryRun:
         zeros = [torch.zeros(o.shape, dtype=o.dtype, device=device) for o in seen.outputs]
         return call.result(self._visit(layer.blocks, tensors, zeros, call.differentiates))
 
-    def _computed(self, layer: Layer, call: LayerCall, tensors: Sequence[torch.Tensor]) -> _Seen:
+    def _computed(self, layer: Layer, call: LayerCall, tensors: Tensors) -> _Seen:
         """Compute a layer of a new kind."""
         before = state_of(call.arguments.leaves) if call.differentiates and call.is_stateful else None
         state = ModuleState(layer.module)
@@ -163,8 +163,8 @@ class DryRun:
         return _Seen(like, call, len(self.found.samples) - 1, saved_bytes, changes_state)
 
     def _watched(
-        self, on_zeros: LayerOnZeros, run: Callable[[], tuple[Outputs, int]]
-    ) -> tuple[tuple[Outputs, int], int]:
+        self, on_zeros: LayerOnZeros, run: Callable[[], tuple[Tensors, int]]
+    ) -> tuple[tuple[Tensors, int], int]:
         """What `run` returns, and its peak in bytes."""
         device, compiler, call = self._model.torch_device, self._visits.compiler, on_zeros.call
         tries = call.is_compiled and compiler.try_out(on_zeros.layer.module, run)
@@ -176,7 +176,7 @@ class DryRun:
             result, num_bytes = memory.watched(run, device)
         return result, num_bytes + (on_zeros.gradient_bytes() if call.trains else 0)
 
-    def _count_saved(self, layer: Layer, tensors: Sequence[torch.Tensor], seen: _Seen) -> None:
+    def _count_saved(self, layer: Layer, tensors: Tensors, seen: _Seen) -> None:
         found, module = self.found, layer.point.module
         if any(len(piece.shape) > 1 for piece in self._model.pieces(layer.blocks)):
             _, num_bytes = found.activations.pop(module, ((), 0))  # the order is that of last visits
@@ -186,7 +186,7 @@ class DryRun:
 
     # -- other points ----------------------------------------------------------------------------------------------
 
-    def _loose(self, loose: Loose) -> list[torch.Tensor]:
+    def _loose(self, loose: Loose) -> list[Tensor]:
         """Zeros in the shapes of the parameters."""
         model = self._model
         shapes = {piece.parameter: piece.shape for piece in model.pieces(loose.blocks)}
@@ -197,7 +197,7 @@ class DryRun:
         trains = torch.is_grad_enabled() and model.trains(loose.blocks)
         return self._visit(loose.blocks, [], values, trains, weights_in_backward=False)
 
-    def _embedding(self, embedding: Embedding, input: torch.Tensor) -> torch.Tensor:
+    def _embedding(self, embedding: Embedding, input: Tensor) -> Tensor:
         """Zeros in the shape of the output."""
         model = self._model
         shape = (*input.shape, embedding.module.embedding_dim)
@@ -211,21 +211,21 @@ class DryRun:
         )
         return output
 
-    def _head(self, head: Head, input: torch.Tensor) -> torch.Tensor:
+    def _head(self, head: Head, input: Tensor) -> Tensor:
         source, call = _DryLogits(self, head), self._visits.call
         if call.has_labels:
             return Logits(source, input, head.module.out_features, call)
         return source.logits(input)
 
-    def logits(self, head: Head, hidden: torch.Tensor) -> torch.Tensor:
+    def logits(self, head: Head, hidden: Tensor) -> Tensor:
         """Logits that take no memory; that of real ones is counted."""
         shape = (*hidden.shape[:-1], head.module.out_features)
         logits = torch.zeros((), dtype=hidden.dtype, device=hidden.device).expand(shape)
-        differentiates = head.differentiates(hidden)
+        differentiates = self._model.differentiates(head.blocks, [hidden])
         self.found.whole_bytes = max(self.found.whole_bytes, self._logits_bytes(head, logits, differentiates))
         return self._visit(head.blocks, [hidden], [logits], differentiates, is_table=True)[0]
 
-    def _logits_bytes(self, head: Head, logits: torch.Tensor, differentiates: bool) -> int:
+    def _logits_bytes(self, head: Head, logits: Tensor, differentiates: bool) -> int:
         """What real logits take. With gradients: four copies in fp32, for the loss and its backward. Without: themselves,
         the part that one row block gives, and what the caller makes of them."""
         if differentiates:
@@ -235,9 +235,7 @@ class DryRun:
         part = num_tokens * self._most_rows(head) * max(logits.element_size(), 4)
         return own + int(memory.SPREAD * part)
 
-    def loss(
-        self, head: Head, hidden: torch.Tensor, targets: torch.Tensor, ignore_index: int
-    ) -> tuple[torch.Tensor, int]:
+    def loss(self, head: Head, hidden: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor, int]:
         """A loss of zero; the memory of a real one is counted."""
         flat, targets = head.counted(hidden, targets, ignore_index)
         found, rows = self.found, self._most_rows(head)
@@ -247,7 +245,7 @@ class DryRun:
         found.most_loss_tile_bytes = num_tiles * tile_elements(flat.device) * 4
         found.beside_loss_bytes = max(found.beside_loss_bytes, 3 * flat.numel() * 4 + gradient_bytes)
         loss = torch.zeros((), device=flat.device, dtype=torch.float32)
-        differentiates = head.differentiates(hidden)
+        differentiates = self._model.differentiates(head.blocks, [hidden])
         (loss,) = self._visit(head.blocks, [flat], [loss], differentiates, is_table=True)
         return loss, targets.numel()
 
@@ -260,13 +258,13 @@ class DryRun:
     def _visit(
         self,
         blocks: Sequence[str],
-        inputs: Sequence[torch.Tensor],
-        outputs: list[torch.Tensor],
+        inputs: Tensors,
+        outputs: list[Tensor],
         differentiates: bool,
         *,
         weights_in_backward: bool = True,
         is_table: bool = False,
-    ) -> list[torch.Tensor]:
+    ) -> list[Tensor]:
         """Record a visit; `outputs`, in the graph of `inputs` as the real ones would be."""
         found = self.found
         found.visits += [
@@ -297,17 +295,15 @@ class _DryLogits:
     dry_run: DryRun
     head: Head
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+    def logits(self, hidden: Tensor) -> Tensor:
         """Logits that take no memory."""
         return self.dry_run.logits(self.head, hidden)
 
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden: Tensor) -> Tensor:
         """The handle is gone when the dry run is over."""
         raise AssertionError("logits of a dry run were read after it")
 
-    def loss(
-        self, hidden: torch.Tensor, targets: torch.Tensor, ignore_index: int
-    ) -> tuple[torch.Tensor, int]:
+    def loss(self, hidden: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor, int]:
         """A loss of zero, and the number of targets that count."""
         return self.dry_run.loss(self.head, hidden, targets, ignore_index)
 
@@ -340,10 +336,10 @@ class _DryVisit(torch.autograd.Function):
         ctx: Any,
         found: Findings,
         backward: list[Visit],
-        outputs: list[torch.Tensor],
-        anchor: torch.Tensor,
-        *inputs: torch.Tensor,
-    ) -> tuple[torch.Tensor, ...]:
+        outputs: list[Tensor],
+        anchor: Tensor,
+        *inputs: Tensor,
+    ) -> tuple[Tensor, ...]:
         ctx.found, ctx.visits = found, backward
         ctx.like = [(torch.empty_like(tensor, device="meta"), tensor.device) for tensor in inputs]
         ctx.set_materialize_grads(False)
@@ -351,7 +347,7 @@ class _DryVisit(torch.autograd.Function):
         return tuple(outputs)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         ctx.found.visits += ctx.visits
         zeros = [
             torch.zeros(like.shape, dtype=like.dtype, device=device) if need else None

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any, final
 
 import torch
+from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 from outsize.engine.batch import find_dims
@@ -60,9 +61,7 @@ class DryRunner:
             hardest = _hardest_rows(kwargs, rows).cpu()
             for count in SMALL_ROWS:
                 index = hardest[torch.arange(count, device="cpu") % rows]
-                taken = tree_map_only(
-                    torch.Tensor, partial(_take, rows, index), copied((args, kwargs), index)
-                )
+                taken = tree_map_only(Tensor, partial(_take, rows, index), copied((args, kwargs), index))
                 found[count] = self._run(*taken)
         except (OutsizeError, OSError, MemoryError, torch.OutOfMemoryError):
             raise
@@ -98,10 +97,8 @@ class DryRunner:
 def batch_shape(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> BatchShape:
     """The batch of a call: every tensor argument has the rows (or 1, or no dimension) as its first dimension."""
     main = kwargs.get(getattr(module, "main_input_name", "input_ids"))
-    tensors = [
-        leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, torch.Tensor) and leaf.dim()
-    ]
-    if not isinstance(main, torch.Tensor) or not main.dim():
+    tensors = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor) and leaf.dim()]
+    if not isinstance(main, Tensor) or not main.dim():
         main = tensors[0] if tensors else torch.empty(1, dtype=torch.float32, device="cpu")
     rows = main.shape[0]
     return BatchShape(
@@ -163,15 +160,15 @@ def _dims(first: Findings, last: Findings) -> dict[str, BatchDims | None]:
     return dims
 
 
-def _hardest_rows(kwargs: dict[str, Any], rows: int) -> torch.Tensor:
+def _hardest_rows(kwargs: dict[str, Any], rows: int) -> Tensor:
     """All rows, those with most padding first: models make a mask only where there is something to mask."""
     mask = kwargs.get("attention_mask")
-    if not isinstance(mask, torch.Tensor) or mask.dim() < 2 or mask.shape[0] != rows:
+    if not isinstance(mask, Tensor) or mask.dim() < 2 or mask.shape[0] != rows:
         return torch.arange(rows, device="cpu")
     return mask.reshape(rows, -1).sum(1).argsort(stable=True)
 
 
-def _take(rows: int, index: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+def _take(rows: int, index: Tensor, tensor: Tensor) -> Tensor:
     """The rows `index` of a tensor that has a batch of `rows`."""
     return (
         tensor.index_select(0, index.to(tensor.device))
@@ -183,7 +180,7 @@ def _take(rows: int, index: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
 def _backward(output: Any) -> None:
     """Go back from the loss or, if the model returns none, from everything it returns."""
     loss = getattr(output, "loss", None)
-    leaves = [loss] if isinstance(loss, torch.Tensor) else tree_flatten(output)[0]
-    roots = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
+    leaves = [loss] if isinstance(loss, Tensor) else tree_flatten(output)[0]
+    roots = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad]
     if roots:
         torch.autograd.backward(roots, [torch.zeros_like(root) for root in roots])

@@ -1,8 +1,13 @@
-"""What a layer's forward changes beside its outputs: objects among its arguments.
+"""What a layer's forward changes beside its outputs: objects among its arguments, and recordings of the running call.
 
 A forward runs more often than it is called: in the dry run, once per tile, and again in the backward. That is invisible
 only while it is a function of its tensors. An object that it may change (a cache, a recorder, a generator) is therefore
 copied for the dry run, never cut into tiles, and refused where a recomputation would change it a second time.
+
+transformers records router logits, attentions and the like with forward hooks on modules inside a block, into lists of
+the running call. A recording made while a block runs without a graph would have no gradient (an auxiliary loss would
+train nothing), and one made during recomputation would be a second copy. So they are caught, declared outputs of the
+visit, and handed on to the recorder from outside. Source: transformers, `utils/output_capturing.py`.
 """
 
 from __future__ import annotations
@@ -11,16 +16,21 @@ import copy
 import enum
 import types
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, final
 
 import torch
-from torch import nn
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_map
+from torch import Tensor, nn
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 from transformers import Cache, PreTrainedConfig
+from transformers.utils import output_capturing
 
 from outsize.engine.rng_autocast import versions
 from outsize.errors import UsageError
+from outsize.store.recovery import undone_by
 
 
 class Repeatable:
@@ -72,7 +82,7 @@ def is_stateful(leaf: Any) -> bool:
     """Whether a forward may change `leaf`, an argument that is not a tensor, or read a batch from it."""
     if isinstance(leaf, types.FunctionType):
         return leaf.__closure__ is not None
-    return not isinstance(leaf, (torch.Tensor, *_IMMUTABLE))
+    return not isinstance(leaf, (Tensor, *_IMMUTABLE))
 
 
 def without_empty_caches(arguments: Any) -> Any:
@@ -91,7 +101,7 @@ def _is_empty(cache: Cache) -> bool:
         return not cache.has_previous_state()
 
 
-def copied(arguments: Any, rows: torch.Tensor | None = None) -> Any:
+def copied(arguments: Any, rows: Tensor | None = None) -> Any:
     """`arguments` with copies of the objects that a forward may change; tensors are shared.
 
     Of a cache the copy has only the rows of the batch with the indices `rows`. Raises UsageError where an object cannot be
@@ -133,7 +143,7 @@ def state_of(value: Any) -> Any:
 
 
 def _state_of(value: Any, seen: set[int]) -> Any:
-    if isinstance(value, torch.Tensor):
+    if isinstance(value, Tensor):
         return id(value), versions([value])
     if isinstance(value, torch.Generator):
         return value.get_state().tolist()
@@ -151,3 +161,85 @@ def _state_of(value: Any, seen: set[int]) -> Any:
     slots = [name for kind in type(value).__mro__ for name in getattr(kind, "__slots__", ())]
     held = {name: getattr(value, name) for name in slots if name in dir(value)}
     return _state_of({**held, **getattr(value, "__dict__", {})}, seen)
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Nested:
+    """The structure of a nested value and its leaves, with None in the places of tensors."""
+
+    spec: TreeSpec
+    leaves: list[Any]
+    positions: list[int]
+    """Where among the leaves tensors belong."""
+
+    @classmethod
+    def apart(
+        cls, value: Any, flatten: Callable[[Any], tuple[list[Any], TreeSpec]] = tree_flatten
+    ) -> tuple[Nested, list[Tensor]]:
+        """Take `value` apart; the tensors in it, in order."""
+        leaves, spec = flatten(value)
+        positions = [index for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+        tensors = [leaves[position] for position in positions]
+        for position in positions:
+            leaves[position] = None
+        return cls(spec, leaves, positions), tensors
+
+    def filled(self, tensors: Sequence[Tensor]) -> list[Any]:
+        """The leaves with `tensors` in their places."""
+        leaves = list(self.leaves)
+        for position, tensor in zip(self.positions, tensors, strict=True):
+            leaves[position] = tensor
+        return leaves
+
+    def whole(self, tensors: Sequence[Tensor]) -> Any:
+        """The value with `tensors` in their places."""
+        return tree_unflatten(self.filled(tensors), self.spec)
+
+
+@dataclass(slots=True)
+class Caught:
+    """Recordings made inside a block, by key."""
+
+    lists: dict[str, list[Tensor]] = field(default_factory=dict)
+
+    def tensors(self) -> list[Tensor]:
+        """All recordings, in a fixed order."""
+        return [tensor for key in sorted(self.lists) for tensor in self.lists[key]]
+
+
+@dataclass(slots=True)
+class CapturedOutputs:
+    """The keys that the running call records (`hidden_states` are recorded outside of blocks)."""
+
+    keys: tuple[str, ...]
+    counts: dict[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def current(cls) -> CapturedOutputs:
+        """What the call in progress records."""
+        collector = output_capturing._active_collector.get()
+        return cls(tuple(sorted(key for key, value in (collector or {}).items() if isinstance(value, list))))
+
+    @contextmanager
+    def catch(self) -> Iterator[Caught]:
+        """Record into lists of our own inside the context."""
+        caught = Caught({key: [] for key in self.keys})
+        if not self.keys:
+            yield caught
+            return
+        before = output_capturing._active_collector.get()
+        with undone_by(partial(output_capturing._active_collector.set, before)):
+            output_capturing._active_collector.set(caught.lists)
+            yield caught
+        self.counts = {key: len(values) for key, values in caught.lists.items()}
+
+    def pass_on(self, tensors: Sequence[Tensor]) -> None:
+        """Give `tensors`, in the order of `Caught.tensors`, to the recorder of the call in progress."""
+        collector = output_capturing._active_collector.get()
+        rest = list(tensors)
+        for key in self.keys:
+            count = self.counts.get(key, 0)
+            if collector is not None and key in collector:
+                collector[key].extend(rest[:count])
+            rest = rest[count:]

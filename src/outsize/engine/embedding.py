@@ -11,13 +11,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, final
+from functools import partial
+from typing import final
 
 import torch
-from torch import nn
-from torch.autograd.function import once_differentiable
+from torch import Tensor, nn
 
 from outsize.engine.arguments import Arguments
+from outsize.engine.batch import Gradients, Tensors
 from outsize.engine.layer import installed
 from outsize.engine.rng_autocast import Autocast
 from outsize.engine.visits import Visits
@@ -38,28 +39,21 @@ class Embedding:
         self._model = visits.model
         self.point = point
         self.module = module
-        self.original: Callable[[torch.Tensor], torch.Tensor] = module.forward
+        self.original: Callable[[Tensor], Tensor] = module.forward
         self.blocks = point.blocks
         self.parameter = point.bindings[0].parameter
 
-    def __call__(self, input: torch.Tensor) -> torch.Tensor:
+    def __call__(self, input: Tensor) -> Tensor:
         """The rows of `input`, as a visit."""
-        if not (torch.is_grad_enabled() and self._model.trains(self.blocks)):
-            return self.forward(input)
-        output: torch.Tensor = _Embed.apply(self, self._model.anchor, input)  # type: ignore[no-untyped-call]
-        return output
+        backward = partial(self._backward, Autocast.current(self._model.device))
+        return self.visits.compute(self.point, self._forward, backward, input)[0]
 
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        """Gather the distinct rows from the row blocks and look `ids` up in them."""
-        places = _Places.of(ids, self.module.num_embeddings, self._model.arguments)
+    def _forward(self, ids: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """Gather the distinct rows from the row blocks and look `ids` up in them; the backward needs the ids."""
+        known = self._model.arguments.known_on_host(ids)
+        places, table = self._table(ids)
         distinct = places.distinct
         self._check(distinct)
-        table = torch.empty(
-            distinct.numel(),
-            self.module.embedding_dim,
-            dtype=self._model.dtype,
-            device=self._model.torch_device,
-        )
         takes_rows = self.takes_rows
         for name, start, stop in self._model.parameters.row_blocks(self.parameter):
             first, last = _range(distinct, start, stop)
@@ -73,7 +67,17 @@ class Embedding:
                     rows = values[self.parameter]
                     torch.index_select(rows, 0, places.rows[first:last] - start, out=table[first:last])
         with self._compact(table, distinct), torch.no_grad():
-            return self.original(places.inverse)
+            return [self.original(places.inverse)], [ids if known is None else known]
+
+    def _table(self, ids: Tensor) -> tuple[_Places, Tensor]:
+        """The rows that `ids` name, and a compact table with room for them, of zeros."""
+        places = _Places.of(ids, self.module.num_embeddings, self._model.arguments)
+        return places, torch.zeros(
+            places.distinct.numel(),
+            self.module.embedding_dim,
+            dtype=self._model.dtype,
+            device=self._model.torch_device,
+        )
 
     @property
     def takes_rows(self) -> bool:
@@ -81,23 +85,19 @@ class Embedding:
         trains = any(parameter.requires_grad for parameter in self._model.parameters.values())
         return not trains and self._model.parameters.gives_rows(self.parameter)
 
-    def backward(
-        self, ids: torch.Tensor, gradient: torch.Tensor, autocast: Autocast, check: Callable[[], None]
-    ) -> None:
+    def _backward(
+        self,
+        autocast: Autocast,
+        saved: Tensors,
+        gradients: Gradients,
+    ) -> tuple[None]:
         """Add to the gradients of all row blocks."""
-        check()
-        places = _Places.of(ids, self.module.num_embeddings, self._model.arguments)
+        places, table = self._table(saved[0])
         distinct = places.distinct
-        table = torch.zeros(
-            distinct.numel(),
-            self.module.embedding_dim,
-            dtype=self._model.dtype,
-            device=self._model.torch_device,
-        )
         table.requires_grad_()
         with self._compact(table, distinct), torch.enable_grad(), autocast.restore():
             output = self.original(places.inverse)
-        output.backward(gradient)
+        output.backward(gradients[0])
         assert table.grad is not None
         for name, start, stop in reversed(self._model.parameters.row_blocks(self.parameter)):
             with self.visits.backward((name,), needs_weights=False):
@@ -106,8 +106,9 @@ class Embedding:
                 if rows is not None and first < last:
                     # Distinct rows: nothing is added twice, so the order of additions cannot matter on any device.
                     rows.index_add_(0, places.rows[first:last] - start, table.grad[first:last].to(rows.dtype))
+        return (None,)
 
-    def _check(self, distinct: torch.Tensor) -> None:
+    def _check(self, distinct: Tensor) -> None:
         """Raise UsageError where one of the sorted ids has no row: it would be given whatever memory holds."""
         rows = self.module.num_embeddings
         for token in (distinct[0], distinct[-1]) if distinct.numel() else ():
@@ -118,7 +119,7 @@ class Embedding:
                 )
 
     @contextmanager
-    def _compact(self, table: torch.Tensor, distinct: torch.Tensor) -> Iterator[None]:
+    def _compact(self, table: Tensor, distinct: Tensor) -> Iterator[None]:
         """Inside, the module looks up `table`, whose row i is row `distinct[i]` of the full one."""
         padding = self.module.padding_idx
 
@@ -139,12 +140,12 @@ class _Places:
     """Which rows `ids` name: `distinct`, sorted, where the host can read it; `rows`, the same, and each id's place in
     them, where blocks compute."""
 
-    distinct: torch.Tensor
-    rows: torch.Tensor
-    inverse: torch.Tensor
+    distinct: Tensor
+    rows: Tensor
+    inverse: Tensor
 
     @classmethod
-    def of(cls, ids: torch.Tensor, num_rows: int, arguments: Arguments) -> _Places:
+    def of(cls, ids: Tensor, num_rows: int, arguments: Arguments) -> _Places:
         known = ids if ids.device.type == "cpu" else arguments.known_on_host(ids)
         if known is None and num_rows <= SMALL_ROWS:
             distinct = torch.arange(num_rows, device="cpu")
@@ -155,24 +156,6 @@ class _Places:
         return cls(distinct, arguments.on_device(distinct), arguments.on_device(inverse))
 
 
-def _range(distinct: torch.Tensor, start: int, stop: int) -> tuple[int, int]:
+def _range(distinct: Tensor, start: int, stop: int) -> tuple[int, int]:
     bounds = torch.searchsorted(distinct, torch.tensor([start, stop], device="cpu"))
     return int(bounds[0]), int(bounds[1])
-
-
-class _Embed(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, embedding: Embedding, anchor: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        model = embedding.visits.model
-        ctx.embedding, ctx.autocast = embedding, Autocast.current(model.device)
-        ctx.check_backward = embedding.visits.backward_check(embedding.point)
-        known = model.arguments.known_on_host(ids)
-        ctx.save_for_backward(ids if known is None else known)
-        return embedding.forward(ids)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[None, None, None]:
-        (ids,) = ctx.saved_tensors
-        ctx.embedding.backward(ids, gradient, ctx.autocast, ctx.check_backward)
-        return None, None, None

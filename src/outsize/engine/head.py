@@ -15,15 +15,13 @@ from functools import partial
 from typing import Any, Protocol, final
 
 import torch
-from torch import nn
-from torch.autograd.function import once_differentiable
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map_only
 
 from outsize.engine.arguments import Arguments
-from outsize.engine.batch import Tile, tiles
+from outsize.engine.batch import Gradients, Tensors, Tile, tiles
 from outsize.engine.current_call import CurrentCall
-from outsize.engine.model import Model
 from outsize.engine.oom_retry import ALONE
 from outsize.engine.rng_autocast import Autocast, outside_inference_mode
 from outsize.engine.visits import Visits
@@ -37,13 +35,13 @@ TILE_ELEMENTS_ON_DEVICE = 1 << 26
 """The same on an accelerator, which needs more to be busy."""
 
 _METADATA = {
-    torch.Tensor.size,
-    torch.Tensor.dim,
-    torch.Tensor.numel,
-    torch.Tensor.__len__,
-    torch.Tensor.is_floating_point,
+    Tensor.size,
+    Tensor.dim,
+    Tensor.numel,
+    Tensor.__len__,
+    Tensor.is_floating_point,
     *(
-        getattr(torch.Tensor, name).__get__
+        getattr(Tensor, name).__get__
         for name in ("shape", "dtype", "device", "ndim", "requires_grad", "layout")
     ),
 }
@@ -52,15 +50,13 @@ _METADATA = {
 class LogitsSource(Protocol):
     """Computes what a handle of logits stands for, from hidden states `[..., h]`."""
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+    def logits(self, hidden: Tensor) -> Tensor:
         """Logits `[..., V]`, with a graph if gradients are on."""
 
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden: Tensor) -> Tensor:
         """Logits `[..., V]` without a graph."""
 
-    def loss(
-        self, hidden: torch.Tensor, targets: torch.Tensor, ignore_index: int
-    ) -> tuple[torch.Tensor, int]:
+    def loss(self, hidden: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor, int]:
         """The sum of cross-entropies over targets that are not ignored, and their number."""
 
 
@@ -81,40 +77,28 @@ class Head:
         self.tile_elements = tile_elements(self._model.torch_device)
         """Of a tile of logits; fewer once there was no memory for as many."""
 
-    def __call__(self, input: torch.Tensor) -> torch.Tensor:
+    def __call__(self, input: Tensor) -> Tensor:
         """Logits `[..., V]` of hidden states `[..., h]`; a handle while a call with labels runs."""
         if self.visits.call.has_labels:
             return Logits(self, input, self.module.out_features, self.visits.call)
         return self.logits(input)
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+    def logits(self, hidden: Tensor) -> Tensor:
         """Real logits, as a visit."""
-        if not self.differentiates(hidden):
-            return self.forward(hidden)
-        output: torch.Tensor = _Project.apply(self, self._model.anchor, hidden)  # type: ignore[no-untyped-call]
-        return output
+        backward = partial(self._project_backward, Autocast.current(self._model.device))
+        return self.visits.compute(self.point, self._project, backward, hidden)[0]
 
-    def loss(
-        self, hidden: torch.Tensor, targets: torch.Tensor, ignore_index: int
-    ) -> tuple[torch.Tensor, int]:
+    def loss(self, hidden: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor, int]:
         """The sum of cross-entropies over targets that are not ignored, and their number, as a visit.
 
         `hidden [..., h]`, `targets [...]`.
         """
         flat, targets = self.counted(hidden, targets, ignore_index)
-        if not self.differentiates(hidden):
-            autocast = Autocast.current(self._model.device)
-            return self.forward_loss(flat, targets, autocast)[0], targets.numel()
-        total: torch.Tensor = _TiledLoss.apply(self, self._model.anchor, flat, targets)  # type: ignore[no-untyped-call]
-        return total, targets.numel()
+        autocast = Autocast.current(self._model.device)
+        forward, backward = partial(self._loss, autocast), partial(self._loss_backward, autocast)
+        return self.visits.compute(self.point, forward, backward, flat, targets)[0], targets.numel()
 
-    def differentiates(self, hidden: torch.Tensor) -> bool:
-        """Whether a visit with `hidden` gets a backward."""
-        return torch.is_grad_enabled() and (hidden.requires_grad or self._model.trains(self.blocks))
-
-    def counted(
-        self, hidden: torch.Tensor, targets: torch.Tensor, ignore_index: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def counted(self, hidden: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
         """`hidden [N, h]` and `targets [N]`, on the host, of the positions that are not ignored. Raises UsageError."""
         flat, arguments = hidden.reshape(-1, hidden.shape[-1]), self._model.arguments
         targets = arguments.on_host(targets).reshape(-1)
@@ -134,14 +118,14 @@ class Head:
 
     # -- real logits -----------------------------------------------------------------------------------------------
 
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """All rows, row block by row block."""
-        output: torch.Tensor | None = None
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Logits `[..., V]` without a graph, row block by row block."""
+        output: Tensor | None = None
         with torch.no_grad():
             for name, start, stop in self._rows():
+                parts: list[Tensor] = []
                 with self.visits.forward((name,)) as values:
-                    parts: list[torch.Tensor] = []
-                    project = partial(self._project, hidden, values, parts)
+                    project = partial(self._rows_of(values, start).project_into, parts, hidden)
                     self.visits.oom_retry.compute(ALONE, project, may_cut=False)
                 if output is None:
                     output = parts[0].new_empty(*parts[0].shape[:-1], self.module.out_features)
@@ -149,117 +133,56 @@ class Head:
         assert output is not None
         return output
 
-    def _project(
-        self, hidden: torch.Tensor, values: dict[str, torch.Tensor], into: list[torch.Tensor], _: Tile
-    ) -> None:
-        into[:] = [F.linear(hidden, values[self.weight], values[self.bias] if self.bias else None)]
+    def _project(self, hidden: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        return [self.forward(hidden)], [hidden]
 
-    def backward(
-        self, hidden: torch.Tensor, gradient: torch.Tensor, autocast: Autocast, check: Callable[[], None]
-    ) -> torch.Tensor:
-        """Add to the row blocks' gradients; the gradient of `hidden`."""
-        check()
-        hidden = hidden.detach().requires_grad_()
+    def _project_backward(
+        self, autocast: Autocast, saved: Tensors, gradients: Gradients
+    ) -> tuple[Tensor | None]:
+        """Add to the row blocks' gradients; the gradient of the hidden states."""
+        (gradient,) = gradients
+        assert gradient is not None
+        hidden = saved[0].detach().requires_grad_()
         for name, start, stop in reversed(self._rows()):
             with self.visits.backward((name,)) as values, torch.enable_grad(), autocast.restore():
-                part = F.linear(hidden, values[self.weight], values[self.bias] if self.bias else None)
-                part.backward(gradient[..., start:stop])
-        assert hidden.grad is not None
-        return hidden.grad
+                self._rows_of(values, start).project(hidden).backward(gradient[..., start:stop])
+        return (hidden.grad,)
 
     # -- the loss without logits -----------------------------------------------------------------------------------
 
-    def forward_loss(
-        self, hidden: torch.Tensor, targets: torch.Tensor, autocast: Autocast
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`(sum of losses [], log-sum-exp [N])` of `hidden [N, h]`, `targets [N]` (on the host: they decide what runs)."""
+    def _loss(self, autocast: Autocast, hidden: Tensor, targets: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """The sum of losses of `hidden [N, h]` and `targets [N]`, which are on the host: they decide what runs."""
         count = hidden.shape[0]
-        sums = _Sums(
+        tensors = (
             torch.full((count,), -torch.inf, device=hidden.device, dtype=torch.float32),
             torch.zeros(count, device=hidden.device, dtype=torch.float32),
             torch.zeros(count, device=hidden.device, dtype=torch.float32),
         )
-        targets = self._model.arguments.on_device(targets)
+        sums = _Sums(hidden, self._model.arguments.on_device(targets), autocast, *tensors)
         with torch.no_grad():
             for name, start, stop in self._rows():
                 with self.visits.forward((name,)) as values:
-                    add_tile = partial(self._add_tile, hidden, targets, sums, values, start, autocast)
-                    self._in_tiles(count, stop - start, add_tile)
+                    self._in_tiles(count, stop - start, partial(sums.add, self._rows_of(values, start)))
             logsumexp = sums.largest + sums.total.log()
-            return (logsumexp - sums.chosen).sum(dtype=torch.float64).float(), logsumexp
+            loss = (logsumexp - sums.chosen).sum(dtype=torch.float64).float()
+        return [loss], [hidden, targets, logsumexp]
 
-    def _add_tile(
-        self,
-        hidden: torch.Tensor,
-        targets: torch.Tensor,
-        sums: _Sums,
-        values: dict[str, torch.Tensor],
-        start: int,
-        autocast: Autocast,
-        tile: slice,
-    ) -> None:
-        """Take the logits of a tile with the rows from `start` on into `sums`."""
-        logits = self._tile(hidden[tile], values, autocast)
-        rows = logits.shape[1]
-        place = targets[tile] - start
-        inside = (place >= 0) & (place < rows)
-        picked = logits.gather(1, place.clamp(0, rows - 1).unsqueeze(1)).squeeze(1)
-        sums.chosen[tile] = torch.where(inside, picked, sums.chosen[tile])
-        _add_to_logsumexp(logits, sums.largest[tile], sums.total[tile])  # last: it is not to be repeated
-
-    def backward_loss(
-        self,
-        hidden: torch.Tensor,
-        targets: torch.Tensor,
-        logsumexp: torch.Tensor,
-        scale: torch.Tensor,
-        autocast: Autocast,
-        check: Callable[[], None],
-    ) -> torch.Tensor:
-        """Add to the row blocks' gradients; the gradient of `hidden`, `[N, h]`. `scale` is the loss's gradient."""
-        check()
-        going_back = _GoingBack(
-            hidden,
-            targets,
-            logsumexp,
-            scale,
-            autocast,
-            torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device),
-        )
+    def _loss_backward(self, autocast: Autocast, saved: Tensors, gradients: Gradients) -> tuple[Tensor, None]:
+        """Add to the row blocks' gradients; the gradient of the hidden states, `[N, h]`."""
+        (hidden, targets, logsumexp), (scale,) = saved, gradients
+        assert scale is not None
+        total = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
+        arguments, add = self._model.arguments, self.visits.oom_retry.add
+        going_back = _GoingBack(hidden, targets, logsumexp, scale, autocast, total, arguments, add)
         with torch.no_grad():
             for name, start, stop in reversed(self._rows()):
                 with self.visits.backward((name,)) as values:
-                    sums = (
-                        self.visits.gradient_sum(name, self.weight),
-                        self.visits.gradient_sum(name, self.bias) if self.bias else None,
-                    )
-                    go_back = partial(self._go_back, going_back, values, sums, start)
-                    self._in_tiles(hidden.shape[0], stop - start, go_back)
-        return going_back.gradient.to(hidden.dtype)
-
-    def _go_back(
-        self,
-        call: _GoingBack,
-        values: dict[str, torch.Tensor],
-        sums: tuple[torch.Tensor | None, torch.Tensor | None],
-        start: int,
-        tile: slice,
-    ) -> None:
-        """Add what a tile gives to the gradients of `hidden` and of the rows from `start` on."""
-        add, hidden, weight = self.visits.oom_retry.add, call.hidden[tile], values[self.weight]
-        slope = self._tile(hidden, values, call.autocast).sub_(call.logsumexp[tile].unsqueeze(1)).exp_()
-        place = call.targets[tile] - start
-        rows = ((place >= 0) & (place < slope.shape[1])).nonzero().squeeze(1)
-        places = self._model.arguments.on_device(place[rows])
-        slope[self._model.arguments.on_device(rows), places] -= 1
-        slope.mul_(call.scale)
-        narrow = slope.to(weight.dtype)
-        weight_sum, bias_sum = sums
-        add("hidden", lambda: call.gradient[tile].add_(narrow @ weight))
-        if weight_sum is not None:
-            add("weight", lambda: _add_product(weight_sum, narrow.T, hidden.to(narrow.dtype)))
-        if bias_sum is not None:
-            add("bias", lambda: bias_sum.add_(slope.sum(0)))
+                    weight_sum = self.visits.gradient_sum(name, self.weight)
+                    bias_sum = self.visits.gradient_sum(name, self.bias) if self.bias else None
+                    rows = self._rows_of(values, start)
+                    add_tile = partial(going_back.add_tile, rows, weight_sum, bias_sum)
+                    self._in_tiles(hidden.shape[0], stop - start, add_tile)
+        return total.to(hidden.dtype), None
 
     def _in_tiles(self, num_tokens: int, rows: int, compute: Callable[[slice], None]) -> None:
         """Compute tile by tile of tokens, which have `rows` logits each."""
@@ -271,76 +194,115 @@ class Head:
             before = planned[0].stop
             self.visits.oom_retry.note(f"the loss is computed for {most} tokens at once instead of {before}")
 
-    def _tile(
-        self, hidden: torch.Tensor, values: dict[str, torch.Tensor], autocast: Autocast
-    ) -> torch.Tensor:
-        """fp32 logits `[n, rows]` of one tile of tokens."""
-        weight = values[self.weight]
-        bias = values[self.bias] if self.bias else None
-        with autocast.restore():
-            return F.linear(hidden.to(weight.dtype), weight, bias).float()
+    def timed_tile(self, rows: int, num_tokens: int) -> tuple[Callable[[], None], Callable[[], None], int]:
+        """Return one tile of the loss of `num_tokens`, forward and backward, on a row block of zeros, and its tokens."""
+        model, width = self._model, self.module.in_features
+        count = min(num_tokens, max(1, tile_elements(model.torch_device) // rows))
+
+        def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.zeros(*shape, dtype=dtype, device=model.torch_device)
+
+        block = _Rows(zeros(rows, width, dtype=model.dtype), None, 0)
+        hidden, place = zeros(count, width, dtype=model.dtype), zeros(count, 1, dtype=torch.long)
+        autocast = replace(Autocast.current(model.device), enabled=False)
+        largest, total = zeros(count), zeros(count).add_(1)
+        gradient, weight_sum = zeros(count, width), zeros(rows, width)
+
+        def forward() -> None:
+            with torch.no_grad():
+                logits = block.logits(hidden, autocast)
+                _add_to_logsumexp(logits, largest, total)
+                logits.gather(1, place)
+
+        def backward() -> None:
+            with torch.no_grad():
+                slope = block.logits(hidden, autocast).sub_(total.unsqueeze(1)).exp_().mul_(1.0)
+                narrow = slope.to(model.dtype)
+                gradient.add_(narrow @ block.weight)
+                _add_product(weight_sum, narrow.T, hidden)
+
+        return forward, backward, count
+
+    def _rows_of(self, values: dict[str, Tensor], start: int) -> _Rows:
+        return _Rows(values[self.weight], values[self.bias] if self.bias else None, start)
 
     def _rows(self) -> list[tuple[str, int, int]]:
         return self._model.parameters.row_blocks(self.weight)
 
 
 @dataclass(frozen=True, slots=True)
-class _Sums:
-    """Of the logits of each token so far, `[N]`: the largest, the sum of exponentials beside it, and the target's."""
+class _Rows:
+    """The rows of the table from `start` on that a visit has in memory."""
 
-    largest: torch.Tensor
-    total: torch.Tensor
-    chosen: torch.Tensor
+    weight: Tensor
+    bias: Tensor | None
+    start: int
+
+    def project(self, hidden: Tensor) -> Tensor:
+        """Logits `[..., rows]`."""
+        return F.linear(hidden, self.weight, self.bias)
+
+    def project_into(self, parts: list[Tensor], hidden: Tensor, _: Tile) -> None:
+        """Make logits `[..., rows]` the only part."""
+        parts[:] = [self.project(hidden)]
+
+    def logits(self, hidden: Tensor, autocast: Autocast) -> Tensor:
+        """fp32 logits `[n, rows]` of a tile of tokens."""
+        with autocast.restore():
+            return self.project(hidden.to(self.weight.dtype)).float()
+
+
+@dataclass(frozen=True, slots=True)
+class _Sums:
+    """A forward of the loss: its arguments, and of the logits of each token so far, `[N]`, the largest, the sum of
+    exponentials relative to it, and the target's."""
+
+    hidden: Tensor
+    targets: Tensor
+    autocast: Autocast
+    largest: Tensor
+    total: Tensor
+    chosen: Tensor
+
+    def add(self, block: _Rows, tile: slice) -> None:
+        """Add the logits of a tile of tokens."""
+        logits = block.logits(self.hidden[tile], self.autocast)
+        rows = logits.shape[1]
+        place = self.targets[tile] - block.start
+        inside = (place >= 0) & (place < rows)
+        picked = logits.gather(1, place.clamp(0, rows - 1).unsqueeze(1)).squeeze(1)
+        self.chosen[tile] = torch.where(inside, picked, self.chosen[tile])
+        _add_to_logsumexp(logits, self.largest[tile], self.total[tile])  # last: it is not to be repeated
 
 
 @dataclass(frozen=True, slots=True)
 class _GoingBack:
-    """A backward through the loss: its arguments, and the gradient of `hidden` so far, in fp32."""
+    """A backward of the loss: its arguments, and the gradient of the hidden states so far, in fp32."""
 
-    hidden: torch.Tensor
-    targets: torch.Tensor
-    logsumexp: torch.Tensor
-    scale: torch.Tensor
+    hidden: Tensor
+    targets: Tensor
+    logsumexp: Tensor
+    scale: Tensor
     autocast: Autocast
-    gradient: torch.Tensor
+    gradient: Tensor
+    arguments: Arguments
+    add: Callable[[str, Callable[[], object]], None]
+    """Adds to a sum that has a name."""
 
-
-def measured_tiles(
-    head: Head, rows: int, num_tokens: int, model: Model
-) -> tuple[Callable[[], object], Callable[[], object], int]:
-    """One tile of the loss on a row block of zeros, forward and backward, to be timed, and its tokens."""
-    width, device = head.module.in_features, model.torch_device
-    count = min(num_tokens, max(1, tile_elements(device) // rows))
-    hidden = torch.zeros(count, width, dtype=model.dtype, device=device)
-    values = {head.weight: torch.zeros(rows, width, dtype=model.dtype, device=device)}
-    autocast = replace(Autocast.current(model.device), enabled=False)
-    largest, total = (
-        torch.zeros(count, device=device, dtype=torch.float32),
-        torch.ones(count, device=device, dtype=torch.float32),
-    )
-    place = torch.zeros(count, 1, dtype=torch.long, device=device)
-    gradient = torch.zeros(count, width, device=device, dtype=torch.float32)
-    weight_sum = torch.zeros(rows, width, device=device, dtype=torch.float32)
-
-    def logits() -> torch.Tensor:
-        weight = values[head.weight]
-        with autocast.restore():
-            return F.linear(hidden, weight).float()
-
-    def forward() -> None:
-        with torch.no_grad():
-            tile = logits()
-            _add_to_logsumexp(tile, largest, total)
-            tile.gather(1, place)
-
-    def backward() -> None:
-        with torch.no_grad():
-            slope = logits().sub_(total.unsqueeze(1)).exp_().mul_(1.0)
-            narrow = slope.to(model.dtype)
-            gradient.add_(narrow @ values[head.weight])
-            _add_product(weight_sum, narrow.T, hidden)
-
-    return forward, backward, count
+    def add_tile(self, block: _Rows, weight_sum: Tensor | None, bias_sum: Tensor | None, tile: slice) -> None:
+        """Add the gradients that a tile of tokens gives to the hidden states and to the rows of `block`."""
+        hidden, on_device = self.hidden[tile], self.arguments.on_device
+        slope = block.logits(hidden, self.autocast).sub_(self.logsumexp[tile].unsqueeze(1)).exp_()
+        place = self.targets[tile] - block.start
+        rows = ((place >= 0) & (place < slope.shape[1])).nonzero().squeeze(1)
+        slope[on_device(rows), on_device(place[rows])] -= 1
+        slope.mul_(self.scale)
+        narrow = slope.to(block.weight.dtype)
+        self.add("hidden", lambda: self.gradient[tile].add_(narrow @ block.weight))
+        if weight_sum is not None:
+            self.add("weight", lambda: _add_product(weight_sum, narrow.T, hidden.to(narrow.dtype)))
+        if bias_sum is not None:
+            self.add("bias", lambda: bias_sum.add_(slope.sum(0)))
 
 
 def tile_elements(device: torch.device) -> int:
@@ -353,7 +315,7 @@ def _token_tiles(num_tokens: int, rows: int, num_elements: int) -> tuple[Tile, .
     return tuple(tiles(num_tokens, max(1, num_elements // rows)))
 
 
-def _add_to_logsumexp(logits: torch.Tensor, largest: torch.Tensor, total: torch.Tensor) -> None:
+def _add_to_logsumexp(logits: Tensor, largest: Tensor, total: Tensor) -> None:
     """Take `logits [n, rows]` into the running maximum and sum `[n]`, in place: all memory is taken before."""
     maximum = torch.maximum(largest, logits.amax(1))
     factor = torch.exp(largest - maximum)
@@ -362,7 +324,7 @@ def _add_to_logsumexp(logits: torch.Tensor, largest: torch.Tensor, total: torch.
     largest.copy_(maximum)
 
 
-def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     """`total += left @ right`, inside the product where the types allow."""
     if total.dtype == left.dtype:
         total.addmm_(left, right)
@@ -370,41 +332,7 @@ def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -
         total += left @ right
 
 
-class _Project(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, head: Head, anchor: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-        ctx.head, ctx.autocast = head, Autocast.current(head.visits.model.device)
-        ctx.check_backward = head.visits.backward_check(head.point)
-        ctx.save_for_backward(hidden)
-        return head.forward(hidden)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[None, None, torch.Tensor]:
-        (hidden,) = ctx.saved_tensors
-        return None, None, ctx.head.backward(hidden, gradient, ctx.autocast, ctx.check_backward)
-
-
-class _TiledLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, head: Head, anchor: torch.Tensor, hidden: torch.Tensor, targets: torch.Tensor
-    ) -> torch.Tensor:
-        ctx.head, ctx.autocast = head, Autocast.current(head.visits.model.device)
-        ctx.check_backward = head.visits.backward_check(head.point)
-        loss, logsumexp = head.forward_loss(hidden, targets, ctx.autocast)
-        ctx.save_for_backward(hidden, targets, logsumexp)
-        return loss
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, scale: torch.Tensor) -> tuple[None, None, torch.Tensor, None]:
-        hidden, targets, logsumexp = ctx.saved_tensors
-        gradient = ctx.head.backward_loss(hidden, targets, logsumexp, scale, ctx.autocast, ctx.check_backward)
-        return None, None, gradient, None
-
-
-class Logits(torch.Tensor):
+class Logits(Tensor):
     """Logits that were not computed: their shape and type, and the hidden states they would come from.
 
     Before the model's call ends, any use computes them with gradients. Afterwards reading computes them without, and is
@@ -412,16 +340,16 @@ class Logits(torch.Tensor):
     """
 
     source: LogitsSource
-    hidden: torch.Tensor
+    hidden: Tensor
     is_sealed: bool
     has_graph: bool
 
     @staticmethod
     def __new__(
-        cls: type[Logits], source: LogitsSource, hidden: torch.Tensor, num_logits: int, call: CurrentCall
+        cls: type[Logits], source: LogitsSource, hidden: Tensor, num_logits: int, call: CurrentCall
     ) -> Logits:
         """Stand for the `num_logits` logits of each of `hidden [..., h]` until `call` is over."""
-        self: Logits = torch.Tensor._make_wrapper_subclass(
+        self: Logits = Tensor._make_wrapper_subclass(
             cls, (*hidden.shape[:-1], num_logits), dtype=hidden.dtype, device=hidden.device
         )
         self.source, self.hidden, self.is_sealed = source, hidden, False
@@ -438,7 +366,7 @@ class Logits(torch.Tensor):
         if func in _METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        if func in (torch.Tensor.float, torch.Tensor.contiguous) and not args[0].is_sealed:
+        if func in (Tensor.float, Tensor.contiguous) and not args[0].is_sealed:
             return args[0]  # the loss computes in fp32 anyway
         args, kwargs = tree_map_only(Logits, Logits.compute, (args, kwargs))
         return func(*args, **kwargs)
@@ -452,7 +380,7 @@ class Logits(torch.Tensor):
         return func(*args, **kwargs)
 
     @outside_inference_mode()
-    def compute(self) -> torch.Tensor:
+    def compute(self) -> Tensor:
         """The logits themselves."""
         if not self.is_sealed:
             return self.source.logits(self.hidden)
@@ -476,19 +404,19 @@ class Logits(torch.Tensor):
 class TiledLoss:
     """Stands in for `ForCausalLMLoss` of transformers: same arguments, same value, no logits."""
 
-    original: Callable[..., torch.Tensor]
+    original: Callable[..., Tensor]
     arguments: Arguments
 
     def __call__(
         self,
-        logits: torch.Tensor,
-        labels: torch.Tensor,
+        logits: Tensor,
+        labels: Tensor,
         vocab_size: int,
-        num_items_in_batch: torch.Tensor | int | None = None,
+        num_items_in_batch: Tensor | int | None = None,
         ignore_index: int = -100,
-        shift_labels: torch.Tensor | None = None,
+        shift_labels: Tensor | None = None,
         **kwargs: Any,
-    ) -> torch.Tensor:
+    ) -> Tensor:
         """Mean cross-entropy of each position's logits with the next label, or its sum over `num_items_in_batch`."""
         if not isinstance(logits, Logits) or logits.is_sealed or vocab_size != logits.shape[-1]:
             return self.original(

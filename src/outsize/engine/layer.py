@@ -14,21 +14,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
-from torch.autograd.function import once_differentiable
+from torch import Tensor, nn
 from torch.utils._pytree import tree_unflatten
 
-from outsize.engine.batch import Tile, TiledOutput, UnevenTiles
-from outsize.engine.captured_outputs import CapturedOutputs
+from outsize.engine.batch import Gradients, Graph, Graphs, Tensors, Tile, TiledOutput, UnevenTiles
 from outsize.engine.compiled import is_failure
-from outsize.engine.effects import flatten, has_containers, is_cache, is_stateful
-from outsize.engine.graphs import Graph, Graphs, Outputs
+from outsize.engine.effects import CapturedOutputs, Nested, flatten, has_containers, is_cache, is_stateful
 from outsize.engine.hooks import HookWatch, has_user_hooks, inside, without_user_hooks
 from outsize.engine.modulestate import ModuleState
-from outsize.engine.nested import Nested
 from outsize.engine.rng_autocast import Autocast, RngState
 from outsize.engine.rng_autocast import versions as versions_of
 from outsize.engine.visits import Visits
@@ -39,11 +36,9 @@ from outsize.store.recovery import undone_by
 
 
 @contextmanager
-def installed(
-    root: nn.Module, bindings: Sequence[Binding], values: dict[str, torch.Tensor]
-) -> Iterator[None]:
+def installed(root: nn.Module, bindings: Sequence[Binding], values: dict[str, Tensor]) -> Iterator[None]:
     """Inside, each bound parameter is the plain tensor `values[binding.parameter]`."""
-    places: list[tuple[dict[str, Any], str, torch.Tensor]] = [
+    places: list[tuple[dict[str, Any], str, Tensor]] = [
         (root.get_submodule(b.module)._parameters, b.attribute, values[b.parameter]) for b in bindings
     ]
     before = [parameters[attribute] for parameters, attribute, _ in places]
@@ -67,7 +62,6 @@ class LayerCall:
     randomness: RngState
     autocast: Autocast
     captured: CapturedOutputs
-    check_backward: Callable[[], None]
     trains: bool = False
     differentiates: bool = False
     """Whether the visit gets a backward."""
@@ -86,7 +80,7 @@ class LayerCall:
     output: Nested | None = None
     """The structure of what the layer returned."""
 
-    def run(self, tensors: Sequence[torch.Tensor]) -> Outputs:
+    def run(self, tensors: Tensors) -> Tensors:
         """Run the layer's own forward on `tensors`; the tensors among its outputs and through its side door."""
         leaves = self.arguments.filled(tensors)
         args, kwargs = tree_unflatten(leaves, self.arguments.spec)
@@ -132,7 +126,7 @@ class LayerCall:
         layer = self.layer
         return is_plain and layer.is_repeated and layer.visits.compiler.serves(layer.module)
 
-    def result(self, outputs: Sequence[torch.Tensor]) -> Any:
+    def result(self, outputs: Tensors) -> Any:
         """The visit's result in the shape the layer gave it, with `outputs` in place; side doors are served."""
         assert self.output is not None
         count = len(self.output.positions)
@@ -156,23 +150,19 @@ class Layer:
             isinstance(child, nn.modules.batchnorm._BatchNorm) for child in module.modules()
         )
 
-    def call_of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[LayerCall, list[torch.Tensor]]:
+    def call_of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[LayerCall, list[Tensor]]:
         """A visit with these arguments, and the tensors among them."""
         arguments, tensors = Nested.apart((args, kwargs), flatten)
         device = self.visits.model.device
-        call = LayerCall(
+        return LayerCall(
             self,
             arguments,
             RngState.current(device),
             Autocast.current(device),
             CapturedOutputs.current(),
-            self.visits.backward_check(self.point),
-        )
-        call.trains = torch.is_grad_enabled() and self.visits.model.trains(self.blocks)
-        call.differentiates = call.trains or (
-            torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-        )
-        return call, tensors
+            trains=self.visits.model.differentiates(self.blocks, ()),
+            differentiates=self.visits.model.differentiates(self.blocks, tensors),
+        ), tensors
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The module's forward, as a visit."""
@@ -189,12 +179,40 @@ class Layer:
             )
         # A saved graph holds the inputs anyway.
         offload = None if call.keeps_graphs else self.visits.backing.offload
-        anchor = self.visits.model.anchor if call.trains else None
+        graphs = Graphs()
+        forward = partial(self._save_and_forward, call, graphs)
+        backward = partial(self._take_and_go_back, call, graphs)
         with offload.keep(tensors, self.blocks[-1]) if offload is not None else nullcontext():
-            outputs = _Visit.apply(call, anchor, *tensors)  # type: ignore[no-untyped-call]
+            outputs = self.visits.compute(self.point, forward, backward, *tensors)
         return call.result(outputs)
 
-    def _decide_tiles(self, call: LayerCall, tensors: Sequence[torch.Tensor]) -> None:
+    def _save_and_forward(self, call: LayerCall, graphs: Graphs, *tensors: Tensor) -> tuple[Tensors, Tensors]:
+        """Run the layer's forward, whose backward needs `tensors`, and fill `graphs`."""
+        versions = versions_of(tensors)
+        outputs = self.forward(call, tensors, graphs)
+        if versions != versions_of(tensors):
+            raise UsageError(
+                f"{self.point.module} changes its input in place: its recomputation would start from the change",
+                hint="let its forward make a new tensor",
+            )
+        return outputs, tensors
+
+    def _take_and_go_back(
+        self,
+        call: LayerCall,
+        graphs: Graphs,
+        saved: Tensors,
+        gradients: Gradients,
+    ) -> Gradients:
+        """Run the layer's backward, through `graphs` as far as they are valid."""
+        tensors = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in saved]
+        # Nothing but the node holds the graphs, and a second backward computes again.
+        graphs = self.visits.oom_retry.take(graphs)
+        if not all(graph.is_current for graph in graphs.values()):
+            graphs.clear()
+        return self.backward(call, tensors, gradients, graphs)
+
+    def _decide_tiles(self, call: LayerCall, tensors: Tensors) -> None:
         """Cut the batch, unless something else than the layer's tensors depends on it."""
         current, name = self.visits.call, self.point.module
         depends_on_batch = self.has_batch_statistics and self.module.training
@@ -206,9 +224,7 @@ class Layer:
 
     # -- the two directions ----------------------------------------------------------------------------------------
 
-    def forward(
-        self, call: LayerCall, tensors: Sequence[torch.Tensor], graphs: Graphs | None = None
-    ) -> Outputs:
+    def forward(self, call: LayerCall, tensors: Tensors, graphs: Graphs | None = None) -> Tensors:
         """Run all tiles; the whole batch at once where an output turns out to depend on all of it.
 
         With `graphs`, which are added there where they are to be kept, it computes as its backward will.
@@ -236,7 +252,7 @@ class Layer:
                     )
             return [self._own(output, values) for output in outputs]
 
-    def _run_tiles(self, call: LayerCall, tensors: Sequence[torch.Tensor], graphs: Graphs | None) -> Outputs:
+    def _run_tiles(self, call: LayerCall, tensors: Tensors, graphs: Graphs | None) -> Tensors:
         dims = call.dims
         outputs = TiledOutput(dims.outputs if dims else None)
         oom_retry = self.visits.oom_retry
@@ -294,7 +310,7 @@ class Layer:
 
         return run
 
-    def _repeatable(self, call: LayerCall, tensors: Sequence[torch.Tensor]) -> Callable[[], bool]:
+    def _repeatable(self, call: LayerCall, tensors: Tensors) -> Callable[[], bool]:
         """Says, after a part of the layer ran, whether it can be repeated: it changed nothing that it was given."""
         if not self.visits.oom_retry.is_on:
             return lambda: False
@@ -306,7 +322,7 @@ class Layer:
         """The call's tiles could not be computed, and these were."""
         self.visits.shrink_tiles(max(tile.stop - tile.start for tile in tiles), call.row_tokens)
 
-    def _run_with_graph(self, call: LayerCall, tensors: Sequence[torch.Tensor], tile: Tile) -> Graph:
+    def _run_with_graph(self, call: LayerCall, tensors: Tensors, tile: Tile) -> Graph:
         """Run one tile with a graph that begins at its inputs and at the parameters."""
         parts = _cut(tensors, tile, call.dims.inputs if call.dims else None)
         inputs = [
@@ -320,18 +336,17 @@ class Layer:
     def backward(
         self,
         call: LayerCall,
-        tensors: Sequence[torch.Tensor],
-        gradients: Sequence[torch.Tensor | None],
+        tensors: Tensors,
+        gradients: Gradients,
         graphs: Graphs,
-    ) -> list[torch.Tensor | None]:
+    ) -> list[Tensor | None]:
         """Go back through all tiles, add to the blocks' gradients, and return the inputs' gradients.
 
         `graphs` are those that the forward kept; tiles that have none are run again.
         """
-        call.check_backward()
         dims = call.dims
         input_dims = dims.inputs if dims else None
-        totals: list[torch.Tensor | None] = [None] * len(tensors)
+        totals: list[Tensor | None] = [None] * len(tensors)
         unchanged, had_graphs = self._repeatable(call, tensors), bool(graphs)
 
         def go_back(tile: Tile) -> None:
@@ -371,7 +386,7 @@ class Layer:
             self._shrink(call, tiles)
         return totals
 
-    def _own(self, output: torch.Tensor, values: dict[str, torch.Tensor]) -> torch.Tensor:
+    def _own(self, output: Tensor, values: dict[str, Tensor]) -> Tensor:
         """`output`, copied where it is a view of a slot that will soon hold other weights."""
         storage = output.untyped_storage().data_ptr()
         is_view = any(value.untyped_storage().data_ptr() == storage for value in values.values())
@@ -407,18 +422,16 @@ def _training(module: nn.Module, flags: Sequence[bool]) -> Iterator[None]:
         yield
 
 
-def _cut(
-    tensors: Sequence[torch.Tensor], tile: Tile, dims: Sequence[int | None] | None
-) -> list[torch.Tensor]:
+def _cut(tensors: Tensors, tile: Tile, dims: Sequence[int | None] | None) -> list[Tensor]:
     if dims is None:
         return list(tensors)
     return [tile.of(tensor, dim) for tensor, dim in zip(tensors, dims, strict=True)]
 
 
 def _collect(
-    totals: list[torch.Tensor | None],
-    inputs: Sequence[torch.Tensor],
-    wholes: Sequence[torch.Tensor],
+    totals: list[Tensor | None],
+    inputs: Tensors,
+    wholes: Tensors,
     tile: Tile,
     dims: Sequence[int | None] | None,
 ) -> None:
@@ -441,42 +454,6 @@ def _collect(
             tile.of(total, dim).copy_(part.grad)
 
 
-class _Visit(torch.autograd.Function):
-    """The visit as autograd sees it. The anchor requires grad, so that a block without differentiable inputs trains."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, call: LayerCall, anchor: torch.Tensor | None, *tensors: torch.Tensor
-    ) -> tuple[torch.Tensor, ...]:
-        ctx.call = call
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors)
-        versions = versions_of(tensors)
-        ctx.graphs = Graphs()
-        outputs = call.layer.forward(call, tensors, ctx.graphs)
-        if versions != versions_of(tensors):
-            raise UsageError(
-                f"{call.layer.point.module} changes its input in place: its recomputation would start from the change",
-                hint="let its forward make a new tensor",
-            )
-        ctx.mark_non_differentiable(*[o for o in outputs if not (o.is_floating_point() or o.is_complex())])
-        return tuple(outputs)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        needed = ctx.needs_input_grad[2:]
-        inputs = [
-            tensor.detach().requires_grad_(need)
-            for tensor, need in zip(ctx.saved_tensors, needed, strict=True)
-        ]
-        # Nothing but this node holds the graphs, and a second backward computes again.
-        graphs = ctx.call.layer.visits.oom_retry.take(ctx.graphs)
-        if not all(graph.is_current for graph in graphs.values()):
-            graphs.clear()
-        return (None, None, *ctx.call.layer.backward(ctx.call, inputs, gradients, graphs))
-
-
 class Loose:
     """A module that owns parameters beside other points: they are installed, as values, while its forward runs."""
 
@@ -489,42 +466,24 @@ class Loose:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The module's forward, with its own parameters in place."""
-        model = self.visits.model
-        if torch.is_grad_enabled() and model.trains(self.blocks):
-            outputs: Sequence[torch.Tensor] = _Loose.apply(self, model.anchor)  # type: ignore[no-untyped-call]
-        else:
-            outputs = self.forward()
-        return self.run(outputs, args, kwargs)
+        values = self.visits.compute(self.point, self._forward, self._backward)
+        return self.run(values, args, kwargs)
 
-    def run(self, values: Sequence[torch.Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def run(self, values: Tensors, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The module's own forward, with `values` as its parameters."""
         named = dict(zip(self.parameters, values, strict=True))
         with installed(self.visits.model.module, self.point.bindings, named):
             return self.original(*args, **kwargs)
 
-    def forward(self) -> Outputs:
-        """Copies of the parameters."""
+    def _forward(self) -> tuple[Tensors, Tensors]:
+        """Copy the parameters."""
         with self.visits.forward(self.blocks) as values:
-            return [values[name].clone() for name in self.parameters]
+            return [values[name].clone() for name in self.parameters], ()
 
-    def backward(self, gradients: Sequence[torch.Tensor | None], check: Callable[[], None]) -> None:
+    def _backward(self, saved: Tensors, gradients: Gradients) -> Tensors:
         """Add to the parameters' gradients."""
-        check()
         with self.visits.backward(self.blocks, needs_weights=False):
             for name, gradient in zip(self.parameters, gradients, strict=True):
                 if gradient is not None:
                     self.visits.add_gradient(name, gradient)
-
-
-class _Loose(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, loose: Loose, anchor: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        ctx.loose, ctx.check_backward = loose, loose.visits.backward_check(loose.point)
-        ctx.set_materialize_grads(False)
-        return tuple(loose.forward())
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[None, None]:
-        ctx.loose.backward(gradients, ctx.check_backward)
-        return None, None
+        return ()

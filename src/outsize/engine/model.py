@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import final
 
 import torch
@@ -56,6 +56,12 @@ class Model:
     def trains(self, blocks: Sequence[str]) -> bool:
         """Whether any parameter in `blocks` requires grad."""
         return any(self.parameters[piece.parameter].requires_grad for piece in self.pieces(blocks))
+
+    def differentiates(self, blocks: Sequence[str], tensors: Iterable[torch.Tensor]) -> bool:
+        """Whether a visit of `blocks` with `tensors` gets a backward."""
+        return torch.is_grad_enabled() and (
+            self.trains(blocks) or any(tensor.requires_grad for tensor in tensors)
+        )
 
     def trained_types(self) -> set[ComputeType]:
         """The compute types of blocks that train."""

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from outsize.engine.effects import is_stateful
 
@@ -68,9 +68,7 @@ class ModuleState:
             for held in self._held
             if isinstance(held, _Names) and not held.are_computed
             for name, value in held.now().items()
-            if isinstance(value, torch.Tensor)
-            and value.grad_fn is not None
-            and value is not held.before.get(name)
+            if isinstance(value, Tensor) and value.grad_fn is not None and value is not held.before.get(name)
         ]
 
     def restore(self) -> None:
@@ -104,8 +102,8 @@ class ModuleState:
     def _hold(self, name: str, value: Any, depth: int) -> None:
         if id(value) in self._seen or depth > _DEPTH:
             return
-        if isinstance(value, torch.Tensor):
-            if type(value) is torch.Tensor and not value.is_meta:
+        if isinstance(value, Tensor):
+            if type(value) is Tensor and not value.is_meta:
                 self._seen.add(id(value))
                 self._held.append(_Bytes(name, value))
             return
@@ -183,7 +181,7 @@ class _Entries:
 class _Bytes:
     """What a tensor holds."""
 
-    def __init__(self, name: str, tensor: torch.Tensor) -> None:
+    def __init__(self, name: str, tensor: Tensor) -> None:
         self.name, self._tensor, self._before = name, tensor, tensor.detach().clone()
 
     def is_changed(self) -> bool:
@@ -233,7 +231,7 @@ def _of_numpy(generator: np.random.Generator) -> tuple[Callable[[], Any], Callab
 def _is_same_state(before: Any, now: Any) -> bool:
     if isinstance(before, dict):
         return before.keys() == now.keys() and all(_is_same_state(before[key], now[key]) for key in before)
-    if isinstance(before, torch.Tensor):
+    if isinstance(before, Tensor):
         return torch.equal(before, now)
     return bool(np.array_equal(before, now)) if isinstance(before, np.ndarray) else bool(before == now)
 
@@ -244,7 +242,7 @@ _Held = _Names | _Entries | _Bytes | _Random
 def _is_same(before: Any, now: Any) -> bool:
     if before is now:
         return True
-    if isinstance(before, torch.Tensor) and isinstance(now, torch.Tensor):
+    if isinstance(before, Tensor) and isinstance(now, Tensor):
         is_alike = before.shape == now.shape and before.dtype == now.dtype and before.device == now.device
         return is_alike and (before.is_meta or torch.equal(_bytes(before), _bytes(now)))
     return (
@@ -255,9 +253,9 @@ def _is_same(before: Any, now: Any) -> bool:
 
 
 def _has_moved(before: Any, now: Any) -> bool:
-    are_tensors = isinstance(before, torch.Tensor) and isinstance(now, torch.Tensor)
+    are_tensors = isinstance(before, Tensor) and isinstance(now, Tensor)
     return are_tensors and before.shape == now.shape and not _is_same(before, now)
 
 
-def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+def _bytes(tensor: Tensor) -> Tensor:
     return tensor.detach().contiguous().view(-1).view(torch.uint8)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import final
 
 import torch
+from torch import Tensor
 
-from outsize.engine.batch import Shape
-from outsize.engine.graphs import Outputs
+from outsize.engine.batch import Shape, Tensors
 from outsize.engine.layer import Layer, LayerCall, installed
 from outsize.engine.model import Model
 from outsize.plan.workload import BatchDims, Kind
@@ -26,9 +26,7 @@ class LayerOnZeros:
     layer: Layer
     call: LayerCall
 
-    def compute(
-        self, tensors: Sequence[torch.Tensor], *, trains: bool, differentiates: bool
-    ) -> tuple[Outputs, int]:
+    def compute(self, tensors: Tensors, *, trains: bool, differentiates: bool) -> tuple[Tensors, int]:
         """Forward and, if it differentiates, backward.
 
         Returns the outputs (of a backward: their shapes), and the bytes that the forward saves for the backward beside its
@@ -46,7 +44,7 @@ class LayerOnZeros:
         inputs = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in tensors]
         saved: dict[int, int] = {}
 
-        def save(tensor: torch.Tensor) -> torch.Tensor:
+        def save(tensor: Tensor) -> Tensor:
             saved[storage_key(tensor)] = tensor.untyped_storage().nbytes()
             return tensor.detach()
 
@@ -74,7 +72,7 @@ class LayerOnZeros:
         num_elements = sum(piece.num_elements for piece in self.model.pieces(self.layer.blocks))
         return int(num_elements * self.model.dtype.itemsize * memory.SPREAD)
 
-    def _weights(self) -> dict[str, torch.Tensor]:
+    def _weights(self) -> dict[str, Tensor]:
         model, pieces = self.model, self.model.pieces(self.layer.blocks)
         sizes = {p: p.num_elements * model.dtype_of(p.parameter).itemsize for p in pieces}
         most = max(sizes.values())
@@ -117,7 +115,7 @@ class Sample:
 
         return Kind(at, self.trains, self.differentiates)
 
-    def _tensors(self, dims: BatchDims | None, rows: int, tile_rows: int) -> list[torch.Tensor]:
+    def _tensors(self, dims: BatchDims | None, rows: int, tile_rows: int) -> list[Tensor]:
         tensors = []
         for index, (shape, dtype, requires_grad) in enumerate(self.inputs):
             sizes, dim = list(shape), dims.inputs[index] if dims is not None else None
@@ -128,10 +126,10 @@ class Sample:
         return tensors
 
 
-def storage_key(tensor: torch.Tensor) -> int:
+def storage_key(tensor: Tensor) -> int:
     """The same for tensors that share their memory."""
     return tensor.untyped_storage().data_ptr() if not tensor.is_meta else tensor.untyped_storage()._cdata
 
 
-def _drop(leaf: torch.Tensor) -> None:
+def _drop(leaf: Tensor) -> None:
     leaf.grad = None

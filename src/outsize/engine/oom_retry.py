@@ -21,8 +21,7 @@ from dataclasses import replace
 
 import torch
 
-from outsize.engine.batch import Tile, tiles
-from outsize.engine.graphs import Graphs
+from outsize.engine.batch import Graphs, Tile, tiles
 from outsize.engine.rng_autocast import rewinding
 from outsize.store.recovery import undone_by
 from outsize.tier import Device

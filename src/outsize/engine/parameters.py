@@ -9,7 +9,7 @@ from functools import partial
 from typing import final
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from outsize.block import Block, Piece
 from outsize.engine.executor import Executor
@@ -165,18 +165,18 @@ class Parameters(Mapping[str, OffloadedParameter]):
             )
         )
 
-    def take_rows(self, block: str, table: str, rows: torch.Tensor, target: torch.Tensor) -> None:
+    def take_rows(self, block: str, table: str, rows: Tensor, target: Tensor) -> None:
         """Fill `target` with sorted rows, counted from the first of `block`, of a table that `gives_rows`."""
         store = self._backing.store
         index = next(at.index for at in self._locations[table] if at.block == block)
         store.weights.take_rows(store[block], index, rows, target)
 
-    def value(self, name: str) -> torch.Tensor:
+    def value(self, name: str) -> Tensor:
         """Return a copy of a parameter's current value."""
         return _joined([self.read(Block(at.block, (at.piece,)))[0] for at in self._locations[name]])
 
     @outside_inference_mode()
-    def read(self, block: Block) -> list[torch.Tensor]:
+    def read(self, block: Block) -> list[Tensor]:
         """Return copies of the current values of `block`'s pieces, which may be some of those of a block of the cut."""
         if self._backing.executor is None:
             return [value.to(self._device) for value in self._read_source(block)]
@@ -184,7 +184,7 @@ class Parameters(Mapping[str, OffloadedParameter]):
             views = {e.piece: v for e, v in zip(state.record.entries, state.planes.pieces(), strict=True)}
             return [views[piece].clone() for piece in block.pieces]
 
-    def _read_source(self, block: Block) -> list[torch.Tensor]:
+    def _read_source(self, block: Block) -> list[Tensor]:
         """Read pieces that the source holds in the compute type as they are, and together: packed weights and their scales
         are encoded together. The others are fp32, rounded as in a record."""
         source = self._backing.committed or self._backing.own_source()
@@ -206,7 +206,7 @@ class Parameters(Mapping[str, OffloadedParameter]):
     # -- gradients -----------------------------------------------------------------------------------------------
 
     @outside_inference_mode()
-    def gradient(self, name: str) -> torch.Tensor | None:
+    def gradient(self, name: str) -> Tensor | None:
         """Return a placeholder of a parameter's gradient; None if it has none."""
         if not any(gradient.present for gradient in self._gradients(name)):
             return None
@@ -254,7 +254,7 @@ class Parameters(Mapping[str, OffloadedParameter]):
             gradient.scale *= factor
 
     @outside_inference_mode()
-    def _gradient_value(self, name: str) -> torch.Tensor:
+    def _gradient_value(self, name: str) -> Tensor:
         store = self._backing.store
         return _joined(
             [
@@ -264,5 +264,5 @@ class Parameters(Mapping[str, OffloadedParameter]):
         )
 
 
-def _joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+def _joined(parts: Sequence[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(list(parts))

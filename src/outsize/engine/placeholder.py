@@ -11,6 +11,7 @@ from functools import cache, partial
 from typing import Any, NoReturn
 
 import torch
+from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from outsize.engine.rng_autocast import outside_inference_mode
@@ -24,24 +25,24 @@ _MEMORY_HINT = "read it with .detach().clone(), or write the whole model with ou
 _VIEW = "a view of"
 
 
-class _Placeholder(torch.Tensor):
+class _Placeholder(Tensor):
     """A storage-free tensor; `_fetch` gives its value when something reads it."""
 
     _label: str
-    _fetch: Callable[[], torch.Tensor]
+    _fetch: Callable[[], Tensor]
 
     @staticmethod
     def __new__(
         cls: type[_Placeholder],
-        like: torch.Tensor,
+        like: Tensor,
         label: str,
-        fetch: Callable[[], torch.Tensor],
+        fetch: Callable[[], Tensor],
         *,
         requires_grad: bool = False,
         dtype: torch.dtype | None = None,
         device: torch.device | None = None,
     ) -> _Placeholder:
-        self: _Placeholder = torch.Tensor._make_wrapper_subclass(
+        self: _Placeholder = Tensor._make_wrapper_subclass(
             cls,
             like.shape,
             dtype=dtype or like.dtype,
@@ -82,9 +83,9 @@ class _Placeholder(torch.Tensor):
                         target._refuse("written", _WRITTEN_HINT)
         if _is_view(func) and isinstance(args[0], _Placeholder):
             return args[0]._viewed(partial(func, **kwargs), args[1:])
-        fetched: dict[int, torch.Tensor] = {}
+        fetched: dict[int, Tensor] = {}
 
-        def value_of(tensor: _Placeholder) -> torch.Tensor:
+        def value_of(tensor: _Placeholder) -> Tensor:
             if id(tensor) not in fetched:
                 fetched[id(tensor)] = tensor._fetch()
             return fetched[id(tensor)]
@@ -97,7 +98,7 @@ class _Placeholder(torch.Tensor):
         label = self._label if self._label.startswith(_VIEW) else f"{_VIEW} {self._label}"
         shapes = view(torch.empty_like(self, device="meta"), *options)
         read = cache(lambda: view(self._fetch(), *options))
-        if isinstance(shapes, torch.Tensor):
+        if isinstance(shapes, Tensor):
             return Reading(shapes, label, read, device=self.device)
         parts = (
             Reading(shape, label, partial(lambda index: read()[index], index), device=self.device)
@@ -170,9 +171,9 @@ class GradientPlaceholder(_Placeholder):
     @classmethod
     def of(
         cls,
-        parameter: torch.Tensor,
+        parameter: Tensor,
         label: str,
-        fetch: Callable[[], torch.Tensor],
+        fetch: Callable[[], Tensor],
         norm: Callable[[], float],
         scale_by: Callable[[float], None],
         zero: Callable[[], None],
@@ -230,18 +231,18 @@ class OffloadedParameter(_Placeholder):
     """
 
     _is_param = True
-    _get_gradient: Callable[[], torch.Tensor | None]
+    _get_gradient: Callable[[], Tensor | None]
     _drop_gradient: Callable[[], None]
 
     @classmethod
     def of(
         cls,
-        parameter: torch.Tensor,
+        parameter: Tensor,
         label: str,
         dtype: torch.dtype,
         device: torch.device,
-        fetch: Callable[[], torch.Tensor],
-        get_gradient: Callable[[], torch.Tensor | None],
+        fetch: Callable[[], Tensor],
+        get_gradient: Callable[[], Tensor | None],
         drop_gradient: Callable[[], None],
     ) -> OffloadedParameter:
         """Stands in for `parameter`."""
@@ -250,7 +251,7 @@ class OffloadedParameter(_Placeholder):
         self._get_gradient, self._drop_gradient = get_gradient, drop_gradient
         # A hook can only be given to what requires grad; it stays when that changes.
         self.requires_grad_()
-        torch.Tensor.register_hook(self, partial(_refuse_backward, label))  # type: ignore[no-untyped-call]
+        Tensor.register_hook(self, partial(_refuse_backward, label))  # type: ignore[no-untyped-call]
         self.requires_grad_(parameter.requires_grad)
         return self
 
@@ -263,23 +264,23 @@ class OffloadedParameter(_Placeholder):
         self._refuse("given a hook", "read parameter.grad after backward()")
 
     @property
-    def data(self) -> torch.Tensor:
+    def data(self) -> Tensor:
         """The value, to be read."""
         return self.detach()
 
     @data.setter
-    def data(self, value: torch.Tensor) -> None:
+    def data(self, value: Tensor) -> None:
         if isinstance(value, _Placeholder) and value._label == self._label:
             return  # `module.to(...)` that changes nothing
         self._refuse("written", _WRITTEN_HINT)
 
     @property
-    def grad(self) -> torch.Tensor | None:
+    def grad(self) -> Tensor | None:
         """The gradient that the next `step()` would use, or None."""
         return self._get_gradient()
 
     @grad.setter
-    def grad(self, value: torch.Tensor | None) -> None:
+    def grad(self, value: Tensor | None) -> None:
         if isinstance(value, GradientPlaceholder) and value._label == f"{self._label}.grad":
             return  # `parameter.grad *= factor` assigns what it changed in place
         if value is not None:
@@ -292,12 +293,12 @@ def _is_view(func: Any) -> bool:
     return any(each.alias_info is not None and not each.alias_info.is_write for each in func._schema.returns)
 
 
-def stands_for_same(one: torch.Tensor, other: torch.Tensor) -> bool:
+def stands_for_same(one: Tensor, other: Tensor) -> bool:
     """Whether both are placeholders of one parameter, such as the parameter and its entry in a state_dict."""
     return isinstance(one, _Placeholder) and isinstance(other, _Placeholder) and one._label == other._label
 
 
-def _refuse_backward(label: str, gradient: torch.Tensor) -> NoReturn:
+def _refuse_backward(label: str, gradient: Tensor) -> NoReturn:
     # Holds no placeholder: autograd's hooks are not seen by the garbage collector.
     raise UsageError(
         f"{label} lives in Outsize's store and cannot be differentiated outside the model's forward here",

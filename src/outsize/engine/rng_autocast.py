@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from outsize.store.recovery import undone_by
 from outsize.tier import Device
@@ -27,7 +28,7 @@ def outside_inference_mode() -> Iterator[None]:
         yield
 
 
-def versions(tensors: Iterable[torch.Tensor]) -> list[int]:
+def versions(tensors: Iterable[Tensor]) -> list[int]:
     """How often each tensor was changed in place; 0 for tensors made in inference mode, which do not count."""
     return [0 if tensor.is_inference() else tensor._version for tensor in tensors]
 
@@ -57,8 +58,8 @@ class RngState:
     """The state of the random numbers of a forward, the host's and the device's, for its recomputation."""
 
     device: Device
-    host_state: torch.Tensor
-    device_state: torch.Tensor | None
+    host_state: Tensor
+    device_state: Tensor | None
 
     @classmethod
     def current(cls, device: Device) -> RngState:

@@ -18,7 +18,7 @@ import torch
 from outsize.block import Record
 from outsize.engine.counting import estimated_s
 from outsize.engine.dry_run import AnyPoint
-from outsize.engine.head import Head, measured_tiles
+from outsize.engine.head import Head
 from outsize.engine.hooks import without_user_hooks
 from outsize.engine.model import Model
 from outsize.engine.modulestate import ModuleState
@@ -120,7 +120,7 @@ def _time_head(model: Model, head: Head, num_tokens: int, seconds_of: Meter) -> 
     for name, start, stop in model.parameters.row_blocks(head.weight):
         rows = stop - start
         if rows not in known:
-            go_forward, go_back, tile_tokens = measured_tiles(head, rows, num_tokens, model)
+            go_forward, go_back, tile_tokens = head.timed_tile(rows, num_tokens)
             share = num_tokens / tile_tokens
             known[rows] = share * seconds_of(go_forward), share * seconds_of(go_back)
         yield name, known[rows]

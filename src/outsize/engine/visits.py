@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
-from typing import final
+from typing import Any, final
 
 import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from outsize.block import Entry
 from outsize.config import Home, format_bytes
+from outsize.engine.batch import Gradients, Tensors
 from outsize.engine.budget import Budget
 from outsize.engine.compiled import Compiler
 from outsize.engine.current_call import CurrentCall
@@ -21,6 +24,43 @@ from outsize.errors import UsageError
 from outsize.model import Point
 from outsize.plan import Direction, Visit
 from outsize.store.state import BlockState
+
+Forward = Callable[..., tuple[Tensors, Tensors]]
+"""Maps the tensors of a visit to its outputs and to the tensors that its backward needs."""
+
+Backward = Callable[[Tensors, Gradients], Gradients]
+"""Maps the tensors that the forward saved and the gradients of its outputs to the gradients of its inputs."""
+
+
+class _Node(torch.autograd.Function):
+    """A visit as autograd sees it. The anchor requires grad, so that a visit without differentiable inputs gets a backward.
+
+    The node must not hold the tensors of the forward but by `save_for_backward`: the garbage collector does not see it.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, forward: Forward, backward: Backward, anchor: Tensor, *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.go_back = backward
+        ctx.set_materialize_grads(False)
+        outputs, saved = forward(*tensors)
+        ctx.save_for_backward(*saved)
+        ctx.mark_non_differentiable(*[o for o in outputs if not (o.is_floating_point() or o.is_complex())])
+        return tuple(outputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        if all(gradient is None for gradient in gradients):
+            return (None,) * len(ctx.needs_input_grad)
+        return None, None, None, *ctx.go_back(ctx.saved_tensors, gradients)
+
+
+def as_node(forward: Forward, backward: Backward, anchor: Tensor, *tensors: Tensor) -> Tensors:
+    """Run `forward(*tensors)` as one node of autograd's graph, which `backward` goes back through."""
+    outputs: tuple[Tensor, ...] = _Node.apply(forward, backward, anchor, *tensors)  # type: ignore[no-untyped-call]
+    return outputs
 
 
 @final
@@ -46,14 +86,14 @@ class Visits:
 
     def forward(
         self, blocks: Sequence[str], *, as_leaves: bool = False
-    ) -> AbstractContextManager[dict[str, torch.Tensor]]:
+    ) -> AbstractContextManager[dict[str, Tensor]]:
         """The parameters in `blocks` by name: as plain views, or as leaves of a graph that outlives the visit."""
         visits = [Visit(name, Direction.FORWARD, joins_next=name != blocks[-1]) for name in blocks]
         return self._visit(visits, self._leaves if as_leaves else self._values, self._budget.visit_bytes)
 
     def backward(
         self, blocks: Sequence[str], *, needs_weights: bool = True
-    ) -> AbstractContextManager[dict[str, torch.Tensor]]:
+    ) -> AbstractContextManager[dict[str, Tensor]]:
         """As `forward`; trainable parameters are leaves whose gradients go to the block's sum as they arise."""
         # Calls without a graph may have come since, and be smaller.
         call = self.call.last_training
@@ -65,22 +105,24 @@ class Visits:
     def _visit(
         self,
         visits: Sequence[Visit],
-        values_of: Callable[[BlockState], dict[str, torch.Tensor]],
+        values_of: Callable[[BlockState], dict[str, Tensor]],
         visit_bytes: int,
-    ) -> Iterator[dict[str, torch.Tensor]]:
+    ) -> Iterator[dict[str, Tensor]]:
         make_room = partial(self._budget.make_room, visit_bytes)
         with self._budget.guarded(), self.backing.running.visit(visits, make_room) as states:
             yield {name: value for state in states for name, value in values_of(state).items()}
 
-    def backward_check(self, point: Point) -> Callable[[], None]:
-        """Return what the backward of a visit to `point` that begins now calls first.
+    def compute(self, point: Point, forward: Forward, backward: Backward, *tensors: Tensor) -> Tensors:
+        """The outputs of `forward(*tensors)`, a visit of `point`; `backward` is run where it gets one.
 
-        It raises UsageError for a backward through other weights than the forward's, and for one that must not add to
-        parameters' gradients: both would be silently wrong.
+        That raises UsageError if weights are others than the forward's, or if it must not add to the gradients of
+        parameters: both would be silently wrong.
         """
+        if not self.model.differentiates(point.blocks, tensors):
+            return forward(*tensors)[0]
         before = self._num_steps(point.blocks)
 
-        def check() -> None:
+        def checked(saved: Tensors, gradients: Gradients) -> Gradients:
             if self._num_steps(point.blocks) != before:
                 raise UsageError(
                     f"the weights of {point.module} were updated between its forward and its backward",
@@ -92,17 +134,18 @@ class Visits:
                     "of its parameters, which that must not do",
                     hint="call loss.backward() and read .grad",
                 )
+            return backward(saved, gradients)
 
-        return check
+        return as_node(forward, checked, self.model.anchor, *tensors)
 
-    def add_gradient(self, parameter: str, gradient: torch.Tensor) -> None:
+    def add_gradient(self, parameter: str, gradient: Tensor) -> None:
         """Add to the gradient of a whole parameter whose block is visited backward."""
         (at,) = self.model.parameters.locations(parameter)
         state = self.backing.store[at.block]
         if self._collects(state.record.entries[at.index]):
             self.backing.store.gradients.add(state, at.index, gradient)
 
-    def gradient_sum(self, block: str, parameter: str) -> torch.Tensor | None:
+    def gradient_sum(self, block: str, parameter: str) -> Tensor | None:
         """The sum of the rows of `parameter` in `block`, to be added to; None if the parameter is frozen."""
         state, gradients = self.backing.store[block], self.backing.store.gradients
         for index, entry in enumerate(state.record.entries):
@@ -130,11 +173,11 @@ class Visits:
             return ()
         return tuple(self.backing.store[name].update.num_steps for name in blocks)
 
-    def _values(self, state: BlockState) -> dict[str, torch.Tensor]:
+    def _values(self, state: BlockState) -> dict[str, Tensor]:
         views = state.planes.pieces()
         return {e.piece.parameter: view for e, view in zip(state.record.entries, views, strict=True)}
 
-    def _leaves(self, state: BlockState) -> dict[str, torch.Tensor]:
+    def _leaves(self, state: BlockState) -> dict[str, Tensor]:
         leaves = self._values(state)
         for index, entry in enumerate(state.record.entries):
             if self._collects(entry):
@@ -143,7 +186,7 @@ class Visits:
                 leaves[entry.piece.parameter] = leaf
         return leaves
 
-    def _collect(self, state: BlockState, index: int, leaf: torch.Tensor) -> None:
+    def _collect(self, state: BlockState, index: int, leaf: Tensor) -> None:
         """Move the gradient of `leaf`, entry `index` of a block, to the block's sum."""
         gradient, leaf.grad = leaf.grad, None
         assert gradient is not None
