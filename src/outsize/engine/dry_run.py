@@ -17,15 +17,16 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from outsize.engine.batch import Shape, Tensors
+from outsize.engine.batch import Gradients, Shape, Tensors
 from outsize.engine.effects import state_of
 from outsize.engine.embedding import Embedding
 from outsize.engine.head import Head, Logits, tile_elements
 from outsize.engine.hooks import has_user_hooks
 from outsize.engine.layer import Layer, LayerCall, Loose
+from outsize.engine.model import Model
 from outsize.engine.modulestate import ModuleState
-from outsize.engine.on_zeros import LayerOnZeros, Sample, storage_key
-from outsize.engine.visits import Visits
+from outsize.engine.on_zeros import LayerOnZeros, storage_key
+from outsize.engine.visits import Visits, as_node
 from outsize.errors import UsageError
 from outsize.plan import Direction, Visit
 from outsize.store import memory
@@ -59,7 +60,8 @@ class Findings:
     """Of the tiles of the loss, if they were one."""
     most_loss_tile_bytes: int = 0
     beside_loss_bytes: int = 0
-    samples: list[Sample] = field(default_factory=list)
+    samples: list[LayerOnZeros] = field(default_factory=list)
+    """Of each kind of layer the first."""
     kind_of: dict[str, int] = field(default_factory=dict)
     activations: dict[str, tuple[tuple[str, ...], int]] = field(default_factory=dict)
     """`(blocks, bytes)` of each layer's activations, by module."""
@@ -79,7 +81,7 @@ class Findings:
 class _Seen:
     """A layer that was computed: its outputs on meta, its call, its kind, and whether it changes its own state."""
 
-    outputs: list[Tensor]
+    outputs: Tensors
     call: LayerCall
     kind: int
     saved_bytes: int
@@ -141,40 +143,38 @@ class DryRun:
             self._count_saved(layer, tensors, seen)
         device = self._model.torch_device
         zeros = [torch.zeros(o.shape, dtype=o.dtype, device=device) for o in seen.outputs]
-        return call.result(self._visit(layer.blocks, tensors, zeros, call.differentiates))
+        return call.result(self.visit(layer.blocks, tensors, zeros, call.differentiates))
 
     def _computed(self, layer: Layer, call: LayerCall, tensors: Tensors) -> _Seen:
         """Compute a layer of a new kind."""
         before = state_of(call.arguments.leaves) if call.differentiates and call.is_stateful else None
         state = ModuleState(layer.module)
-        on_zeros = LayerOnZeros(self._model, layer, call)
-        run = partial(on_zeros.compute, tensors, trains=call.trains, differentiates=call.differentiates)
-        (outputs, saved_bytes), num_bytes = self._watched(on_zeros, run)
-        if before != (state_of(call.arguments.leaves) if before is not None else None):
+        sample = LayerOnZeros.of(layer, call, tensors)
+        run = partial(sample.compute, tensors)
+        (outputs, saved_bytes), num_bytes = self._watched(sample, run)
+        if before is not None and before != state_of(call.arguments.leaves):
             raise UsageError(
                 f"{layer.point.module} changes an object that it is given: its recomputation would change it again",
                 hint="let its forward return what it adds, or call the model under torch.no_grad()",
             )
         changes_state = _changes_state(layer, state, run)
         self.found.tile_bytes = max(self.found.tile_bytes, num_bytes)
-        inputs = tuple((tuple(t.shape), t.dtype, t.requires_grad) for t in tensors)
-        self.found.samples.append(Sample(on_zeros, inputs, call.trains, call.differentiates))
-        like = [torch.empty(o.shape, dtype=o.dtype, device="meta") for o in outputs]
-        return _Seen(like, call, len(self.found.samples) - 1, saved_bytes, changes_state)
+        self.found.samples.append(sample)
+        return _Seen(outputs, call, len(self.found.samples) - 1, saved_bytes, changes_state)
 
     def _watched(
-        self, on_zeros: LayerOnZeros, run: Callable[[], tuple[Tensors, int]]
+        self, sample: LayerOnZeros, run: Callable[[], tuple[Tensors, int]]
     ) -> tuple[tuple[Tensors, int], int]:
         """What `run` returns, and its peak in bytes."""
-        device, compiler, call = self._model.torch_device, self._visits.compiler, on_zeros.call
-        tries = call.is_compiled and compiler.try_out(on_zeros.layer.module, run)
+        device, compiler, call = self._model.torch_device, self._visits.compiler, sample.call
+        tries = call.is_compiled and compiler.try_out(sample.layer.module, run)
         if not tries or device.type == "cuda":
             return memory.watched(run, device)
         # Tensors inside compiled code cannot be counted. Those of uncompiled code are, and beside them all gradients of
         # the layer's parameters, which compiled code gives at once.
         with compiler.paused():
             result, num_bytes = memory.watched(run, device)
-        return result, num_bytes + (on_zeros.gradient_bytes() if call.trains else 0)
+        return result, num_bytes + (sample.gradient_bytes() if call.trains else 0)
 
     def _count_saved(self, layer: Layer, tensors: Tensors, seen: _Seen) -> None:
         found, module = self.found, layer.point.module
@@ -186,7 +186,7 @@ class DryRun:
 
     # -- other points ----------------------------------------------------------------------------------------------
 
-    def _loose(self, loose: Loose) -> list[Tensor]:
+    def _loose(self, loose: Loose) -> Tensors:
         """Zeros in the shapes of the parameters."""
         model = self._model
         shapes = {piece.parameter: piece.shape for piece in model.pieces(loose.blocks)}
@@ -195,7 +195,7 @@ class DryRun:
             for name in loose.parameters
         ]
         trains = torch.is_grad_enabled() and model.trains(loose.blocks)
-        return self._visit(loose.blocks, [], values, trains, weights_in_backward=False)
+        return self.visit(loose.blocks, [], values, trains, weights_in_backward=False)
 
     def _embedding(self, embedding: Embedding, input: Tensor) -> Tensor:
         """Zeros in the shape of the output."""
@@ -206,65 +206,29 @@ class DryRun:
         if embedding.takes_rows:
             return output
         trains = torch.is_grad_enabled() and model.trains(embedding.blocks)
-        (output,) = self._visit(
+        (output,) = self.visit(
             embedding.blocks, [], [output], trains, weights_in_backward=False, is_table=True
         )
         return output
 
     def _head(self, head: Head, input: Tensor) -> Tensor:
-        source, call = _DryLogits(self, head), self._visits.call
+        source, call = _DryHead(self, head), self._visits.call
         if call.has_labels:
             return Logits(source, input, head.module.out_features, call)
         return source.logits(input)
 
-    def logits(self, head: Head, hidden: Tensor) -> Tensor:
-        """Logits that take no memory; that of real ones is counted."""
-        shape = (*hidden.shape[:-1], head.module.out_features)
-        logits = torch.zeros((), dtype=hidden.dtype, device=hidden.device).expand(shape)
-        differentiates = self._model.differentiates(head.blocks, [hidden])
-        self.found.whole_bytes = max(self.found.whole_bytes, self._logits_bytes(head, logits, differentiates))
-        return self._visit(head.blocks, [hidden], [logits], differentiates, is_table=True)[0]
-
-    def _logits_bytes(self, head: Head, logits: Tensor, differentiates: bool) -> int:
-        """What real logits take. With gradients: four copies in fp32, for the loss and its backward. Without: themselves,
-        the part that one row block gives, and what the caller makes of them."""
-        if differentiates:
-            return 4 * logits.numel() * 4
-        num_tokens = logits.numel() // head.module.out_features
-        own = logits.numel() * (logits.element_size() + self._visits.call.beside_logit_bytes)
-        part = num_tokens * self._most_rows(head) * max(logits.element_size(), 4)
-        return own + int(memory.SPREAD * part)
-
-    def loss(self, head: Head, hidden: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor, int]:
-        """A loss of zero; the memory of a real one is counted."""
-        flat, targets = head.counted(hidden, targets, ignore_index)
-        found, rows = self.found, self._most_rows(head)
-        num_tiles = 2 + self._model.device.product_copies  # logits and what becomes of them
-        gradient_bytes = rows * head.module.in_features * self._model.dtype.itemsize
-        found.loss_tile_bytes = max(found.loss_tile_bytes, num_tiles * flat.shape[0] * rows * 4)
-        found.most_loss_tile_bytes = num_tiles * tile_elements(flat.device) * 4
-        found.beside_loss_bytes = max(found.beside_loss_bytes, 3 * flat.numel() * 4 + gradient_bytes)
-        loss = torch.zeros((), device=flat.device, dtype=torch.float32)
-        differentiates = self._model.differentiates(head.blocks, [hidden])
-        (loss,) = self._visit(head.blocks, [flat], [loss], differentiates, is_table=True)
-        return loss, targets.numel()
-
-    def _most_rows(self, head: Head) -> int:
-        """The rows of the largest row block of the table."""
-        return max(stop - start for _, start, stop in self._model.parameters.row_blocks(head.weight))
-
     # -- recording -------------------------------------------------------------------------------------------------
 
-    def _visit(
+    def visit(
         self,
         blocks: Sequence[str],
         inputs: Tensors,
-        outputs: list[Tensor],
+        outputs: Tensors,
         differentiates: bool,
         *,
         weights_in_backward: bool = True,
         is_table: bool = False,
-    ) -> list[Tensor]:
+    ) -> Tensors:
         """Record a visit; `outputs`, in the graph of `inputs` as the real ones would be."""
         found = self.found
         found.visits += [
@@ -281,23 +245,46 @@ class DryRun:
                 found.movable.add(key)
                 own[key] = tensor.untyped_storage().nbytes()
         found.input_bytes = max(found.input_bytes, sum(own.values()))
-        backward = self._model.backward_visits(blocks, weights_in_backward)
+        visits = self._model.backward_visits(blocks, weights_in_backward)
         if is_table:
-            backward = [replace(visit, joins_next=False) for visit in reversed(backward)]
-        return list(_DryVisit.apply(found, backward, outputs, self._model.anchor, *inputs))  # type: ignore[no-untyped-call]
+            visits = [replace(visit, joins_next=False) for visit in reversed(visits)]
+        like = [(t.shape, t.dtype, t.device) if t.requires_grad else None for t in inputs]
+
+        def backward(*_: object) -> Gradients:
+            found.visits.extend(visits)
+            return [
+                None if each is None else torch.zeros(each[0], dtype=each[1], device=each[2]) for each in like
+            ]
+
+        return as_node(lambda *_: (outputs, ()), backward, self._model.anchor, *inputs)
 
 
 @final
 @dataclass(frozen=True, slots=True)
-class _DryLogits:
-    """What a handle of logits stands for in a dry run."""
+class _DryHead:
+    """What a handle of logits stands for in a dry run: the memory of logits and losses is counted, and none is taken."""
 
     dry_run: DryRun
     head: Head
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits that take no memory."""
-        return self.dry_run.logits(self.head, hidden)
+        shape = (*hidden.shape[:-1], self.head.module.out_features)
+        logits = torch.zeros((), dtype=hidden.dtype, device=hidden.device).expand(shape)
+        differentiates = self._model.differentiates(self.head.blocks, [hidden])
+        found = self.dry_run.found
+        found.whole_bytes = max(found.whole_bytes, self._logits_bytes(logits, differentiates))
+        return self.dry_run.visit(self.head.blocks, [hidden], [logits], differentiates, is_table=True)[0]
+
+    def _logits_bytes(self, logits: Tensor, differentiates: bool) -> int:
+        """What real logits take. With gradients: four copies in fp32, for the loss and its backward. Without: themselves,
+        the part that one row block gives, and what the caller makes of them."""
+        if differentiates:
+            return 4 * logits.numel() * 4
+        num_tokens = logits.numel() // self.head.module.out_features
+        beside = self.head.visits.call.beside_logit_bytes
+        part = num_tokens * self._most_rows * max(logits.element_size(), 4)
+        return logits.numel() * (logits.element_size() + beside) + int(memory.SPREAD * part)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """The handle is gone when the dry run is over."""
@@ -305,7 +292,26 @@ class _DryLogits:
 
     def loss(self, hidden: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor, int]:
         """A loss of zero, and the number of targets that count."""
-        return self.dry_run.loss(self.head, hidden, targets, ignore_index)
+        flat, targets = self.head.counted(hidden, targets, ignore_index)
+        found, rows, model = self.dry_run.found, self._most_rows, self._model
+        num_tiles = 2 + model.device.product_copies  # logits and what becomes of them
+        gradient_bytes = rows * self.head.module.in_features * model.dtype.itemsize
+        found.loss_tile_bytes = max(found.loss_tile_bytes, num_tiles * flat.shape[0] * rows * 4)
+        found.most_loss_tile_bytes = num_tiles * tile_elements(flat.device) * 4
+        found.beside_loss_bytes = max(found.beside_loss_bytes, 3 * flat.numel() * 4 + gradient_bytes)
+        loss = torch.zeros((), device=flat.device, dtype=torch.float32)
+        differentiates = model.differentiates(self.head.blocks, [hidden])
+        (loss,) = self.dry_run.visit(self.head.blocks, [flat], [loss], differentiates, is_table=True)
+        return loss, targets.numel()
+
+    @property
+    def _model(self) -> Model:
+        return self.head.visits.model
+
+    @property
+    def _most_rows(self) -> int:
+        """The rows of the largest row block of the table."""
+        return max(stop - start for _, start, stop in self._model.parameters.row_blocks(self.head.weight))
 
 
 def _changes_state(layer: Layer, state: ModuleState, run: Callable[[], object]) -> bool:
@@ -326,31 +332,3 @@ def _changes_state(layer: Layer, state: ModuleState, run: Callable[[], object]) 
         return bool(again.changes())
     finally:
         state.restore()
-
-
-class _DryVisit(torch.autograd.Function):
-    """A visit that computes nothing, and records when its backward comes."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        found: Findings,
-        backward: list[Visit],
-        outputs: list[Tensor],
-        anchor: Tensor,
-        *inputs: Tensor,
-    ) -> tuple[Tensor, ...]:
-        ctx.found, ctx.visits = found, backward
-        ctx.like = [(torch.empty_like(tensor, device="meta"), tensor.device) for tensor in inputs]
-        ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*[output for output in outputs if not output.is_floating_point()])
-        return tuple(outputs)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        ctx.found.visits += ctx.visits
-        zeros = [
-            torch.zeros(like.shape, dtype=like.dtype, device=device) if need else None
-            for (like, device), need in zip(ctx.like, ctx.needs_input_grad[4:], strict=True)
-        ]
-        return (None, None, None, None, *zeros)

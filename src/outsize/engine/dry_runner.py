@@ -132,7 +132,7 @@ def _combined(found: Mapping[int, Findings], shape: BatchShape, uncut: str) -> W
             last.most_loss_tile_bytes,
             line(lambda each: each.beside_loss_bytes),
         ),
-        kinds=tuple(sample.kind(dims.get(sample.module), min(found)) for sample in first.samples),
+        kinds=tuple(sample.kind(dims.get(sample.layer.point.module), min(found)) for sample in first.samples),
         kind_of=first.kind_of,
         changing=frozenset(first.changing | last.changing),
         uncut=uncut,
