@@ -5,13 +5,19 @@ What only the host has to look at (which rows of a table, which labels count) is
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from outsize.tier import sent
+
+Args: TypeAlias = tuple[Any, ...]
+"""Arguments of a call by position."""
+
+Kwargs: TypeAlias = dict[str, Any]
+"""Arguments of a call by name."""
 
 
 class Arguments:

@@ -10,6 +10,7 @@ from typing import Any, final
 import torch
 
 from outsize.config import format_bytes
+from outsize.engine.arguments import Args, Kwargs
 from outsize.engine.budget import Budget
 from outsize.engine.current_call import ModelCall, packed_error
 from outsize.engine.dry_runner import SMALL_ROWS, DryRunner, batch_shape
@@ -58,7 +59,7 @@ class CallTracker:
         self._signature = Signature(self._model)
 
     @outside_inference_mode()
-    def before(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def before(self, args: Args, kwargs: Kwargs) -> Any:
         """Prepare a call: make its dry run, settle if nothing is settled yet, and announce its visits.
 
         Returns the arguments where blocks compute. Raises UsageError, and BudgetError if the call does not fit.
@@ -95,7 +96,7 @@ class CallTracker:
         self._begin(workload, shape, is_row_by_row)
         return self._model.arguments.moved(args, kwargs)
 
-    def _settle_with_cache(self, args: tuple[Any, ...], kwargs: dict[str, Any], shape: BatchShape) -> None:
+    def _settle_with_cache(self, args: Args, kwargs: Kwargs, shape: BatchShape) -> None:
         """Place and allocate for a first call that fills a cache, whose layers compute all rows at once."""
         args, kwargs = self._signature.without_new_cache(args, kwargs)
         workload = replace(self._workload(args, kwargs, shape), dims={})
@@ -103,9 +104,7 @@ class CallTracker:
         self._setup.settle(needed, shape)
         self._budget.begin_call(needed, shape)
 
-    def _with_training(
-        self, workload: Workload, args: tuple[Any, ...], kwargs: dict[str, Any], shape: BatchShape
-    ) -> Workload:
+    def _with_training(self, workload: Workload, args: Args, kwargs: Kwargs, shape: BatchShape) -> Workload:
         """What memory is placed for: this call or, if a model that has an optimizer is evaluated first, its training."""
         if self._setup.rule is None or torch.is_grad_enabled() or has_cache(args, kwargs):
             return workload
@@ -113,7 +112,7 @@ class CallTracker:
         with torch.enable_grad():
             return self._dry_run(args, kwargs, shape)
 
-    def _workload(self, args: tuple[Any, ...], kwargs: dict[str, Any], shape: BatchShape) -> Workload:
+    def _workload(self, args: Args, kwargs: Kwargs, shape: BatchShape) -> Workload:
         """The workload of calls like this one; a dry run finds it if there is none, or none of rows as long."""
         key = self._signature.of(args, kwargs)
         workload = self._workloads.get(key)
@@ -126,7 +125,7 @@ class CallTracker:
             self._forward_order = [v for v in workload.visits if v.direction is Direction.FORWARD]
         return workload
 
-    def _dry_run(self, args: tuple[Any, ...], kwargs: dict[str, Any], shape: BatchShape) -> Workload:
+    def _dry_run(self, args: Args, kwargs: Kwargs, shape: BatchShape) -> Workload:
         """Raises BudgetError if the device does not even have memory for that."""
         try:
             return self._dry_runner.workload(args, kwargs, shape)
@@ -182,7 +181,7 @@ class CallTracker:
 
     # -- calls that are not made ---------------------------------------------------------------------------------
 
-    def dry_run(self, kwargs: dict[str, Any], *, with_labels: bool = False) -> tuple[Workload, BatchShape]:
+    def dry_run(self, kwargs: Kwargs, *, with_labels: bool = False) -> tuple[Workload, BatchShape]:
         """The workload of a call with `kwargs`, which is not made; nothing is placed."""
         memory.drop_file_pages()
         shape = batch_shape(self._model.module, (), kwargs)
@@ -197,7 +196,7 @@ class CallTracker:
             self._call.seal_handles()
 
     @outside_inference_mode()
-    def settle_for(self, kwargs: dict[str, Any]) -> None:
+    def settle_for(self, kwargs: Kwargs) -> None:
         """Place and allocate for calls like this one, which is not made. Raises BudgetError, having changed nothing."""
         try:
             self.before((), kwargs)
@@ -208,7 +207,7 @@ class CallTracker:
         finally:
             self.after(None)
 
-    def before_encoder(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def before_encoder(self, args: Args, kwargs: Kwargs) -> None:
         """Settle for the whole model if `generate` runs the encoder alone before the model was ever called.
 
         The dry run is of the call that follows: the encoder's arguments, and one token for the decoder.
@@ -225,6 +224,6 @@ class CallTracker:
         if self._backing.executor is not None and self._call.running is not None:
             self._start(self._call.running.workload, self._call.running.shape)
 
-    def walk(self, kwargs: dict[str, Any]) -> None:
+    def walk(self, kwargs: Kwargs) -> None:
         """Run the model's own forward, every layer once, on weights of zero. Nothing is read or placed."""
         self._dry_runner.walk(kwargs)

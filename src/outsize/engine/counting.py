@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 from transformers import masking_utils
 
 from outsize.config import ComputeType
+from outsize.engine.arguments import Args, Kwargs
 from outsize.errors import ConfigError, ModelError
 from outsize.plan.profile import Profile
 from outsize.store.live_bytes import tensors_in
@@ -30,9 +31,7 @@ class _WithoutValues(TorchFunctionMode):
     tensor.
     """
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Args = (), kwargs: Kwargs | None = None) -> Any:
         """Run `func`, or what stands for it."""
         if func is Tensor.__contains__:
             return False
@@ -142,9 +141,7 @@ class _Traffic(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.num_bytes = 0
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Args = (), kwargs: Kwargs | None = None) -> Any:
         """Run `func`, and count its operands and results unless they share their bytes."""
         result = func(*args, **(kwargs or {}))
         if func.overloadpacket not in flop_registry and not func.is_view:

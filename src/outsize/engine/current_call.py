@@ -9,6 +9,7 @@ from typing import Any, Protocol, final
 import torch
 from torch import nn
 
+from outsize.engine.arguments import Args, Kwargs
 from outsize.engine.batch import Tile, tiles
 from outsize.errors import UsageError
 from outsize.model import attention_of
@@ -55,7 +56,7 @@ class CurrentCall:
         """Layers, by module, that change buffers or attributes of their own, as far as dry runs have shown."""
         self.beside_logit_bytes = BESIDE_LOGIT_BYTES
         """Bytes per logit that the caller takes beside the logits, without gradients."""
-        self.dry_answer: Callable[[str, tuple[Any, ...], dict[str, Any]], Any] | None = None
+        self.dry_answer: Callable[[str, Args, Kwargs], Any] | None = None
         """Answers in the place of the point at a module, in shape and type, during a dry run."""
         self._module = module
         self._whole: set[str] = set()

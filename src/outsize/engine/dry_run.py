@@ -17,6 +17,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
+from outsize.engine.arguments import Args, Kwargs
 from outsize.engine.batch import Gradients, Shape, Tensors
 from outsize.engine.effects import state_of
 from outsize.engine.embedding import Embedding
@@ -103,7 +104,7 @@ class DryRun:
         self._sees_all = sees_all
         self._seen: dict[_Key, _Seen] = {}
 
-    def answer(self, module: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def answer(self, module: str, args: Args, kwargs: Kwargs) -> Any:
         """The output of the point at `module`: zeros, or, of a layer of a new kind, what it computes."""
         match self._points[module]:
             case Layer() as layer:
@@ -117,7 +118,7 @@ class DryRun:
 
     # -- layers ----------------------------------------------------------------------------------------------------
 
-    def _layer(self, layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _layer(self, layer: Layer, args: Args, kwargs: Kwargs) -> Any:
         call, tensors = layer.call_of(args, kwargs)
         module, found = layer.point.module, self.found
         key: _Key = (

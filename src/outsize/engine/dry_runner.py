@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map_only
 
+from outsize.engine.arguments import Args, Kwargs
 from outsize.engine.batch import find_dims
 from outsize.engine.dry_run import AnyPoint, DryRun, Findings
 from outsize.engine.effects import copied
@@ -39,20 +40,18 @@ class DryRunner:
         self._points = points
         self._forward = forward
 
-    def workload(self, args: tuple[Any, ...], kwargs: dict[str, Any], shape: BatchShape) -> Workload:
+    def workload(self, args: Args, kwargs: Kwargs, shape: BatchShape) -> Workload:
         """What a call with `args` and `kwargs` does and takes. Raises what the model does."""
         found, uncut = self._with_few_rows(args, kwargs, shape.rows)
         if not found:
             found = {shape.rows or 1: self._run(*copied((args, kwargs)))}
         return _combined(found, shape, uncut)
 
-    def walk(self, kwargs: dict[str, Any]) -> None:
+    def walk(self, kwargs: Kwargs) -> None:
         """Run the model's own forward, computing every layer, for what looks on. Nothing is read or placed."""
         self._run((), kwargs, sees_all=True)
 
-    def _with_few_rows(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], rows: int | None
-    ) -> tuple[dict[int, Findings], str]:
+    def _with_few_rows(self, args: Args, kwargs: Kwargs, rows: int | None) -> tuple[dict[int, Findings], str]:
         """Dry runs of 2 and of 3 rows of the batch, or none and why the model cannot compute a part of it."""
         if rows is None or rows == 1:
             return {}, ""
@@ -72,7 +71,7 @@ class DryRunner:
             return {}, why
         return found, ""
 
-    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, sees_all: bool = False) -> Findings:
+    def _run(self, args: Args, kwargs: Kwargs, *, sees_all: bool = False) -> Findings:
         module, call = self._model.module, self._visits.call
         dry_run = DryRun(self._visits, self._points, sees_all=sees_all)
         state = ModuleState(module, with_hooks=True)
@@ -94,7 +93,7 @@ class DryRunner:
         return dry_run.found
 
 
-def batch_shape(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> BatchShape:
+def batch_shape(module: torch.nn.Module, args: Args, kwargs: Kwargs) -> BatchShape:
     """The batch of a call: every tensor argument has the rows (or 1, or no dimension) as its first dimension."""
     main = kwargs.get(getattr(module, "main_input_name", "input_ids"))
     tensors = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor) and leaf.dim()]
@@ -160,7 +159,7 @@ def _dims(first: Findings, last: Findings) -> dict[str, BatchDims | None]:
     return dims
 
 
-def _hardest_rows(kwargs: dict[str, Any], rows: int) -> Tensor:
+def _hardest_rows(kwargs: Kwargs, rows: int) -> Tensor:
     """All rows, those with most padding first: models make a mask only where there is something to mask."""
     mask = kwargs.get("attention_mask")
     if not isinstance(mask, Tensor) or mask.dim() < 2 or mask.shape[0] != rows:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map_only
 
-from outsize.engine.arguments import Arguments
+from outsize.engine.arguments import Args, Arguments, Kwargs
 from outsize.engine.batch import Gradients, Tensors, Tile, tiles
 from outsize.engine.current_call import CurrentCall
 from outsize.engine.oom_retry import ALONE
@@ -358,9 +358,7 @@ class Logits(Tensor):
         return self
 
     @classmethod
-    def __torch_function__(
-        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+    def __torch_function__(cls, func: Any, types: Any, args: Args = (), kwargs: Kwargs | None = None) -> Any:
         """Answer what needs no value; compute for everything else."""
         kwargs = kwargs or {}
         if func in _METADATA:
@@ -373,7 +371,7 @@ class Logits(Tensor):
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
-        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        cls, func: Any, types: Any, args: Args = (), kwargs: Kwargs | None = None
     ) -> Any:
         """Compute where an operation reaches us without the Python interface."""
         args, kwargs = tree_map_only(Logits, Logits.compute, (args, kwargs or {}))

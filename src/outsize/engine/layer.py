@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_unflatten
 
+from outsize.engine.arguments import Args, Kwargs
 from outsize.engine.batch import Gradients, Graph, Graphs, Tensors, Tile, TiledOutput, UnevenTiles
 from outsize.engine.compiled import is_failure
 from outsize.engine.effects import CapturedOutputs, Nested, flatten, has_containers, is_cache, is_stateful
@@ -150,7 +151,7 @@ class Layer:
             isinstance(child, nn.modules.batchnorm._BatchNorm) for child in module.modules()
         )
 
-    def call_of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[LayerCall, list[Tensor]]:
+    def call_of(self, args: Args, kwargs: Kwargs) -> tuple[LayerCall, list[Tensor]]:
         """A visit with these arguments, and the tensors among them."""
         arguments, tensors = Nested.apart((args, kwargs), flatten)
         device = self.visits.model.device
@@ -469,7 +470,7 @@ class Loose:
         values = self.visits.compute(self.point, self._forward, self._backward)
         return self.run(values, args, kwargs)
 
-    def run(self, values: Tensors, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def run(self, values: Tensors, args: Args, kwargs: Kwargs) -> Any:
         """The module's own forward, with `values` as its parameters."""
         named = dict(zip(self.parameters, values, strict=True))
         with installed(self.visits.model.module, self.point.bindings, named):

@@ -33,7 +33,7 @@ from outsize.engine.runtime import Runtime, runtime_of
 from outsize.errors import ConfigError, UsageError
 from outsize.optim import ALGORITHMS, Hyper, gpu_kernel, start_compile
 from outsize.store.blocks import BlockStore
-from outsize.store.state import BlockState, EntryGradient
+from outsize.store.state import BlockState
 from outsize.store.update_job import Pending
 
 Params: TypeAlias = Iterable[torch.Tensor] | Iterable[dict[str, Any]] | None
@@ -152,11 +152,6 @@ class Optimizer(torch.optim.Optimizer, ABC):
         assert self._runtime.backing.executor is not None
         return self._runtime.backing.executor.store
 
-    def _gradients(self, name: str) -> list[tuple[BlockState, int, EntryGradient]]:
-        """The entries that hold the gradient of a parameter, with their blocks and indices."""
-        places = [(self._store[at.block], at.index) for at in self._runtime.model.parameters.locations(name)]
-        return [(state, index, state.gradient.entries[index]) for state, index in places]
-
     @overload
     def step(self, closure: None = None) -> None: ...
     @overload
@@ -189,7 +184,7 @@ class Optimizer(torch.optim.Optimizer, ABC):
         hypers: dict[BlockState, dict[int, Hyper]] = defaultdict(dict)
         num_steps: dict[str, int] = {}
         for group, name in self._members():
-            gradients = self._gradients(name)
+            gradients = self._runtime.model.parameters.gradients(name)
             if any(gradient.present for _, _, gradient in gradients):
                 step = num_steps[name] = self._books["num_steps"].get(name, 0) + 1
                 settings = {**group, **self._measure(name, group)}
@@ -215,7 +210,7 @@ class Optimizer(torch.optim.Optimizer, ABC):
 
     def _gradient_parts(self, name: str) -> Iterator[torch.Tensor]:
         """The gradient of a parameter before clipping, in double precision, in parts of at most a chunk."""
-        for state, index, gradient in self._gradients(name):
+        for state, index, gradient in self._runtime.model.parameters.gradients(name):
             if gradient.present:
                 for part in self._store.gradients.parts(state, index):
                     yield part.double() * gradient.scale
@@ -225,7 +220,11 @@ class Optimizer(torch.optim.Optimizer, ABC):
         if self._runtime.backing.executor is None:
             return 0.0
         self._store.gradients.settle_norms()
-        ours = {id(gradient) for _, name in self._members() for _, _, gradient in self._gradients(name)}
+        ours = {
+            id(gradient)
+            for _, name in self._members()
+            for _, _, gradient in self._runtime.model.parameters.gradients(name)
+        }
         # Summed in the order of blocks, whatever the groups.
         return math.sqrt(
             sum(

@@ -21,7 +21,7 @@ from outsize.optim import split
 from outsize.store.blocks import BlockStore
 from outsize.store.commit_store import CommitStore
 from outsize.store.offload import ActivationOffload
-from outsize.store.state import EntryGradient
+from outsize.store.state import BlockState, EntryGradient
 
 
 @final
@@ -67,11 +67,6 @@ class Location:
     block: str
     index: int
     piece: Piece
-
-    @property
-    def rows(self) -> tuple[int, int] | None:
-        """The rows `[start, stop)` of the parameter; None for all of it."""
-        return None if self.piece.is_whole else (self.piece.row_start or 0, self.piece.row_stop or 0)
 
 
 @final
@@ -127,7 +122,7 @@ class Parameters(Mapping[str, OffloadedParameter]):
             for index, piece in enumerate(members):
                 self._locations.setdefault(piece.parameter, []).append(Location(block, index, piece))
         for found in self._locations.values():
-            found.sort(key=lambda location: location.rows or (0, 0))
+            found.sort(key=lambda at: at.piece.row_start or 0)
 
     def locations(self, name: str) -> Sequence[Location]:
         """Where the pieces of a parameter are, in the order of rows."""
@@ -135,7 +130,10 @@ class Parameters(Mapping[str, OffloadedParameter]):
 
     def row_blocks(self, table: str) -> list[tuple[str, int, int]]:
         """`(block, first row, row after the last)` of each block that holds rows of a table, in order."""
-        return [(at.block, *(at.rows or (0, at.piece.shape[0]))) for at in self._locations[table]]
+        return [
+            (at.block, at.piece.row_start or 0, at.piece.row_stop or at.piece.shape[0])
+            for at in self._locations[table]
+        ]
 
     def check_trainable(self) -> None:
         """Raise UsageError if a parameter requires grad now that had no place for its gradient at the first call."""
@@ -205,10 +203,20 @@ class Parameters(Mapping[str, OffloadedParameter]):
 
     # -- gradients -----------------------------------------------------------------------------------------------
 
+    def gradients(self, name: str) -> list[tuple[BlockState, int, EntryGradient]]:
+        """The entries that hold a parameter's gradient, with their blocks and indices; none before the first call."""
+        if self._backing.executor is None:
+            return []
+        states = [(self._backing.store[at.block], at.index) for at in self._locations[name]]
+        return [(state, index, state.gradient.entries[index]) for state, index in states]
+
+    def _has_gradient(self, name: str) -> bool:
+        return any(gradient.present for _, _, gradient in self.gradients(name))
+
     @outside_inference_mode()
     def gradient(self, name: str) -> Tensor | None:
         """Return a placeholder of a parameter's gradient; None if it has none."""
-        if not any(gradient.present for gradient in self._gradients(name)):
+        if not self._has_gradient(name):
             return None
         return GradientPlaceholder.of(
             self[name],
@@ -221,17 +229,15 @@ class Parameters(Mapping[str, OffloadedParameter]):
 
     def drop_gradient(self, name: str) -> None:
         """Forget a parameter's gradient."""
-        if self._backing.executor is not None:
-            store = self._backing.store
-            for at in self._locations[name]:
-                store.gradients.drop(store[at.block], at.index)
+        for state, index, _ in self.gradients(name):
+            self._backing.store.gradients.drop(state, index)
 
     def zero_gradient(self, name: str) -> None:
         """Make a gradient zero where there is one, which moves no bytes: what is stored gets the factor 0.
 
         Raises UsageError if it holds inf or nan, which no factor makes zero.
         """
-        if not any(gradient.present for gradient in self._gradients(name)):
+        if not self._has_gradient(name):
             return
         if not math.isfinite(self._gradient_norm(name)):
             raise UsageError(
@@ -240,27 +246,20 @@ class Parameters(Mapping[str, OffloadedParameter]):
             )
         self._scale_gradient(name, 0.0)
 
-    def _gradients(self, name: str) -> list[EntryGradient]:
-        if self._backing.executor is None:
-            return []
-        return [self._backing.store[at.block].gradient.entries[at.index] for at in self._locations[name]]
-
     def _gradient_norm(self, name: str) -> float:
         self._backing.store.gradients.settle_norms()
-        return float(sum(each.sum_of_squares * each.scale**2 for each in self._gradients(name)) ** 0.5)
+        squares = (each.sum_of_squares * each.scale**2 for _, _, each in self.gradients(name))
+        return float(sum(squares) ** 0.5)
 
     def _scale_gradient(self, name: str, factor: float) -> None:
-        for gradient in self._gradients(name):
+        for _, _, gradient in self.gradients(name):
             gradient.scale *= factor
 
     @outside_inference_mode()
     def _gradient_value(self, name: str) -> Tensor:
-        store = self._backing.store
+        value = self._backing.store.gradients.value
         return _joined(
-            [
-                store.gradients.value(store[at.block], at.index) * gradient.scale
-                for at, gradient in zip(self._locations[name], self._gradients(name), strict=True)
-            ]
+            [value(state, index) * gradient.scale for state, index, gradient in self.gradients(name)]
         )
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from outsize.engine.arguments import Args, Kwargs
 from outsize.engine.rng_autocast import outside_inference_mode
 from outsize.errors import UsageError
 
@@ -23,6 +24,21 @@ _WRITTEN_HINT = (
 _MEMORY_HINT = "read it with .detach().clone(), or write the whole model with outsize.save(model, path)"
 
 _VIEW = "a view of"
+
+_aten = torch.ops.aten
+_NORMS = (_aten._foreach_norm, _aten.linalg_vector_norm, _aten.norm)
+_ZEROS = (_aten._foreach_zero_, _aten.zero_)
+_PRODUCTS = (_aten._foreach_mul_, _aten.mul_)
+_QUOTIENTS = (_aten._foreach_div_, _aten.div_)
+
+
+def _refused(what: str, hint: str) -> Any:
+    """A method that refuses to have its placeholder treated so: there is no storage."""
+
+    def refuse(self: _Placeholder, *args: Any, **kwargs: Any) -> NoReturn:
+        self._refuse(what, hint)
+
+    return refuse
 
 
 class _Placeholder(Tensor):
@@ -38,7 +54,6 @@ class _Placeholder(Tensor):
         label: str,
         fetch: Callable[[], Tensor],
         *,
-        requires_grad: bool = False,
         dtype: torch.dtype | None = None,
         device: torch.device | None = None,
     ) -> _Placeholder:
@@ -47,7 +62,6 @@ class _Placeholder(Tensor):
             like.shape,
             dtype=dtype or like.dtype,
             device=device or like.device,
-            requires_grad=requires_grad,
         )
         self._label = label
         self._fetch = fetch
@@ -60,7 +74,7 @@ class _Placeholder(Tensor):
     @classmethod
     @outside_inference_mode()
     def __torch_dispatch__(  # type: ignore[override]
-        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        cls, func: Any, types: Any, args: Args = (), kwargs: Kwargs | None = None
     ) -> Any:
         kwargs = kwargs or {}
         overload = func.overloadpacket
@@ -112,37 +126,15 @@ class _Placeholder(Tensor):
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"<{self._label}: {tuple(self.shape)} {self.dtype}, in Outsize's store>"
 
-    def __setitem__(self, index: Any, value: Any) -> NoReturn:
-        self._refuse("written", _WRITTEN_HINT)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
-        self._refuse("copied", "save the model with outsize.save and load it again")
-
-    def __reduce_ex__(self, protocol: Any) -> NoReturn:
-        self._refuse("pickled", "use outsize.save(model, path)")
-
-    def data_ptr(self) -> NoReturn:
-        """Refused: there is no storage to point to."""
-        self._refuse("accessed as raw memory", _MEMORY_HINT)
-
-    def untyped_storage(self) -> NoReturn:
-        """Refused: there is no storage."""
-        self._refuse("accessed as raw memory", _MEMORY_HINT)
-
-    def storage(self) -> NoReturn:
-        """Refused: there is no storage."""
-        self._refuse("accessed as raw memory", _MEMORY_HINT)
-
-    def _typed_storage(self) -> NoReturn:
-        self._refuse("accessed as raw memory", _MEMORY_HINT)
+    __setitem__ = _refused("written", _WRITTEN_HINT)
+    __deepcopy__ = _refused("copied", "save the model with outsize.save and load it again")
+    __reduce_ex__ = _refused("pickled", "use outsize.save(model, path)")
+    share_memory_ = _refused("shared between processes", "save the model and load it in each process")
+    data_ptr = untyped_storage = storage = _typed_storage = _refused("accessed as raw memory", _MEMORY_HINT)
 
     def is_shared(self) -> bool:
         """False: what is in the store belongs to this process."""
         return False
-
-    def share_memory_(self) -> NoReturn:
-        """Refused: another process cannot read the store."""
-        self._refuse("shared between processes", "save the model and load it in each process")
 
     def __dlpack__(self, **options: Any) -> Any:
         """A capsule that owns a copy of the value."""
@@ -187,39 +179,27 @@ class GradientPlaceholder(_Placeholder):
     @classmethod
     @outside_inference_mode()
     def __torch_dispatch__(  # type: ignore[override]
-        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        cls, func: Any, types: Any, args: Args = (), kwargs: Kwargs | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        aten = torch.ops.aten
-        overload = func.overloadpacket
-        if overload in (aten._foreach_norm, aten.linalg_vector_norm, aten.norm):
-            order = args[1] if len(args) > 1 else kwargs.get("ord", 2)
-            gradients = args[0] if isinstance(args[0], list | tuple) else [args[0]]
-            is_whole = overload is aten._foreach_norm or (len(args) <= 2 and not kwargs.get("dim"))
-            if (
-                order == 2
-                and is_whole
-                and all(isinstance(gradient, GradientPlaceholder) for gradient in gradients)
-            ):
+        overload, first = func.overloadpacket, args[0]
+        gradients = first if isinstance(first, list | tuple) else [first]
+        if all(isinstance(gradient, GradientPlaceholder) for gradient in gradients):
+            if overload in _NORMS and _is_whole_2_norm(overload, args, kwargs):
                 norms = [
                     torch.tensor(gradient._norm(), dtype=torch.float32, device="cpu")
                     for gradient in gradients
                 ]
-                return norms if overload is aten._foreach_norm else norms[0]
-        if overload in (aten._foreach_zero_, aten.zero_):
-            gradients = args[0] if isinstance(args[0], list | tuple) else [args[0]]
-            if all(isinstance(gradient, GradientPlaceholder) for gradient in gradients):
+                return norms if gradients is first else norms[0]
+            if overload in _ZEROS:
                 for gradient in gradients:
                     gradient._zero()
-                return args[0]
-        if overload in (aten._foreach_mul_, aten.mul_, aten._foreach_div_, aten.div_):
-            gradients = args[0] if isinstance(args[0], list | tuple) else [args[0]]
-            factors = args[1] if isinstance(args[1], list | tuple) else [args[1]] * len(gradients)
-            if all(isinstance(gradient, GradientPlaceholder) for gradient in gradients):
-                for gradient, factor in zip(gradients, factors, strict=True):
-                    is_product = overload in (aten._foreach_mul_, aten.mul_)
-                    gradient._scale_by(float(factor) if is_product else 1.0 / float(factor))
-                return args[0]
+                return first
+            if overload in (*_PRODUCTS, *_QUOTIENTS):
+                factors = args[1] if isinstance(args[1], list | tuple) else [args[1]] * len(gradients)
+                for gradient, factor in zip(gradients, map(float, factors), strict=True):
+                    gradient._scale_by(factor if overload in _PRODUCTS else 1.0 / factor)
+                return first
         return super().__torch_dispatch__(func, types, args, kwargs)
 
 
@@ -255,13 +235,9 @@ class OffloadedParameter(_Placeholder):
         self.requires_grad_(parameter.requires_grad)
         return self
 
-    def register_hook(self, hook: Any) -> NoReturn:
-        """Refused: gradients do not pass through a placeholder."""
-        self._refuse("given a hook", "read parameter.grad after backward()")
-
-    def register_post_accumulate_grad_hook(self, hook: Any) -> NoReturn:
-        """Refused: gradients do not pass through a placeholder."""
-        self._refuse("given a hook", "read parameter.grad after backward()")
+    register_hook = register_post_accumulate_grad_hook = _refused(
+        "given a hook", "read parameter.grad after backward()"
+    )
 
     @property
     def data(self) -> Tensor:
@@ -291,6 +267,13 @@ class OffloadedParameter(_Placeholder):
 def _is_view(func: Any) -> bool:
     """Whether the operator gives its first argument's own bytes, in another shape."""
     return any(each.alias_info is not None and not each.alias_info.is_write for each in func._schema.returns)
+
+
+def _is_whole_2_norm(overload: Any, args: Args, kwargs: Kwargs) -> bool:
+    """Whether a norm is the 2-norm of all elements."""
+    order = args[1] if len(args) > 1 else kwargs.get("ord", 2)
+    is_whole = overload is _aten._foreach_norm or (len(args) <= 2 and not kwargs.get("dim"))
+    return bool(order == 2 and is_whole)
 
 
 def stands_for_same(one: Tensor, other: Tensor) -> bool:

@@ -9,6 +9,7 @@ from typing import Any, NoReturn, final
 from torch import nn
 
 from outsize.config import OnDeviceFull, Settings
+from outsize.engine.arguments import Args, Kwargs
 from outsize.engine.budget import Budget
 from outsize.engine.call_tracker import CallTracker
 from outsize.engine.compiled import Compiler
@@ -78,13 +79,13 @@ class Runtime:
             encoder.register_forward_pre_hook(self._before_encoder, with_kwargs=True)
         _runtimes[module] = weakref.ref(self)
 
-    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _before(self, module: nn.Module, args: Args, kwargs: Kwargs) -> Any:
         return self.calls.before(args, kwargs)
 
     def _after(self, module: nn.Module, args: Any, output: Any) -> None:
         self.calls.after(output)
 
-    def _before_encoder(self, encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _before_encoder(self, encoder: nn.Module, args: Args, kwargs: Kwargs) -> None:
         self.calls.before_encoder(args, kwargs)
 
     def check(self) -> None:

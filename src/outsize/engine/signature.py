@@ -10,14 +10,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from outsize.engine.arguments import Args, Kwargs
 from outsize.engine.effects import flatten, is_cache, without_empty_caches
 from outsize.engine.hooks import has_user_hooks, inside
 from outsize.engine.model import Model
 from outsize.errors import UsageError
 from outsize.model import PointKind, merges_rows
-
-Args = tuple[Any, ...]
-Kwargs = dict[str, Any]
 
 
 @final
