@@ -92,6 +92,22 @@ class LayerCall:
         self.output = self.output or output
         return outputs + caught.tensors()
 
+    def run_with_graph(self, tensors: Tensors, tile: Tile) -> Graph:
+        """Run one tile with a graph that begins at its inputs and at the parameters."""
+        inputs = [
+            part.detach().requires_grad_(whole.requires_grad)
+            for part, whole in zip(self.cut(tensors, tile), tensors, strict=True)
+        ]
+        with self.autocast.restore(), torch.enable_grad():
+            outputs = self.run(inputs)
+        return Graph(inputs, outputs, [output._version for output in outputs])
+
+    def cut(self, tensors: Tensors, tile: Tile) -> Tensors:
+        """The parts of the layer's tensors that belong to a tile."""
+        if self.dims is None:
+            return tensors
+        return [tile.of(tensor, dim) for tensor, dim in zip(tensors, self.dims.inputs, strict=True)]
+
     def _check_containers(self, leaves: Sequence[Any], arguments: Any) -> None:
         """Refuse a change of a list or dict among the arguments: the layer was given a copy of it."""
         if not has_containers(self.arguments.spec):
@@ -254,34 +270,48 @@ class Layer:
             return [self._own(output, values) for output in outputs]
 
     def _run_tiles(self, call: LayerCall, tensors: Tensors, graphs: Graphs | None) -> Tensors:
-        dims = call.dims
+        dims, oom_retry = call.dims, self.visits.oom_retry
         outputs = TiledOutput(dims.outputs if dims else None)
-        oom_retry = self.visits.oom_retry
         if graphs is not None:
             graphs.clear()
             oom_retry.keep(graphs)
-        may_repeat = self._repeatable(call, tensors)
 
         def run(tile: Tile) -> None:
-            if call.state is not None:
-                call.state.restore()
             if graphs is None:
-                outputs.add(tile, call.run(_cut(tensors, tile, dims.inputs if dims else None)))
+                outputs.add(tile, call.run(call.cut(tensors, tile)))
                 return
             keeps = call.keeps_graphs and oom_retry.keeps_graphs
             with nullcontext() if keeps else _saving_nothing():
-                graph = self._run_with_graph(call, tensors, tile)
+                graph = call.run_with_graph(tensors, tile)
             outputs.add(tile, [output.detach() for output in graph.outputs])
             if keeps:
                 graphs[tile] = graph
 
-        attempt = self._compiled_or_not(call, run)
+        may_repeat = self._repeatable(call, tensors)
         with call.hooks.watching(self.module) if call.hooks is not None else nullcontext():
-            tiles = oom_retry.compute(call.tiles, attempt, may_cut=dims is not None, may_repeat=may_repeat)
-        if tiles != call.tiles:
-            call.tiles = tiles
-            self._shrink(call, tiles)
+            call.tiles = self._in_tiles(call, run, may_cut=dims is not None, may_repeat=may_repeat)
         return outputs.tensors
+
+    def _in_tiles(
+        self,
+        call: LayerCall,
+        compute: Callable[[Tile], None],
+        *,
+        may_cut: bool,
+        may_repeat: Callable[[], bool],
+    ) -> tuple[Tile, ...]:
+        """Compute the tiles of a call, or smaller ones where memory runs out and they `may_cut`; return those computed."""
+
+        def attempt(tile: Tile) -> None:
+            if call.state is not None:
+                call.state.restore()
+            compute(tile)
+
+        run = self._compiled_or_not(call, attempt)
+        tiles = self.visits.oom_retry.compute(call.tiles, run, may_cut=may_cut, may_repeat=may_repeat)
+        if tiles != call.tiles:
+            self.visits.shrink_tiles(max(tile.stop - tile.start for tile in tiles), call.row_tokens)
+        return tiles
 
     def _compiled_or_not(self, call: LayerCall, attempt: Callable[[Tile], None]) -> Callable[[Tile], None]:
         """`attempt`, and where a compiler fails, which is before anything is computed, the same as the layer is.
@@ -319,21 +349,6 @@ class Layer:
         versions = versions_of(changing)
         return lambda: not call.is_stateful and versions == versions_of(changing)
 
-    def _shrink(self, call: LayerCall, tiles: Sequence[Tile]) -> None:
-        """The call's tiles could not be computed, and these were."""
-        self.visits.shrink_tiles(max(tile.stop - tile.start for tile in tiles), call.row_tokens)
-
-    def _run_with_graph(self, call: LayerCall, tensors: Tensors, tile: Tile) -> Graph:
-        """Run one tile with a graph that begins at its inputs and at the parameters."""
-        parts = _cut(tensors, tile, call.dims.inputs if call.dims else None)
-        inputs = [
-            part.detach().requires_grad_(whole.requires_grad)
-            for part, whole in zip(parts, tensors, strict=True)
-        ]
-        with call.autocast.restore(), torch.enable_grad():
-            outputs = call.run(inputs)
-        return Graph(inputs, outputs, [output._version for output in outputs])
-
     def backward(
         self,
         call: LayerCall,
@@ -346,15 +361,12 @@ class Layer:
         `graphs` are those that the forward kept; tiles that have none are run again.
         """
         dims = call.dims
-        input_dims = dims.inputs if dims else None
         totals: list[Tensor | None] = [None] * len(tensors)
         unchanged, had_graphs = self._repeatable(call, tensors), bool(graphs)
 
         def go_back(tile: Tile) -> None:
-            if call.state is not None:
-                call.state.restore()
-            graph = graphs.pop(tile, None) or self._run_with_graph(call, tensors, tile)
-            inputs, outputs = graph.inputs, graph.outputs
+            graph = graphs.pop(tile, None) or call.run_with_graph(tensors, tile)
+            outputs = graph.outputs
             # Every tile computes an output without a batch again; its gradient belongs to one of them.
             output_dims = dims.outputs if dims and not tile.is_whole else (0,) * len(outputs)
             pairs = [
@@ -364,7 +376,7 @@ class Layer:
             ]
             if pairs:
                 torch.autograd.backward([p[0] for p in pairs], [p[1] for p in pairs])
-            _collect(totals, inputs, tensors, tile, input_dims)
+            _collect(totals, graph.inputs, tensors, tile, dims)
 
         # Only tiles of the forward are known to agree on outputs without a batch, and to draw what it drew.
         agrees = dims is not None and (len(call.tiles) > 1 or None not in dims.outputs)
@@ -377,14 +389,12 @@ class Layer:
             _training(self.module, call.training),
             torch.enable_grad(),
         ):
-            tiles = self.visits.oom_retry.compute(
-                call.tiles,
-                self._compiled_or_not(call, go_back),
+            self._in_tiles(
+                call,
+                go_back,
                 may_cut=agrees and not call.draws,
                 may_repeat=lambda: unchanged() and not (call.draws and had_graphs),
             )
-        if tiles != call.tiles:
-            self._shrink(call, tiles)
         return totals
 
     def _own(self, output: Tensor, values: dict[str, Tensor]) -> Tensor:
@@ -423,36 +433,27 @@ def _training(module: nn.Module, flags: Sequence[bool]) -> Iterator[None]:
         yield
 
 
-def _cut(tensors: Tensors, tile: Tile, dims: Sequence[int | None] | None) -> list[Tensor]:
-    if dims is None:
-        return list(tensors)
-    return [tile.of(tensor, dim) for tensor, dim in zip(tensors, dims, strict=True)]
-
-
 def _collect(
-    totals: list[Tensor | None],
-    inputs: Tensors,
-    wholes: Tensors,
-    tile: Tile,
-    dims: Sequence[int | None] | None,
+    totals: list[Tensor | None], inputs: Tensors, wholes: Tensors, tile: Tile, dims: BatchDims | None
 ) -> None:
-    """Put a tile's input gradients into the whole ones: side by side along the batch, else summed."""
-    for index, (part, whole) in enumerate(zip(inputs, wholes, strict=True)):
-        has_batch = dims is not None and dims[index] is not None
-        if part.grad is not None and totals[index] is None and has_batch and not tile.is_whole:
+    """Put the gradients of a tile's inputs into the whole ones: side by side along the batch, else summed."""
+    found = [
+        (index, part.grad, None if dims is None or tile.is_whole else dims.inputs[index])
+        for index, part in enumerate(inputs)
+        if part.grad is not None
+    ]
+    for index, _, dim in found:
+        if dim is not None and totals[index] is None:
             # Memory that is not there is missed before anything is added.
-            totals[index] = torch.zeros_like(whole)
-    for index, part in enumerate(inputs):
-        if part.grad is None:
-            continue
-        dim = dims[index] if dims is not None else None
+            totals[index] = torch.zeros_like(wholes[index])
+    for index, gradient, dim in found:
         total = totals[index]
         if tile.is_whole or total is None:
-            totals[index] = part.grad
+            totals[index] = gradient
         elif dim is None:
-            total.add_(part.grad)
+            total.add_(gradient)
         else:
-            tile.of(total, dim).copy_(part.grad)
+            tile.of(total, dim).copy_(gradient)
 
 
 class Loose:

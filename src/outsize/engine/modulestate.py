@@ -44,12 +44,12 @@ class ModuleState:
         self._seen: set[int] = set()
         for path, child in module.named_modules():
             prefix = f"{path}." if path else ""
-            self._hold_names(prefix, child._buffers, frozenset())
+            self._hold_names(prefix, child._buffers)
             attributes = self._hold_names(prefix, vars(child), _OF_TORCH)
             attributes.are_computed = bool(child._forward_pre_hooks)  # a weight norm's
             for name in _HOOKS if with_hooks else ():
                 if isinstance(hooks := vars(child)[name], dict):
-                    self._held.append(_Names(f"{prefix}{name}.", hooks, frozenset()))
+                    self._held.append(_Names(f"{prefix}{name}.", hooks))
         self._held.append(_Random("random", random.getstate, random.setstate))
         self._held.append(_Random("numpy.random", _numpy_state, np.random.set_state))
 
@@ -91,7 +91,7 @@ class ModuleState:
             now.restore()
 
     def _hold_names(
-        self, prefix: str, owner: dict[str, Any], excluded: frozenset[str], depth: int = 0
+        self, prefix: str, owner: dict[str, Any], excluded: frozenset[str] = frozenset(), depth: int = 0
     ) -> _Names:
         names = _Names(prefix, owner, excluded)
         self._held.append(names)
@@ -118,7 +118,7 @@ class ModuleState:
             self._held.append(_Random(name, *_of_numpy(value)))
         elif isinstance(value, dict):
             if len(value) <= _MOST_ENTRIES:
-                self._hold_names(f"{name}.", value, frozenset(), depth + 1)
+                self._hold_names(f"{name}.", value, depth=depth + 1)
         elif isinstance(value, list | deque | set | bytearray):
             if len(value) <= _MOST_ENTRIES:
                 self._held.append(_Entries(name, value))
@@ -128,13 +128,13 @@ class ModuleState:
             for index, each in enumerate(value):
                 self._hold(f"{name}[{index}]", each, depth + 1)
         elif hasattr(value, "__dict__"):
-            self._hold_names(f"{name}.", vars(value), frozenset(), depth + 1)
+            self._hold_names(f"{name}.", vars(value), depth=depth + 1)
 
 
 class _Names:
     """The entries of a dict, such as the attributes of an object."""
 
-    def __init__(self, name: str, owner: dict[str, Any], excluded: frozenset[str]) -> None:
+    def __init__(self, name: str, owner: dict[str, Any], excluded: frozenset[str] = frozenset()) -> None:
         self.name, self._owner, self._excluded = name, owner, excluded
         self.before = self.now()
         self.are_computed = False

@@ -50,6 +50,9 @@ from outsize.tier import PaperDevice
 Call = tuple[Workload, BatchShape]
 """A call as its dry run found it."""
 
+Calls = tuple[Call, Call | None]
+"""The call that memory is placed for and, for generating, the one that should be fast."""
+
 Passes = Callable[[Runtime, int, int], Iterator[tuple[Call, Call]] | None]
 """Makes dry runs of an engine's passes for some sequences of some tokens: of the largest pass, and of one with a token of
 each sequence. None for a model that no engine runs. What pages take is reserved in the budget when a pair is given."""
@@ -152,10 +155,11 @@ def _check(module: nn.Module, seq_len: int, train: bool) -> None:
 def _summary(runtime: Runtime, batch_size: int, seq_len: int, passes: Passes | None) -> PlanSummary:
     """The plan for training, or, without gradients, for generating."""
     budget, model, reason = runtime.budget, runtime.model, ""
+    calls = partial(_calls, runtime, passes, batch_size)
     try:
-        largest, decoding = _decided(runtime, batch_size, seq_len, passes)
+        largest, decoding = _decided(runtime, calls(seq_len))
     except BudgetError as error:
-        reason = f"{error}{_shorter(runtime, batch_size, seq_len, passes)}"
+        reason = f"{error}{_shorter(runtime, calls, seq_len)}"
     summary = PlanSummary(
         fits=not reason,
         reason=reason,
@@ -185,12 +189,10 @@ def _summary(runtime: Runtime, batch_size: int, seq_len: int, passes: Passes | N
     )
 
 
-def _decided(
-    runtime: Runtime, batch_size: int, seq_len: int, passes: Passes | None
-) -> tuple[Call, Call | None]:
-    """Place memory for the largest call that fits, and return what `_calls` gave. Raises BudgetError if none fits."""
+def _decided(runtime: Runtime, calls: Iterator[Calls]) -> Calls:
+    """Place memory for the first of `calls` that fit, and return them. Raises BudgetError if none fits."""
     error: BudgetError | None = None
-    for largest, decoding in _calls(runtime, batch_size, seq_len, passes):
+    for largest, decoding in calls:
         try:
             runtime.setup.decide(*largest, decoding)
         except BudgetError as failure:
@@ -201,9 +203,7 @@ def _decided(
     raise error
 
 
-def _calls(
-    runtime: Runtime, batch_size: int, seq_len: int, passes: Passes | None
-) -> Iterator[tuple[Call, Call | None]]:
+def _calls(runtime: Runtime, passes: Passes | None, batch_size: int, seq_len: int) -> Iterator[Calls]:
     """Yield the call to lay memory out for and, for generation, the call to optimize: one token of each sequence.
 
     Passes of an engine come with fewer and fewer pages, those that serve most sequences at once first.
@@ -223,10 +223,10 @@ def _disk_budget(settings: Settings) -> int:
     return len(settings.budgets.disks) * min(sizes, default=0)
 
 
-def _shorter(runtime: Runtime, batch_size: int, seq_len: int, passes: Passes | None) -> str:
+def _shorter(runtime: Runtime, calls_of: Callable[[int], Iterator[Calls]], seq_len: int) -> str:
     """The longest of a few shorter sequence lengths that fits, as part of a hint."""
     for length in (seq_len * 3 // 4, seq_len // 2, seq_len // 4, seq_len // 8):
-        calls = _calls(runtime, batch_size, length, passes) if length >= LEAST_LENGTH else ()
+        calls = calls_of(length) if length >= LEAST_LENGTH else ()
         if any(runtime.setup.fits(*largest) for largest, _ in calls):
             return f"; or sequences of {length}"
     return ""
