@@ -195,7 +195,7 @@ class DryRun:
             torch.zeros(shapes[name], dtype=model.dtype_of(name), device=model.torch_device)
             for name in loose.parameters
         ]
-        trains = torch.is_grad_enabled() and model.trains(loose.blocks)
+        trains = model.differentiates(loose.blocks, ())
         return self.visit(loose.blocks, [], values, trains, weights_in_backward=False)
 
     def _embedding(self, embedding: Embedding, input: Tensor) -> Tensor:
@@ -206,7 +206,7 @@ class DryRun:
         self.found.whole_bytes = max(self.found.whole_bytes, 3 * output.nbytes)
         if embedding.takes_rows:
             return output
-        trains = torch.is_grad_enabled() and model.trains(embedding.blocks)
+        trains = model.differentiates(embedding.blocks, ())
         (output,) = self.visit(
             embedding.blocks, [], [output], trains, weights_in_backward=False, is_table=True
         )

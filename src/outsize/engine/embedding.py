@@ -8,7 +8,7 @@ unchanged. An embedding is linear in its table, so its backward needs no weights
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -21,7 +21,7 @@ from outsize.engine.arguments import Arguments
 from outsize.engine.batch import Gradients, Tensors
 from outsize.engine.layer import installed
 from outsize.engine.rng_autocast import Autocast
-from outsize.engine.visits import Visits
+from outsize.engine.visits import PointVisits, Visits
 from outsize.errors import UsageError
 from outsize.model import Point
 from outsize.store.recovery import undone_by
@@ -31,22 +31,18 @@ SMALL_ROWS = 1 << 15
 
 
 @final
-class Embedding:
+class Embedding(PointVisits[nn.Embedding]):
     """A point whose module is an `nn.Embedding` with its table in row blocks."""
 
     def __init__(self, visits: Visits, point: Point, module: nn.Embedding) -> None:
-        self.visits = visits
+        super().__init__(visits, point, module)
         self._model = visits.model
-        self.point = point
-        self.module = module
-        self.original: Callable[[Tensor], Tensor] = module.forward
-        self.blocks = point.blocks
         self.parameter = point.bindings[0].parameter
 
     def __call__(self, input: Tensor) -> Tensor:
         """The rows of `input`, as a visit."""
         backward = partial(self._backward, Autocast.current(self._model.device))
-        return self.visits.compute(self.point, self._forward, backward, input)[0]
+        return self.compute(self._forward, backward, input)[0]
 
     def _forward(self, ids: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Gather the distinct rows from the row blocks and look `ids` up in them; the backward needs the ids."""

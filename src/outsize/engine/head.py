@@ -24,7 +24,7 @@ from outsize.engine.batch import Gradients, Tensors, Tile, tiles
 from outsize.engine.current_call import CurrentCall
 from outsize.engine.oom_retry import ALONE
 from outsize.engine.rng_autocast import Autocast, outside_inference_mode
-from outsize.engine.visits import Visits
+from outsize.engine.visits import PointVisits, Visits
 from outsize.errors import UsageError
 from outsize.model import Point
 
@@ -61,16 +61,12 @@ class LogitsSource(Protocol):
 
 
 @final
-class Head:
+class Head(PointVisits[nn.Linear]):
     """A point whose module is the output `nn.Linear`, its rows in blocks."""
 
     def __init__(self, visits: Visits, point: Point, module: nn.Linear) -> None:
-        self.visits = visits
+        super().__init__(visits, point, module)
         self._model = visits.model
-        self.point = point
-        self.module = module
-        self.original: Callable[..., Any] = module.forward
-        self.blocks = point.blocks
         names = {binding.attribute: binding.parameter for binding in point.bindings}
         self.weight = names["weight"]
         self.bias = names.get("bias")
@@ -86,7 +82,7 @@ class Head:
     def logits(self, hidden: Tensor) -> Tensor:
         """Real logits, as a visit."""
         backward = partial(self._project_backward, Autocast.current(self._model.device))
-        return self.visits.compute(self.point, self._project, backward, hidden)[0]
+        return self.compute(self._project, backward, hidden)[0]
 
     def loss(self, hidden: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor, int]:
         """The sum of cross-entropies over targets that are not ignored, and their number, as a visit.
@@ -96,7 +92,7 @@ class Head:
         flat, targets = self.counted(hidden, targets, ignore_index)
         autocast = Autocast.current(self._model.device)
         forward, backward = partial(self._loss, autocast), partial(self._loss_backward, autocast)
-        return self.visits.compute(self.point, forward, backward, flat, targets)[0], targets.numel()
+        return self.compute(forward, backward, flat, targets)[0], targets.numel()
 
     def counted(self, hidden: Tensor, targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
         """`hidden [N, h]` and `targets [N]`, on the host, of the positions that are not ignored. Raises UsageError."""

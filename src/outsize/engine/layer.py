@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,7 @@ from outsize.engine.hooks import HookWatch, has_user_hooks, inside, without_user
 from outsize.engine.modulestate import ModuleState
 from outsize.engine.rng_autocast import Autocast, RngState
 from outsize.engine.rng_autocast import versions as versions_of
-from outsize.engine.visits import Visits
+from outsize.engine.visits import PointVisits, Visits
 from outsize.errors import ModelError, UsageError
 from outsize.model import Binding, Point
 from outsize.plan.workload import BatchDims
@@ -151,15 +151,12 @@ class LayerCall:
         return self.output.whole(outputs[:count])
 
 
-class Layer:
+@final
+class Layer(PointVisits[nn.Module]):
     """A point whose module runs as a whole on its blocks."""
 
     def __init__(self, visits: Visits, point: Point, module: nn.Module, *, is_repeated: bool) -> None:
-        self.visits = visits
-        self.point = point
-        self.module = module
-        self.original: Callable[..., Any] = module.forward
-        self.blocks = point.blocks
+        super().__init__(visits, point, module)
         self.is_repeated = is_repeated
         """Whether it has matrices, and other layers of the model are of its class."""
         self.inner = inside(module)
@@ -200,7 +197,7 @@ class Layer:
         forward = partial(self._save_and_forward, call, graphs)
         backward = partial(self._take_and_go_back, call, graphs)
         with offload.keep(tensors, self.blocks[-1]) if offload is not None else nullcontext():
-            outputs = self.visits.compute(self.point, forward, backward, *tensors)
+            outputs = self.compute(forward, backward, *tensors)
         return call.result(outputs)
 
     def _save_and_forward(self, call: LayerCall, graphs: Graphs, *tensors: Tensor) -> tuple[Tensors, Tensors]:
@@ -456,19 +453,17 @@ def _collect(
             tile.of(total, dim).copy_(gradient)
 
 
-class Loose:
+@final
+class Loose(PointVisits[nn.Module]):
     """A module that owns parameters beside other points: they are installed, as values, while its forward runs."""
 
     def __init__(self, visits: Visits, point: Point, module: nn.Module) -> None:
-        self.visits = visits
-        self.point = point
-        self.original: Callable[..., Any] = module.forward
-        self.blocks = point.blocks
+        super().__init__(visits, point, module)
         self.parameters = list(dict.fromkeys(binding.parameter for binding in point.bindings))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The module's forward, with its own parameters in place."""
-        values = self.visits.compute(self.point, self._forward, self._backward)
+        values = self.compute(self._forward, self._backward)
         return self.run(values, args, kwargs)
 
     def run(self, values: Tensors, args: Args, kwargs: Kwargs) -> Any:

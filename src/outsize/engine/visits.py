@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
-from typing import Any, final
+from typing import Any, Generic, TypeVar, final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from outsize.block import Entry
@@ -112,31 +113,11 @@ class Visits:
         with self._budget.guarded(), self.backing.running.visit(visits, make_room) as states:
             yield {name: value for state in states for name, value in values_of(state).items()}
 
-    def compute(self, point: Point, forward: Forward, backward: Backward, *tensors: Tensor) -> Tensors:
-        """The outputs of `forward(*tensors)`, a visit of `point`; `backward` is run where it gets one.
-
-        That raises UsageError if weights are others than the forward's, or if it must not add to the gradients of
-        parameters: both would be silently wrong.
-        """
-        if not self.model.differentiates(point.blocks, tensors):
-            return forward(*tensors)[0]
-        before = self._num_steps(point.blocks)
-
-        def checked(saved: Tensors, gradients: Gradients) -> Gradients:
-            if self._num_steps(point.blocks) != before:
-                raise UsageError(
-                    f"the weights of {point.module} were updated between its forward and its backward",
-                    hint="call backward() before optimizer.step()",
-                )
-            if not torch.autograd._is_checkpoint_valid():
-                raise UsageError(
-                    f"torch.autograd.grad, or backward(inputs=...), through {point.module}: a visit adds to the gradients "
-                    "of its parameters, which that must not do",
-                    hint="call loss.backward() and read .grad",
-                )
-            return backward(saved, gradients)
-
-        return as_node(forward, checked, self.model.anchor, *tensors)
+    def num_steps(self, blocks: Sequence[str]) -> tuple[int, ...]:
+        """The number of updates of each block so far."""
+        if self.backing.executor is None:
+            return ()
+        return tuple(self.backing.store[name].update.num_steps for name in blocks)
 
     def add_gradient(self, parameter: str, gradient: Tensor) -> None:
         """Add to the gradient of a whole parameter whose block is visited backward."""
@@ -166,12 +147,6 @@ class Visits:
             self.oom_retry.note(f"blocks compute {rows} rows at once instead of {before}")
 
     # -- helpers -------------------------------------------------------------------------------------------------
-
-    def _num_steps(self, blocks: Sequence[str]) -> tuple[int, ...]:
-        """The number of updates of each block so far."""
-        if self.backing.executor is None:
-            return ()
-        return tuple(self.backing.store[name].update.num_steps for name in blocks)
 
     def _values(self, state: BlockState) -> dict[str, Tensor]:
         views = state.planes.pieces()
@@ -215,3 +190,48 @@ class Visits:
         num_bytes = chosen.planes.num_bytes_in(Home.HOST)
         self.oom_retry.note(f"{chosen.name} stays in the host's memory, {format_bytes(num_bytes)}")
         return True
+
+
+M = TypeVar("M", bound=nn.Module)
+
+
+class PointVisits(ABC, Generic[M]):
+    """What the forward of a point's module becomes: visits of its blocks."""
+
+    def __init__(self, visits: Visits, point: Point, module: M) -> None:
+        self.visits = visits
+        self.point = point
+        self.blocks = point.blocks
+        self.module = module
+        self.original: Callable[..., Any] = module.forward
+        """The module's own forward."""
+
+    @abstractmethod
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what the module's own forward would return."""
+
+    def compute(self, forward: Forward, backward: Backward, *tensors: Tensor) -> Tensors:
+        """The outputs of `forward(*tensors)`, a visit; `backward` is run where it gets one.
+
+        That raises UsageError if weights are others than the forward's, or if it must not add to the gradients of
+        parameters: both would be silently wrong.
+        """
+        if not self.visits.model.differentiates(self.blocks, tensors):
+            return forward(*tensors)[0]
+        before = self.visits.num_steps(self.blocks)
+
+        def checked(saved: Tensors, gradients: Gradients) -> Gradients:
+            if self.visits.num_steps(self.blocks) != before:
+                raise UsageError(
+                    f"the weights of {self.point.module} were updated between its forward and its backward",
+                    hint="call backward() before optimizer.step()",
+                )
+            if not torch.autograd._is_checkpoint_valid():
+                raise UsageError(
+                    f"torch.autograd.grad, or backward(inputs=...), through {self.point.module}: a visit adds to the "
+                    "gradients of its parameters, which that must not do",
+                    hint="call loss.backward() and read .grad",
+                )
+            return backward(saved, gradients)
+
+        return as_node(forward, checked, self.visits.model.anchor, *tensors)
