@@ -5,6 +5,7 @@ of their sources, the compiler and the processor. `OUTSIZE_TEST_BUILDS` names th
 processes of one session (`-n`) share everything.
 """
 
+import gc
 import os
 import shutil
 import sys
@@ -64,6 +65,11 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["HOME"] = str(folder)
     os.environ["OUTSIZE_CACHE"] = str(folder / "cache")
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "inductor")
+
+
+def pytest_collection_finish() -> None:
+    """Leave what was imported out of garbage collections: there are a million objects, and they stay."""
+    gc.freeze()
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

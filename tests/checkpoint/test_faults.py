@@ -24,7 +24,7 @@ KINDS = {
     "flip": ("pwritev", "preadv"),
     "sync": ("fsync", "fdatasync"),
 }
-PER_KIND = 4
+PER_KIND = 3
 STEPS = 3
 PLACES = {"disk": {"home": "disk"}, "host": {"home": "host"}}
 

@@ -73,26 +73,24 @@ def limited(host_bytes, **others):
     return Limits(host_bytes, Ledger.of(Home.HOST, process=300 * MIB), **others)
 
 
-PROCESS = """
-import json, sys
-from tests.plan.test_planner import blocks, cost_model, limited, planner, vars_of
-ballast = bytearray(int(sys.argv[1]) << 20)
-ballast[::4096] = b"x" * len(ballast[::4096])
-records = blocks(6)
-way, placement, choices = planner(records, limited(2 << 30)).plan(cost_model(records))
-print(json.dumps([repr(way), vars_of(placement), [choice.step_s for choice in choices]]))
-"""
+def planned():
+    """What is planned for one model and one set of limits, as JSON."""
+    records = blocks(6)
+    way, placement, choices = planner(records, limited(2 << 30)).plan(cost_model(records))
+    return json.dumps([repr(way), vars_of(placement), [choice.step_s for choice in choices]])
 
 
 def test_processes_under_different_pressure_make_the_same_plan():
     """Ranks agree on limits and costs once; each of them then plans by itself."""
-    plans = [
-        subprocess.run(
-            [sys.executable, "-c", PROCESS, ballast], capture_output=True, text=True, check=True
-        ).stdout
-        for ballast in ("1", "400")
-    ]
-    assert plans[0] == plans[1] and len(json.loads(plans[0])[-1]) > 1
+    elsewhere = subprocess.run(
+        [sys.executable, "-c", "from tests.plan.test_planner import planned; print(planned())"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.strip()
+    ballast = bytearray(400 * MIB)
+    ballast[::4096] = b"x" * len(ballast[::4096])
+    assert planned() == elsewhere and len(json.loads(elsewhere)[-1]) > 1
 
 
 def test_what_is_planned_fits():

@@ -29,7 +29,7 @@ CONTENTION = {
 }
 
 IS_SOAK = bool(os.environ.get("OUTSIZE_SOAK"))
-EXAMPLES = 200 if IS_SOAK else 12
+EXAMPLES = 200 if IS_SOAK else 6
 """Machines and models that are tried in each property; planning one takes tenths of a second."""
 
 
@@ -175,9 +175,7 @@ def test_more_bandwidth_is_never_slower(sizes, memory, forward_s, is_disturbed, 
 
 @pytest.mark.parametrize(
     ("memory", "forward_s"),
-    list(itertools.product([1.2, 2.5, 4.0], [0.0, 0.01, 0.05]))
-    if IS_SOAK
-    else [(1.2, 0.01), (2.5, 0.0), (2.5, 0.05), (4.0, 0.01)],
+    list(itertools.product([1.2, 2.5, 4.0], [0.0, 0.01, 0.05])) if IS_SOAK else [(1.2, 0.01), (2.5, 0.05)],
 )
 def test_what_is_chosen_is_near_the_best_of_all(memory, forward_s):
     """Against every set of planes that could stay in memory, with every number of slots."""
