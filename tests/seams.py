@@ -30,7 +30,7 @@ from outsize.engine.compiled import Compiler
 from outsize.engine.dry_run import DryRun
 from outsize.engine.dry_runner import DryRunner, batch_shape
 from outsize.engine.executor import Executor
-from outsize.engine.layer import Layer
+from outsize.engine.layer import Layer, LayerCall
 from outsize.engine.oom_retry import OomRetry
 from outsize.engine.runtime import Runtime, _runtimes, runtime_of
 from outsize.engine.setup import Setup
@@ -608,12 +608,12 @@ def around_placing(monkeypatch: Any, act: Callable[[Callable[[], Placement], dic
 
 def around_tiles_of_layers(monkeypatch: Any, act: Callable[[Callable[[], Any], Any, Any], Any]) -> None:
     """Let `act(run, layer, tile)` stand for computing a tile of a layer with its graph."""
-    compute = Layer._run_with_graph
+    compute = LayerCall.run_with_graph
 
-    def computing(layer: Any, call: Any, tensors: Any, tile: Any) -> Any:
-        return act(partial(compute, layer, call, tensors, tile), layer, tile)
+    def computing(call: Any, tensors: Any, tile: Any) -> Any:
+        return act(partial(compute, call, tensors, tile), call.layer, tile)
 
-    monkeypatch.setattr(Layer, "_run_with_graph", computing)
+    monkeypatch.setattr(LayerCall, "run_with_graph", computing)
 
 
 def around_backwards_of_layers(monkeypatch: Any, act: Callable[[Callable[[], Any], Any], Any]) -> None:
