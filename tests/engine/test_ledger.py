@@ -26,13 +26,12 @@ UNALLOCATED = (*ACTIVATIONS, Purpose.PROCESS)
 """Purposes whose bytes are in no arena of ours."""
 
 
-def allocated(model, pages=0):
-    """Bytes by home that arenas had at most, and that files hold; `pages`: of a KV cache."""
+def allocated(model):
+    """Bytes by home that arenas had at most, and that files hold."""
     planes, offload, disk = store_of(model).planes, activation_offload(model), disk_of(model)
     found = Counter({Home.HOST: planes.host_arena.high_water_bytes})
     if not computes_on_host(model):
         found[Home.DEVICE] += planes.arena.in_use_bytes
-    found[Home.HOST if computes_on_host(model) else Home.DEVICE] += pages
     if disk is not None:
         found[Home.DISK] += getattr(disk, "_inner", disk).num_bytes
     if offload is not None:
@@ -46,9 +45,9 @@ def in_arenas(ledger):
     return {home: ledger.total(home) - ledger.total(home, *UNALLOCATED) for home in Home}
 
 
-def assert_is_allocated(model, *, pages=0, purposes):
+def assert_is_allocated(model, *, purposes):
     """The ledger names what was allocated; without any of its lines it does not."""
-    ledger, found = budget_of(model).ledger, allocated(model, pages)
+    ledger, found = budget_of(model).ledger, allocated(model)
     assert in_arenas(ledger) == found, str(ledger)
     told = {
         line: size
@@ -112,5 +111,5 @@ def test_pages_of_a_served_model_are_a_line_of_its_ledger(is_called, tmp_path):
     engine = open_engine(model, kv="1MiB")
     pages = engine.runner.kv.num_bytes
     assert 0 < pages <= 2 << 20
-    assert_is_allocated(model, pages=pages, purposes={"weights", "KV cache"})
+    assert_is_allocated(model, purposes={"weights", "KV cache"})
     assert any(row.what == "KV cache" and row.num_bytes == pages for row in outsize.report(model).rows)

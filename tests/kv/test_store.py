@@ -3,9 +3,11 @@
 import pytest
 import torch
 
+from outsize.block import ALIGNMENT
 from outsize.kv import kernel, store
 from outsize.kv.pages import PAGE_TOKENS, pages_for
-from outsize.kv.store import LayerShape, PagedKV, Pass, Segment
+from outsize.kv.store import LayerShape, PagedKV, Pass, Segment, page_bytes, unplanned_memory
+from outsize.tier import HostArena
 
 SHAPES = {
     "grouped": (LayerShape(8, 2, 64, 64, None), {}),
@@ -54,9 +56,11 @@ def filled(shape, dtype, requests, generator):
         count = pages_for(past + new)
         tables.append(list(range(page, page + count))[::-1])
         page += count
-    kv = PagedKV({0: shape}, page, dtype, torch.device("cpu"), most_positions=200)
-    kv.keys[0].fill_(torch.nan)  # what nobody wrote must not be read
-    kv.values[0].fill_(torch.nan)
+    layers = {0: shape}
+    contents = unplanned_memory(page * page_bytes(layers, dtype), dtype, torch.device("cpu"))
+    kv = PagedKV(
+        layers, contents.fill_(torch.nan), page, most_positions=200
+    )  # what nobody wrote must not be read
     pasts, news = [], []
     for (past, new), table in zip(requests, tables, strict=True):
         keys = torch.randn(past + new, shape.kv_heads, shape.key_width, generator=generator).to(dtype)
@@ -158,6 +162,70 @@ def test_one_long_request_among_short_ones_is_dealt_out(monkeypatch):
             *(kv := filled(shape, torch.float32, requests, torch.Generator()))[:1], requests, *kv[1:], options
         )
     assert calls == [1, 8]
+
+
+LAYERS = {
+    0: LayerShape(8, 2, 16, 16, None),
+    1: LayerShape(4, 1, 24, 8, None),
+    5: LayerShape(4, 4, 16, 16, None),
+}
+"""Layers of unlike shapes in one page."""
+
+
+def of_layers(num_pages, dtype):
+    """Empty pages for `LAYERS` in an arena that holds nothing else, and the arena."""
+    num_bytes = num_pages * page_bytes(LAYERS, dtype)
+    arena = HostArena(num_bytes)
+    region = arena.allocate(num_bytes, "pages")
+    contents = region.tensor(dtype, num_bytes // dtype.itemsize)
+    return PagedKV(LAYERS, contents, num_pages), region, arena
+
+
+def attend_in_layer(kv, layer, table, position, generator):
+    """One token of a request with `table` attends in `layer`, and leaves its key and value there."""
+    shape = LAYERS[layer]
+    query = torch.randn(1, shape.heads, 1, shape.key_width, generator=generator)
+    key = torch.randn(1, shape.kv_heads, 1, shape.key_width, generator=generator)
+    value = torch.randn(1, shape.kv_heads, 1, shape.value_width, generator=generator)
+    return Pass(kv, [Segment(0, 1, position, table)]).attend(layer, query, key, value, None, {})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_all_layers_of_a_page_are_one_range_that_disks_can_move(way, dtype):
+    kv, region, arena = of_layers(4, dtype)
+    size = page_bytes(LAYERS, dtype)
+    assert arena.in_use_bytes == kv.num_bytes == 4 * size and size % ALIGNMENT == 0
+    for index, layer in enumerate(LAYERS):
+        attend_in_layer(kv, layer, [2], index, torch.Generator().manual_seed(index))
+    written = torch.frombuffer(region.buffer, dtype=torch.uint8).view(4, size)
+    assert [bool(page.any()) for page in written] == [False, False, True, False]
+    for layer in LAYERS:
+        assert kv.keys[layer][2].any() and kv.values[layer][2].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_page_that_left_and_came_back_elsewhere_gives_the_same_bits(way, dtype):
+    """Its bytes are all there is to a page: one copy moves it, to another memory and back into another place."""
+    kv, region, _ = of_layers(6, dtype)
+    size = page_bytes(LAYERS, dtype)
+    for position in range(3 * PAGE_TOKENS):
+        for layer in LAYERS:
+            attend_in_layer(
+                kv, layer, [1, 2, 3], position, torch.Generator().manual_seed(position * 8 + layer)
+            )
+
+    def attended(table):
+        return [
+            attend_in_layer(kv, layer, table, 3 * PAGE_TOKENS - 1, torch.Generator().manual_seed(layer))
+            for layer in LAYERS
+        ]
+
+    expected = attended([1, 2, 3])
+    elsewhere = bytes(region.buffer[2 * size : 3 * size])
+    region.buffer[2 * size : 3 * size] = b"\xff" * size
+    region.buffer[5 * size :] = elsewhere
+    for before, after in zip(expected, attended([1, 5, 3]), strict=True):
+        assert torch.equal(before, after) and after.isfinite().all()
 
 
 def test_tokens_of_no_request_reach_nobody(way):

@@ -395,6 +395,34 @@ def test_a_model_that_was_called_before_is_served_if_pages_fit(tmp_path):
     assert outsize.report(model).host_peak_bytes < 4 << 30
 
 
+def of_prompt(engine, prompt):
+    """A running request that also asks for the log-probabilities of its prompt."""
+    return engine.submit(Request(prompt, max_new_tokens=12, prompt_logprobs=True))
+
+
+@pytest.mark.parametrize("home", ["host", "disk"])
+def test_pages_that_another_call_took_are_computed_again(home, tmp_path):
+    """A call of the model, another engine on it: wherever in a request they come, it says the same."""
+    model = opened(lively("llama"), disk=tmp_path, home=home).requires_grad_(False)
+    engine, other = (Engine(model, pass_tokens=8, kv="256KiB", deterministic=True) for _ in range(2))
+    prompts = prompts_of((37, 3))
+    undisturbed = [of_prompt(engine, prompt).wait()[0].tokens for prompt in prompts]
+    logprobs = [of_prompt(engine, prompt) for prompt in prompts]
+    expected = [(stream.wait()[0].tokens, stream.prompt_logprobs) for stream in logprobs]
+    assert [tokens for tokens, _ in expected] == undisturbed
+    streams = [of_prompt(engine, prompt) for prompt in prompts]
+    for disturb in range(12):
+        engine.step()
+        with torch.no_grad():
+            model(torch.ones(1, 40, dtype=torch.long))
+        if disturb % 3 == 0:
+            other.submit(Request((5, 6, 7), max_new_tokens=2))
+            other.step()
+    assert [(stream.wait()[0].tokens, stream.prompt_logprobs) for stream in streams] == expected
+    for each in (engine, other):
+        each.check()
+
+
 def test_what_the_next_pass_needs_first_is_read_beside_choosing_tokens(model, tmp_path):
     streamed = opened(model, disk=tmp_path, home="disk", pins=Pins(weight_slots=2)).requires_grad_(False)
     engine = Engine(streamed)

@@ -22,7 +22,7 @@ from outsize.block import Record
 from outsize.config import Home, OnDeviceFull, Settings, format_bytes
 from outsize.errors import BudgetError
 from outsize.plan import Placement, memory_estimate
-from outsize.plan.ledger import ACTIVATIONS, WAITING, Ledger, Purpose, placed
+from outsize.plan.ledger import ACTIVATIONS, WAITING, Ledger, Purpose, larger, placed
 from outsize.plan.limits import LEAST_FREED_BYTES, UNPLANNED_BYTES, Limits
 from outsize.plan.place import with_pieces
 from outsize.plan.planner import Planner, tile_rows_to_try
@@ -61,8 +61,6 @@ class Budget:
         """What the user asked for; what is placed from now on follows them."""
         self.limits = Limits(settings.budgets.host_bytes or 0)
         """As measured when memory was placed."""
-        self.reserved = Ledger()
-        """Lines of other users of memory: a KV cache, entered before or after it is allocated."""
         self.placement: Placement | None = None
         self.choices: list[Choice] = []
         """What was simulated, the fastest first; empty if nothing is known of the machine."""
@@ -84,7 +82,7 @@ class Budget:
     @property
     def ledger(self) -> Ledger:
         """All memory and disk that the model takes as placed; before `place`, what is taken or promised already."""
-        taken = self.limits.taken | self.reserved
+        taken = self.limits.taken
         return taken if self._way is None else taken + self._way.activations + self._placed
 
     @property
@@ -168,7 +166,7 @@ class Budget:
         base = memory.resident_bytes()
         limits = Limits(
             self.settings.budgets.host_bytes or base + int(0.9 * self._free_host_bytes()),
-            Ledger.of(Home.HOST, process=base) + self.reserved,
+            Ledger.of(Home.HOST, process=base),
             reading_bytes,
             others=_open_models_text(),
         )
@@ -176,10 +174,9 @@ class Budget:
         if own_memory is None:
             return limits
         free, taken = own_memory
-        others = Ledger.of(Home.DEVICE, process=taken - self.reserved.total(Home.DEVICE))
         return replace(
             limits,
-            taken=limits.taken + others,
+            taken=limits.taken + Ledger.of(Home.DEVICE, process=taken),
             device_bytes=self.settings.budgets.device_bytes or int(0.95 * free),
             device_free_bytes=free,
         )
@@ -191,8 +188,7 @@ class Budget:
         """
         assert self.placement is not None
         computes_in, pins = self.limits.computes_in, self.settings.pins
-        arenas = self._placed.total(computes_in) + self.ledger.total(computes_in, *WAITING)
-        room = self.limits.room_bytes(computes_in) - (arenas - self._extra_bytes)
+        room = self._room_bytes - workload.pages_bytes
         inputs, kept = self.placement.inputs or computes_in, self.placement.kept
         for tile_rows in tile_rows_to_try(shape, pins, computes_in, self._most_tile_tokens):
             needed = memory_estimate.estimate(workload, shape, tile_rows, computes_in, inputs, kept)
@@ -212,6 +208,34 @@ class Budget:
             hint="use fewer rows or shorter sequences, give more memory with "
             f"{computes_in}=, or make the first call with the largest batch",
         )
+
+    def admit(self, workload: Workload, shape: BatchShape) -> None:
+        """Count a call that reads KV pages, for which nothing was placed. Raises BudgetError if it does not fit."""
+        assert self._way is not None
+        computes_in, room = self.limits.computes_in, self._room_bytes
+        needed = memory_estimate.estimate(workload, shape, 1, computes_in, computes_in)
+        self.call_bytes = needed.total(computes_in, *ACTIVATIONS)
+        if self.call_bytes + workload.pages_bytes > room:
+            raise BudgetError(
+                f"the KV cache takes {format_bytes(workload.pages_bytes)} beside {format_bytes(self.call_bytes)} of "
+                f"activations, {format_bytes(max(0, room))} are left beside the model, which was called before",
+                hint="open the engine before the first call of the model, or give less with kv=",
+            )
+        self._way = replace(self._way, activations=larger(self._way.activations, needed))
+
+    @property
+    def _room_bytes(self) -> int:
+        """What the activations and KV pages of a call may take beside what is placed."""
+        computes_in = self.limits.computes_in
+        arenas = self._placed.total(computes_in) + self.ledger.total(computes_in, *WAITING)
+        return self.limits.room_bytes(computes_in) - (arenas - self._extra_bytes)
+
+    def free_bytes(self) -> int:
+        """Memory where blocks compute that is free now: of the limits or, once planes are placed, for calls."""
+        if self._way is not None:
+            return max(0, self._room_bytes)
+        limits = self._measured(0)
+        return max(0, limits.free_bytes(limits.computes_in))
 
     @property
     def _extra_bytes(self) -> int:

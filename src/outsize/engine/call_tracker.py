@@ -24,6 +24,7 @@ from outsize.plan import Direction, Visit, memory_estimate
 from outsize.plan.ledger import ACTIVATIONS
 from outsize.plan.workload import BatchShape, Workload
 from outsize.store import memory
+from outsize.tier import DeviceRegion, Region
 
 _log = logging.getLogger(__name__)
 
@@ -84,6 +85,7 @@ class CallTracker:
         if uses_cache:
             if self._backing.executor is None:
                 self._settle_with_cache(args, kwargs, shape)
+            self._backing.store.planes.free_pages()
             # A cache grows with every call; the order of visits is that of a call without.
             call.running = None
             self._use_what_is_left(self._budget.ledger.total(self._budget.limits.computes_in, *ACTIVATIONS))
@@ -93,6 +95,8 @@ class CallTracker:
         self._check_pinned_tiles(workload, shape)
         if self._backing.executor is None:
             self._setup.settle(self._with_training(workload, args, kwargs, shape), shape)
+        if not workload.pages_bytes:
+            self._backing.store.planes.free_pages()  # the call was planned with their memory
         self._begin(workload, shape, is_row_by_row)
         return self._model.arguments.moved(args, kwargs)
 
@@ -197,15 +201,28 @@ class CallTracker:
 
     @outside_inference_mode()
     def settle_for(self, kwargs: Kwargs) -> None:
-        """Place and allocate for calls like this one, which is not made. Raises BudgetError, having changed nothing."""
+        """Place and allocate for calls like this one, which is not made, or admit them beside what is placed.
+
+        Raises BudgetError, having changed nothing, if they do not fit.
+        """
+        is_placed = self._backing.executor is not None
         try:
-            self.before((), kwargs)
+            if is_placed:
+                shape = batch_shape(self._model.module, (), kwargs)
+                self._budget.admit(self._workload((), kwargs, shape), shape)
+            else:
+                self.before((), kwargs)
         except BudgetError:
             self._workloads.clear()  # they hold the arguments
             self._setup.forget_costs()
             raise
         finally:
             self.after(None)
+
+    def take_pages(self, num_bytes: int) -> Region | DeviceRegion:
+        """Allocate the KV pages that the next calls read, until a call does not read them or `step` changes weights."""
+        self._use_what_is_left(num_bytes + self._budget.call_bytes)
+        return self._backing.store.planes.take_pages(num_bytes)
 
     def before_encoder(self, args: Args, kwargs: Kwargs) -> None:
         """Settle for the whole model if `generate` runs the encoder alone before the model was ever called.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any, final
 
@@ -13,7 +14,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 from outsize.engine.arguments import Args, Kwargs
 from outsize.engine.batch import find_dims
 from outsize.engine.dry_run import AnyPoint, DryRun, Findings
-from outsize.engine.effects import copied
+from outsize.engine.effects import Repeatable, copied
 from outsize.engine.hooks import without_user_hooks
 from outsize.engine.modulestate import ModuleState
 from outsize.engine.rng_autocast import RngState
@@ -45,7 +46,9 @@ class DryRunner:
         found, uncut = self._with_few_rows(args, kwargs, shape.rows)
         if not found:
             found = {shape.rows or 1: self._run(*copied((args, kwargs)))}
-        return _combined(found, shape, uncut)
+        leaves = tree_flatten((args, kwargs))[0]
+        pages_bytes = sum(leaf.pages_bytes for leaf in leaves if isinstance(leaf, Repeatable))
+        return replace(_combined(found, shape, uncut), pages_bytes=pages_bytes)
 
     def walk(self, kwargs: Kwargs) -> None:
         """Run the model's own forward, computing every layer, for what looks on. Nothing is read or placed."""

@@ -39,6 +39,11 @@ class Repeatable:
     The dry run uses the object itself.
     """
 
+    @property
+    def pages_bytes(self) -> int:
+        """Bytes of KV pages that a forward reads and writes; the plan counts them beside its activations."""
+        return 0
+
 
 _IMMUTABLE = (
     type(None),

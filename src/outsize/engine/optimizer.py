@@ -176,6 +176,7 @@ class Optimizer(torch.optim.Optimizer, ABC):
             return loss
         executor.settle_updates()
         executor.complete(self._freeze())
+        executor.store.planes.free_pages()  # keys and values of the weights before
         return loss
 
     def _freeze(self) -> Callable[[], None]:

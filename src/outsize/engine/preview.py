@@ -55,7 +55,7 @@ Calls = tuple[Call, Call | None]
 
 Passes = Callable[[Runtime, int, int], Iterator[tuple[Call, Call]] | None]
 """Makes dry runs of an engine's passes for some sequences of some tokens: of the largest pass, and of one with a token of
-each sequence. None for a model that no engine runs. What pages take is reserved in the budget when a pair is given."""
+each sequence. None for a model that no engine runs."""
 
 _PREFERRED = (ComputeType.BFLOAT16, ComputeType.FLOAT32)
 

@@ -3,7 +3,7 @@
 from outsize.kv.attention import switched
 from outsize.kv.pages import PAGE_TOKENS, PagePool, pages_for, prefix_hashes
 from outsize.kv.probe import NotPageableError, Pageable, probe
-from outsize.kv.store import PagedKV, Pass, Segment, page_bytes
+from outsize.kv.store import PagedKV, Pass, Segment, page_bytes, unplanned_memory
 
 __all__ = [
     "PAGE_TOKENS",
@@ -18,4 +18,5 @@ __all__ = [
     "prefix_hashes",
     "probe",
     "switched",
+    "unplanned_memory",
 ]

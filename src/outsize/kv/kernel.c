@@ -18,14 +18,15 @@ enum { PAGE = 16, LANES = 16, CHAINS = 2 };  // CHAINS: partial sums of a score,
 
 struct Attention {
   const float *query;     // [rows, heads, key_width]
-  const void *keys;       // [pages, kv_heads, key_width, PAGE], float or bfloat16
-  const void *values;     // [pages, kv_heads, PAGE, value_width]
+  const void *keys;       // of each page [kv_heads, key_width, PAGE], float or bfloat16
+  const void *values;     // of each page [kv_heads, PAGE, value_width]
   const float *sinks;     // [heads], or null
   const int32_t *items;   // [num_items, 4]: first row, rows, where its table begins, position of the first row
   const int32_t *tables;
   float *output;          // [rows, heads, value_width]
   int64_t *next;          // the next unit to be taken, shared by all threads
   int64_t num_items;
+  int64_t page_stride;    // elements from one page to the next, which other layers lie between
   int32_t heads, kv_heads, key_width, value_width;
   int32_t window;         // positions that a query sees, itself included; 0: all
   int32_t is_bfloat16;
@@ -239,8 +240,9 @@ static void attend_tile(
 }
 
 template <typename T> static Page<T> page_of(const Attention *a, int32_t page, int32_t head) {
-  const int64_t where = (int64_t)page * a->kv_heads + head;
-  return {(const T *)a->keys + where * a->key_width * PAGE, (const T *)a->values + where * a->value_width * PAGE};
+  const int64_t key = page * a->page_stride + (int64_t)head * a->key_width * PAGE;
+  const int64_t value = page * a->page_stride + (int64_t)head * a->value_width * PAGE;
+  return {(const T *)a->keys + key, (const T *)a->values + value};
 }
 
 template <typename T> static void attend_unit(const Attention *a, const int32_t *item, int32_t head, int32_t num_heads) {

@@ -33,7 +33,7 @@ class Attention(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("query", "keys", "values", "sinks", "items", "tables")),
         *((name, ctypes.c_void_p) for name in ("output", "next")),
-        ("num_items", ctypes.c_int64),
+        *((name, ctypes.c_int64) for name in ("num_items", "page_stride")),
         *((name, ctypes.c_int32) for name in ("heads", "kv_heads", "key_width", "value_width")),
         *((name, ctypes.c_int32) for name in ("window", "is_bfloat16")),
         *((name, ctypes.c_float) for name in ("scale", "softcap")),
@@ -81,11 +81,12 @@ class Kernel:
     ) -> torch.Tensor:
         """`[T, H, V]` in fp32, from fp32 `query_THK`, `keys [pages, heads, K, PAGE]`, `values [pages, heads, PAGE, V]`.
 
-        `keys` and `values` are both fp32 or both bf16; `tables` are int32, as in `kernel.c`. All tensors are contiguous, on
-        the host.
+        `keys` and `values` are both fp32 or both bf16, with the same stride from page to page; `tables` are int32, as in
+        `kernel.c`. All tensors are on the host, and contiguous within a page.
         """
-        for tensor in (query_THK, keys, values, tables):
+        for tensor in (query_THK, keys[0], values[0], tables):
             assert tensor.is_contiguous() and tensor.device.type == "cpu", (tensor.stride(), tensor.device)
+        assert keys.stride(0) == values.stride(0), (keys.stride(), values.stride())
         assert keys.dtype is values.dtype and query_THK.dtype is torch.float32, (keys.dtype, values.dtype)
         num_tokens, heads, key_width = query_THK.shape
         output = torch.zeros(
@@ -102,6 +103,7 @@ class Kernel:
             output=output.data_ptr(),
             next=ctypes.addressof(taken),
             num_items=len(units.items),
+            page_stride=keys.stride(0),
             heads=heads,
             kv_heads=kv_heads,
             key_width=key_width,

@@ -84,6 +84,11 @@ class PagePool:
         if digest not in self._page_of and page not in self._hash_of:
             self._page_of[digest], self._hash_of[page] = page, digest
 
+    def forget(self) -> None:
+        """No page holds a known prefix any more; their users stay."""
+        self._page_of.clear()
+        self._hash_of.clear()
+
     def free(self, pages: Sequence[int]) -> None:
         """Take one user from each page; a prefix loses its last pages first when others need room."""
         for page in reversed(pages):

@@ -6,9 +6,6 @@ attention (`attention.py`) finds each token's request in the pass that travels w
 
 from __future__ import annotations
 
-import ctypes
-import mmap
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,12 +13,13 @@ from typing import Any
 
 import torch
 
+from outsize.block import align
 from outsize.engine import Repeatable
 from outsize.engine.rng_autocast import outside_inference_mode
 from outsize.kv.fused import Singles, attend_one, attend_singles
 from outsize.kv.kernel import Units, load
 from outsize.kv.pages import PAGE_TOKENS, SCRATCH, pages_for
-from outsize.tier import sent
+from outsize.tier import HostArena, sent
 
 # T tokens of the pass, H heads, G key heads, R = H / G, K key width, V value width, P pages, S positions seen, B requests
 TILE_SCORES = 1 << 22
@@ -77,62 +75,63 @@ def is_fused(device: torch.device) -> bool:
 class PagedKV:
     """Keys `[P, G, K, PAGE]` (transposed: one vector for each of K) and values `[P, G, PAGE, V]` of every layer.
 
-    Everything is allocated and touched here, so that it counts as taken when memory is planned.
+    All are views of `pages [P, page_elements]`: the layers of a page lie together, each with its keys before its values,
+    so that a page moves as one contiguous range.
     """
 
     @outside_inference_mode()
     def __init__(
         self,
         layers: Mapping[int, LayerShape],
+        contents: torch.Tensor,
         num_pages: int,
-        dtype: torch.dtype,
-        device: torch.device,
         most_positions: int | None = None,
     ) -> None:
-        """`most_positions`: of one request; None: as many as there are pages for."""
+        """Divide `contents`, one-dimensional, into pages.
+
+        It holds `num_pages`; for dry runs, fewer that stand for them. `most_positions` limits one request; with None it
+        may use all pages.
+        """
         self.num_pages = num_pages
         self.most_pages = num_pages if most_positions is None else min(num_pages, pages_for(most_positions))
-        self.dtype = dtype
-        self.device = device
-        self.kernel = load(dtype) if device.type == "cpu" else None
+        self.num_bytes = num_pages * page_bytes(layers, contents.dtype)
+        """Bytes of all pages."""
+        self.pages = contents.view(-1, page_bytes(layers, contents.dtype) // contents.itemsize)
+        self.dtype = contents.dtype
+        self.device = contents.device
+        self.kernel = load(self.dtype) if self.device.type == "cpu" else None
         """The compiled attention, where it reads pages of this type on this device."""
         self.keys: dict[int, torch.Tensor] = {}
         self.values: dict[int, torch.Tensor] = {}
+        start = 0
         for index, layer in layers.items():
-            shapes = (
-                (num_pages, layer.kv_heads, layer.key_width, PAGE_TOKENS),
-                (num_pages, layer.kv_heads, PAGE_TOKENS, layer.value_width),
-            )
-            self.keys[index], self.values[index] = (
-                _touched(torch.empty(shape, dtype=dtype, device=device)) for shape in shapes
-            )
-
-    @property
-    def num_bytes(self) -> int:
-        """Of all pages."""
-        return sum(tensor.nbytes for part in (self.keys, self.values) for tensor in part.values())
+            groups, key_width, value_width = layer.kv_heads, layer.key_width, layer.value_width
+            middle = start + groups * key_width * PAGE_TOKENS
+            stop = middle + groups * PAGE_TOKENS * value_width
+            self.keys[index] = self.pages[:, start:middle].unflatten(1, (groups, key_width, PAGE_TOKENS))
+            self.values[index] = self.pages[:, middle:stop].unflatten(1, (groups, PAGE_TOKENS, value_width))
+            start = stop
 
 
-def _touched(tensor: torch.Tensor) -> torch.Tensor:
-    """Zeros in the system's large pages, where it has them: attention jumps about, and small ones cost it a sixth."""
-    if tensor.device.type == "cpu" and sys.platform == "linux":
-        start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-        length = tensor.data_ptr() + tensor.nbytes - start
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(max(length, 0)), mmap.MADV_HUGEPAGE)
-    return tensor.zero_()
+def unplanned_memory(num_bytes: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Zeros for pages that no arena of a run holds, one-dimensional. Raises BudgetError or torch.OutOfMemoryError."""
+    if device.type == "cpu":
+        region = HostArena(align(num_bytes)).allocate(num_bytes, "the KV cache")
+        return region.tensor(dtype, num_bytes // dtype.itemsize)
+    return torch.zeros(num_bytes // dtype.itemsize, dtype=dtype, device=device)
 
 
 def page_bytes(layers: Mapping[int, LayerShape], dtype: torch.dtype) -> int:
-    """Bytes of one page in all layers."""
-    return PAGE_TOKENS * sum(layer.token_bytes(dtype) for layer in layers.values())
+    """Bytes of one page in all layers, rounded up to what the disk tier can move directly."""
+    return align(PAGE_TOKENS * sum(layer.token_bytes(dtype) for layer in layers.values()))
 
 
 class Pass(Repeatable):
     """One packed row: where its tokens' keys and values go, and what each of its queries sees.
 
-    It is an argument of the model's call; layers are told apart by the `repr` of such arguments, so all passes have the
-    same. Used again, it writes the same keys and values to the same places. With `one_by_one` no query's numbers
-    depend on what else is in the pass; the compiled attention has that always.
+    It is an argument of the model's call; calls are told apart by the `repr` of such arguments, so all passes over as many
+    pages have the same. Used again, it writes the same keys and values to the same places. With `one_by_one` no query's
+    numbers depend on what else is in the pass; the compiled attention has that always.
     """
 
     def __init__(self, kv: PagedKV, segments: Sequence[Segment], *, one_by_one: bool = False) -> None:
@@ -149,7 +148,12 @@ class Pass(Repeatable):
         self._dealt: dict[int, Units] = {}
 
     def __repr__(self) -> str:
-        return "<pass>"
+        return f"<pass over {self.kv.num_pages} pages>"
+
+    @property
+    def pages_bytes(self) -> int:
+        """Bytes of the pages that it reads and writes."""
+        return self.kv.num_bytes
 
     def attend(
         self,

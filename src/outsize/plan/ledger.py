@@ -125,6 +125,15 @@ class Ledger:
 EMPTY = Ledger()
 
 
+def larger(*uses: Ledger) -> Ledger:
+    """The peak of uses that follow one another: in each home, the lines of the one that takes most there."""
+    lines: dict[tuple[Home, Purpose], int] = {}
+    for home in Home:
+        most = max(uses, key=lambda use: use.total(home))
+        lines |= {line: size for line, size in most.lines.items() if line[0] is home}
+    return Ledger(lines)
+
+
 def placed(records: Sequence[Record], placement: Placement, computes_in: Home) -> Ledger:
     """What a placement takes: planes in their homes, and the slots and buffers that those which move pass through."""
     lines: Counter[tuple[Home, Purpose]] = Counter()

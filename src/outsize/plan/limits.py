@@ -35,7 +35,7 @@ class Limits:
     host_bytes: int
     """The most that the process may take of the host's memory."""
     taken: Ledger = EMPTY
-    """Taken before anything is placed, or promised to something else: the process, a KV cache."""
+    """Taken before anything is placed."""
     reading_bytes: int = 0
     """Host memory that reading a block from its source takes beside the memory that it is read into."""
     device_bytes: int | None = None
@@ -73,13 +73,16 @@ class Limits:
 
     def room_bytes(self, home: Home) -> int:
         """What planes, buffers and, where blocks compute, activations may take; less than nothing where it is short."""
+        return self.free_bytes(home) - self.spare.total(home)
+
+    def free_bytes(self, home: Home) -> int:
+        """What is free; less than nothing where more is taken than may be."""
         if home is Home.DEVICE:
-            return min(self.device_bytes or 0, self.device_free_bytes) - self.spare.total(home)
-        return self.host_bytes - (self.taken + self.spare).total(home)
+            return min(self.device_bytes or 0, self.device_free_bytes)
+        return self.host_bytes - self.taken.total(home)
 
     @property
     def taken_text(self) -> str:
         """What is taken already, as a part of a sentence."""
-        process, pages = self.taken[Home.HOST, Purpose.PROCESS], self.taken[Home.HOST, Purpose.KV]
-        kv = f"the KV cache takes {format_bytes(pages)}, " if pages else ""
-        return f"the process itself has {format_bytes(process)}, {self.others}{kv}"
+        process = self.taken[Home.HOST, Purpose.PROCESS]
+        return f"the process itself has {format_bytes(process)}, {self.others}"

@@ -53,7 +53,7 @@ def estimate(
     inputs: Home,
     kept: frozenset[str] = frozenset(),
 ) -> Ledger:
-    """The ledger of a call's activations in tiles of `tile_rows`.
+    """The ledger of a call's activations in tiles of `tile_rows`, and of its KV pages.
 
     Inputs of blocks wait in `inputs`, which may be where blocks compute. The blocks in `kept` save all their activations.
     """
@@ -62,14 +62,15 @@ def estimate(
     visit = max(workload.tile_bytes.at(tile_rows if is_tiled else rows), workload.loss_memory.at(rows))
     boundary = workload.boundary_bytes.at(rows) + saved_bytes(workload, shape, tile_rows, kept)
     each = workload.input_bytes.at(rows)
+    pages = Ledger.of(computes_in, kv=workload.pages_bytes)
     if inputs is computes_in or each < LEAST_INPUT_BYTES:
-        return activations(computes_in, boundary, visit)
+        return activations(computes_in, boundary, visit) + pages
     movable = workload.movable_bytes.at(rows)
     num_kept = sum(v.block in kept and v.direction is Direction.FORWARD for v in workload.visits)
     boundary += (INPUT_COPIES + num_kept) * each - movable
     # Each input takes whole pages.
     moved = align(movable + ALIGNMENT * len(workload.visits))
-    return activations(computes_in, boundary, visit, inputs, moved)
+    return activations(computes_in, boundary, visit, inputs, moved) + pages
 
 
 def activations(

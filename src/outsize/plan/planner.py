@@ -315,8 +315,10 @@ class Planner:
         )
         host, device = (_mib(needed.total(home) + HINT_MARGIN_BYTES) for home in (Home.HOST, Home.DEVICE))
         activations = format_bytes(way.activations.total(limits.computes_in, *ACTIVATIONS))
+        pages = way.activations[limits.computes_in, Purpose.KV]
+        kv = f"the KV cache takes {format_bytes(pages)}, " if pages else ""
         if limits.device_bytes is None:
-            message = f"{format_bytes(limits.host_bytes)}: {error.message}; {limits.taken_text}"
+            message = f"{format_bytes(limits.host_bytes)}: {error.message}; {limits.taken_text}{kv}"
             message += f"activations take {activations}, "
             message += f"{format_bytes(limits.spare.total(Home.HOST))} are kept free"
             budgets = f'host="{host}"'
@@ -324,7 +326,7 @@ class Planner:
             message = (
                 f"{format_bytes(limits.device_bytes)} of the device and "
                 f"{format_bytes(limits.host_bytes)} of the host: {error.message}; "
-                f"activations take {activations} of the device"
+                f"{kv}activations take {activations} of the device"
             )
             budgets = f'device="{device}" with host="{host}"'
         smaller = f"{self._fewer_rows()}{_pinned(self.settings.pins)}"

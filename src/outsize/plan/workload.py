@@ -128,6 +128,8 @@ class Workload:
     """Why no layer is tiled, if part of the batch could not be computed."""
     activations: tuple[Activations, ...] = ()
     """Of the layers with matrices that a backward reaches, in the order of their last forward visits."""
+    pages_bytes: int = 0
+    """KV pages that the call reads and writes where blocks compute."""
 
     def last_layers(self, count: int) -> frozenset[str]:
         """The blocks of the `count` layers that are visited last: they hold activations for the shortest time."""

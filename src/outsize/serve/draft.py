@@ -71,6 +71,9 @@ class Draft:
     def guess(self, wanted: Mapping[Sample, int]) -> dict[Sample, list[int]]:
         """So many tokens that may follow each sample; a pass for each, and more where a prompt is new."""
         guesses: dict[Sample, list[int]] = {}
+        if self.runner.renew():
+            for each in self._states.values():
+                each.computed.clear()
         for sample in wanted:
             if (state := self._state_of(sample)) is not None:
                 state.go_back(sample.tokens)

@@ -189,9 +189,12 @@ class Engine:
         self._drop_cancelled()
         for sample in [sample for sample in self.scheduler.running if _is_over(sample)]:
             self._remove(sample)  # an interrupt came between its end and this
-        self.scheduler.admit()
-        samples = list(self.scheduler.running)
+        samples = [*self.scheduler.running, *self.scheduler.waiting]
         try:
+            if samples and self.runner.renew():
+                self.scheduler.pages_lost()
+            self.scheduler.admit()
+            samples = list(self.scheduler.running)
             self.guesser.prepare(samples)
             chunks = self.scheduler.compose(self.guesser.propose)
             if not chunks:

@@ -32,8 +32,6 @@ def preview(path: str | Path, **options: Unpack[PreviewOptions]) -> PlanSummary:
 
 def _passes(runtime: Runtime, sequences: int, tokens: int) -> Iterator[tuple[Call, Call]] | None:
     """An engine's passes over so many sequences, with fewer and fewer pages; None if the model cannot use pages."""
-    if not runtime.model.device.is_host:
-        return None
     try:
         runner = Runner(runtime.model.module, concurrency=Concurrency(sequences, tokens), only_plan=True)
     except NotPageableError:

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from outsize.config import Home, format_bytes, parse_bytes
+from outsize.config import format_bytes, parse_bytes
 from outsize.engine.preview import Call
 from outsize.engine.runtime import Runtime, find_runtime
 from outsize.errors import BudgetError, ConfigError
@@ -30,10 +30,11 @@ from outsize.kv import (
     pages_for,
     probe,
     switched,
+    unplanned_memory,
 )
-from outsize.plan.ledger import Ledger
 from outsize.serve.fixed import TILE_ROWS, FixedTiles
 from outsize.store import memory
+from outsize.tier import DeviceRegion, Region
 
 PASS_TOKENS = 512
 """Tokens of a pass: products are then near full speed on a CPU, and requests that decode do not wait long."""
@@ -123,7 +124,9 @@ class Runner:
             )
             self.pass_rows = min(self.pass_rows, most_rows)
         self.page_bytes = page_bytes(self.pageable.layers, self.pageable.dtype)
-        self.sizes = self._sizes(runtime, kv, share)
+        self._region: Region | DeviceRegion | None = None
+        """The memory of the pages in the model's run."""
+        self.sizes = self._sizes(kv, share)
         """Numbers of pages to try, the largest first."""
         if only_plan:
             return
@@ -137,52 +140,50 @@ class Runner:
 
     def _open_pages(self, num_pages: int) -> None:
         """Place the model beside pages, and make them. Raises BudgetError, and then there are none."""
-        runtime = self._runtime
-        if runtime is not None and runtime.model.device.is_host and runtime.backing.executor is None:
-            self._settle(runtime, self.stand_in(num_pages))
-            self.kv = self._made(num_pages)
-            return
+        self._settle(num_pages)
         self.kv = self._made(num_pages)
-        self._reserve(num_pages)
-        try:
-            self._settle(runtime, self.kv)
-        except BudgetError:
-            del self.kv
-            raise
+
+    def renew(self) -> bool:
+        """Make the pages again if the model gave their memory to another call, or its weights changed.
+
+        Returns whether that was so: what they held is lost. Raises BudgetError if they do not fit any more.
+        """
+        runtime = self._runtime
+        if runtime is None or (self._region is not None and self._region is _pages_of(runtime)):
+            return False
+        self._open_pages(self.kv.num_pages)
+        return True
 
     def stand_in(self, num_pages: int) -> PagedKV:
-        """Few pages that stand for `num_pages`, whose memory the budget reserves: a dry run writes them all alike."""
-        assert self._runtime is not None
-        self._reserve(num_pages)
-        pages = self._made(2)
-        pages.num_pages = num_pages
-        pages.most_pages = min(num_pages, pages_for(self.pageable.most_positions))
-        return pages
-
-    def _reserve(self, num_pages: int) -> None:
-        """Enter pages into the ledger of the model's memory."""
-        if self._runtime is not None:
-            home = Home.HOST if self._runtime.model.device.is_host else Home.DEVICE
-            self._runtime.budget.reserved = Ledger.of(home, kv=num_pages * self.page_bytes)
+        """Two pages that stand for `num_pages` in dry runs, which write to all alike."""
+        contents = unplanned_memory(2 * self.page_bytes, self.pageable.dtype, self.device)
+        return PagedKV(self.pageable.layers, contents, num_pages, self.pageable.most_positions)
 
     def _made(self, num_pages: int) -> PagedKV:
-        """Pages on the device. Raises BudgetError."""
+        """Pages where blocks compute: in the arena of the model's run, if it has one. Raises BudgetError."""
+        num_bytes, dtype = num_pages * self.page_bytes, self.pageable.dtype
         try:
-            pageable = self.pageable
-            return PagedKV(pageable.layers, num_pages, pageable.dtype, self.device, pageable.most_positions)
+            if self._runtime is None:
+                contents = unplanned_memory(num_bytes, dtype, self.device)
+            else:
+                self._region = self._runtime.calls.take_pages(num_bytes)
+                contents = self._region.tensor(dtype, num_bytes // dtype.itemsize)
         except torch.OutOfMemoryError as error:
             raise BudgetError(
-                f"the KV cache takes {format_bytes(num_pages * self.page_bytes)}, more than the device has free",
-                hint=f"give less with kv=; {format_bytes(max(0, self._free_bytes(self._runtime)))} are free",
+                f"the KV cache takes {format_bytes(num_bytes)}, more than the device has free",
+                hint=f"give less with kv=; {format_bytes(self._free_bytes())} are free",
             ) from error
+        return PagedKV(self.pageable.layers, contents, num_pages, self.pageable.most_positions)
 
     @torch.no_grad()
-    def _settle(self, runtime: Runtime | None, kv: PagedKV) -> None:
-        """Place the model's weights beside the pages, for the largest passes there will be. Raises BudgetError."""
-        if runtime is not None and runtime.backing.executor is None:
+    def _settle(self, num_pages: int) -> None:
+        """Place the model's weights beside the pages, for the largest passes there will be, or find room for those beside
+        what is placed. Raises BudgetError."""
+        if self._runtime is not None:
+            kv = self.stand_in(num_pages)
             with switched(self.model), self._products():
                 for parts in self._largest(kv):
-                    runtime.calls.settle_for(self._arguments(parts, kv))
+                    self._runtime.calls.settle_for(self._arguments(parts, kv))
 
     @torch.no_grad()
     def largest_and_decoding(self, num_pages: int, num_tokens: int) -> tuple[Call, Call]:
@@ -269,13 +270,13 @@ class Runner:
                     tokens, rows = tokens - count, rows - wanted
                 yield parts
 
-    def _sizes(self, runtime: Runtime | None, kv: str | int | None, share: float) -> list[int]:
+    def _sizes(self, kv: str | int | None, share: float) -> list[int]:
         """Pages to try: what was asked for; else a share of what is free, and less where weights then do not fit."""
         longest = pages_for(self.pageable.most_positions)
         if kv is None and self._concurrency is not None:
-            return self._sizes_for(runtime, self._concurrency, share)
+            return self._sizes_for(self._concurrency, share)
         if kv is None:
-            most = min(int(share * self._free_bytes(runtime)) // self.page_bytes, LONGEST * longest)
+            most = min(int(share * self._free_bytes()) // self.page_bytes, LONGEST * longest)
             return [
                 max(most >> half, 1) for half in range(max(1, most.bit_length() - FEWEST.bit_length() + 1))
             ]
@@ -286,39 +287,27 @@ class Runner:
                 f"{format_bytes(self.page_bytes)}",
                 hint=f"pass {format_bytes(longest * self.page_bytes)}, for a request of all its positions",
             )
-        if runtime is not None and runtime.backing.executor is not None:
-            _check_beside(runtime, num_bytes)
         return [num_bytes // self.page_bytes]
 
-    def _sizes_for(self, runtime: Runtime | None, concurrency: Concurrency, share: float) -> list[int]:
+    def _sizes_for(self, concurrency: Concurrency, share: float) -> list[int]:
         """Pages for all concurrent sequences within a `share` of what is free, then for half, and so on down to one."""
         one = pages_for(min(concurrency.tokens, self.pageable.most_positions))
-        most = min(
-            concurrency.sequences, max(1, int(share * self._free_bytes(runtime)) // (one * self.page_bytes))
-        )
+        most = min(concurrency.sequences, max(1, int(share * self._free_bytes()) // (one * self.page_bytes)))
         return [max(most >> half, 1) * one for half in range(most.bit_length())]
 
-    def _free_bytes(self, runtime: Runtime | None) -> int:
-        if runtime is not None and not runtime.model.device.is_host:
-            return runtime.model.device.free_bytes()
-        if self.device.type != "cpu":
-            return int(torch.cuda.mem_get_info(self.device)[0])
-        limit = runtime.budget.settings.budgets.host_bytes if runtime is not None else None
-        if limit is None:
+    def _free_bytes(self) -> int:
+        """Memory that is free where blocks compute."""
+        if self._runtime is not None:
+            return self._runtime.budget.free_bytes()
+        if self.device.type == "cpu":
             return memory.available_bytes()
-        return max(0, limit - memory.resident_bytes())
+        return int(torch.cuda.mem_get_info(self.device)[0])
 
 
-def _check_beside(runtime: Runtime, num_bytes: int) -> None:
-    """Raise BudgetError where pages do not fit beside a model that has its place already."""
-    budget = runtime.budget
-    room = budget.limits.host_bytes - budget.expected_bytes
-    if runtime.model.device.is_host and num_bytes > room:
-        raise BudgetError(
-            f"the KV cache takes {format_bytes(num_bytes)}, {format_bytes(max(0, room))} are left beside the model, which "
-            "was called before",
-            hint="open the engine before the first call of the model, or give less with kv=",
-        )
+def _pages_of(runtime: Runtime) -> Region | DeviceRegion | None:
+    """The pages that the run of a model has now."""
+    executor = runtime.backing.executor
+    return None if executor is None else executor.store.planes.pages
 
 
 def _num_rows(parts: Sequence[Part]) -> int:

@@ -183,6 +183,14 @@ class Scheduler:
         """A sample has grown past `long_after`: all its tokens are computed again, rotated in the other way."""
         sample.num_computed = 0
 
+    def pages_lost(self) -> None:
+        """What pages held is gone: all known tokens of the running samples are computed again, and no prefix is known."""
+        self.pool.forget()
+        for sample in self.running:
+            sample.num_computed = sample.num_registered = 0
+            if _tells_prompt(sample):
+                sample.stream.prompt_logprobs.clear()
+
     def remove(self, sample: Sample) -> None:
         """A sample ended: its pages are free, and what they hold can be found until others need them, its answer too."""
         if sample in self.running:

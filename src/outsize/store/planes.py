@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from outsize.block import CHUNK, Extent, Group, Plane, Record
+from outsize.block import CHUNK, Extent, Group, Plane, Record, align
 from outsize.config import ComputeType, Home
 from outsize.optim import Rule
 from outsize.plan import Placement
@@ -214,6 +214,8 @@ class Planes:
         self.staging_buffers = self._buffers("staging", placement.staging)
         self.pieces: dict[tuple[str, int], Region] = {}
         """Memory of single entries of streamed blocks, by block and index, from which slots are filled."""
+        self.pages: Region | DeviceRegion | None = None
+        """Memory of the KV pages of the engine that runs, beside the slots; None while no engine has any."""
         self._allocate_pieces()
 
     def _allocate_homes(self, block: BlockPlanes) -> bool:
@@ -294,6 +296,27 @@ class Planes:
         for key in keys:
             self.pieces.pop(key).free()
 
+    def take_pages(self, num_bytes: int) -> Region | DeviceRegion:
+        """Allocate KV pages where blocks compute, in place of those of an earlier engine; they read as zero at first.
+
+        Raises BudgetError, and there are none, if the system cannot provide the memory.
+        """
+        self.free_pages()
+        self.arena.limit_bytes += align(num_bytes)
+        try:
+            self.pages = self.arena.allocate(num_bytes, "the KV cache")
+        except BaseException:
+            self.arena.limit_bytes -= align(num_bytes)
+            raise
+        return self.pages
+
+    def free_pages(self) -> None:
+        """Free the KV pages, if there are any: their memory is for calls that do not read them, their contents are lost."""
+        pages, self.pages = self.pages, None
+        if pages is not None:
+            pages.free()
+            self.arena.limit_bytes -= pages.num_bytes
+
     def keep_pieces(self, placement: Placement) -> None:
         """Allocate the single entries of streamed blocks that `placement` has; others must have been freed."""
         self.arena.limit_bytes += placement.pieces_bytes - self.placement.pieces_bytes
@@ -342,6 +365,7 @@ class Planes:
             for region in (*buffers, *self.pieces.values()):
                 stack.callback(region.free)
             stack.callback(self.pieces.clear)
+            stack.callback(self.free_pages)
             for pool in self._all_pools():
                 stack.callback(pool.free)
             for block in self:
