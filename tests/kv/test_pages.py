@@ -3,6 +3,7 @@ import random
 import pytest
 
 from outsize.kv import PAGE_TOKENS, PagePool, pages_for, prefix_hashes
+from outsize.kv.pages import SCRATCH
 
 
 def test_prefix_hashes_tell_all_tokens_up_to_a_page():
@@ -65,3 +66,56 @@ def test_freeing_twice_is_a_broken_invariant():
     pool.free(table)
     with pytest.raises(AssertionError, match="has no user"):
         pool.free(table)
+
+
+def test_every_page_but_the_scratch_page_can_be_allocated():
+    pool = PagePool(4)
+    assert pool.num_usable == pool.num_free == 3
+    assert sorted([*pool.allocate(3), SCRATCH]) == [0, 1, 2, 3]
+
+
+def test_repair_frees_the_pages_that_no_table_holds():
+    pool, hashes = PagePool(6), prefix_hashes(range(48))
+    table = pool.allocate(3)
+    for page, digest in zip(table, hashes, strict=True):
+        pool.register(page, digest)
+    pool.free(table[1:])
+    lost = pool.allocate(1)  # by a request that an exception ended before it had a table
+    pool.repair([table[:1]])
+    pool.check([table[:1]])
+    assert pool.match(hashes) == table
+    assert pool.allocate(2) == [5, *lost], "the longest unused first, those that were lost last"
+
+
+@pytest.mark.parametrize("change", ["register", "allocate"])
+def test_repair_forgets_a_prefix_of_which_only_one_direction_is_known(change):
+    """Both changes touch two dictionaries; an exception between them leaves the hash without its page."""
+
+    class Interrupted(dict):
+        def __setitem__(self, key, value):
+            raise KeyboardInterrupt
+
+        def pop(self, *arguments):
+            super().pop(*arguments)
+            raise KeyboardInterrupt
+
+    pool, hashes = PagePool(2), prefix_hashes(range(16))
+    table = pool.allocate(1)
+    if change == "allocate":
+        pool.register(table[0], hashes[0])
+        pool.free(table)
+        table = []
+    pool._hash_of = Interrupted(pool._hash_of)
+    with pytest.raises(KeyboardInterrupt):
+        pool.register(table[0], hashes[0]) if table else pool.allocate(1)
+    pool._hash_of = dict(pool._hash_of)
+    pool.repair([table])
+    pool.check([table])
+    assert pool.match(hashes) == []
+
+
+def test_repair_starts_with_page_one():
+    pool = PagePool(3)
+    pool.allocate(1)
+    pool.repair([])
+    pool.check([])

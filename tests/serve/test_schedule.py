@@ -165,7 +165,7 @@ def test_guesses_stay_within_what_was_reserved():
 
 @pytest.mark.parametrize(
     ("tokens", "rows", "long_after", "expected"),
-    [(4, 9, None, 3), (9, 4, None, 3), (9, 9, 10, 3), (9, 9, None, 8), (1, 9, None, None)],
+    [(4, 9, None, 3), (9, 4, None, 3), (9, 9, 10, 3), (9, 9, None, 8), (2, 9, None, 1), (1, 9, None, None)],
 )
 def test_guesses_stay_within_what_a_pass_holds(tokens, rows, long_after, expected):
     subject = scheduler(tokens=tokens, rows=rows, long_after=long_after)
@@ -222,6 +222,33 @@ def test_shared_pages_count_when_a_request_is_admitted():
         run_pass(subject)
     run_pass(subject)
     assert len(subject.running) == 2 and subject.pool.num_free == 1
+
+
+def test_the_first_of_two_long_prompts_ends_first():
+    subject = scheduler()
+    for first in (100, 200):
+        subject.add(stream_of(range(first, first + 70), max_new_tokens=9))
+    served = [[(c.sample.tokens[0], c.num_tokens) for c in run_pass(subject)] for _ in range(3)]
+    assert served == [[(100, 32)], [(100, 32)], [(100, 6), (200, 26)]]
+
+
+def test_a_request_may_take_every_page():
+    subject = scheduler(num_pages=5)
+    subject.add(stream_of([1] * 20, max_new_tokens=44))
+    assert [chunk.num_tokens for chunk in run_pass(subject)] == [20] and subject.pool.num_free == 0
+
+
+def test_repair_admits_nothing_twice_and_frees_the_pages_of_an_interrupted_admission():
+    subject = scheduler()
+    subject.add(stream_of(range(20), max_new_tokens=4))
+    subject.add(stream_of(range(50, 70), max_new_tokens=4))
+    subject.running.append(subject.waiting[0])  # as an exception in `admit` leaves it
+    subject.pool.allocate(2)
+    subject.repair()
+    subject.check()
+    assert [sample.tokens[0] for sample in subject.running] == [0]
+    assert [sample.tokens[0] for sample in subject.waiting] == [50]
+    assert subject.pool.num_free == subject.pool.num_usable
 
 
 def test_books_are_right_whatever_comes():

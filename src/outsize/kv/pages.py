@@ -116,9 +116,9 @@ class PagePool:
             for page in table:
                 users[page] += 1
         free = [page for page in (*self._free, *range(1, self.num_pages)) if not users[page]]
-        known = {digest: page for digest, page in self._page_of.items() if self._hash_of.get(page) == digest}
-        self._num_users, self._free, self._page_of = users, OrderedDict.fromkeys(free), known
-        self._hash_of = {page: digest for digest, page in known.items()}
+        self._num_users, self._free = users, OrderedDict.fromkeys(free)
+        # `register` adds to `_hash_of` last, and `_forget` removes from it first: what it holds is whole.
+        self._page_of = {digest: page for page, digest in self._hash_of.items()}
 
     def _forget(self, page: int) -> None:
         if (digest := self._hash_of.pop(page, None)) is not None:
