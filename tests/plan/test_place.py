@@ -6,12 +6,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from outsize.block import Group
+from outsize.block import ALIGNMENT, Block, Group, Piece, Plane, Record
 from outsize.config import Home, Pins
 from outsize.errors import BudgetError
 from outsize.plan import evicted, place
-from outsize.plan.place import GROUPS, group_bytes
-from tests.plan.test_plan import make_records
+from outsize.plan.place import GROUPS, SlotClass, group_bytes, slot_bytes
+from tests.plan.test_plan import BYTES, make_records
 
 PLENTY = 1 << 40
 ONE_SLOT = Pins(weight_slots=1, gradient_slots=1)
@@ -146,3 +146,34 @@ def test_inputs_wait_where_the_placement_says_but_for_blocks_that_save_their_act
     away = replace(placement, inputs=Home.DISK, kept=frozenset({"L1"}))
     assert away.home("L0", Group.INPUT) is Home.DISK
     assert away.home("L1", Group.INPUT) is Home.DEVICE
+
+
+def test_an_evicted_block_joins_the_smallest_slots_that_are_large_enough():
+    records = make_records({"small": 1024, "middle": SIZE // 4, "large": SIZE, "evicted": 2048})
+    classes = tuple(SlotClass(records[name].num_elements * 4, 1, frozenset({name})) for name in records)[:3]
+    before = placed(list(records.values()), PLENTY, PLENTY)
+    before = replace(before, slots={Group.WEIGHT: classes[::-1], Group.GRADIENT: classes[:1]})
+    after = evicted(before, records["evicted"]).slots
+    assert [set(each.blocks) for each in after[Group.WEIGHT]] == [{"large"}, {"middle", "evicted"}, {"small"}]
+    assert [set(each.blocks) for each in after[Group.GRADIENT]] == [{"small"}, {"evicted"}]
+    assert [each.count for each in (*after[Group.WEIGHT], *after[Group.GRADIENT])] == [1] * 5
+
+
+def test_slots_hold_weights_that_stream_and_sums_of_gradients_in_fp32():
+    wide = make_records({"A": 1024})["A"]
+    narrow = make_records({"A": 1024}, element_bytes={**BYTES, Plane.GRADIENT: 2})["A"]
+    frozen = make_records({"A": 1024}, trainable=False)["A"]
+    sizes = {home: slot_bytes(wide, Group.WEIGHT, home) for home in (Home.DEVICE, Home.HOST, Home.DISK)}
+    assert sizes == {Home.DEVICE: 0, Home.HOST: 4096, Home.DISK: 4096}
+    # A gradient that stays is summed in its plane where that is fp32; a narrower one is widened in place, from one page on.
+    for record, here, away in ((wide, 0, 4096), (narrow, 4096 + ALIGNMENT, 4096 + ALIGNMENT), (frozen, 0, 0)):
+        assert slot_bytes(record, Group.GRADIENT, Home.DEVICE) == here
+        assert slot_bytes(record, Group.GRADIENT, Home.DISK) == away
+
+
+def test_beside_blocks_that_train_those_that_nothing_stores_live_in_their_files():
+    pieces = [Piece("frozen.w", (1024,))]
+    frozen = Record.lay_out(Block("frozen", tuple(pieces)), [False], (), BYTES, pieces)
+    placement = placed([make_records({"trained": 1024})["trained"], frozen], PLENTY, home=Home.DISK)
+    assert placement.home("frozen", Group.WEIGHT) is Home.FILE
+    assert placement.home("trained", Group.WEIGHT) is Home.DISK

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from outsize.block import Block, Group, Piece, Plane, Record
 from outsize.config import Home, Pins
-from outsize.errors import BudgetError, ConfigError
+from outsize.errors import BudgetError, ConfigError, UsageError
 from outsize.plan import (
     Backward,
     Context,
@@ -25,6 +25,7 @@ from outsize.plan import (
     Update,
     Visit,
     Wait,
+    Write,
     check,
     make_plan,
     place,
@@ -254,6 +255,30 @@ def test_a_block_that_stays_does_not_go_back_while_it_is_updated():
     )
     with pytest.raises(PlanError, match="runs while it is being updated"):
         check(Plan.parse("update A\nbackward A"), records, placement)
+
+
+def test_a_gradient_that_is_summed_where_it_stays_is_not_moved():
+    records = make_records({"A": 1000})
+    placement = place(
+        list(records.values()), {Home.DEVICE: 1 << 40}, home=Home.HOST, has_disk=False, pins=Pins()
+    )
+    plan = make_plan(Context(call("A"), records, placement, Occupancy()))
+    assert Write("A", Plane.GRADIENT, 0) in plan.ops
+
+
+def test_a_block_inside_another_that_has_the_only_gradient_slot_is_refused():
+    records = make_records({"A": 1000, "B": 1000})
+    placement = place(
+        list(records.values()),
+        {Home.DEVICE: 1 << 40},
+        home=Home.DISK,
+        has_disk=True,
+        pins=Pins(weight_slots=2, gradient_slots=1),
+    )
+    visits = [Visit("B", Direction.BACKWARD, trains=True)]
+    with pytest.raises(UsageError, match="block B is visited inside A, which hold all slots"):
+        make_plan(Context(visits, records, placement, Occupancy(summing=["A"])))
+    assert make_plan(Context(visits, records, placement, Occupancy()))
 
 
 def test_slots_are_shared_by_blocks_of_at_most_twice_the_size():

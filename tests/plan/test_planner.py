@@ -144,3 +144,22 @@ def test_more_memory_never_gives_smaller_tiles():
         for host in (1400, 1700, 2400, 4000)
     ]
     assert rows == sorted(rows) and rows[0] < rows[-1]
+
+
+def test_inputs_go_to_the_disk_before_tiles_become_smaller_than_512_tokens():
+    own = planner(blocks(4), limited(4096 * MIB))
+    order = [(way.tile_rows, way.inputs) for way in own._ways(SHAPE) if not way.is_roomy]
+    near = [(8, Home.HOST), (4, Home.HOST)]  # of 128 tokens a row
+    far = [(rows, Home.DISK) for rows in (8, 4, 2, 1)]
+    assert order == [*near, *far, (2, Home.HOST), (1, Home.HOST)]
+
+
+def test_whether_another_batch_fits_is_asked_of_that_batch():
+    own = planner(blocks(4), limited(1500 * MIB))
+    assert own.fits() and own.fits(rows=8) and not own.fits(rows=1 << 20)
+
+
+def test_plans_that_save_the_activations_of_a_part_of_the_layers_are_compared():
+    records, pins = blocks(6), Pins(weight_slots=1, gradient_slots=1, resident_bytes=0)
+    _, _, choices = planner(records, limited(1 << 34), pins=pins).plan(cost_model(records))
+    assert {choice.way.kept_blocks for choice in choices} == {0, 1, 3, 4, 6}

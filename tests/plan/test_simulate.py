@@ -12,7 +12,7 @@ from outsize.config import ComputeType, Home, Pins
 from outsize.plan import Direction, Visit, place
 from outsize.plan.lower import Costs, Task
 from outsize.plan.profile import Profile, Resource
-from outsize.plan.simulate import run, simulate
+from outsize.plan.simulate import least_s, run, simulate
 from tests.plan.test_plan import call, make_records
 
 GIB = 1 << 30
@@ -117,6 +117,41 @@ def test_a_model_in_memory_takes_its_computing_and_its_updates():
     update_s = UNIT * 28 / 20e9
     assert 16.0 <= result.step_s <= 16.0 + 2 * update_s
     assert result.bottleneck is Resource.COMPUTE
+
+
+@pytest.mark.parametrize("where", [Home.HOST, Home.DEVICE])
+def test_an_update_takes_as_long_as_the_bytes_that_it_touches(where):
+    """It reads and writes weight and moments, and reads the gradient: 28 bytes of each parameter in fp32."""
+    records = blocks(4)
+    names = list(records)
+    room = {Home.DEVICE: 1 << 50} | ({Home.HOST: 1 << 50} if where is Home.DEVICE else {})
+    placement = place(list(records.values()), room, home=Home.DEVICE, has_disk=False, pins=Pins())
+    profile, by, rate = (
+        (HOST, Resource.UPDATE, HOST.update)
+        if where is Home.HOST
+        else (DEVICE, Resource.COMPUTE, DEVICE.device_update)
+    )
+    result = simulate(call(names), records, placement, profile, costs(names))
+    assert result.busy_s[by] == pytest.approx(4 * UNIT * 28 / rate)
+
+
+def test_what_is_frozen_is_not_updated():
+    records = make_records({"A": UNIT}) | make_records({"B": UNIT}, trainable=False)
+    result = simulate(call("AB"), records, on_disk(records), HOST, costs("AB"))
+    updated = {event.task.label for event in result.events if event.task.resource is Resource.UPDATE}
+    assert updated == {"update A"}
+
+
+def test_a_step_lasts_from_the_end_of_one_to_the_end_of_the_next():
+    records = blocks(3)
+    names, placement = list(records), on_disk(records)
+    own = dataclasses.replace(costs(names, 0.1, 0.3), between_s=50.0)
+    result = simulate(call(names), records, placement, HOST, own)
+    (step,) = (event for event in result.events if event.task.label == "step")
+    assert step.end_s - step.start_s == pytest.approx(50.0)
+    assert result.start_s + result.step_s == step.end_s
+    least = least_s(call(names), records, placement, HOST, own)
+    assert 50.0 + 3 * 0.4 < least <= result.step_s
 
 
 def test_a_model_on_disk_is_bound_by_the_disk_when_computing_is_nothing():

@@ -90,6 +90,7 @@ def test_json_and_back():
         ("spans", [["read", 0.0, 1.0, "a"]]),
         ("spans", [["read", 0.0, 1.0, "a", -1]]),
         ("spans", [["read", 0.0, 1.0, 5, 0]]),
+        ("spans", [["read", 0.0, 1.0, "\ud800", 0]]),
         ("spans", 3),
         ("stalls", [[0.0, True, "read"]]),
         ("stalls", [[0.0, 1.0, "read", 5]]),
