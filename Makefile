@@ -9,6 +9,9 @@ JOBS ?= 2
 
 LOWEST = huggingface_hub==1.31.0 jinja2==3.1.0 numpy==1.26.0 rich==13.7.0 safetensors==0.8.0 tokenizers==0.23.1 transformers==5.20.0 xxhash==3.5.0
 
+# Each module is compiled to bytecode once, not in every process, also where the environment asks for none.
+unexport PYTHONDONTWRITEBYTECODE
+
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 READY := .venv/.ready
@@ -53,7 +56,7 @@ demo: $(READY)
 test: $(READY) browser
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/mypy
+	MYPY_NUM_WORKERS=$(JOBS) $(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -p tests.emulation tests/gpu tests/integrations

@@ -30,7 +30,11 @@ def runner(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys.modules["outsize.hardware.measure"], "ROUNDS", 1)  # the function hides the module
     monkeypatch.chdir(tmp_path)
     ZOO["qwen3"].build(
-        vocab_size=512, max_position_embeddings=1024, hidden_size=64, intermediate_size=128
+        vocab_size=512,
+        max_position_embeddings=1024,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=2,
     ).save_pretrained("Qwen3-8B")
     chat_tokenizer(QWEN3).save_pretrained("Qwen3-8B")
     (tmp_path / "scratch").mkdir()

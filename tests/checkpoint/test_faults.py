@@ -87,28 +87,24 @@ def quiet(block, done, total):
     pass
 
 
-def a_run(folder, place):
-    run = Run(folder, keep=2, **PLACES[place])
-    losses = run.go(batches(STEPS))
-    run.finish()
-    return run, losses
-
-
-def count_calls(tmp_path, monkeypatch, kind, place):
-    with monkeypatch.context() as patch:
-        faults = Faults(patch, kind, 0)
-        run, losses = a_run(tmp_path / "count", place)
-        num_calls = faults.count
+@pytest.fixture(scope="module", params=PLACES)
+def whole(request, tmp_path_factory):
+    """A place; how many calls of each kind a run there makes; and its losses."""
+    with pytest.MonkeyPatch.context() as patch:
+        faults = {kind: Faults(patch, kind, 0) for kind in KINDS}
+        run = Run(tmp_path_factory.mktemp("whole"), keep=2, **PLACES[request.param])
+        losses = run.go(batches(STEPS))
+        run.finish()
+        counts = {kind: each.count for kind, each in faults.items()}
         losses += run.go(batches(1, first=STEPS))
         run.end()
-    return num_calls, losses
+    return request.param, counts, losses
 
 
-@pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_whatever_fails_is_said_and_the_commit_before_loads(kind, place, tmp_path, monkeypatch):
-    (tmp_path / "count").mkdir()
-    total, expected = count_calls(tmp_path, monkeypatch, kind, place)
+def test_whatever_fails_is_said_and_the_commit_before_loads(kind, whole, tmp_path, monkeypatch):
+    place, counts, expected = whole
+    total = counts[kind]
     assert total > PER_KIND
     num_struck = 0
     stride = 1 if os.environ.get("OUTSIZE_SOAK") else max(1, total // PER_KIND)

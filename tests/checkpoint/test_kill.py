@@ -13,7 +13,7 @@ def test_a_killed_run_loses_nothing_that_was_committed(tmp_path):
             "tests.checkpoint.kill",
             str(tmp_path / "soak"),
             "--count",
-            "8",
+            "5",
             "--seed",
             "7",
         ],
@@ -22,4 +22,4 @@ def test_a_killed_run_loses_nothing_that_was_committed(tmp_path):
         text=True,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    assert "8 deaths" in done.stdout
+    assert "5 deaths" in done.stdout

@@ -226,7 +226,7 @@ def test_a_command_ends_without_a_last_collection(tmp_path):
         "    def __del__(self): print('collected')\n"
         "status = main(sys.argv[1:]); Cycle(); sys.exit(status)"
     )
-    command = [sys.executable, "-c", code, "plan", str(tmp_path / "none")]
+    command = [sys.executable, "-c", code, "trace", str(tmp_path / "none")]
     done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (1, ""), done.stderr
 

@@ -13,11 +13,11 @@ import outsize
 
 EXAMPLES = Path(__file__).parent.parent.parent / "examples"
 STEPS = {
-    "causal_lm_from_config": ("AutoModelForCausalLM", 20),
-    "instruction_tuning": ("AutoModelForCausalLM", 12),
-    "t5_summarisation": ("T5ForConditionalGeneration", 20),
-    "vit_classifier": ("ViTForImageClassification", 60),
-    "vision_language_frozen_tower": ("LlavaForConditionalGeneration", 20),
+    "causal_lm_from_config": ("AutoModelForCausalLM", 12),
+    "instruction_tuning": ("AutoModelForCausalLM", 10),
+    "t5_summarisation": ("T5ForConditionalGeneration", 12),
+    "vit_classifier": ("ViTForImageClassification", 36),
+    "vision_language_frozen_tower": ("LlavaForConditionalGeneration", 12),
 }
 
 

@@ -50,16 +50,18 @@ def interrupting_op(monkeypatch, model, text, **options):
     interrupt_op(monkeypatch, model, text, lambda run: raising(run, **options))
 
 
-def expected(tmp_path, home="disk"):
-    model, optimizer = llama(tmp_path, home)
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory):
+    """The losses and weights of a run that nothing interrupts: they have the same bits in memory."""
+    model, optimizer = llama(tmp_path_factory.mktemp("expected"))
     losses = train(model, BATCHES, optimizer)
     values = values_of(model)
     close(model)
     return losses, values
 
 
-def assert_the_interrupted_step_can_be_repeated(home, tmp_path, monkeypatch, interrupt):
-    losses, values = expected(tmp_path, home)
+def assert_the_interrupted_step_can_be_repeated(expected, home, tmp_path, monkeypatch, interrupt):
+    losses, values = expected
     model, optimizer = llama(tmp_path, home)
     train(model, BATCHES[:1], optimizer)
     with monkeypatch.context() as patch:
@@ -89,11 +91,11 @@ def assert_the_interrupted_step_can_be_repeated(home, tmp_path, monkeypatch, int
         ("host", "write L01.gradient 0"),
     ],
 )
-def test_an_interrupted_operation_can_be_repeated(op, home, after, tmp_path, monkeypatch):
+def test_an_interrupted_operation_can_be_repeated(op, home, after, expected, tmp_path, monkeypatch):
     def interrupt(patch, model):
         interrupting_op(patch, model, op, after=after)
 
-    assert_the_interrupted_step_can_be_repeated(home, tmp_path, monkeypatch, interrupt)
+    assert_the_interrupted_step_can_be_repeated(expected, home, tmp_path, monkeypatch, interrupt)
 
 
 @pytest.mark.parametrize(
@@ -107,17 +109,19 @@ def test_an_interrupted_operation_can_be_repeated(op, home, after, tmp_path, mon
     ],
 )
 def test_an_operation_that_is_interrupted_half_way_can_be_repeated(
-    owner, name, at, after, home, tmp_path, monkeypatch
+    owner, name, at, after, home, expected, tmp_path, monkeypatch
 ):
     def interrupt(patch, model):
         interrupting(patch, owner, name, at=at, after=after)
 
-    assert_the_interrupted_step_can_be_repeated(home, tmp_path, monkeypatch, interrupt)
+    assert_the_interrupted_step_can_be_repeated(expected, home, tmp_path, monkeypatch, interrupt)
 
 
 @pytest.mark.parametrize("repeats_step", [True, False])
-def test_a_step_that_is_interrupted_on_the_way_is_ended_by_the_next_call(repeats_step, tmp_path, monkeypatch):
-    losses, values = expected(tmp_path)
+def test_a_step_that_is_interrupted_on_the_way_is_ended_by_the_next_call(
+    repeats_step, expected, tmp_path, monkeypatch
+):
+    losses, values = expected
     model, optimizer = llama(tmp_path)
     model(**BATCHES[0]).loss.backward()
     with monkeypatch.context() as patch:
@@ -191,8 +195,8 @@ def test_an_update_that_stops_half_way_is_refused_and_the_last_commit_loads(tmp_
     outsize.checkpoint.close(model)
 
 
-def test_an_update_that_failed_before_it_began_is_applied_later(tmp_path, monkeypatch):
-    losses, values = expected(tmp_path)
+def test_an_update_that_failed_before_it_began_is_applied_later(expected, tmp_path, monkeypatch):
+    losses, values = expected
     model, optimizer = llama(tmp_path)
     train(model, BATCHES[:2], optimizer)
     with monkeypatch.context() as patch:

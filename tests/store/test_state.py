@@ -1,6 +1,7 @@
 """Each part of a block's state is written by one module."""
 
 import ast
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -17,8 +18,13 @@ OWNERS = {
 }
 
 
-def assigned(tree):
-    """`(holder, name)` of each attribute that is assigned to, as in `state.holder.name = ...` or `holder.name = ...`."""
+@cache
+def assigned(path):
+    """`(holder, name)` of each attribute that a file assigns to, as in `state.holder.name = ...` or `holder.name = ...`."""
+    return set(_assigned(ast.parse(path.read_text())))
+
+
+def _assigned(tree):
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
             holder = node.value
@@ -31,6 +37,6 @@ def test_a_part_of_the_state_has_one_writer(part):
     fields = set(kind.__dataclass_fields__)
     writers = set()
     for path in ROOT.rglob("*.py"):
-        if any(holder == part and name in fields for holder, name in assigned(ast.parse(path.read_text()))):
+        if any(holder == part and name in fields for holder, name in assigned(path)):
             writers.add(str(path.relative_to(ROOT)))
     assert writers == {owner}

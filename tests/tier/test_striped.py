@@ -1,6 +1,7 @@
 """Several tiers as one: every byte has one place, and errors are those of the tier concerned."""
 
 import mmap
+import os
 import random
 
 import pytest
@@ -37,7 +38,7 @@ def buffer_of(num_bytes, fill=None):
 
 
 @given(st.integers(1, 4), st.data())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=100 if os.environ.get("OUTSIZE_SOAK") else 15, deadline=None)
 def test_what_is_read_is_what_was_written_wherever_requests_begin(count, data):
     tier, model = striped(count), bytearray(TOTAL)
     pages = TOTAL // ALIGNMENT
