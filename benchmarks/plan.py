@@ -1,6 +1,7 @@
 """The plan that is chosen against an exhaustive sweep: every combination of slots and of what stays in memory, run.
 
     python benchmarks/plan.py                small models under a hard budget, bound by the disk
+    python benchmarks/plan.py --deep 80      only how long planning takes for so many blocks of 25 M parameters, on paper
     OUTSIZE_BENCH_DIR=/nvme/scratch python benchmarks/plan.py
 
 The profile of the machine is taken from the cache, or measured first. Each plan runs in a process of its own; the chosen
@@ -145,18 +146,42 @@ def sweep(case: dict[str, Any], bench_dir: Path) -> float:
     return chosen_s / best_s
 
 
+def deep(num_blocks: int) -> None:
+    """Print the seconds that planning takes for deep models, by the share of them that the budget holds."""
+    from tests.plan.test_planner import HOST, CostModel, blocks, costs, limited, planner
+
+    records = blocks(num_blocks)
+    num_bytes = sum(record.num_bytes for record in records.values())
+    for share in (0.3, 0.6):
+        for forward_s in (1.0, 0.1, 0.01):
+            own = costs(list(records), forward_s, 2 * forward_s)
+            model = CostModel(HOST, lambda tile_rows, own=own: own)
+            wall_s, own_s = time.perf_counter(), time.process_time()
+            choices = planner(records, limited(int(share * num_bytes) + (2 << 30))).plan(model)[-1]
+            wall_s, own_s = time.perf_counter() - wall_s, time.process_time() - own_s
+            print(
+                f"{num_blocks} blocks, {share:.0%} in memory, {forward_s} s for a forward: {len(choices)} plans in "
+                f"{wall_s:.2f} s, {own_s:.2f} s of the processor",
+                flush=True,
+            )
+
+
 def main() -> None:
     """Sweep all cases."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--cases", type=int, default=None, help="the first so many (default: all)")
+    parser.add_argument("--deep", type=int, help="only plan for a model of so many blocks")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
         job = json.loads(arguments.one)
         print("RESULT " + json.dumps(one(job["case"], arguments.folder, job["host"], job["pins"])))
+        return
+    if arguments.deep:
+        deep(arguments.deep)
         return
     from outsize.hardware import load_or_measure
 

@@ -50,7 +50,7 @@ from outsize.plan import (
     planner,
 )
 from outsize.plan.ledger import ACTIVATIONS, WAITING, Ledger
-from outsize.plan.place import GROUPS, Room, group_bytes
+from outsize.plan.place import GROUPS, Room
 from outsize.serve.speculate import Guesser
 from outsize.store import memory, offload, scratch
 from outsize.store.gradients import Gradients
@@ -288,7 +288,7 @@ def homes(model: nn.Module) -> dict[tuple[str, str], str]:
     found = {}
     for record in records_of(model).values():
         for group in GROUPS:
-            if group_bytes(record, group):
+            if record.group_bytes[group]:
                 home = placement.home(record.name, group)
                 found[record.name, str(group)] = computes_in if home is Home.DEVICE else str(home)
     return found

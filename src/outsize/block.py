@@ -72,7 +72,13 @@ class Plane(StrEnum):
     @property
     def group(self) -> Group:
         """The group that the plane belongs to."""
-        return Group(self.value) if self.value in list(Group) else Group.STATE
+        return _GROUP_OF[self]
+
+
+_GROUP_OF = {
+    plane: Group(plane.value) if plane.value in {group.value for group in Group} else Group.STATE
+    for plane in Plane
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,6 +265,15 @@ class Record:
         """Where the gradient plane lies on disk; None where nothing trains."""
         size = self.plane_bytes(Plane.GRADIENT)
         return Extent(self._gradient_offset, size) if size else None
+
+    @cached_property
+    def group_bytes(self) -> Mapping[Group, int]:
+        """Memory of each group of planes; 0 where the record has none."""
+        return {
+            Group.WEIGHT: self.plane_bytes(Plane.WEIGHT),
+            Group.GRADIENT: self.plane_bytes(Plane.GRADIENT),
+            Group.STATE: sum(self.plane_bytes(plane) for plane in self.state),
+        }
 
     @cached_property
     def num_bytes(self) -> int:

@@ -10,7 +10,7 @@ from outsize.block import ALIGNMENT, Block, Group, Piece, Plane, Record
 from outsize.config import Home, Pins
 from outsize.errors import BudgetError
 from outsize.plan import evicted, place
-from outsize.plan.place import GROUPS, SlotClass, group_bytes, slot_bytes
+from outsize.plan.place import GROUPS, SlotClass, slot_bytes
 from tests.plan.test_plan import BYTES, make_records
 
 PLENTY = 1 << 40
@@ -74,7 +74,7 @@ def test_every_group_has_one_home_and_no_memory_holds_more_than_its_room(
     if host_bytes is not None:
         assert placement.bytes_in(Home.HOST) <= host_bytes
     moving = any(
-        group_bytes(record, group) and placement.home(record.name, group) is away
+        record.group_bytes[group] and placement.home(record.name, group) is away
         for record in records
         for group in GROUPS
     )
@@ -100,7 +100,7 @@ def test_memory_of_a_host_goes_to_what_saves_most_traffic_first():
 def test_a_device_takes_whole_blocks_then_the_host_groups_then_the_disk_the_rest():
     records = records_of()
     device, host = least(records)
-    block = sum(group_bytes(records[0], group) for group in GROUPS)
+    block = sum(records[0].group_bytes[group] for group in GROUPS)
     # One block and a half; of the host, all weights that are left and one gradient.
     placement = placed(records, device + 3 * block // 2, host + 4 * 4 * SIZE)
     found = homes_by_group(placement)
@@ -123,7 +123,7 @@ def test_the_host_is_filled_beside_the_bounce_buffers_of_commits(commits):
     """All but one block fits the host; with commits of the block on the device, buffers take a part of the same room."""
     records = records_of()
     device, _ = least(records)
-    block = sum(group_bytes(records[0], group) for group in GROUPS)
+    block = sum(records[0].group_bytes[group] for group in GROUPS)
     hosted = placed(records, device + block, PLENTY)
     placement = placed(records, device + block, hosted.bytes_in(Home.HOST), commits=commits)
     assert bool(placement.at(Home.DISK)) is commits
@@ -136,7 +136,7 @@ def test_an_evicted_block_lives_in_the_hosts_memory():
     after = evicted(before, records[1])
     assert {group: after.home("L1", group) for group in GROUPS} == dict.fromkeys(GROUPS, Home.HOST)
     assert before.at(Home.DEVICE) - after.at(Home.DEVICE) == {("L1", group) for group in GROUPS}
-    moved = sum(group_bytes(records[1], group) for group in GROUPS)
+    moved = sum(records[1].group_bytes[group] for group in GROUPS)
     assert after.hosted_bytes - before.hosted_bytes == moved == before.resident_bytes - after.resident_bytes
 
 

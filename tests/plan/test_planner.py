@@ -4,11 +4,15 @@ import dataclasses
 import json
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
 
 from outsize.config import Budgets, ComputeType, Home, Pins, Settings
 from outsize.errors import BudgetError
+from outsize.plan import planner as planner_module
+from outsize.plan import search as search_module
+from outsize.plan import simulate as simulate_module
 from outsize.plan.ledger import Ledger, placed
 from outsize.plan.limits import SLACK_BYTES, Limits
 from outsize.plan.place import Buffers
@@ -163,3 +167,27 @@ def test_plans_that_save_the_activations_of_a_part_of_the_layers_are_compared():
     records, pins = blocks(6), Pins(weight_slots=1, gradient_slots=1, resident_bytes=0)
     _, _, choices = planner(records, limited(1 << 34), pins=pins).plan(cost_model(records))
     assert {choice.way.kept_blocks for choice in choices} == {0, 1, 3, 4, 6}
+
+
+def test_planning_80_blocks_takes_a_bounded_number_of_placements_and_simulations(monkeypatch):
+    """Of ways whose computing alone takes longer than the best plan, nothing is simulated, and no plan is made twice."""
+    counts = Counter()
+
+    def count(module, name):
+        function = getattr(module, name)
+
+        def counted(*args, **options):
+            counts[name] += 1
+            return function(*args, **options)
+
+        monkeypatch.setattr(module, name, counted)
+
+    count(planner_module, "place")
+    count(search_module, "simulate_steps")
+    count(simulate_module, "make_plan")
+    records = blocks(80)
+    host_bytes = sum(record.num_bytes for record in records.values()) // 3
+    planner(records, limited(host_bytes)).plan(cost_model(records))
+    assert 10 < counts["simulate_steps"] <= 60
+    assert counts["make_plan"] <= 2 * counts["simulate_steps"]
+    assert counts["place"] <= 600

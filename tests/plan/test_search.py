@@ -15,7 +15,7 @@ from outsize.plan import Context, Direction, Occupancy, Visit, check, make_plan,
 from outsize.plan.place import GROUPS, lay_out
 from outsize.plan.profile import Resource
 from outsize.plan.search import NUM_GRIDS, PARTS, SLOTS, CostModel, Search, Way, prefer, waits
-from outsize.plan.simulate import simulate
+from outsize.plan.simulate import simulate, simulate_steps
 from tests.plan.test_plan import call, make_records
 from tests.plan.test_simulate import DEVICE, GIB, HOST, blocks, costs
 
@@ -202,9 +202,9 @@ def test_a_deep_model_is_planned_with_a_bounded_number_of_simulations(forward_s,
     def counted(*args):
         nonlocal count
         count += 1
-        return simulate(*args)
+        return simulate_steps(*args)
 
-    monkeypatch.setattr(search, "simulate", counted)
+    monkeypatch.setattr(search, "simulate_steps", counted)
     records = blocks(80 if IS_SOAK else 30, 1_000_000)
     own = costs(list(records), forward_s, 3 * forward_s)
     rooms = ways(*(room * least(records) for room in (3, 8, 10, 12, 15)))

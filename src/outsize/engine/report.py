@@ -13,7 +13,6 @@ from outsize.engine.layer import Layer
 from outsize.engine.runtime import Runtime, runtime_of
 from outsize.model import attention_of
 from outsize.plan.ledger import Ledger, Row
-from outsize.plan.place import GROUPS, group_bytes
 from outsize.store import memory
 
 
@@ -93,7 +92,7 @@ def report(model: nn.Module) -> Report:
     return Report(
         ledger=budget.ledger,
         num_parameters=num_parameters,
-        state_bytes=sum(group_bytes(state.record, group) for state in executor.store for group in GROUPS),
+        state_bytes=sum(sum(state.record.group_bytes.values()) for state in executor.store),
         host_budget_bytes=budget.limits.host_bytes,
         host_peak_bytes=memory.peak_bytes(),
         bytes_read=sum(each.bytes_read for each in stats) + (source.bytes_read if source is not None else 0),

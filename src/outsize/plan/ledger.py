@@ -15,7 +15,7 @@ from typing import final
 
 from outsize.block import Group, Plane, Record
 from outsize.config import Home, format_bytes
-from outsize.plan.place import Placement, group_bytes
+from outsize.plan.place import Placement
 
 
 class Purpose(StrEnum):
@@ -141,7 +141,7 @@ def placed(records: Sequence[Record], placement: Placement, computes_in: Home) -
     for (name, group), home in placement.homes.items():
         where = computes_in if home is Home.DEVICE else home
         purpose = Purpose.FILES if home is Home.FILE else PURPOSE_OF[group]
-        lines[where, purpose] += group_bytes(by_name[name], group)
+        lines[where, purpose] += by_name[name].group_bytes[group]
     for name, index in placement.pieces:
         record = by_name[name]
         size = record.entries[index].piece.num_elements * record.element_bytes[Plane.WEIGHT]

@@ -8,12 +8,13 @@ of one block overlap as they do chunk by chunk.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from outsize.block import Group, Plane, Record
 from outsize.config import Home
+from outsize.plan.context import Direction, Visit
 from outsize.plan.op import (
     Backward,
     Claim,
@@ -54,6 +55,19 @@ class Costs:
     kept_backward_s: Mapping[str, float] = field(default_factory=dict)
     input_bytes: Mapping[str, int] = field(default_factory=dict)
     spread: float = 0.0
+
+    def backward_of(self, block: str, kept: Collection[str]) -> float:
+        """Seconds of a backward of `block`, where blocks in `kept` keep their activations."""
+        return (self.kept_backward_s if block in kept else self.backward_s).get(block, 0.0)
+
+    def computing_s(self, visits: Iterable[Visit], kept: Collection[str]) -> float:
+        """Seconds that a step with these visits computes at least."""
+        forward = Direction.FORWARD
+        return self.between_s + sum(
+            self.forward_s.get(v.block, 0.0) if v.direction is forward else self.backward_of(v.block, kept)
+            for v in visits
+            if v.direction is not Direction.TOUCH
+        )
 
     def scaled(self, factor: float) -> Costs:
         """The same on a machine that takes `factor` times as long."""
@@ -162,9 +176,7 @@ class Lowering:
             case Forward(block):
                 self._compute(self._costs.forward_s.get(block, 0.0), str(op))
             case Backward(block):
-                is_kept = block in self._placement.kept
-                seconds = self._costs.kept_backward_s if is_kept else self._costs.backward_s
-                self._compute(seconds.get(block, 0.0), str(op))
+                self._compute(self._costs.backward_of(block, self._placement.kept), str(op))
             case Write(block, Plane.GRADIENT):
                 self._send_gradient(block)
             case Free(block, Plane.WEIGHT):

@@ -6,7 +6,6 @@ else, so that the memory a plan needs can be read off its text.
 
 from __future__ import annotations
 
-from abc import ABC
 from dataclasses import dataclass, field, fields
 from typing import ClassVar
 
@@ -16,7 +15,7 @@ from outsize.plan.profile import Resource
 
 
 @dataclass(frozen=True, slots=True)
-class Op(ABC):
+class Op:
     """One operation on one block. After `block` an operation may have `plane` and `num_bytes`, which end its text.
 
     Class attributes say what an operation means to code that does not know its kind:

@@ -170,13 +170,6 @@ def units(host: Home) -> tuple[tuple[Group, ...], ...]:
     return (GROUPS,) if legs(host, Home.DEVICE, host) else tuple((group,) for group in GROUPS)
 
 
-def group_bytes(record: Record, group: Group) -> int:
-    """Memory of one group of planes of `record`; 0 where it has none."""
-    if group is Group.STATE:
-        return sum(record.plane_bytes(plane) for plane in record.state)
-    return record.plane_bytes(Plane(group)) if record.plane_elements(Plane(group)) else 0
-
-
 def is_stored(records: Sequence[Record]) -> bool:
     """Whether anything is ever written: where nothing trains, weights are read from where they came from, each time."""
     return any(record.num_trainable for record in records)
@@ -218,12 +211,13 @@ def place(
     if pins.resident is not None:
         limit = 0  # nothing beside the blocks that are pinned
     placer = _Placer(records, room, host, commits)
-    whole = placer.with_all(Home.DEVICE)
-    fits = placer.left(whole, Home.DEVICE) >= 0
-    if home is Home.DEVICE and not fits:
-        raise placer.too_little(whole, Home.DEVICE, "all planes take", _WHOLE_HINTS[host])
-    if home is Home.DEVICE or (fits and (limit is None or whole.resident_bytes <= limit)):
-        return whole
+    if home is Home.DEVICE or limit != 0:
+        whole = placer.with_all(Home.DEVICE)
+        fits = placer.left(whole, Home.DEVICE) >= 0
+        if home is Home.DEVICE and not fits:
+            raise placer.too_little(whole, Home.DEVICE, "all planes take", _WHOLE_HINTS[host])
+        if home is Home.DEVICE or (fits and (limit is None or whole.resident_bytes <= limit)):
+            return whole
     placer.pin(always_resident, kept, pins.resident or (0, 0, 0))
     left = placer.take_slots(pins)
     left = placer.fill(Home.DEVICE, left if limit is None else min(left, limit), idle)
@@ -243,7 +237,7 @@ class _Placer:
     """Gives homes to groups of planes. At first all live where they move from: on disk, or in the model's files."""
 
     def __init__(self, records: Sequence[Record], room: Room, host: Home, commits: bool) -> None:
-        self._num_bytes = {(r.name, group): group_bytes(r, group) for r in records for group in GROUPS}
+        self._num_bytes = {(r.name, group): r.group_bytes[group] for r in records for group in GROUPS}
         stored = {r.name for r in records if r.num_stored} if is_stored(records) else set()
         self._homes = {key: Home.DISK if key[0] in stored else Home.FILE for key in self._num_bytes}
         self._slots = (1, 1)
@@ -290,6 +284,8 @@ class _Placer:
 
         A device with memory of its own takes whole blocks, all other memory single groups, and none of blocks in `idle`.
         """
+        if num_bytes <= 0:
+            return num_bytes
         units: list[tuple[Key, ...]]
         if home is Home.DEVICE and self._host is Home.HOST:
             units = [tuple((r.name, group) for group in GROUPS) for r in _spread_evenly(self._records)]
@@ -344,38 +340,41 @@ def lay_out(
     A path of two legs needs bounce buffers, and staging buffers for weights that come from a checkpoint. An update needs
     chunk buffers for what comes from the disk; where weights pass the drive alone, it changes them in their slot.
     """
-    num_bytes = {(r.name, group): group_bytes(r, group) for r in records for group in GROUPS}
-    paths = {key: legs(home, Home.DEVICE, host) if num_bytes[key] else () for key, home in homes.items()}
-    is_far = len(legs(Home.DISK, Home.DEVICE, host)) > 1
-    moving = [
-        (r, [DRIVE in paths[r.name, group] and (is_far or group is not Group.WEIGHT) for group in GROUPS])
-        for r in records
-    ]
-    chunk_bytes = max(
-        (sum(compress(r.chunk_bytes, moves)) for r, moves in moving if r.num_trainable and r.state), default=0
-    )
-    staged = max(
-        (slot_bytes(r, Group.WEIGHT, Home.DISK) for r in records if len(paths[r.name, Group.WEIGHT]) > 1),
-        default=0,
-    )
-    is_bounced = any(len(path) > 1 for (_, group), path in paths.items() if group is not Group.STATE) or (
-        commits and is_far and Home.DEVICE in homes.values()
-    )
-    stored = {name for (name, group), home in homes.items() if home is Home.DISK and num_bytes[name, group]}
-    classes = {
-        group: _classes({r.name: slot_bytes(r, group, homes[r.name, group]) for r in records}, count)
-        for group, count in zip((Group.WEIGHT, Group.GRADIENT), slots, strict=True)
-    }
+    paths = {home: legs(home, Home.DEVICE, host) for home in Home}
+    is_far = len(paths[Home.DISK]) > 1
+    is_bounced = commits and is_far and Home.DEVICE in homes.values()
+    in_memory = dict.fromkeys(Home, 0)
+    chunk_bytes = staged_bytes = disk_bytes = 0
+    sizes: dict[Group, dict[str, int]] = {Group.WEIGHT: {}, Group.GRADIENT: {}}
+    for record in records:
+        num_bytes, own = record.group_bytes, [homes[record.name, group] for group in GROUPS]
+        for group, home in zip(GROUPS, own, strict=True):
+            in_memory[home] += num_bytes[group]
+        for group, home in zip(sizes, own, strict=False):
+            is_bounced |= num_bytes[group] > 0 and len(paths[home]) > 1
+            sizes[group][record.name] = slot_bytes(record, group, home)
+        if num_bytes[Group.WEIGHT] and len(paths[own[0]]) > 1:
+            staged_bytes = max(staged_bytes, sizes[Group.WEIGHT][record.name])
+        if any(home is Home.DISK and num_bytes[group] for group, home in zip(GROUPS, own, strict=True)):
+            disk_bytes += record.num_bytes
+        if record.num_trainable and record.state:
+            streams = [DRIVE in paths[home] for home in own]
+            streams[0] &= is_far
+            chunk_bytes = max(chunk_bytes, sum(compress(record.chunk_bytes, streams)))
+    weight_slots, gradient_slots = slots
     return Placement(
         homes=dict(homes),
-        slots=classes,
+        slots={
+            Group.WEIGHT: _classes(sizes[Group.WEIGHT], weight_slots),
+            Group.GRADIENT: _classes(sizes[Group.GRADIENT], gradient_slots),
+        },
         host=host,
         chunks=_buffers(CHUNK_BUFFERS, chunk_bytes),
         bounce=_buffers(BOUNCE_BUFFERS, is_bounced * CHUNK * GRADIENT_SUM_BYTES),
-        staging=_buffers(STAGING_BUFFERS, staged),
-        resident_bytes=sum(num_bytes[key] for key, home in homes.items() if home is Home.DEVICE),
-        hosted_bytes=sum(num_bytes[key] for key, home in homes.items() if home is Home.HOST),
-        disk_bytes=sum(r.num_bytes for r in records if r.name in stored),
+        staging=_buffers(STAGING_BUFFERS, staged_bytes),
+        resident_bytes=in_memory[Home.DEVICE],
+        hosted_bytes=in_memory[Home.HOST],
+        disk_bytes=disk_bytes,
     )
 
 
@@ -432,7 +431,7 @@ def evicted(placement: Placement, record: Record) -> Placement:
     more, and so nothing has to stay for it.
     """
     keys = [key for key in placement.at(Home.DEVICE) if key[0] == record.name]
-    num_bytes = sum(group_bytes(record, group) for _, group in keys)
+    num_bytes = sum(record.group_bytes[group] for _, group in keys)
     slots = {
         group: _with_block(classes, record.name, slot_bytes(record, group, Home.HOST))
         for group, classes in placement.slots.items()

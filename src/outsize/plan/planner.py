@@ -6,6 +6,7 @@ plan can be made for any machine.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -17,8 +18,8 @@ from outsize.errors import BudgetError
 from outsize.plan import memory_estimate
 from outsize.plan.ledger import ACTIVATIONS, WAITING, Ledger, Purpose, placed
 from outsize.plan.limits import HINT_MARGIN_BYTES, Limits
-from outsize.plan.place import GROUPS, Placement, group_bytes, is_stored, place, units
-from outsize.plan.search import Choice, CostModel, Search, Way, prefer, waits
+from outsize.plan.place import GROUPS, Placement, is_stored, place, units
+from outsize.plan.search import Choice, CostModel, Search, Way, prefer, waits, worth_it_s
 from outsize.plan.workload import BatchShape, Workload
 
 TILE_TOKENS = {Home.HOST: 2048, Home.DEVICE: 8192}
@@ -186,8 +187,8 @@ class Planner:
 
     # -- what is fastest -----------------------------------------------------------------------------------------
 
-    def fastest(self, ways: Iterable[Way], cost_model: CostModel) -> list[Choice]:
-        """All placements for these ways that are worth simulating, the fastest first."""
+    def fastest(self, ways: Iterable[Way], cost_model: CostModel, below_s: float = math.inf) -> list[Choice]:
+        """All placements for these ways that are worth simulating, the fastest first, as `Search.choose`."""
         search = Search(
             self.workload.visits,
             {record.name: record for record in self.records},
@@ -196,7 +197,7 @@ class Planner:
             self._place,
             has_home=self.settings.home is not None,
         )
-        return [replace(choice, pins=self._exact_pins(choice)) for choice in search.choose(ways)]
+        return [replace(choice, pins=self._exact_pins(choice)) for choice in search.choose(ways, below_s)]
 
     def with_more(self, more_bytes: int, way: Way, cost_model: CostModel) -> list[Choice]:
         """The choices with `more_bytes` more of the host's memory, the fastest first."""
@@ -227,7 +228,7 @@ class Planner:
             ]
             if way.inputs is Home.DISK:
                 smaller += [other for other in others if other.inputs is not Home.DISK][:1]
-            best = prefer(best, self.fastest(smaller, cost_model))
+            best = prefer(best, self.fastest(smaller, cost_model, worth_it_s(best[0])))
         return best
 
     def _exact_pins(self, choice: Choice) -> Pins:
@@ -252,7 +253,7 @@ class Planner:
 
     def _chosen_bytes(self, placement: Placement) -> int:
         """The `resident_bytes` of a placement: planes that stay where blocks compute by choice, or all of them."""
-        sizes = {(r.name, group): group_bytes(r, group) for r in self.records for group in GROUPS}
+        sizes = {(r.name, group): r.group_bytes[group] for r in self.records for group in GROUPS}
         here = placement.at(Home.DEVICE)
         if placement.resident_bytes == sum(sizes.values()):
             return placement.resident_bytes

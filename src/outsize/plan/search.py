@@ -10,19 +10,20 @@ from __future__ import annotations
 import gc
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import final
 
 from outsize.block import Record
 from outsize.config import Home, Pins
 from outsize.errors import BudgetError
-from outsize.plan.context import Visit
+from outsize.plan.context import Context, Visit
 from outsize.plan.ledger import EMPTY, Ledger
 from outsize.plan.lower import Costs
 from outsize.plan.place import Placement, Room
+from outsize.plan.plan import Plan
 from outsize.plan.profile import Profile
-from outsize.plan.simulate import Simulation, least_s, simulate
+from outsize.plan.simulate import Simulation, least_s, plan_steps, simulate_steps
 
 SLOTS = ((3, 2), (2, 2), (2, 1), (1, 1), (4, 3), (6, 4))
 """Numbers of weight slots and gradient slots to try; the first is taken where nothing is known of the machine."""
@@ -106,13 +107,17 @@ class Search:
     pins: Pins
     place: Callable[[Way, Pins], Placement]
     has_home: bool = False
+    _placed: dict[tuple[int, Pins], Placement | None] = field(default_factory=dict)
+    """What was tried, by way and pins; None where it does not fit."""
 
-    def choose(self, ways: Iterable[Way]) -> list[Choice]:
+    def choose(self, ways: Iterable[Way], below_s: float = math.inf) -> list[Choice]:
         """What fits, the fastest first; of equals, what was tried first. Empty where nothing fits.
 
-        The numbers of slots are varied for all ways; for the fastest of them, what stays in memory too.
+        The numbers of slots are varied for all ways; for the fastest of them, what stays in memory too. Steps of `below_s`
+        or more are of no use: what cannot be shorter is left out where that is known beforehand.
         """
-        found = [self._simulated(way, self._slots()) for way in ways]
+        ways = list(ways)  # which live as long as their keys in `_placed`
+        found = [self._simulated(way, self._slots(), below_s) for way in ways]
         best = min(
             (choices for choices in found if choices), key=lambda choices: choices[0].step_s, default=None
         )
@@ -120,11 +125,16 @@ class Search:
             return []
         if not self.has_home:
             way, seen = best[0].way, {choice.placement for choice in best}
-            best += self._simulated(way, self._stays(way), seen, best[0].step_s)
+            best += self._simulated(way, self._stays(way), below_s, seen, min(below_s, best[0].step_s))
         return sorted((choice for choices in found for choice in choices), key=lambda choice: choice.step_s)
 
     def _simulated(
-        self, way: Way, variants: Iterable[Pins], seen: Set[Placement] = frozenset(), best_s: float = math.inf
+        self,
+        way: Way,
+        variants: Iterable[Pins],
+        below_s: float,
+        seen: Set[Placement] = frozenset(),
+        best_s: float = math.inf,
     ) -> list[Choice]:
         """The placements that are not in `seen` and may be as fast as `best_s`, or not much slower, the fastest first."""
         tried: dict[Placement, Pins] = {}
@@ -136,12 +146,16 @@ class Search:
             return []
         profile, costs = self.cost_model.profile, self.cost_model.costs(way.tile_rows)
         found: dict[Placement, Choice] = {}
+        if costs.computing_s(self.visits, next(iter(tried)).kept) >= below_s:
+            return []
         with _uncollected():
-            least = {each: least_s(self.visits, self.records, each, profile, costs) for each in tried}
+            steps = {each: self._steps(each, costs) for each in tried}
+            least = {each: least_s(steps[each][-1], self.records, each, profile, costs) for each in tried}
             for placement in sorted(tried, key=lambda each: least[each]):
-                if least[placement] > best_s * (FAR if len(found) < ENOUGH else 1 - CLOSE):
+                if least[placement] > min(below_s, best_s * (FAR if len(found) < ENOUGH else 1 - CLOSE)):
                     break
-                simulation = simulate(self.visits, self.records, placement, profile, costs).figures()
+                plans = steps.pop(placement)
+                simulation = simulate_steps(plans, self.records, placement, profile, costs).figures()
                 found[placement] = Choice(way, tried[placement], placement, costs, simulation)
                 best_s = min(best_s, simulation.step_s)
         in_order = (found[placement] for placement in tried if placement in found)
@@ -190,11 +204,16 @@ class Search:
                     most = middle - 1
         return replace(pins, resident=counts)
 
+    def _steps(self, placement: Placement, costs: Costs) -> list[Plan]:
+        return plan_steps(Context(self.visits, self.records, placement, input_bytes=costs.input_bytes))
+
     def _try(self, way: Way, pins: Pins) -> Placement | None:
-        try:
-            return self.place(way, pins)
-        except BudgetError:
-            return None
+        key = id(way), pins
+        if key not in self._placed:
+            self._placed[key] = None
+            with suppress(BudgetError):
+                self._placed[key] = self.place(way, pins)
+        return self._placed[key]
 
 
 @contextmanager
@@ -214,9 +233,14 @@ def waits(simulation: Simulation) -> bool:
     return sum(simulation.stall_s.values()) > WORTH_A_CHANGE * simulation.step_s
 
 
+def worth_it_s(choice: Choice) -> float:
+    """Seconds of a step below which another way is worth a change."""
+    return choice.step_s * (1 - WORTH_A_CHANGE)
+
+
 def prefer(own: list[Choice], others: list[Choice]) -> list[Choice]:
     """All, the fastest first, but the first of `own` before the others where these are hardly faster."""
-    is_worth_it = bool(others) and others[0].step_s < own[0].step_s * (1 - WORTH_A_CHANGE)
+    is_worth_it = bool(others) and others[0].step_s < worth_it_s(own[0])
     return sorted(
         [*own, *others], key=lambda choice: (not is_worth_it and choice is not own[0], choice.step_s)
     )

@@ -88,10 +88,21 @@ def simulate(
 
     With `commits` each of these steps is committed: what lives in memory is copied to the disk before its next update.
     """
+    context = Context(visits, records, placement, input_bytes=costs.input_bytes)
+    return simulate_steps(plan_steps(context, passes, commits=commits), records, placement, profile, costs)
+
+
+def simulate_steps(
+    plans: Sequence[Plan],
+    records: Mapping[str, Record],
+    placement: Placement,
+    profile: Profile,
+    costs: Costs,
+) -> Simulation:
+    """Simulate the plans of steps, the last of which is reported."""
     lowering = Lowering(records, placement, profile, costs)
     ends: list[int] = []
-    context = Context(visits, records, placement, input_bytes=costs.input_bytes)
-    for plan in _plans(context, passes, commits=commits):
+    for plan in plans:
         lowering.add(plan)
         ends.append(lowering.end_step())
     events = run(lowering.tasks, profile)
@@ -100,15 +111,10 @@ def simulate(
 
 
 def least_s(
-    visits: Sequence[Visit],
-    records: Mapping[str, Record],
-    placement: Placement,
-    profile: Profile,
-    costs: Costs,
+    plan: Plan, records: Mapping[str, Record], placement: Placement, profile: Profile, costs: Costs
 ) -> float:
-    """Seconds that a simulated step takes at least, those of the resource that has most to do: a fraction of the work."""
+    """Seconds that the step of `plan` takes at least, those of the resource that has most to do: a fraction of the work."""
     lowering = Lowering(records, placement, profile, costs)
-    *_, plan = _plans(Context(visits, records, placement, input_bytes=costs.input_bytes), PASSES)
     lowering.add(plan)
     lowering.end_step()
     busy_s = dict.fromkeys(Resource, 0.0)
@@ -117,18 +123,21 @@ def least_s(
     return max(busy_s.values())
 
 
-def _plans(context: Context, passes: Sequence[Pass], *, commits: bool = False) -> Iterator[Plan]:
+def plan_steps(context: Context, passes: Sequence[Pass] = PASSES, *, commits: bool = False) -> list[Plan]:
     """The plans of the steps that are simulated; each begins with what the one before left in slots."""
     pending: frozenset[str] = frozenset()
     if any(visit.trains for visit in context.visits):
         pending = frozenset(r.name for r in context.records.values() if r.num_trainable and r.state)
     committing = pending if commits else frozenset()
-    held: list[str] = []
+    made: dict[tuple[str, ...], Plan] = {}
+    plans: list[Plan] = []
     for _ in range(NUM_STEPS):
-        occupancy = Occupancy(held=tuple(held), pending=pending, committing=committing)
-        plan = make_plan(replace(context, occupancy=occupancy), passes)
-        held = held_after(plan)
-        yield plan
+        held = tuple(held_after(plans[-1])) if plans else ()
+        if held not in made:
+            occupancy = Occupancy(held=held, pending=pending, committing=committing)
+            made[held] = make_plan(replace(context, occupancy=occupancy), passes)
+        plans.append(made[held])
+    return plans
 
 
 def run(tasks: Sequence[Task], profile: Profile) -> list[Event]:
