@@ -9,6 +9,7 @@ import os
 import threading
 
 import pytest
+import torch
 
 from outsize.checkpoint.catalogue import contents, verify
 from outsize.checkpoint.store import remove_commit
@@ -90,6 +91,7 @@ def quiet(block, done, total):
 @pytest.fixture(scope="module", params=PLACES)
 def whole(request, tmp_path_factory):
     """A place; how many calls of each kind a run there makes; and its losses."""
+    torch.set_num_threads(1)  # as in the tests
     with pytest.MonkeyPatch.context() as patch:
         faults = {kind: Faults(patch, kind, 0) for kind in KINDS}
         run = Run(tmp_path_factory.mktemp("whole"), keep=2, **PLACES[request.param])

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 import xxhash
 
 import outsize
@@ -27,12 +28,19 @@ def quiet(block, done, total):
     pass
 
 
-@pytest.fixture
-def store(tmp_path):
-    run = Run(tmp_path, keep=2)
+@pytest.fixture(scope="module")
+def committed(tmp_path_factory):
+    """A store with the commits of steps 2 and 3; tests change copies of it."""
+    torch.set_num_threads(1)  # as the tests that resume from it
+    run = Run(tmp_path_factory.mktemp("committed"), keep=2)
     run.go(batches(3))
     run.end()
     return run.path
+
+
+@pytest.fixture
+def store(committed, tmp_path):
+    return shutil.copytree(committed, tmp_path / "run")
 
 
 def alter(path, change):

@@ -53,6 +53,7 @@ def interrupting_op(monkeypatch, model, text, **options):
 @pytest.fixture(scope="module")
 def expected(tmp_path_factory):
     """The losses and weights of a run that nothing interrupts: they have the same bits in memory."""
+    torch.set_num_threads(1)  # as in the tests
     model, optimizer = llama(tmp_path_factory.mktemp("expected"))
     losses = train(model, BATCHES, optimizer)
     values = values_of(model)
