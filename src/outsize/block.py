@@ -222,7 +222,7 @@ class Record:
         """Where elements `[start, stop)` of the weight or gradient plane lie on disk; `start` begins a chunk."""
         assert plane in (Plane.WEIGHT, Plane.GRADIENT) and start % CHUNK == 0, (plane, start)
         size = self.element_bytes[plane]
-        base = 0 if plane is Plane.WEIGHT else self._gradient_offset
+        base = 0 if plane is Plane.WEIGHT else self.kept_bytes
         return Extent(base + int((start - self.shard.start) * size), align((stop - start) * size))
 
     def state_extent(self, start: int, stop: int) -> Extent:
@@ -255,16 +255,17 @@ class Record:
             for start, stop in self.chunks():
                 yield self.state_extent(start, stop)
 
-    @property
+    @cached_property
     def kept_bytes(self) -> int:
         """Bytes of what a commit keeps: all but the gradient, which comes last."""
-        return self._gradient_offset
+        full, rest = divmod(self.plane_elements(Plane.GRADIENT), CHUNK)
+        return self._state_offset + full * self.state_bytes(CHUNK) + (self.state_bytes(rest) if rest else 0)
 
     @property
     def gradient_extent(self) -> Extent | None:
         """Where the gradient plane lies on disk; None where nothing trains."""
         size = self.plane_bytes(Plane.GRADIENT)
-        return Extent(self._gradient_offset, size) if size else None
+        return Extent(self.kept_bytes, size) if size else None
 
     @cached_property
     def group_bytes(self) -> Mapping[Group, int]:
@@ -278,7 +279,7 @@ class Record:
     @cached_property
     def num_bytes(self) -> int:
         """Bytes of the whole record on disk."""
-        return self._gradient_offset + self.plane_bytes(Plane.GRADIENT)
+        return self.kept_bytes + self.plane_bytes(Plane.GRADIENT)
 
     @cached_property
     def chunk_bytes(self) -> tuple[int, int, int]:
@@ -295,11 +296,6 @@ class Record:
     @cached_property
     def _state_offset(self) -> int:
         return align(len(self.stored_range(Plane.WEIGHT)) * self.element_bytes[Plane.WEIGHT])
-
-    @cached_property
-    def _gradient_offset(self) -> int:
-        full, rest = divmod(self.plane_elements(Plane.GRADIENT), CHUNK)
-        return self._state_offset + full * self.state_bytes(CHUNK) + (self.state_bytes(rest) if rest else 0)
 
 
 def _within(shard: range, total: int) -> range:

@@ -88,14 +88,10 @@ class Budget:
     @property
     def expected_bytes(self) -> int:
         """The expected peak of the process: the ledger, freed memory that is kept for reuse, and slack."""
-        freed = self._freed_bytes()
+        assert self._way is not None
+        freed = self._way.freed_bytes
         expected = self.ledger + Ledger.of(Home.HOST, freed=freed, slack=UNPLANNED_BYTES)
         return min(expected.total(Home.HOST), self.limits.host_bytes)
-
-    def _freed_bytes(self) -> int:
-        """Freed memory of a visit that is kept for the next one, if there is room for two."""
-        assert self._way is not None
-        return self._way.activations[Home.HOST, Purpose.VISIT] if self._way.is_roomy else 0
 
     @property
     def records(self) -> Sequence[Record]:
@@ -118,7 +114,7 @@ class Budget:
         self.use(self._planned)
         self._ceiling = memory.Ceiling(self.limits.host_bytes - self.limits.slack_bytes // 4)
         if self._way.is_roomy:
-            expected = self.ledger.total(Home.HOST) + max(self._freed_bytes(), LEAST_FREED_BYTES)
+            expected = self.ledger.total(Home.HOST) + max(self._way.freed_bytes, LEAST_FREED_BYTES)
             self._ceiling.expected_bytes = min(expected, self._ceiling.limit_bytes)
         return self._planned
 

@@ -73,6 +73,8 @@ class Executor:
         self.off_plan: Counter[str] = Counter()
         self.wait_s: defaultdict[str, float] = defaultdict(float)
         self.recorder: Recorder | None = None
+        self._slots = store.planes.slots
+        """The slots that blocks hold now, by plane, in the order in which they were taken."""
         self._index = 0
         self._expected: deque[Visit] = deque()
         self._left: Counter[str] = Counter()
@@ -261,7 +263,7 @@ class Executor:
             if self._is_disturbed or self.store.updates.is_lost:
                 stack.callback(self.store.recover)
                 return
-            for block in self._in_slots(Plane.WEIGHT):
+            for block in tuple(self._slots[Plane.WEIGHT]):
                 stack.callback(self.store.weights.free, self.store[block])
             stack.callback(self.store.flush)
             stack.callback(self._release_gradients)
@@ -298,12 +300,12 @@ class Executor:
         states = [self.store[name] for name in records]
         snapshots, placement = self.store.snapshots, self.store.placement
         occupancy = Occupancy(
-            held=self._in_slots(Plane.WEIGHT),
+            held=tuple(self._slots[Plane.WEIGHT]),
             pending=frozenset(state.name for state in states if state.update.pending is not None),
             accumulated=frozenset(state.name for state in states if state.gradient.exists),
             committing=snapshots.waiting & records.keys() if snapshots is not None else (),
             visiting=self._visiting,
-            summing=self._in_slots(Plane.GRADIENT),
+            summing=tuple(self._slots[Plane.GRADIENT]),
             inputs=inputs,
             num_leaving=num_leaving,
         )
@@ -323,11 +325,11 @@ class Executor:
         # If the call visits one of them later, its update and sum have changed by then: plan the rest again.
         self._is_stale |= any(self._left[block] > 0 for block in blocks)
         classes = {placement.slot_class(visit.block, Group.GRADIENT) for visit in visits if visit.trains}
-        for block in self._in_slots(Plane.GRADIENT):
+        for block in tuple(self._slots[Plane.GRADIENT]):
             if block not in self._visiting and placement.slot_class(block, Group.GRADIENT) in classes:
                 self._run(Free(block, Plane.GRADIENT))
                 self._is_stale = True
-        weights, gradients = self._in_slots(Plane.WEIGHT), self._in_slots(Plane.GRADIENT)
+        weights, gradients = tuple(self._slots[Plane.WEIGHT]), tuple(self._slots[Plane.GRADIENT])
         self._around.append(
             _Around(self.plan, self._index, self._expected, weights, gradients, self._visiting)
         )
@@ -350,10 +352,10 @@ class Executor:
         """Leave a detour, wherever it is: slots hold again what the plan around it expects."""
         around = self._around.pop()
         for plane, before in ((Plane.GRADIENT, around.gradients), (Plane.WEIGHT, around.weights)):
-            for block in self._in_slots(plane):
+            for block in tuple(self._slots[plane]):
                 if block not in before:
                     self._run(Free(block, plane))
-        held = self._in_slots(Plane.WEIGHT)
+        held = tuple(self._slots[Plane.WEIGHT])
         for block in around.weights:
             if block not in held:
                 self._run(Read(block, Plane.WEIGHT, self.store.records[block].plane_bytes(Plane.WEIGHT)))
@@ -385,10 +387,6 @@ class Executor:
 
     def _release_gradients(self) -> None:
         """Give back gradient slots of a plan that is not carried on."""
-        for block in self._in_slots(Plane.GRADIENT):
+        for block in tuple(self._slots[Plane.GRADIENT]):
             self.store.gradients.free(self.store[block])
         self._expected, self.plan, self._index = deque(self._expected), Plan(()), 0
-
-    def _in_slots(self, plane: Plane) -> tuple[str, ...]:
-        """The blocks that hold a slot for `plane`, in the order in which they took it."""
-        return tuple(self.store.planes.slots[plane])

@@ -210,13 +210,10 @@ class Parameters(Mapping[str, OffloadedParameter]):
         states = [(self._backing.store[at.block], at.index) for at in self._locations[name]]
         return [(state, index, state.gradient.entries[index]) for state, index in states]
 
-    def _has_gradient(self, name: str) -> bool:
-        return any(gradient.present for _, _, gradient in self.gradients(name))
-
     @outside_inference_mode()
     def gradient(self, name: str) -> Tensor | None:
         """Return a placeholder of a parameter's gradient; None if it has none."""
-        if not self._has_gradient(name):
+        if not any(each.present for _, _, each in self.gradients(name)):
             return None
         return GradientPlaceholder.of(
             self[name],
@@ -237,7 +234,7 @@ class Parameters(Mapping[str, OffloadedParameter]):
 
         Raises UsageError if it holds inf or nan, which no factor makes zero.
         """
-        if not self._has_gradient(name):
+        if not any(each.present for _, _, each in self.gradients(name)):
             return
         if not math.isfinite(self._gradient_norm(name)):
             raise UsageError(

@@ -18,7 +18,7 @@ from outsize.block import Record
 from outsize.config import Home, Pins
 from outsize.errors import BudgetError
 from outsize.plan.context import Context, Visit
-from outsize.plan.ledger import EMPTY, Ledger
+from outsize.plan.ledger import EMPTY, Ledger, Purpose
 from outsize.plan.lower import Costs
 from outsize.plan.place import Placement, Room
 from outsize.plan.plan import Plan
@@ -61,6 +61,11 @@ class Way:
     activations: Ledger = EMPTY
     rooms: Room = field(default_factory=dict)
     """Bytes for planes where blocks compute, and in a host that does not."""
+
+    @property
+    def freed_bytes(self) -> int:
+        """Freed memory of a visit that is kept for the next one, if there is room for two."""
+        return self.activations[Home.HOST, Purpose.VISIT] if self.is_roomy else 0
 
 
 @dataclass(frozen=True, slots=True)

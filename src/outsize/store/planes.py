@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from itertools import chain
 
 import torch
 
@@ -279,11 +280,8 @@ class Planes:
         for slots in self.slots.values():
             slots.clear()
         computed = self.device.mark()  # what was computed with a slot may be under way still
-        for pool in self._all_pools():
+        for pool in chain.from_iterable(self._pools.values()):
             pool.reset((computed,))
-
-    def _all_pools(self) -> list[SlotPool]:
-        return [pool for pools in self._pools.values() for pool in pools]
 
     # -- changes of the placement --------------------------------------------------------------------------------
 
@@ -366,7 +364,7 @@ class Planes:
                 stack.callback(region.free)
             stack.callback(self.pieces.clear)
             stack.callback(self.free_pages)
-            for pool in self._all_pools():
+            for pool in chain.from_iterable(self._pools.values()):
                 stack.callback(pool.free)
             for block in self:
                 for home in block.regions.values():
