@@ -51,6 +51,7 @@ from outsize.plan import (
 )
 from outsize.plan.ledger import ACTIVATIONS, WAITING, Ledger
 from outsize.plan.place import GROUPS, Room
+from outsize.plan.workload import Call
 from outsize.serve.speculate import Guesser
 from outsize.store import memory, offload, scratch
 from outsize.store.gradients import Gradients
@@ -380,7 +381,7 @@ def is_in_dry_run(model: nn.Module) -> bool:
 def foresee_costs(model: nn.Module, workload: Any, arguments: dict[str, Any], tile_rows: int) -> Any:
     """What computing is measured to cost in tiles of `tile_rows` rows."""
     shape = batch_shape(model, (), arguments)
-    return runtime_of(model).setup.cost_model(cast(Any, None), workload, shape, ()).costs(tile_rows)
+    return runtime_of(model).setup.cost_model(cast(Any, None), Call(workload, shape), ()).costs(tile_rows)
 
 
 def loss_tile(model: nn.Module) -> int | None:
@@ -583,7 +584,7 @@ def set_loss_tiles(monkeypatch: Any, num_elements: int) -> None:
 
 def use_tiles_as_placed(monkeypatch: Any) -> None:
     """Let calls use the tiles that memory was placed for, whatever is left for them."""
-    monkeypatch.setattr(budget.Budget, "begin_call", lambda own, workload, shape: own._way.tile_rows)
+    monkeypatch.setattr(budget.Budget, "begin_call", lambda own, call: own._way.tile_rows)
 
 
 def tile_rows_placed(model: nn.Module) -> int:

@@ -23,6 +23,7 @@ from outsize.hardware import machine
 from outsize.plan import Backward, Forward
 from outsize.plan.limits import SLACK_BYTES
 from outsize.plan.planner import Planner
+from outsize.plan.workload import Call
 from outsize.store import memory
 from tests.plan.test_simulate import HOST
 from tests.running import assert_same_losses, assert_same_weights, opened, train
@@ -123,7 +124,7 @@ def test_tiles_become_smaller_before_a_batch_is_refused(tmp_path):
     for left in (1 << 40, *range(1 << 20, 0, -(1 << 12))):
         set_room(model, budget.placement.bytes_in(Home.DEVICE) + left)
         try:
-            sizes.append(budget.begin_call(call.workload, call.shape))
+            sizes.append(budget.begin_call(Call(call.workload, call.shape)))
         except BudgetError as error:
             assert "fewer rows" in error.hint
             break
@@ -135,10 +136,10 @@ def test_a_pinned_tile_is_never_made_smaller(tmp_path):
     _, model = llama(tmp_path, pins=Pins(tile_rows=2))
     train(model, batches(1, rows=8))
     budget, call = budget_of(model), current_call(model)
-    assert budget.begin_call(call.workload, call.shape) == 2
+    assert budget.begin_call(Call(call.workload, call.shape)) == 2
     set_room(model, budget.placement.bytes_in(Home.DEVICE) + 1)
     with pytest.raises(BudgetError, match="of activations"):
-        budget.begin_call(call.workload, call.shape)
+        budget.begin_call(Call(call.workload, call.shape))
 
 
 @pytest.mark.skipif(

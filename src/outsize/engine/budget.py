@@ -27,7 +27,7 @@ from outsize.plan.limits import LEAST_FREED_BYTES, UNPLANNED_BYTES, Limits
 from outsize.plan.place import with_pieces
 from outsize.plan.planner import Planner, tile_rows_to_try
 from outsize.plan.search import Choice, CostModel, Way
-from outsize.plan.workload import BatchShape, Workload
+from outsize.plan.workload import Call
 from outsize.store import finalizers, memory
 from outsize.store.commit_store import Layout
 from outsize.store.scratch import disk_bytes
@@ -101,15 +101,14 @@ class Budget:
     def place(
         self,
         records: Sequence[Record],
-        workload: Workload,
-        shape: BatchShape,
+        call: Call,
         cost_model: CostModel | None = None,
     ) -> Placement:
         """Place `records` for calls of this shape: the fastest plan by the cost model, else the one with the largest tiles.
 
         Raises BudgetError if none fits, naming budgets that would.
         """
-        self._planner = self._planner_for(records, workload, shape)
+        self._planner = self._planner_for(records, call)
         self._way, self._planned, self.choices = self._planner.plan(cost_model)
         self.use(self._planned)
         self._ceiling = memory.Ceiling(self.limits.host_bytes - self.limits.slack_bytes // 4)
@@ -130,21 +129,20 @@ class Budget:
             store_bytes -= placement.inputs_bytes
         self._placed += Ledger.of(Home.DISK, spare=store_bytes - self._placed.total(Home.DISK))
 
-    def fits(self, records: Sequence[Record], workload: Workload, shape: BatchShape) -> bool:
+    def fits(self, records: Sequence[Record], call: Call) -> bool:
         """Whether calls of this shape fit, with the margin that hints add; nothing is placed."""
-        return self._planner_for(records, workload, shape).fits()
+        return self._planner_for(records, call).fits()
 
     def choices_with(self, more_bytes: int, cost_model: CostModel) -> list[Choice]:
         """The choices with `more_bytes` more of the host's memory, the fastest first; nothing is placed."""
         assert self._planner is not None and self._way is not None
         return self._planner.with_more(more_bytes, self._way, cost_model)
 
-    def _planner_for(self, records: Sequence[Record], workload: Workload, shape: BatchShape) -> Planner:
+    def _planner_for(self, records: Sequence[Record], call: Call) -> Planner:
         self.limits = self._measured(self._reading_bytes(records))
         return Planner(
             records,
-            workload,
-            shape,
+            *call,
             self.limits,
             self.settings,
             partial(_disk_bytes, self.settings),
@@ -177,21 +175,21 @@ class Budget:
             device_free_bytes=free,
         )
 
-    def begin_call(self, workload: Workload, shape: BatchShape) -> int:
+    def begin_call(self, call: Call) -> int:
         """Return the rows of the largest tile whose activations fit beside the arenas.
 
         Raises BudgetError if not even the smallest tile fits.
         """
         assert self.placement is not None
         computes_in, pins = self.limits.computes_in, self.settings.pins
-        room = self._room_bytes - workload.pages_bytes
+        room = self._room_bytes - call.workload.pages_bytes
         inputs, kept = self.placement.inputs or computes_in, self.placement.kept
-        for tile_rows in tile_rows_to_try(shape, pins, computes_in, self._most_tile_tokens):
-            needed = memory_estimate.estimate(workload, shape, tile_rows, computes_in, inputs, kept)
+        for tile_rows in tile_rows_to_try(call.shape, pins, computes_in, self._most_tile_tokens):
+            needed = memory_estimate.estimate(*call, tile_rows, computes_in, inputs, kept)
             moved, num_bytes = needed[inputs, Purpose.INPUTS], needed.total(computes_in, *ACTIVATIONS)
             if moved > self.placement.inputs_bytes:
                 raise BudgetError(
-                    f"the inputs of blocks take {format_bytes(moved)} for a batch of {shape.rows or 1} rows, "
+                    f"the inputs of blocks take {format_bytes(moved)} for a batch of {call.shape.rows or 1} rows, "
                     f"{format_bytes(self.placement.inputs_bytes)} of the {inputs} were set aside for them",
                     hint="make the first call with the largest batch",
                 )
@@ -199,21 +197,21 @@ class Budget:
                 self.visit_bytes, self.call_bytes = needed[Home.HOST, Purpose.VISIT], num_bytes
                 return tile_rows
         raise BudgetError(
-            f"a batch of {shape.rows or 1} rows takes {format_bytes(num_bytes)} of activations, "
+            f"a batch of {call.shape.rows or 1} rows takes {format_bytes(num_bytes)} of activations, "
             f"{format_bytes(room)} are left beside the arenas",
             hint="use fewer rows or shorter sequences, give more memory with "
             f"{computes_in}=, or make the first call with the largest batch",
         )
 
-    def admit(self, workload: Workload, shape: BatchShape) -> None:
+    def admit(self, call: Call) -> None:
         """Count a call that reads KV pages, for which nothing was placed. Raises BudgetError if it does not fit."""
         assert self._way is not None
         computes_in, room = self.limits.computes_in, self._room_bytes
-        needed = memory_estimate.estimate(workload, shape, 1, computes_in, computes_in)
+        needed = memory_estimate.estimate(*call, 1, computes_in, computes_in)
         self.call_bytes = needed.total(computes_in, *ACTIVATIONS)
-        if self.call_bytes + workload.pages_bytes > room:
+        if self.call_bytes + call.workload.pages_bytes > room:
             raise BudgetError(
-                f"the KV cache takes {format_bytes(workload.pages_bytes)} beside {format_bytes(self.call_bytes)} of "
+                f"the KV cache takes {format_bytes(call.workload.pages_bytes)} beside {format_bytes(self.call_bytes)} of "
                 f"activations, {format_bytes(max(0, room))} are left beside the model, which was called before",
                 hint="open the engine before the first call of the model, or give less with kv=",
             )

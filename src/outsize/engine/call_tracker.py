@@ -22,7 +22,7 @@ from outsize.errors import BudgetError, UsageError
 from outsize.model import attention_of
 from outsize.plan import Direction, Visit, memory_estimate
 from outsize.plan.ledger import ACTIVATIONS
-from outsize.plan.workload import BatchShape, Workload
+from outsize.plan.workload import BatchShape, Call, Workload
 from outsize.store import memory
 from outsize.tier import DeviceRegion, Region
 
@@ -91,30 +91,30 @@ class CallTracker:
             self._use_what_is_left(self._budget.ledger.total(self._budget.limits.computes_in, *ACTIVATIONS))
             self._backing.running.begin(self._forward_order)
             return self._model.arguments.moved(args, kwargs)
-        workload = self._workload(args, kwargs, shape)
-        self._check_pinned_tiles(workload, shape)
+        planned = Call(self._workload(args, kwargs, shape), shape)
+        self._check_pinned_tiles(planned)
         if self._backing.executor is None:
-            self._setup.settle(self._with_training(workload, args, kwargs, shape), shape)
-        if not workload.pages_bytes:
+            self._setup.settle(self._with_training(planned, args, kwargs))
+        if not planned.workload.pages_bytes:
             self._backing.store.planes.free_pages()  # the call was planned with their memory
-        self._begin(workload, shape, is_row_by_row)
+        self._begin(planned, is_row_by_row)
         return self._model.arguments.moved(args, kwargs)
 
     def _settle_with_cache(self, args: Args, kwargs: Kwargs, shape: BatchShape) -> None:
         """Place and allocate for a first call that fills a cache, whose layers compute all rows at once."""
         args, kwargs = self._signature.without_new_cache(args, kwargs)
         workload = replace(self._workload(args, kwargs, shape), dims={})
-        needed = self._with_training(workload, args, kwargs, shape)
-        self._setup.settle(needed, shape)
-        self._budget.begin_call(needed, shape)
+        needed = self._with_training(Call(workload, shape), args, kwargs)
+        self._setup.settle(needed)
+        self._budget.begin_call(needed)
 
-    def _with_training(self, workload: Workload, args: Args, kwargs: Kwargs, shape: BatchShape) -> Workload:
+    def _with_training(self, call: Call, args: Args, kwargs: Kwargs) -> Call:
         """What memory is placed for: this call or, if a model that has an optimizer is evaluated first, its training."""
         if self._setup.rule is None or torch.is_grad_enabled() or has_cache(args, kwargs):
-            return workload
+            return call
         args, kwargs = self._signature.without_cache(args, kwargs)
         with torch.enable_grad():
-            return self._dry_run(args, kwargs, shape)
+            return Call(self._dry_run(args, kwargs, call.shape), call.shape)
 
     def _workload(self, args: Args, kwargs: Kwargs, shape: BatchShape) -> Workload:
         """The workload of calls like this one; a dry run finds it if there is none, or none of rows as long."""
@@ -142,29 +142,29 @@ class CallTracker:
                 + (", or a batch of one row" if rows > 1 else ""),
             ) from error.with_traceback(None)  # whose frames hold what did not fit
 
-    def _check_pinned_tiles(self, workload: Workload, shape: BatchShape) -> None:
+    def _check_pinned_tiles(self, call: Call) -> None:
         """Raise UsageError if smaller tiles are pinned than the batch, of which no part can be computed."""
         pinned = self._budget.settings.pins.tile_rows
-        if workload.uncut and pinned is not None and pinned < (shape.rows or 1):
+        if call.workload.uncut and pinned is not None and pinned < (call.shape.rows or 1):
             raise UsageError(
-                f"tile_rows={pinned} is pinned, and {workload.uncut}",
+                f"tile_rows={pinned} is pinned, and {call.workload.uncut}",
                 hint="leave tile_rows out, or call the model with arguments whose first dimension is the batch",
             )
 
-    def _begin(self, workload: Workload, shape: BatchShape, is_row_by_row: bool) -> None:
+    def _begin(self, call: Call, is_row_by_row: bool) -> None:
         """The call runs from here on."""
-        tile_rows = self._budget.begin_call(workload, shape)
+        tile_rows = self._budget.begin_call(call)
         self._call.running = ModelCall(
-            workload, shape, 1 if is_row_by_row else tile_rows, self._budget.visit_bytes, is_row_by_row
+            *call, 1 if is_row_by_row else tile_rows, self._budget.visit_bytes, is_row_by_row
         )
         if torch.is_grad_enabled():
             self._call.last_training = self._call.running
         self._use_what_is_left(self._budget.call_bytes)
-        self._start(workload, shape)
+        self._start(call)
 
-    def _start(self, workload: Workload, shape: BatchShape) -> None:
+    def _start(self, call: Call) -> None:
         """Announce the visits of a call, and what their backwards need."""
-        self._backing.running.begin(workload.visits, memory_estimate.input_bytes(workload, shape))
+        self._backing.running.begin(call.workload.visits, memory_estimate.input_bytes(*call))
 
     def _use_what_is_left(self, needed_bytes: int) -> None:
         """If a call takes less than was planned for, or more than the last one, more or fewer weights stay in memory."""
@@ -185,16 +185,16 @@ class CallTracker:
 
     # -- calls that are not made ---------------------------------------------------------------------------------
 
-    def dry_run(self, kwargs: Kwargs, *, with_labels: bool = False) -> tuple[Workload, BatchShape]:
+    def dry_run(self, kwargs: Kwargs, *, with_labels: bool = False) -> Call:
         """The workload of a call with `kwargs`, which is not made; nothing is placed."""
         memory.drop_file_pages()
         shape = batch_shape(self._model.module, (), kwargs)
         if not with_labels:
-            return self._dry_run((), kwargs, shape), shape
+            return Call(self._dry_run((), kwargs, shape), shape)
         self._call.has_labels = True
         try:
             _, kwargs = self._signature.without_cache((), kwargs)
-            return self._dry_run((), kwargs, shape), shape
+            return Call(self._dry_run((), kwargs, shape), shape)
         finally:
             self._call.has_labels = False
             self._call.seal_handles()
@@ -209,7 +209,7 @@ class CallTracker:
         try:
             if is_placed:
                 shape = batch_shape(self._model.module, (), kwargs)
-                self._budget.admit(self._workload((), kwargs, shape), shape)
+                self._budget.admit(Call(self._workload((), kwargs, shape), shape))
             else:
                 self.before((), kwargs)
         except BudgetError:
@@ -239,7 +239,7 @@ class CallTracker:
     def read_ahead(self) -> None:
         """Start reading what a call like the last one needs first, beside what its caller does meanwhile."""
         if self._backing.executor is not None and self._call.running is not None:
-            self._start(self._call.running.workload, self._call.running.shape)
+            self._start(Call(self._call.running.workload, self._call.running.shape))
 
     def walk(self, kwargs: Kwargs) -> None:
         """Run the model's own forward, every layer once, on weights of zero. Nothing is read or placed."""

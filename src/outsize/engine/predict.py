@@ -15,7 +15,7 @@ from outsize.plan.profile import WORDS, Profile, Resource
 from outsize.plan.search import Choice
 from outsize.plan.simulate import Simulation, simulate
 from outsize.plan.timeline import Timeline
-from outsize.plan.workload import BatchShape, Workload
+from outsize.plan.workload import Call
 from outsize.store import memory
 
 MODEL_SPREAD = 0.1
@@ -155,14 +155,16 @@ def predict(model: nn.Module, profile: Profile, *, commit_every: int = 0) -> Pre
     memory.give_back()  # what is timed takes a visit's memory, and leaves none behind
     try:
         with torch.enable_grad():
-            return predict_call(runtime, (call.workload, call.shape), call.tile_rows, commit_every, profile)
+            return predict_call(
+                runtime, Call(call.workload, call.shape), call.tile_rows, commit_every, profile
+            )
     finally:
         memory.give_back()
 
 
 def predict_call(
     runtime: Runtime,
-    call: tuple[Workload, BatchShape],
+    call: Call,
     tile_rows: int,
     commit_every: int = 0,
     profile: Profile | None = None,
@@ -175,7 +177,7 @@ def predict_call(
     (workload, shape), budget, setup = call, runtime.budget, runtime.setup
     profile, placement = profile or setup.profile, budget.placement
     assert profile is not None and placement is not None
-    cost_model = setup.cost_model(profile, workload, shape, budget.records)
+    cost_model = setup.cost_model(profile, call, budget.records)
     if not torch.is_grad_enabled():
         cost_model = cost_model.uncut(shape.rows or 1)
     costs = cost_model.costs(tile_rows)

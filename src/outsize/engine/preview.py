@@ -42,13 +42,10 @@ from outsize.optim import ADAMW
 from outsize.plan import Placement
 from outsize.plan.profile import Profile
 from outsize.plan.search import Choice
-from outsize.plan.workload import BatchShape, Workload
+from outsize.plan.workload import Call
 from outsize.store import memory
 from outsize.store.planes import DTYPES
 from outsize.tier import PaperDevice
-
-Call = tuple[Workload, BatchShape]
-"""A call as its dry run found it."""
 
 Calls = tuple[Call, Call | None]
 """The call that memory is placed for and, for generating, the one that should be fast."""
@@ -172,7 +169,7 @@ def _summary(runtime: Runtime, batch_size: int, seq_len: int, passes: Passes | N
         return summary
     prediction, ledger = None, budget.ledger
     if runtime.setup.profile is not None:
-        prediction = predict_call(runtime, decoding or largest, budget.begin_call(*largest))
+        prediction = predict_call(runtime, decoding or largest, budget.begin_call(largest))
     return replace(
         summary,
         rows=ledger.rows(),
@@ -194,7 +191,7 @@ def _decided(runtime: Runtime, calls: Iterator[Calls]) -> Calls:
     error: BudgetError | None = None
     for largest, decoding in calls:
         try:
-            runtime.setup.decide(*largest, decoding)
+            runtime.setup.decide(largest, decoding)
         except BudgetError as failure:
             error = failure.with_traceback(None)
         else:
@@ -227,7 +224,7 @@ def _shorter(runtime: Runtime, calls_of: Callable[[int], Iterator[Calls]], seq_l
     """The longest of a few shorter sequence lengths that fits, as part of a hint."""
     for length in (seq_len * 3 // 4, seq_len // 2, seq_len // 4, seq_len // 8):
         calls = calls_of(length) if length >= LEAST_LENGTH else ()
-        if any(runtime.setup.fits(*largest) for largest, _ in calls):
+        if any(runtime.setup.fits(largest) for largest, _ in calls):
             return f"; or sequences of {length}"
     return ""
 

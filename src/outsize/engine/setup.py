@@ -26,7 +26,7 @@ from outsize.plan.lower import Costs
 from outsize.plan.path import legs
 from outsize.plan.profile import Profile
 from outsize.plan.search import CostModel
-from outsize.plan.workload import BatchShape, Workload
+from outsize.plan.workload import Call, Workload
 from outsize.store import memory
 from outsize.store.blocks import BlockStore
 from outsize.store.commit_store import CommitStore, Layout
@@ -66,7 +66,7 @@ class Setup:
         self._budget = budget
         self._points = points
         self._device_kernel: Kernels | None = None
-        self._costs: dict[tuple[Workload, BatchShape, int], Costs] = {}
+        self._costs: dict[tuple[Call, int], Costs] = {}
 
     # -- what is decided before the first call -------------------------------------------------------------------
 
@@ -100,37 +100,31 @@ class Setup:
 
     # -- deciding ------------------------------------------------------------------------------------------------
 
-    def decide(
-        self, workload: Workload, shape: BatchShape, cached: tuple[Workload, BatchShape] | None = None
-    ) -> tuple[list[Record], Placement]:
+    def decide(self, call: Call, cached: Call | None = None) -> tuple[list[Record], Placement]:
         """Lay records out and place them for calls of this shape.
 
         The plan is the fastest for these calls or, if given, for those of `cached`, which continue a cache. Raises
         BudgetError if they do not fit.
         """
-        records = self._lay_out(workload)
+        records = self._lay_out(call.workload)
         cost_model = None
         if self.profile is not None:
-            cost_model = self.cost_model(self.profile, *(cached or (workload, shape)), records)
+            cost_model = self.cost_model(self.profile, cached or call, records)
         if cost_model is not None and cached is not None:
-            cost_model = cost_model.uncut(cached[1].rows or 1)
-        return records, self._budget.place(records, workload, shape, cost_model)
+            cost_model = cost_model.uncut(cached.shape.rows or 1)
+        return records, self._budget.place(records, call, cost_model)
 
-    def fits(self, workload: Workload, shape: BatchShape) -> bool:
+    def fits(self, call: Call) -> bool:
         """Whether calls of this shape fit, with a margin; nothing is decided."""
-        return self._budget.fits(self._lay_out(workload), workload, shape)
+        return self._budget.fits(self._lay_out(call.workload), call)
 
-    def cost_model(
-        self, profile: Profile, workload: Workload, shape: BatchShape, records: Sequence[Record]
-    ) -> CostModel:
+    def cost_model(self, profile: Profile, call: Call, records: Sequence[Record]) -> CostModel:
         """What plans for calls of this shape are compared with; blocks are timed once for each size of tile."""
 
         def costs(tile_rows: int) -> Costs:
-            key = workload, shape, tile_rows
+            key = call, tile_rows
             if key not in self._costs:
-                self._costs[key] = measure_costs(
-                    self._model, self._points, workload, shape, tile_rows, records, profile
-                )
+                self._costs[key] = measure_costs(self._model, self._points, call, tile_rows, records, profile)
             return self._costs[key]
 
         return CostModel(profile, costs)
@@ -170,14 +164,14 @@ class Setup:
 
     # -- settling ------------------------------------------------------------------------------------------------
 
-    def settle(self, workload: Workload, shape: BatchShape) -> None:
+    def settle(self, call: Call) -> None:
         """Decide, allocate, and open the disk. Raises BudgetError, having changed nothing, if it does not fit.
 
         Raises FileChangedError if a file of the model is not the one that was opened.
         """
         self._backing.own_source().check()
         self._compile(self.kernel)  # a compilation ends before the arenas are touched
-        records, placement = self.decide(workload, shape)
+        records, placement = self.decide(call)
         if placement.at(Home.DEVICE):
             self._compile(self._device_kernel)
         store, restored = self._open_store(records, placement)

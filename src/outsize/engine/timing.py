@@ -26,7 +26,7 @@ from outsize.engine.rng_autocast import RngState
 from outsize.plan import Direction, memory_estimate
 from outsize.plan.lower import Costs
 from outsize.plan.profile import Profile
-from outsize.plan.workload import BatchShape, Kind, Workload, tile_sizes
+from outsize.plan.workload import Call, Kind, tile_sizes
 from outsize.store import memory
 
 Meter = Callable[[Callable[[], object]], float]
@@ -63,17 +63,17 @@ Seconds: TypeAlias = tuple[float, float]
 def measure_costs(
     model: Model,
     points: Mapping[str, AnyPoint],
-    workload: Workload,
-    shape: BatchShape,
+    call: Call,
     tile_rows: int,
     records: Sequence[Record],
     profile: Profile,
 ) -> Costs:
-    """Seconds of each block's visits in a call of `shape`, its tiles of `tile_rows`. Takes a few visits of one block."""
+    """Seconds of each block's visits in `call`, its tiles of `tile_rows`. Takes a few visits of one block."""
     stopwatch = _Stopwatch(model.torch_device)
     seconds_of: Meter = stopwatch
     if model.torch_device.type == "meta":
         seconds_of = partial(estimated_s, profile, model.main_type)
+    workload, shape = call
     rows = shape.rows or workload.rows
     state = ModuleState(model.module)
     with RngState.current(model.device).restored(), without_user_hooks(model.module):
@@ -104,7 +104,7 @@ def measure_costs(
         {block: forward for block, (forward, _) in seconds.items()},
         {block: backward for block, (_, backward) in seconds.items()},
         kept_backward_s=kept_backward,  # without computing again
-        input_bytes=memory_estimate.input_bytes(workload, shape),
+        input_bytes=memory_estimate.input_bytes(*call),
         spread=stopwatch.spread,
     )
 

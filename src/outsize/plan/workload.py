@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from outsize.plan.context import Visit
 
@@ -135,3 +136,10 @@ class Workload:
         """The blocks of the `count` layers that are visited last: they hold activations for the shortest time."""
         layers = self.activations[max(0, len(self.activations) - count) :]
         return frozenset(block for layer in layers for block in layer.blocks)
+
+
+class Call(NamedTuple):
+    """A call of the model that memory is planned for."""
+
+    workload: Workload
+    shape: BatchShape

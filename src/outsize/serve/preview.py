@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Unpack
 
 from outsize.engine.api import spells_out
-from outsize.engine.preview import Call, PreviewOptions
+from outsize.engine.preview import PreviewOptions
 from outsize.engine.preview import preview as preview_calls
 from outsize.engine.runtime import Runtime
 from outsize.engine.summary import PlanSummary
 from outsize.kv import NotPageableError
+from outsize.plan.workload import Call
 from outsize.serve.runner import Concurrency, Runner
 
 

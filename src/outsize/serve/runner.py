@@ -17,7 +17,6 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from outsize.config import format_bytes, parse_bytes
-from outsize.engine.preview import Call
 from outsize.engine.runtime import Runtime, find_runtime
 from outsize.errors import BudgetError, ConfigError
 from outsize.kv import (
@@ -32,6 +31,7 @@ from outsize.kv import (
     switched,
     unplanned_memory,
 )
+from outsize.plan.workload import Call
 from outsize.serve.fixed import TILE_ROWS, FixedTiles
 from outsize.store import memory
 from outsize.tier import DeviceRegion, Region
