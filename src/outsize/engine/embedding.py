@@ -41,10 +41,10 @@ class Embedding(PointVisits[nn.Embedding]):
 
     def __call__(self, input: Tensor) -> Tensor:
         """The rows of `input`, as a visit."""
-        backward = partial(self._backward, Autocast.current(self._model.device))
-        return self.compute(self._forward, backward, input)[0]
+        backward = partial(self.backward, Autocast.current(self._model.device))
+        return self.compute(self.forward, backward, input)[0]
 
-    def _forward(self, ids: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    def forward(self, ids: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Gather the distinct rows from the row blocks and look `ids` up in them; the backward needs the ids."""
         known = self._model.arguments.known_on_host(ids)
         places, table = self._table(ids)
@@ -81,7 +81,7 @@ class Embedding(PointVisits[nn.Embedding]):
         trains = any(parameter.requires_grad for parameter in self._model.parameters.values())
         return not trains and self._model.parameters.gives_rows(self.parameter)
 
-    def _backward(
+    def backward(
         self,
         autocast: Autocast,
         saved: Tensors,

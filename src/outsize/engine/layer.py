@@ -463,7 +463,7 @@ class Loose(PointVisits[nn.Module]):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The module's forward, with its own parameters in place."""
-        values = self.compute(self._forward, self._backward)
+        values = self.compute(self.forward, self.backward)
         return self.run(values, args, kwargs)
 
     def run(self, values: Tensors, args: Args, kwargs: Kwargs) -> Any:
@@ -472,12 +472,12 @@ class Loose(PointVisits[nn.Module]):
         with installed(self.visits.model.module, self.point.bindings, named):
             return self.original(*args, **kwargs)
 
-    def _forward(self) -> tuple[Tensors, Tensors]:
+    def forward(self) -> tuple[Tensors, Tensors]:
         """Copy the parameters."""
         with self.visits.forward(self.blocks) as values:
             return [values[name].clone() for name in self.parameters], ()
 
-    def _backward(self, saved: Tensors, gradients: Gradients) -> Tensors:
+    def backward(self, saved: Tensors, gradients: Gradients) -> Tensors:
         """Add to the parameters' gradients."""
         with self.visits.backward(self.blocks, needs_weights=False):
             for name, gradient in zip(self.parameters, gradients, strict=True):
