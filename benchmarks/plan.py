@@ -1,7 +1,8 @@
 """The plan that is chosen against an exhaustive sweep: every combination of slots and of what stays in memory, run.
 
     python benchmarks/plan.py                small models under a hard budget, bound by the disk
-    python benchmarks/plan.py --deep 80      only how long planning takes for so many blocks of 25 M parameters, on paper
+    PYTHONPATH=. python benchmarks/plan.py --deep 80
+                                             only how long planning takes for so many blocks of 25 M parameters, on paper
     OUTSIZE_BENCH_DIR=/nvme/scratch python benchmarks/plan.py
 
 The profile of the machine is taken from the cache, or measured first. Each plan runs in a process of its own; the chosen

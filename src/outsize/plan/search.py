@@ -143,10 +143,11 @@ class Search:
     ) -> list[Choice]:
         """The placements that are not in `seen` and may be as fast as `best_s`, or not much slower, the fastest first."""
         tried: dict[Placement, Pins] = {}
-        for pins in variants:
-            placement = self._try(way, pins)
-            if placement is not None and placement not in seen:
-                tried.setdefault(placement, pins)
+        with _uncollected():
+            for pins in variants:
+                placement = self._try(way, pins)
+                if placement is not None and placement not in seen:
+                    tried.setdefault(placement, pins)
         if not tried:
             return []
         profile, costs = self.cost_model.profile, self.cost_model.costs(way.tile_rows)
@@ -223,7 +224,7 @@ class Search:
 
 @contextmanager
 def _uncollected() -> Iterator[None]:
-    """Suspend the cycle collector: simulations create no cycles, but enough objects to make it scan the whole process."""
+    """Suspend the cycle collector: placing and simulating create no cycles, but enough objects to make it scan them all."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
