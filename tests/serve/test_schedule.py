@@ -251,6 +251,39 @@ def test_repair_admits_nothing_twice_and_frees_the_pages_of_an_interrupted_admis
     assert subject.pool.num_free == subject.pool.num_usable
 
 
+def test_lost_pages_are_computed_again_and_no_prefix_is_found_in_them():
+    subject = scheduler()
+    subject.add(stream_of(range(40), max_new_tokens=9))
+    for _ in range(3):
+        run_pass(subject)
+    (sample,) = subject.running
+    subject.pages_lost()
+    assert subject.pool.match(sample.hashes) == []
+    assert [chunk.num_tokens for chunk in run_pass(subject)] == [32]
+    found = subject.pool.match(sample.hashes)
+    subject.pool.free(found)
+    assert found == sample.table[:2], "what is computed again is found again"
+
+
+def test_a_prompt_that_was_told_in_part_is_told_from_its_start_once_pages_are_lost():
+    subject, stream = scheduler(), stream_of(range(20), max_new_tokens=2, prompt_logprobs=True)
+    subject.add(stream)
+    run_pass(subject)
+    stream.prompt_logprobs += [None] * 8
+    subject.pages_lost()
+    assert stream.prompt_logprobs == []
+    stream.prompt_logprobs += [None] * 19  # all of them
+    subject.pages_lost()
+    assert len(stream.prompt_logprobs) == 19
+
+
+def test_a_request_that_waits_can_be_removed():
+    subject = scheduler()
+    subject.add(stream_of(range(20), max_new_tokens=2))
+    subject.remove(subject.waiting[0])
+    assert subject.is_idle
+
+
 def test_books_are_right_whatever_comes():
     chance = random.Random(0)
     subject = scheduler(num_pages=20, tokens=16)
