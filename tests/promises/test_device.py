@@ -80,7 +80,7 @@ PLACEMENTS = st.fixed_dictionaries(
 @example(Run("t5", "bfloat16", 1, 0.1), {"weight_slots": 2, "gradient_slots": 1, "resident_bytes": 90_000}, 6)
 @example(Run("albert", "bfloat16"), {"weight_slots": 1, "gradient_slots": 1, "home": "host"}, 7)
 @settings(
-    max_examples=100 if os.environ.get("OUTSIZE_SOAK") else 5,
+    max_examples=100 if os.environ.get("OUTSIZE_SOAK") else 2,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
