@@ -10,7 +10,7 @@ from outsize import Pins
 from outsize.errors import BudgetError
 from outsize.serve import Engine, Request, Sampling
 from outsize.serve.runner import Part
-from tests.running import opened
+from tests.running import adamw, opened
 from tests.serve.families import assert_greedy, lively, prompts_of
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -72,6 +72,38 @@ def test_pages_and_weights_stay_within_the_limit(kv, tmp_path):
     serve(engine, prompts_of((100, 3, 60)), 4)
     assert engine.runner.kv.num_bytes > 1 << 20
     assert torch.cuda.max_memory_reserved() <= limit
+
+
+@pytest.mark.parametrize("home", ["device", "host", "disk"])
+def test_training_and_generating_in_turn(home, tmp_path):
+    """On one copy of the weights, with the pages in the device's arena; training does not notice."""
+    ids = torch.arange(5, 101).view(4, 24)
+
+    def trained(model, optimizer):
+        model.train()
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.item()
+
+    alone = opened(lively("llama_tied"), disk=tmp_path, home=home, dtype="float32")
+    optimizer = adamw(alone)
+    losses = [trained(alone, optimizer) for _ in range(3)]
+    model = opened(lively("llama_tied"), disk=tmp_path, home=home, dtype="float32")
+    optimizer = adamw(model)
+    engine = Engine(model, pass_tokens=16, kv="1MiB")
+    found, prompts = [], prompts_of((37, 5))
+    for _ in range(3):
+        found.append(trained(model, optimizer))
+        plain = lively("llama_tied")
+        with torch.no_grad():
+            for name, parameter in plain.named_parameters():
+                parameter.copy_(dict(model.named_parameters())[name])
+        model.eval()
+        for prompt, tokens in zip(prompts, serve(engine, prompts, 6), strict=True):
+            assert_greedy(plain, prompt, tokens)
+    assert found == losses
 
 
 def test_pages_that_the_device_has_no_room_for_are_named(tmp_path):

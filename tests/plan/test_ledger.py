@@ -1,7 +1,7 @@
 """The ledger as a value: sums, comparisons and the one table."""
 
 from outsize.config import Home
-from outsize.plan.ledger import Ledger, Purpose
+from outsize.plan.ledger import Ledger, Purpose, larger
 
 
 def test_ledgers_add_line_by_line():
@@ -17,9 +17,13 @@ def test_ledgers_add_line_by_line():
     assert first.lines[Home.HOST, Purpose.WEIGHTS] == 3
 
 
-def test_a_line_is_replaced_by_another():
-    ledger = Ledger.of(Home.HOST, kv=5, process=1) | Ledger.of(Home.HOST, kv=2)
-    assert ledger[Home.HOST, Purpose.KV] == 2 and ledger.total(Home.HOST) == 3
+def test_the_peak_of_calls_that_follow_one_another_is_the_larger_use():
+    """In each home by itself; inputs wait in memory that no other call has."""
+    training = Ledger.of(Home.HOST, activations=6, visit=1, inputs=4) + Ledger.of(Home.DEVICE, visit=3)
+    passes = Ledger.of(Home.HOST, kv=5, visit=3) + Ledger.of(Home.DEVICE, kv=1, visit=1)
+    peak = larger(training, passes)
+    assert peak == larger(passes, training)
+    assert peak == Ledger.of(Home.HOST, kv=5, visit=3, inputs=4) + Ledger.of(Home.DEVICE, visit=3)
 
 
 def test_weights_in_their_files_take_no_disk():

@@ -10,11 +10,13 @@ import pytest
 
 from outsize.config import Budgets, ComputeType, Home, Pins, Settings
 from outsize.errors import BudgetError
+from outsize.plan import Direction
 from outsize.plan import planner as planner_module
 from outsize.plan import search as search_module
 from outsize.plan import simulate as simulate_module
-from outsize.plan.ledger import Ledger, placed
+from outsize.plan.ledger import Ledger, Purpose, placed
 from outsize.plan.limits import SLACK_BYTES, Limits
+from outsize.plan.memory_estimate import estimate
 from outsize.plan.place import Buffers
 from outsize.plan.planner import Planner
 from outsize.plan.search import CostModel
@@ -46,12 +48,11 @@ def workload_of(records, tile_bytes=4 * MIB):
     )
 
 
-def planner(records, limits, disk="/anywhere", pins=None, **workload):
+def planner(records, limits, disk="/anywhere", pins=None, beside=(), **workload):
     settings = Settings(Budgets.parse(None, None, disk), None, ComputeType.FLOAT32, pins or Pins())
     return Planner(
         list(records.values()),
-        workload_of(records, **workload),
-        SHAPE,
+        [(workload_of(records, **workload), SHAPE), *beside],
         limits,
         settings,
         lambda placement, own: placement.disk_bytes,
@@ -106,6 +107,55 @@ def test_what_is_planned_fits():
             ledger = limits.taken + way.activations + placed(list(records.values()), placement, Home.HOST)
             assert ledger.total(Home.HOST) >= 300 * MIB + placement.bytes_in(Home.DEVICE)
             assert ledger.total(Home.HOST) + SLACK_BYTES <= host
+
+
+def pass_of(records, pages_bytes):
+    """A pass of an engine: forward alone, over KV pages."""
+    forwards = tuple(visit for visit in call(list(records)) if visit.direction is Direction.FORWARD)
+    workload = dataclasses.replace(
+        workload_of(records),
+        visits=forwards,
+        boundary_bytes=NOTHING,
+        movable_bytes=NOTHING,
+        pages_bytes=pages_bytes,
+    )
+    return workload, BatchShape(rows=1, row_elements=512, row_tokens=512)
+
+
+def test_one_placement_serves_training_and_generating_in_turn():
+    """At any size, on paper: 120 GiB of weights and state within 40 GiB. Neither use adds to the other."""
+    records = blocks(60, 256 * MIB)
+    limits = limited(40 << 30)
+
+    def place_for(pages_bytes):
+        beside = [pass_of(records, pages_bytes)] if pages_bytes else []
+        way, placement, _ = planner(records, limits, beside=beside).plan()
+        taken = limits.taken + way.activations + placed(list(records.values()), placement, Home.HOST)
+        assert taken.total(Home.HOST) + limits.slack_bytes <= limits.host_bytes
+        assert all(placement.slots.values()) and placement.at(Home.DISK), (
+            "blocks stream through one set of slots"
+        )
+        return way.activations, placement
+
+    alone, placement = place_for(0)
+    few = alone.total(Home.HOST) // 2
+    assert place_for(few) == (alone, placement), "pages lie where the activations of training were"
+    peak, smaller = place_for(16 << 30)
+    assert peak == estimate(*pass_of(records, 16 << 30), 1, Home.HOST, Home.HOST)
+    assert peak[Home.HOST, Purpose.KV] == 16 << 30
+    assert smaller.resident_bytes < placement.resident_bytes
+    with pytest.raises(BudgetError, match="the KV cache takes 50"):
+        place_for(50 << 30)
+
+
+def test_a_block_that_only_generating_visits_is_not_idle():
+    records = blocks(3)
+    workload, shape = pass_of(records, MIB)
+    fewer = {name: record for name, record in records.items() if name != "L02"}
+    training = dataclasses.replace(workload_of(fewer), visits=tuple(call(list(fewer))))
+    plans = planner(records, limited(4 << 30), beside=[(workload, shape)])
+    assert dataclasses.replace(plans, calls=[(training, SHAPE)]).idle == {"L02"}
+    assert dataclasses.replace(plans, calls=[(training, SHAPE), (workload, shape)]).idle == frozenset()
 
 
 def test_the_fastest_choice_is_taken_and_its_pins_lead_to_it():

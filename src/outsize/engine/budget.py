@@ -101,14 +101,14 @@ class Budget:
     def place(
         self,
         records: Sequence[Record],
-        call: Call,
+        calls: Sequence[Call],
         cost_model: CostModel | None = None,
     ) -> Placement:
-        """Place `records` for calls of this shape: the fastest plan by the cost model, else the one with the largest tiles.
+        """Place `records` for `calls`: the fastest plan by the cost model, else the one with the largest tiles.
 
         Raises BudgetError if none fits, naming budgets that would.
         """
-        self._planner = self._planner_for(records, call)
+        self._planner = self._planner_for(records, calls)
         self._way, self._planned, self.choices = self._planner.plan(cost_model)
         self.use(self._planned)
         self._ceiling = memory.Ceiling(self.limits.host_bytes - self.limits.slack_bytes // 4)
@@ -130,19 +130,19 @@ class Budget:
         self._placed += Ledger.of(Home.DISK, spare=store_bytes - self._placed.total(Home.DISK))
 
     def fits(self, records: Sequence[Record], call: Call) -> bool:
-        """Whether calls of this shape fit, with the margin that hints add; nothing is placed."""
-        return self._planner_for(records, call).fits()
+        """Whether a call fits, with the margin that hints add; nothing is placed."""
+        return self._planner_for(records, [call]).fits()
 
     def choices_with(self, more_bytes: int, cost_model: CostModel) -> list[Choice]:
         """The choices with `more_bytes` more of the host's memory, the fastest first; nothing is placed."""
         assert self._planner is not None and self._way is not None
         return self._planner.with_more(more_bytes, self._way, cost_model)
 
-    def _planner_for(self, records: Sequence[Record], call: Call) -> Planner:
+    def _planner_for(self, records: Sequence[Record], calls: Sequence[Call]) -> Planner:
         self.limits = self._measured(self._reading_bytes(records))
         return Planner(
             records,
-            *call,
+            calls,
             self.limits,
             self.settings,
             partial(_disk_bytes, self.settings),

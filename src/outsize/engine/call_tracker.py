@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, final
 
@@ -51,6 +51,8 @@ class CallTracker:
         self._budget = budget
         self._dry_runner = dry_runner
         self._check = check
+        self._expected: Sequence[Call] = ()
+        """Calls that memory is placed for beside the first one."""
         self._needed_bytes = 0
         """By the last call without gradients."""
         self._has_read = False
@@ -94,7 +96,7 @@ class CallTracker:
         planned = Call(self._workload(args, kwargs, shape), shape)
         self._check_pinned_tiles(planned)
         if self._backing.executor is None:
-            self._setup.settle(self._with_training(planned, args, kwargs))
+            self._setup.settle(self._to_place(planned, args, kwargs))
         if not planned.workload.pages_bytes:
             self._backing.store.planes.free_pages()  # the call was planned with their memory
         self._begin(planned, is_row_by_row)
@@ -104,17 +106,18 @@ class CallTracker:
         """Place and allocate for a first call that fills a cache, whose layers compute all rows at once."""
         args, kwargs = self._signature.without_new_cache(args, kwargs)
         workload = replace(self._workload(args, kwargs, shape), dims={})
-        needed = self._with_training(Call(workload, shape), args, kwargs)
-        self._setup.settle(needed)
-        self._budget.begin_call(needed)
+        calls = self._to_place(Call(workload, shape), args, kwargs)
+        self._setup.settle(calls)
+        self._budget.begin_call(calls[0])
 
-    def _with_training(self, call: Call, args: Args, kwargs: Kwargs) -> Call:
-        """What memory is placed for: this call or, if a model that has an optimizer is evaluated first, its training."""
+    def _to_place(self, call: Call, args: Args, kwargs: Kwargs) -> list[Call]:
+        """What memory is placed for: this call or, if a model that has an optimizer is evaluated first, its training; and
+        calls that are expected."""
         if self._setup.rule is None or torch.is_grad_enabled() or has_cache(args, kwargs):
-            return call
+            return [call, *self._expected]
         args, kwargs = self._signature.without_cache(args, kwargs)
         with torch.enable_grad():
-            return Call(self._dry_run(args, kwargs, call.shape), call.shape)
+            return [Call(self._dry_run(args, kwargs, call.shape), call.shape), *self._expected]
 
     def _workload(self, args: Args, kwargs: Kwargs, shape: BatchShape) -> Workload:
         """The workload of calls like this one; a dry run finds it if there is none, or none of rows as long."""
@@ -198,6 +201,25 @@ class CallTracker:
         finally:
             self._call.has_labels = False
             self._call.seal_handles()
+
+    @property
+    def waits_for_training(self) -> bool:
+        """Whether nothing is placed because the batch that the model trains with is not known yet."""
+        return self._backing.executor is None and self._setup.rule is not None
+
+    @outside_inference_mode()
+    def expect(self, calls: Iterable[Kwargs]) -> None:
+        """Place memory also for calls like these when the first call is made, which may be another: passes of an engine.
+
+        Raises BudgetError if they do not even fit without training.
+        """
+        expected = [self.dry_run(kwargs) for kwargs in calls]
+        try:
+            for call in expected:
+                self._setup.decide([call])
+        finally:
+            self._budget.use(None)
+        self._expected = expected
 
     @outside_inference_mode()
     def settle_for(self, kwargs: Kwargs) -> None:

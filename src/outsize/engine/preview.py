@@ -191,7 +191,7 @@ def _decided(runtime: Runtime, calls: Iterator[Calls]) -> Calls:
     error: BudgetError | None = None
     for largest, decoding in calls:
         try:
-            runtime.setup.decide(largest, decoding)
+            runtime.setup.decide([largest], decoding)
         except BudgetError as failure:
             error = failure.with_traceback(None)
         else:

@@ -100,22 +100,22 @@ class Setup:
 
     # -- deciding ------------------------------------------------------------------------------------------------
 
-    def decide(self, call: Call, cached: Call | None = None) -> tuple[list[Record], Placement]:
-        """Lay records out and place them for calls of this shape.
+    def decide(self, calls: Sequence[Call], cached: Call | None = None) -> tuple[list[Record], Placement]:
+        """Lay records out for the first of `calls`, and place them for all.
 
-        The plan is the fastest for these calls or, if given, for those of `cached`, which continue a cache. Raises
-        BudgetError if they do not fit.
+        The plan is the fastest for the first call or, if given, for `cached`, which continues a cache. Raises BudgetError
+        if they do not fit.
         """
-        records = self._lay_out(call.workload)
+        records = self._lay_out(calls[0].workload)
         cost_model = None
         if self.profile is not None:
-            cost_model = self.cost_model(self.profile, cached or call, records)
+            cost_model = self.cost_model(self.profile, cached or calls[0], records)
         if cost_model is not None and cached is not None:
             cost_model = cost_model.uncut(cached.shape.rows or 1)
-        return records, self._budget.place(records, call, cost_model)
+        return records, self._budget.place(records, calls, cost_model)
 
     def fits(self, call: Call) -> bool:
-        """Whether calls of this shape fit, with a margin; nothing is decided."""
+        """Whether a call fits, with a margin; nothing is decided."""
         return self._budget.fits(self._lay_out(call.workload), call)
 
     def cost_model(self, profile: Profile, call: Call, records: Sequence[Record]) -> CostModel:
@@ -164,14 +164,14 @@ class Setup:
 
     # -- settling ------------------------------------------------------------------------------------------------
 
-    def settle(self, call: Call) -> None:
+    def settle(self, calls: Sequence[Call]) -> None:
         """Decide, allocate, and open the disk. Raises BudgetError, having changed nothing, if it does not fit.
 
         Raises FileChangedError if a file of the model is not the one that was opened.
         """
         self._backing.own_source().check()
         self._compile(self.kernel)  # a compilation ends before the arenas are touched
-        records, placement = self.decide(call)
+        records, placement = self.decide(calls)
         if placement.at(Home.DEVICE):
             self._compile(self._device_kernel)
         store, restored = self._open_store(records, placement)

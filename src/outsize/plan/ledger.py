@@ -90,10 +90,6 @@ class Ledger:
     def __add__(self, other: Ledger) -> Ledger:
         return Ledger({line: self[line] + other[line] for line in {**self.lines, **other.lines}})
 
-    def __or__(self, other: Ledger) -> Ledger:
-        """The lines of `other` in the place of its own."""
-        return Ledger({**self.lines, **other.lines})
-
     def total(self, home: Home, *purposes: Purpose) -> int:
         """Bytes of a home, for `purposes` or, if none are given, for all."""
         return sum(
@@ -126,12 +122,17 @@ EMPTY = Ledger()
 
 
 def larger(*uses: Ledger) -> Ledger:
-    """The peak of uses that follow one another: in each home, the lines of the one that takes most there."""
-    lines: dict[tuple[Home, Purpose], int] = {}
+    """The peak of calls that follow one another: in each home, the lines of the call that takes most there.
+
+    Memory in which inputs wait stays allocated between calls, so the most of it is in the peak whatever else a call takes.
+    """
+    lines: Counter[tuple[Home, Purpose]] = Counter()
     for home in Home:
-        most = max(uses, key=lambda use: use.total(home))
-        lines |= {line: size for line, size in most.lines.items() if line[0] is home}
-    return Ledger(lines)
+        transient = [purpose for purpose in Purpose if purpose not in WAITING]
+        most = max(uses, key=lambda use: use.total(home, *transient))
+        lines.update({(home, purpose): most[home, purpose] for purpose in transient})
+        lines.update({(home, purpose): max(use[home, purpose] for use in uses) for purpose in WAITING})
+    return Ledger({line: size for line, size in lines.items() if size})
 
 
 def placed(records: Sequence[Record], placement: Placement, computes_in: Home) -> Ledger:

@@ -16,11 +16,11 @@ from outsize.block import Group, Record
 from outsize.config import Home, Pins, Settings, format_bytes
 from outsize.errors import BudgetError
 from outsize.plan import memory_estimate
-from outsize.plan.ledger import ACTIVATIONS, WAITING, Ledger, Purpose, placed
+from outsize.plan.ledger import ACTIVATIONS, WAITING, Ledger, Purpose, larger, placed
 from outsize.plan.limits import HINT_MARGIN_BYTES, Limits
 from outsize.plan.place import GROUPS, Placement, is_stored, place, units
 from outsize.plan.search import Choice, CostModel, Search, Way, prefer, waits, worth_it_s
-from outsize.plan.workload import BatchShape, Workload
+from outsize.plan.workload import BatchShape, Call, Workload
 
 TILE_TOKENS = {Home.HOST: 2048, Home.DEVICE: 8192}
 """Tokens that a tile aims at, by where blocks compute; fewer if memory is short. Enough for full matmul speed, which takes
@@ -54,15 +54,17 @@ def tile_rows_to_try(
 @final
 @dataclass(frozen=True, eq=False)
 class Planner:
-    """Plans calls of one `shape` of a `workload` on `records`.
+    """Plans one placement of `records` for `calls`, which follow one another: the first is made fast, and all of them fit.
+
+    Training and the passes of an engine on one copy of the weights are two calls: they share slots, and what one takes
+    beside them is free for the other.
 
     `always_resident` names blocks that cannot be streamed. `disk_bytes` returns what a placement takes on disk, and raises
     BudgetError if the disks may not hold that much. `most_tile_tokens` limits tiles, even pinned ones.
     """
 
     records: Sequence[Record]
-    workload: Workload
-    shape: BatchShape
+    calls: Sequence[Call]
     limits: Limits
     settings: Settings
     disk_bytes: Callable[[Placement, Sequence[Record]], int]
@@ -70,9 +72,20 @@ class Planner:
     most_tile_tokens: int | None = None
 
     @property
+    def workload(self) -> Workload:
+        """What the call does that is made fast."""
+        return self.calls[0][0]
+
+    @property
+    def shape(self) -> BatchShape:
+        """Its batch."""
+        return self.calls[0][1]
+
+    @property
     def idle(self) -> frozenset[str]:
-        """Blocks that no visit of the call needs."""
-        return frozenset(r.name for r in self.records) - {visit.block for visit in self.workload.visits}
+        """Blocks that no visit of any call needs."""
+        visited = {visit.block for workload, _ in self.calls for visit in workload.visits}
+        return frozenset(record.name for record in self.records) - visited
 
     # -- what fits -----------------------------------------------------------------------------------------------
 
@@ -116,14 +129,16 @@ class Planner:
             yield from (with_memory(Way(rows, home, kept), shape) for rows in some for home in homes)
 
     def _with_memory(self, way: Way, shape: BatchShape) -> Way:
-        """The way with what its activations take."""
-        kept = self.workload.last_layers(way.kept_blocks)
-        return replace(
-            way,
-            activations=memory_estimate.estimate(
-                self.workload, shape, way.tile_rows, self.limits.computes_in, way.inputs, kept
-            ),
+        """The way with what the calls take beside planes, the first of them with a batch of `shape`."""
+        kept, computes_in = self.workload.last_layers(way.kept_blocks), self.limits.computes_in
+        own = memory_estimate.estimate(self.workload, shape, way.tile_rows, computes_in, way.inputs, kept)
+        others = (
+            memory_estimate.estimate(
+                workload, other, min(way.tile_rows, other.rows or 1), computes_in, computes_in
+            )
+            for workload, other in self.calls[1:]
         )
+        return replace(way, activations=larger(own, *others))
 
     def _fit(self, way: Way, spare_bytes: int = 0) -> tuple[Way, Placement]:
         """Return the way with the room it leaves for planes, and a placement there.

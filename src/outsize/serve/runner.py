@@ -139,7 +139,16 @@ class Runner:
                     raise
 
     def _open_pages(self, num_pages: int) -> None:
-        """Place the model beside pages, and make them. Raises BudgetError, and then there are none."""
+        """Place the model beside pages, and make them. Raises BudgetError, and then there are none.
+
+        A model that trains and was not called yet is placed by its first call, or by the first pass.
+        """
+        runtime = self._runtime
+        if runtime is not None and runtime.calls.waits_for_training:
+            self.kv = self.stand_in(num_pages)
+            with torch.no_grad(), switched(self.model), self._products():
+                runtime.calls.expect(self._arguments(parts, self.kv) for parts in self._largest(self.kv))
+            return
         self._settle(num_pages)
         self.kv = self._made(num_pages)
 
@@ -151,7 +160,14 @@ class Runner:
         runtime = self._runtime
         if runtime is None or (self._region is not None and self._region is _pages_of(runtime)):
             return False
-        self._open_pages(self.kv.num_pages)
+        if runtime.calls.waits_for_training:  # on as many tokens as a pass has: no batch was seen
+            count = min(self.pass_tokens, self.pageable.most_positions)
+            ids = torch.zeros(1, count, dtype=torch.long, device="cpu")
+            with torch.no_grad():
+                runtime.calls.settle_for({"input_ids": ids, "labels": ids, "use_cache": False})
+        num_pages = self.kv.num_pages
+        self._settle(num_pages)
+        self.kv = self._made(num_pages)
         return True
 
     def stand_in(self, num_pages: int) -> PagedKV:
