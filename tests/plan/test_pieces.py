@@ -44,6 +44,7 @@ def test_pieces_take_no_more_than_was_left_and_add_up():
     before = placed(LEAST + 100_000)
     after = with_pieces(before, records(), 90_000)
     assert before.pieces < after.pieces
+    assert after.pieces_bytes == sum(align(2 * SIZES[index]) for _, index in after.pieces)
     assert 0 < after.pieces_bytes - before.pieces_bytes <= 90_000
     assert (
         after.bytes_in(Home.DEVICE) - before.bytes_in(Home.DEVICE) == after.pieces_bytes - before.pieces_bytes

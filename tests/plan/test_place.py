@@ -149,7 +149,7 @@ def test_inputs_wait_where_the_placement_says_but_for_blocks_that_save_their_act
 
 
 def test_an_evicted_block_joins_the_smallest_slots_that_are_large_enough():
-    records = make_records({"small": 1024, "middle": SIZE // 4, "large": SIZE, "evicted": 2048})
+    records = make_records({"small": 1024, "middle": 2048, "large": SIZE, "evicted": 2048})
     classes = tuple(SlotClass(records[name].num_elements * 4, 1, frozenset({name})) for name in records)[:3]
     before = placed(list(records.values()), PLENTY, PLENTY)
     before = replace(before, slots={Group.WEIGHT: classes[::-1], Group.GRADIENT: classes[:1]})

@@ -241,3 +241,11 @@ def test_planning_80_blocks_takes_a_bounded_number_of_placements_and_simulations
     assert 10 < counts["simulate_steps"] <= 60
     assert counts["make_plan"] <= 2 * counts["simulate_steps"]
     assert counts["place"] <= 600
+
+
+def test_more_memory_of_the_host_is_room_for_planes_where_it_computes():
+    records, pins = blocks(2), Pins(weight_slots=1, gradient_slots=1, resident_bytes=0)
+    own, model = planner(records, limited(1 << 31), pins=pins), cost_model(records)
+    way, _, _ = own.plan()
+    choices = own.with_more(64 * MIB, way, model)
+    assert {c.way.rooms[Home.DEVICE] for c in choices} == {way.rooms[Home.DEVICE] + 64 * MIB}

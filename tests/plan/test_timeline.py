@@ -128,3 +128,8 @@ def test_tracks_hold_every_span_once_and_none_overlap(intervals):
         assert all(first.end_s <= second.start_s for first, second in itertools.pairwise(track))
     at_once = max((sum(s.start_s <= t < s.end_s for s in spans) for t in range(61)), default=0)
     assert at_once <= len(found)
+
+
+def test_spans_that_follow_each_other_at_once_share_a_track():
+    first, second = Span(READ, 0.0, 1.0, "a"), Span(READ, 1.0, 2.0, "b")
+    assert tracks([first, second]) == [[first, second]]
