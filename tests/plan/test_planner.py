@@ -4,6 +4,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+from bisect import bisect_left
 from collections import Counter
 
 import pytest
@@ -15,7 +16,7 @@ from outsize.plan import planner as planner_module
 from outsize.plan import search as search_module
 from outsize.plan import simulate as simulate_module
 from outsize.plan.ledger import Ledger, Purpose, placed
-from outsize.plan.limits import SLACK_BYTES, Limits
+from outsize.plan.limits import HINT_MARGIN_BYTES, SLACK_BYTES, Limits
 from outsize.plan.memory_estimate import estimate
 from outsize.plan.place import Buffers
 from outsize.plan.planner import Planner
@@ -249,3 +250,20 @@ def test_more_memory_of_the_host_is_room_for_planes_where_it_computes():
     way, _, _ = own.plan()
     choices = own.with_more(64 * MIB, way, model)
     assert {c.way.rooms[Home.DEVICE] for c in choices} == {way.rooms[Home.DEVICE] + 64 * MIB}
+
+
+def test_a_call_fits_where_the_margin_of_hints_stays_free():
+    records, pins = blocks(2), Pins(weight_slots=1, gradient_slots=1, resident_bytes=0)
+
+    def has_plan(host_mib):
+        try:
+            planner(records, limited(host_mib * MIB), pins=pins).plan()
+        except BudgetError:
+            return False
+        return True
+
+    least = bisect_left(range(2000), True, key=has_plan)
+    margin = HINT_MARGIN_BYTES // MIB
+    assert 400 < least < 2000
+    assert planner(records, limited((least + margin) * MIB), pins=pins).fits()
+    assert not planner(records, limited((least + margin - 1) * MIB), pins=pins).fits()
