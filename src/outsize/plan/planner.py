@@ -96,7 +96,7 @@ class Planner:
         fits, naming budgets that would.
         """
         fitting = self._fitting()
-        way, placement = self._simplest(fitting)
+        way, placement = _simplest(fitting, self.limits, self.settings.pins)
         if cost_model is None:
             return way, placement, []
         choices = self._compared(way, [other for other, _ in fitting if other is not way], cost_model)
@@ -185,21 +185,6 @@ class Planner:
         assert error is not None
         raise self._too_large(error) from error
 
-    def _simplest(self, fitting: Sequence[tuple[Way, Placement]]) -> tuple[Way, Placement]:
-        """The largest tiles that fit, unless too few slots are then left for transfers beside computing."""
-        computes_in, pins = self.limits.computes_in, self.settings.pins
-        moves_for_slots = len(self.limits.memories) > 1 and pins.inputs is None
-        cramped: tuple[Way, Placement] | None = None
-        for way, placement in fitting:
-            is_moving = way.inputs is not computes_in
-            if cramped is not None and not is_moving:
-                break
-            if is_moving or not moves_for_slots or placement.is_roomy(pins):
-                return way, placement
-            cramped = way, placement
-        assert cramped is not None
-        return cramped
-
     # -- what is fastest -----------------------------------------------------------------------------------------
 
     def fastest(self, ways: Iterable[Way], cost_model: CostModel, below_s: float = math.inf) -> list[Choice]:
@@ -255,7 +240,9 @@ class Planner:
         )
         resident_bytes = pins.resident_bytes
         if pins.resident is None:
-            resident_bytes = self._chosen_bytes(placement) + placement.pieces_bytes
+            resident_bytes = (
+                _chosen_bytes(self.records, placement, self.always_resident) + placement.pieces_bytes
+            )
         return replace(
             pins,
             weight_slots=weight_slots,
@@ -265,15 +252,6 @@ class Planner:
             inputs=str(choice.way.inputs),
             resident_bytes=resident_bytes,
         )
-
-    def _chosen_bytes(self, placement: Placement) -> int:
-        """The `resident_bytes` of a placement: planes that stay where blocks compute by choice, or all of them."""
-        sizes = {(r.name, group): r.group_bytes[group] for r in self.records for group in GROUPS}
-        here = placement.at(Home.DEVICE)
-        if placement.resident_bytes == sum(sizes.values()):
-            return placement.resident_bytes
-        kept = {(name, group) for name in placement.kept for group in units(placement.host)[0]}
-        return sum(sizes[key] for key in here - kept if key[0] not in self.always_resident)
 
     # -- placing -------------------------------------------------------------------------------------------------
 
@@ -387,6 +365,31 @@ class Planner:
         except BudgetError as error:
             return f" with {(error.hint or '').removesuffix(' works')}"
         return ""
+
+
+def _simplest(fitting: Sequence[tuple[Way, Placement]], limits: Limits, pins: Pins) -> tuple[Way, Placement]:
+    """The largest tiles that fit, unless too few slots are then left for transfers beside computing."""
+    moves_for_slots = len(limits.memories) > 1 and pins.inputs is None
+    cramped: tuple[Way, Placement] | None = None
+    for way, placement in fitting:
+        is_moving = way.inputs is not limits.computes_in
+        if cramped is not None and not is_moving:
+            break
+        if is_moving or not moves_for_slots or placement.is_roomy(pins):
+            return way, placement
+        cramped = way, placement
+    assert cramped is not None
+    return cramped
+
+
+def _chosen_bytes(records: Sequence[Record], placement: Placement, always_resident: frozenset[str]) -> int:
+    """The `resident_bytes` of a placement: planes that stay where blocks compute by choice, or all of them."""
+    sizes = {(r.name, group): r.group_bytes[group] for r in records for group in GROUPS}
+    here = placement.at(Home.DEVICE)
+    if placement.resident_bytes == sum(sizes.values()):
+        return placement.resident_bytes
+    kept = {(name, group) for name in placement.kept for group in units(placement.host)[0]}
+    return sum(sizes[key] for key in here - kept if key[0] not in always_resident)
 
 
 def _mib(num_bytes: int) -> str:
