@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 
 from outsize.block import Group, Plane
 from outsize.config import ComputeType, Home, Pins
-from outsize.plan import Direction, Visit, place
+from outsize.plan import Context, Direction, Occupancy, Visit, place
 from outsize.plan.lower import Costs, Task
 from outsize.plan.profile import Profile, Resource
-from outsize.plan.simulate import least_s, run, simulate
+from outsize.plan.simulate import least_s, plan_steps, run, simulate
 from tests.plan.test_plan import call, make_records
 
 GIB = 1 << 30
@@ -150,7 +150,8 @@ def test_a_step_lasts_from_the_end_of_one_to_the_end_of_the_next():
     (step,) = (event for event in result.events if event.task.label == "step")
     assert step.end_s - step.start_s == pytest.approx(50.0)
     assert result.start_s + result.step_s == step.end_s
-    least = least_s(call(names), records, placement, HOST, own)
+    plan = plan_steps(Context(call(names), records, placement, Occupancy(pending=frozenset(names))))[-1]
+    least = least_s(plan, records, placement, HOST, own)
     assert 50.0 + 3 * 0.4 < least <= result.step_s
 
 
