@@ -14,7 +14,7 @@ tree's where it has none). What must not change is compared:
   by `PEAK_SHARE`
 - `moved`, `told`: bytes read, written and copied; visits off plan; errors by type and the figures in their message
 
-A redesign renames verbs, planes and homes: `RENAMED` says how, and `ADDED` what plans hold now that they did not hold. Both
+A redesign renames verbs, planes and homes: `RENAMED` says how, and `ADDED` what older plans do not hold. Both
 are applied before anything is compared. Differences are printed by case. The exit status is 1 where there are any, and
 where a case crashes on both sides, which compares nothing.
 """
@@ -45,7 +45,7 @@ RENAMED: Mapping[str, str] = {"relay": "bounce"}
 """Words of older checkouts and what they are called now: verbs, planes, homes, rows of the report."""
 
 ADDED: tuple[str, ...] = (r"(send|fetch|copy) ", r"(held|wait|free) \S+\.input$")
-"""Regular expressions of operations that plans of this checkout hold and those of the other do not."""
+"""Regular expressions of operations that plans of older checkouts do not hold: they are compared on neither side."""
 
 TENSOR_BYTES = 4096
 """Tensors of a few elements come and go with how code is written."""
@@ -126,14 +126,14 @@ def renamed(value: Any) -> Any:
 
 
 def without_added(found: Mapping[str, Any]) -> dict[str, Any]:
-    """What came out here, without the operations that only plans of this checkout hold."""
+    """What came out, without the operations that plans of older checkouts do not hold."""
     plan = [line for line in found.get("plan", []) if not any(re.match(each, line) for each in ADDED)]
     return {**found, "plan": plan} if "plan" in found else dict(found)
 
 
 def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:
     """`(what, lines)` of everything that is not the same."""
-    before, after = renamed(dict(before)), renamed(without_added(after))
+    before, after = renamed(without_added(before)), renamed(without_added(after))
     for name in sorted({*before, *after}):
         one, other = before.get(name), after.get(name)
         if name == "peak":
