@@ -16,11 +16,13 @@ import outsize
 from outsize.checkpoint.catalogue import contents, verify
 from outsize.checkpoint.files import Header, commit_paths, plan_slabs, read_header
 from outsize.checkpoint.manifest import Manifest
+from outsize.checkpoint.reading import CommitReader, CommitSource
 from outsize.checkpoint.store import Store, remove_commit, remove_store
 from outsize.cli.main import main
 from outsize.errors import ConfigError, CorruptionError, OutsizeError, StorageError
 from outsize.tier import Slab
 from tests.checkpoint.runs import Run, batches, check_store, manifests
+from tests.running import values_of
 from tests.seams import abandon
 
 
@@ -379,3 +381,40 @@ def test_slabs_are_kept_grown_and_given_back():
     header = Header(("data",), less)
     assert Header.loads(header.dumps(), None) == header
     assert replace(header, slabs=()).num_bytes == 0
+
+
+class _Wide(torch.nn.Module):
+    """A layer whose record is longer than a chunk. Nothing updates `tied`: in fp32, halfway between two values of bf16."""
+
+    def __init__(self):
+        super().__init__()
+        self.wide = torch.nn.Linear(1024, 1100)
+        self.narrow = torch.nn.Linear(1100, 1024)
+        self.tied = torch.nn.Parameter(torch.full((1024,), 1 + 2**-8))
+
+    def forward(self, hidden):
+        return hidden + self.narrow(torch.relu(self.wide(hidden))) + 0 * self.tied
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_long_records_are_read_from_a_commit_in_the_type_they_computed_in(dtype, tmp_path):
+    torch.manual_seed(0)
+    model = torch.nn.Module()
+    model.layers = torch.nn.ModuleList(_Wide() for _ in range(2))
+    model.forward = lambda hidden: model.layers[1](model.layers[0](hidden)).square().mean()
+    outsize.wrap(model, disk=str(tmp_path), home="disk", dtype=dtype)
+    optimizer = outsize.AdamW(model, lr=1e-3, weight_decay=0)
+    outsize.checkpoint.resume(model, optimizer, tmp_path / "run")
+    model(torch.randn(2, 1024, dtype=dtype)).backward()
+    optimizer.step()
+    outsize.checkpoint.commit(model, optimizer, tmp_path / "run")
+    outsize.checkpoint.finish(model)
+    values = values_of(model)
+    (manifest,) = manifests(tmp_path / "run")
+    with CommitReader(tmp_path / "run", read_header(tmp_path / "run"), manifest) as reader:
+        for stored in manifest.blocks:
+            pieces = stored.record.block.pieces
+            targets = [torch.empty(piece.shape, dtype=dtype) for piece in pieces]
+            CommitSource(reader, None).read(stored.record.block, targets)
+            for piece, target in zip(pieces, targets, strict=True):
+                assert target.equal(values[piece.parameter].to(dtype)), piece
