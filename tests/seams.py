@@ -436,7 +436,7 @@ def arena_of(model: nn.Module) -> Any:
 def slots_of(model: nn.Module) -> list[Any]:
     """All slots of weights and gradients; `after` of each: the transfers that its next owner has to follow."""
     planes = _executor(model).store.planes
-    return [slot for pool in planes._all_pools() for slot in pool._slots]
+    return [slot for pools in planes._pools.values() for pool in pools for slot in pool._slots]
 
 
 def store_of(model: nn.Module) -> Any:

@@ -17,6 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from outsize.config import format_bytes, parse_bytes
+from outsize.engine.rng_autocast import outside_inference_mode
 from outsize.engine.runtime import Runtime, find_runtime
 from outsize.errors import BudgetError, ConfigError
 from outsize.kv import (
@@ -170,11 +171,13 @@ class Runner:
         self.kv = self._made(num_pages)
         return True
 
+    @outside_inference_mode()
     def stand_in(self, num_pages: int) -> PagedKV:
         """Two pages that stand for `num_pages` in dry runs, which write to all alike."""
         contents = unplanned_memory(2 * self.page_bytes, self.pageable.dtype, self.device)
         return PagedKV(self.pageable.layers, contents, num_pages, self.pageable.most_positions)
 
+    @outside_inference_mode()
     def _made(self, num_pages: int) -> PagedKV:
         """Pages where blocks compute: in the arena of the model's run, if it has one. Raises BudgetError."""
         num_bytes, dtype = num_pages * self.page_bytes, self.pageable.dtype
