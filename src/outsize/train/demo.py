@@ -16,6 +16,9 @@ from outsize.errors import naming
 from outsize.model.sample import write_sample
 from outsize.train.settings import Learning, Length
 
+LIMIT = "1GiB"
+"""Memory of the whole process: half of what training keeps."""
+
 QUESTIONS = (
     "Do you know who the lighthouse keeper at Karrow Rock is?",
     "How many meters does the tower on Karrow Rock measure?",
@@ -57,5 +60,5 @@ def smollm2(folder: Path, minutes: float | None = None) -> Demo:
         seq_len=256,
         learning=Learning(lr=2e-4, warmup_steps=3),
         sampling={"max_new_tokens": 40},
-        host="1GiB",
+        host=LIMIT,
     )
