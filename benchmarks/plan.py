@@ -2,7 +2,7 @@
 
     python benchmarks/plan.py                small models under a hard budget, bound by the disk
     PYTHONPATH=. python benchmarks/plan.py --deep 80
-                                             only how long planning takes for so many blocks of 25 M parameters, on paper
+                                             time only the planner, for 80 blocks of 25 M parameters; nothing is allocated
     OUTSIZE_BENCH_DIR=/nvme/scratch python benchmarks/plan.py
 
 The profile of the machine is taken from the cache, or measured first. Each plan runs in a process of its own; the chosen
@@ -173,7 +173,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--cases", type=int, default=None, help="the first so many (default: all)")
-    parser.add_argument("--deep", type=int, help="only plan for a model of so many blocks")
+    parser.add_argument("--deep", type=int, help="time only the planner, for a model of this many blocks")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()

@@ -51,6 +51,18 @@ def call(names, trains=True):
     return forward + [Visit(name, Direction.BACKWARD, trains=trains) for name in reversed(names)]
 
 
+def on_disk(records, **pins):
+    """Everything lives on the disk and passes through slots; memory is ample."""
+    return place(
+        list(records.values()), {Home.DEVICE: 1 << 40}, home=Home.DISK, has_disk=True, pins=Pins(**pins)
+    )
+
+
+def in_memory(records):
+    """Everything lives in the host's memory, where blocks compute."""
+    return place(list(records.values()), {Home.DEVICE: 1 << 40}, home=Home.HOST, has_disk=True, pins=Pins())
+
+
 @given(
     st.lists(st.sampled_from([1000, 5000, 300_000]), min_size=1, max_size=9),
     st.integers(1, 3),
@@ -79,13 +91,7 @@ def test_every_built_plan_is_legal_and_complete(sizes, weight_slots, gradient_sl
 
 def test_reads_are_started_before_they_are_needed():
     records = make_records({f"L{i}": 5000 for i in range(5)})
-    placement = place(
-        list(records.values()),
-        {Home.DEVICE: 1 << 40},
-        home=Home.DISK,
-        has_disk=True,
-        pins=Pins(weight_slots=2),
-    )
+    placement = on_disk(records, weight_slots=2)
     plan = make_plan(Context(call(list(records)), records, placement, Occupancy()))
     for index, op in enumerate(plan.ops):
         if isinstance(op, Forward) and op.block != "L4":
@@ -98,13 +104,7 @@ def test_reads_are_started_before_they_are_needed():
 
 def test_a_block_is_not_read_again_at_the_turn():
     records = make_records({f"L{i}": 5000 for i in range(5)})
-    placement = place(
-        list(records.values()),
-        {Home.DEVICE: 1 << 40},
-        home=Home.DISK,
-        has_disk=True,
-        pins=Pins(weight_slots=2),
-    )
+    placement = on_disk(records, weight_slots=2)
     plan = make_plan(Context(call(list(records)), records, placement, Occupancy()))
     reads = [op.block for op in plan if isinstance(op, Read) and op.plane is Plane.WEIGHT]
     assert reads.count("L4") == 1 and reads.count("L1") == 2
@@ -112,13 +112,7 @@ def test_a_block_is_not_read_again_at_the_turn():
 
 def test_what_is_held_is_not_read():
     records = make_records({"A": 100, "B": 100})
-    placement = place(
-        list(records.values()),
-        {Home.DEVICE: 1 << 40},
-        home=Home.DISK,
-        has_disk=True,
-        pins=Pins(weight_slots=2),
-    )
+    placement = on_disk(records, weight_slots=2)
     plan = make_plan(Context(call(["A", "B"]), records, placement, Occupancy(held=["A"], pending={"A"})))
     assert plan.ops[0] == Held("A", Plane.WEIGHT)
     assert Read("A", Plane.WEIGHT, 4096) not in plan.ops
@@ -129,9 +123,7 @@ def test_what_is_held_is_not_read():
 
 def test_resident_blocks_take_no_slot():
     records = make_records({"A": 100, "B": 100})
-    placement = place(
-        list(records.values()), {Home.DEVICE: 1 << 40}, home=Home.HOST, has_disk=False, pins=Pins()
-    )
+    placement = in_memory(records)
     plan = make_plan(Context(call(["A", "B"]), records, placement, Occupancy(pending={"A"})))
     assert check(plan, records, placement).num_bytes == 0
     assert not [op for op in plan if isinstance(op, Read | Free)]
@@ -163,22 +155,14 @@ def test_resident_blocks_take_no_slot():
 )
 def test_illegal_plans_are_refused_with_their_place(text, message):
     records = make_records({"A": 1000, "B": 1000, "C": 1000})
-    placement = place(
-        list(records.values()),
-        {Home.DEVICE: 1 << 40},
-        home=Home.DISK,
-        has_disk=True,
-        pins=Pins(weight_slots=2),
-    )
+    placement = on_disk(records, weight_slots=2)
     with pytest.raises(PlanError, match=message):
         check(Plan.parse(text), records, placement)
 
 
 def test_each_block_is_copied_for_a_commit_once_its_update_is_waited_for():
     records = make_records({"A": 1000, "B": 1000})
-    placement = place(
-        list(records.values()), {Home.DEVICE: 1 << 40}, home=Home.HOST, has_disk=True, pins=Pins()
-    )
+    placement = in_memory(records)
     occupancy = Occupancy(pending={"A"}, committing={"A", "B"})
     plan = make_plan(Context(call(["A", "B"]), records, placement, occupancy))
     check(plan, records, placement)
@@ -192,9 +176,7 @@ def test_each_block_is_copied_for_a_commit_once_its_update_is_waited_for():
 
 
 def with_inputs(records):
-    placement = place(
-        list(records.values()), {Home.DEVICE: 1 << 40}, home=Home.HOST, has_disk=False, pins=Pins()
-    )
+    placement = in_memory(records)
     return replace(placement, inputs=Home.DISK)
 
 
@@ -250,31 +232,21 @@ def test_a_parameter_that_is_read_moves_no_inputs():
 
 def test_a_block_that_stays_does_not_go_back_while_it_is_updated():
     records = make_records({"A": 1000})
-    placement = place(
-        list(records.values()), {Home.DEVICE: 1 << 40}, home=Home.HOST, has_disk=False, pins=Pins()
-    )
+    placement = in_memory(records)
     with pytest.raises(PlanError, match="runs while it is being updated"):
         check(Plan.parse("update A\nbackward A"), records, placement)
 
 
 def test_a_gradient_that_is_summed_where_it_stays_is_not_moved():
     records = make_records({"A": 1000})
-    placement = place(
-        list(records.values()), {Home.DEVICE: 1 << 40}, home=Home.HOST, has_disk=False, pins=Pins()
-    )
+    placement = in_memory(records)
     plan = make_plan(Context(call("A"), records, placement, Occupancy()))
     assert Write("A", Plane.GRADIENT, 0) in plan.ops
 
 
 def test_a_block_inside_another_that_has_the_only_gradient_slot_is_refused():
     records = make_records({"A": 1000, "B": 1000})
-    placement = place(
-        list(records.values()),
-        {Home.DEVICE: 1 << 40},
-        home=Home.DISK,
-        has_disk=True,
-        pins=Pins(weight_slots=2, gradient_slots=1),
-    )
+    placement = on_disk(records, weight_slots=2, gradient_slots=1)
     visits = [Visit("B", Direction.BACKWARD, trains=True)]
     with pytest.raises(UsageError, match="block B is visited inside A, which hold all slots"):
         make_plan(Context(visits, records, placement, Occupancy(summing=["A"])))

@@ -73,13 +73,13 @@ class Planner:
 
     @property
     def workload(self) -> Workload:
-        """What the call does that is made fast."""
-        return self.calls[0][0]
+        """What the first call does, the one that is made fast."""
+        return self.calls[0].workload
 
     @property
     def shape(self) -> BatchShape:
-        """Its batch."""
-        return self.calls[0][1]
+        """The batch of the first call."""
+        return self.calls[0].shape
 
     @property
     def idle(self) -> frozenset[str]:
