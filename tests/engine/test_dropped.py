@@ -58,6 +58,28 @@ def test_a_model_that_waits_for_the_collector_makes_room_for_the_next(tmp_path, 
         gc.enable()
 
 
+def test_it_is_gone_before_the_dry_run_of_the_next_takes_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(budget, "WORTH_COLLECTING_BYTES", 1)
+    before = memory.open_models()
+    plain = ZOO["llama"].build().train()
+    layer, found = plain.model.layers[0], []
+    forward = layer.forward
+
+    def noting(*args, **kwargs):
+        found.append(memory.open_models())
+        return forward(*args, **kwargs)
+
+    layer.forward = noting
+    gc.disable()
+    try:
+        model = trained(tmp_path)
+        del model
+        opened(plain, disk=tmp_path)(**ZOO["llama"].batch())
+    finally:
+        gc.enable()
+    assert found[0] == before
+
+
 def test_a_refusal_names_another_open_model(tmp_path, monkeypatch):
     monkeypatch.setattr(budget, "WORTH_COLLECTING_BYTES", 1)
     model = trained(tmp_path, home="host")

@@ -152,11 +152,7 @@ class Budget:
 
     def _measured(self, reading_bytes: int) -> Limits:
         """The limits, and what the process takes now."""
-        finalizers.finish()  # of models that were dropped, what they had is free
-        if sum(num_bytes for _, num_bytes in memory.open_models()) >= WORTH_COLLECTING_BYTES:
-            gc.collect()  # they may be dropped, and wait in cycles for the collector
-            finalizers.finish()
-        memory.give_back()
+        free_dropped_models()
         base = memory.resident_bytes()
         limits = Limits(
             self.settings.budgets.host_bytes or base + int(0.9 * self._free_host_bytes()),
@@ -289,6 +285,15 @@ class Budget:
         """Called before each visit, which takes `visit_bytes`: give freed memory back where it would pass the limit."""
         assert self._ceiling is not None
         self._ceiling.make_room(visit_bytes)
+
+
+def free_dropped_models() -> None:
+    """Give back the memory of models that were dropped; those that hold much may wait in cycles for the collector."""
+    finalizers.finish()
+    if sum(num_bytes for _, num_bytes in memory.open_models()) >= WORTH_COLLECTING_BYTES:
+        gc.collect()
+        finalizers.finish()
+    memory.give_back()
 
 
 def _open_models_text() -> str:

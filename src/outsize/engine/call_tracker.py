@@ -11,7 +11,7 @@ import torch
 
 from outsize.config import format_bytes
 from outsize.engine.arguments import Args, Kwargs
-from outsize.engine.budget import Budget
+from outsize.engine.budget import Budget, free_dropped_models
 from outsize.engine.current_call import ModelCall, packed_error
 from outsize.engine.dry_runner import SMALL_ROWS, DryRunner, batch_shape
 from outsize.engine.rng_autocast import outside_inference_mode
@@ -82,8 +82,6 @@ class CallTracker:
         is_row_by_row = signature.is_row_by_row(args, kwargs)
         if uses_cache and is_row_by_row and shape.rows != 1:
             raise packed_error(attention_of(module))
-        if self._backing.executor is None:
-            memory.drop_file_pages()  # before the dry run, which touches again what computing needs
         if uses_cache:
             if self._backing.executor is None:
                 self._settle_with_cache(args, kwargs, shape)
@@ -134,6 +132,10 @@ class CallTracker:
 
     def _dry_run(self, args: Args, kwargs: Kwargs, shape: BatchShape) -> Workload:
         """Raises BudgetError if the device does not even have memory for that."""
+        if self._backing.executor is None:
+            # The dry run takes memory before any is placed; it touches those pages again that computing needs.
+            memory.drop_file_pages()
+            free_dropped_models()
         try:
             return self._dry_runner.workload(args, kwargs, shape)
         except torch.OutOfMemoryError as error:
@@ -190,7 +192,6 @@ class CallTracker:
 
     def dry_run(self, kwargs: Kwargs, *, with_labels: bool = False) -> Call:
         """The workload of a call with `kwargs`, which is not made; nothing is placed."""
-        memory.drop_file_pages()
         shape = batch_shape(self._model.module, (), kwargs)
         if not with_labels:
             return Call(self._dry_run((), kwargs, shape), shape)
