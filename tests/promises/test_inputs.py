@@ -3,6 +3,7 @@
 import gc
 import os
 import time
+import weakref
 
 import pytest
 import torch
@@ -479,8 +480,14 @@ def test_the_plan_fetches_what_the_next_backward_needs():
         with keeper.keep([tensor], block):
             keeper.send(block)
             outputs[block] = tensor.square()
+    last = weakref.ref(tensor)
     del tensor
     keeper.release()
+    give_up_s = time.monotonic() + 60
+    while (
+        last() is not None and time.monotonic() < give_up_s
+    ):  # a thread that wrote it may hold it a little longer
+        time.sleep(0.001)
     read.clear()
 
     def unpack(block):

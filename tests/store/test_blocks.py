@@ -1,5 +1,7 @@
 """The store of blocks: exact masters, planes where the placement says, and what a layer hands out."""
 
+import gc
+
 import pytest
 import torch
 from torch import nn
@@ -9,7 +11,7 @@ from outsize import Pins
 from outsize.block import Plane
 from outsize.config import Home
 from outsize.optim import join
-from outsize.store import memory
+from outsize.store import finalizers, memory
 from tests.running import adamw, assert_same_weights, opened, train
 from tests.seams import flush, placement_of, settle_updates, store_of
 from tests.zoo import ZOO, plain_batch, seeded
@@ -145,6 +147,8 @@ def test_an_input_without_a_batch_gets_the_gradients_of_all_tiles(tile_rows, tmp
 @pytest.fixture
 def freed_bytes():
     """64 MiB of tensors of 1 to 32 MiB that were allocated and freed, with small ones between that live on."""
+    gc.collect()
+    finalizers.finish()  # closing what earlier tests dropped gives freed memory back, whenever it happens
     memory.keep_freed_memory()
     memory.give_back()
     before = memory.resident_bytes()
