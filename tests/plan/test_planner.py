@@ -21,7 +21,7 @@ from outsize.plan.memory_estimate import estimate
 from outsize.plan.place import Buffers
 from outsize.plan.planner import Planner
 from outsize.plan.search import CostModel
-from outsize.plan.workload import Activations, BatchDims, BatchShape, Linear, LossMemory, Workload
+from outsize.plan.workload import Activations, BatchDims, BatchShape, Call, Linear, LossMemory, Workload
 from tests.plan.test_plan import call
 from tests.plan.test_simulate import HOST, blocks, costs
 
@@ -53,7 +53,7 @@ def planner(records, limits, disk="/anywhere", pins=None, beside=(), **workload)
     settings = Settings(Budgets.parse(None, None, disk), None, ComputeType.FLOAT32, pins or Pins())
     return Planner(
         list(records.values()),
-        [(workload_of(records, **workload), SHAPE), *beside],
+        [Call(workload_of(records, **workload), SHAPE), *beside],
         limits,
         settings,
         lambda placement, own: placement.disk_bytes,
@@ -154,9 +154,11 @@ def test_a_block_that_only_generating_visits_is_not_idle():
     workload, shape = pass_of(records, MIB)
     fewer = {name: record for name, record in records.items() if name != "L02"}
     training = dataclasses.replace(workload_of(fewer), visits=tuple(call(list(fewer))))
-    plans = planner(records, limited(4 << 30), beside=[(workload, shape)])
-    assert dataclasses.replace(plans, calls=[(training, SHAPE)]).idle == {"L02"}
-    assert dataclasses.replace(plans, calls=[(training, SHAPE), (workload, shape)]).idle == frozenset()
+    plans = planner(records, limited(4 << 30), beside=[Call(workload, shape)])
+    assert dataclasses.replace(plans, calls=[Call(training, SHAPE)]).idle == {"L02"}
+    assert (
+        dataclasses.replace(plans, calls=[Call(training, SHAPE), Call(workload, shape)]).idle == frozenset()
+    )
 
 
 def test_the_fastest_choice_is_taken_and_its_pins_lead_to_it():

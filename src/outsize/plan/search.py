@@ -12,7 +12,8 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from typing import final
+from functools import cache
+from typing import TypeAlias, final
 
 from outsize.block import Record
 from outsize.config import Home, Pins
@@ -68,6 +69,10 @@ class Way:
         return self.activations[Home.HOST, Purpose.VISIT] if self.is_roomy else 0
 
 
+Attempt: TypeAlias = Callable[[Pins], Placement | None]
+"""Places planes by some pins; None where they do not fit."""
+
+
 @dataclass(frozen=True, slots=True)
 class Choice:
     """A placement that fits, and the figures of its simulation; `pins` lead to it."""
@@ -112,8 +117,6 @@ class Search:
     pins: Pins
     place: Callable[[Way, Pins], Placement]
     has_home: bool = False
-    _placed: dict[tuple[int, Pins], Placement | None] = field(default_factory=dict)
-    """What was tried, by way and pins; None where it does not fit."""
 
     def choose(self, ways: Iterable[Way], below_s: float = math.inf) -> list[Choice]:
         """What fits, the fastest first; of equals, what was tried first. Empty where nothing fits.
@@ -121,21 +124,23 @@ class Search:
         The numbers of slots are varied for all ways; for the fastest of them, what stays in memory too. Steps of `below_s`
         or more are of no use: what cannot be shorter is left out where that is known beforehand.
         """
-        ways = list(ways)  # which live as long as their keys in `_placed`
-        found = [self._simulated(way, self._slots(), below_s) for way in ways]
-        best = min(
-            (choices for choices in found if choices), key=lambda choices: choices[0].step_s, default=None
-        )
-        if best is None:
+        found = []
+        for way in ways:
+            attempt = self._attempt(way)
+            found.append((attempt, self._simulated(way, attempt, self._slots(), below_s)))
+        fitting = [(attempt, choices) for attempt, choices in found if choices]
+        if not fitting:
             return []
         if not self.has_home:
-            way, seen = best[0].way, {choice.placement for choice in best}
-            best += self._simulated(way, self._stays(way), below_s, seen, min(below_s, best[0].step_s))
-        return sorted((choice for choices in found for choice in choices), key=lambda choice: choice.step_s)
+            attempt, best = min(fitting, key=lambda each: each[1][0].step_s)
+            seen, best_s = {choice.placement for choice in best}, min(below_s, best[0].step_s)
+            best += self._simulated(best[0].way, attempt, self._stays(attempt), below_s, seen, best_s)
+        return sorted((choice for _, choices in fitting for choice in choices), key=lambda each: each.step_s)
 
     def _simulated(
         self,
         way: Way,
+        attempt: Attempt,
         variants: Iterable[Pins],
         below_s: float,
         seen: Set[Placement] = frozenset(),
@@ -145,7 +150,7 @@ class Search:
         tried: dict[Placement, Pins] = {}
         with _uncollected():
             for pins in variants:
-                placement = self._try(way, pins)
+                placement = attempt(pins)
                 if placement is not None and placement not in seen:
                     tried.setdefault(placement, pins)
         if not tried:
@@ -177,26 +182,26 @@ class Search:
                 gradient_slots=self.pins.gradient_slots or gradient_slots,
             )
 
-    def _stays(self, way: Way) -> Iterator[Pins]:
+    def _stays(self, attempt: Attempt) -> Iterator[Pins]:
         """The pins with what stays in memory, where they leave that open: of some blocks, or, on a device, parts of all."""
         if self.pins.resident is not None or self.pins.resident_bytes is not None:
             return
         counts = sorted({round(len(self.records) * part / PARTS) for part in range(PARTS + 1)})
         whole = sum(record.num_bytes for record in self.records.values())
         for own in list(self._slots())[1 : 1 + NUM_GRIDS]:
-            if self._try(way, replace(own, resident=(0, 0, 0))) is None:
+            if attempt(replace(own, resident=(0, 0, 0))) is None:
                 for part in range(PARTS):
                     yield replace(own, resident_bytes=whole * part // PARTS)
             else:
                 for weights in counts:
                     for gradients in counts:
-                        yield self._filled(way, own, (weights, gradients, 0))
+                        yield self._filled(attempt, own, (weights, gradients, 0))
 
-    def _filled(self, way: Way, pins: Pins, counts: tuple[int, int, int]) -> Pins:
+    def _filled(self, attempt: Attempt, pins: Pins, counts: tuple[int, int, int]) -> Pins:
         """`pins` with `counts` of blocks in memory, and more where there is room: of state first, which they leave out."""
 
         def fits(counts: tuple[int, int, int]) -> bool:
-            return self._try(way, replace(pins, resident=counts)) is not None
+            return attempt(replace(pins, resident=counts)) is not None
 
         for group in (2, 0, 1) if fits(counts) else ():
             least, most = counts[group], len(self.records)
@@ -213,13 +218,16 @@ class Search:
     def _steps(self, placement: Placement, costs: Costs) -> list[Plan]:
         return plan_steps(Context(self.visits, self.records, placement, input_bytes=costs.input_bytes))
 
-    def _try(self, way: Way, pins: Pins) -> Placement | None:
-        key = id(way), pins
-        if key not in self._placed:
-            self._placed[key] = None
+    def _attempt(self, way: Way) -> Attempt:
+        """What places planes beside `way`, once for the same pins."""
+
+        @cache
+        def attempt(pins: Pins) -> Placement | None:
             with suppress(BudgetError):
-                self._placed[key] = self.place(way, pins)
-        return self._placed[key]
+                return self.place(way, pins)
+            return None
+
+        return attempt
 
 
 @contextmanager
